@@ -1,0 +1,1 @@
+"""GGUF, PowerInfer files, HF checkpoints and bundles: what hotcold reads and writes."""

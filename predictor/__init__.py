@@ -1,0 +1,1 @@
+"""Activation traces, and the predictors that say which neurons will fire."""

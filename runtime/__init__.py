@@ -1,0 +1,1 @@
+"""The engine: reads only the neurons that a token needs."""
