@@ -1,0 +1,1 @@
+"""The engines that hotcold is measured against."""

@@ -1,0 +1,148 @@
+"""llama.cpp as a peer: the same interface as our own engine, on llama-cpp-python's low-level calls.
+
+The low-level API is used because it alone separates computing from everything around it: `seconds` grows by
+the time spent in `llama_decode` and by nothing else, so no tokenisation, sampling or Python is held against
+llama.cpp. A block of a prompt goes into one call, as `llama-bench` does it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import time
+import weakref
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+
+from hotcold.errors import InputError, UnsupportedError
+
+__all__ = ["LlamaCpp"]
+
+_BATCH = 512  # tokens per call: llama.cpp's default micro-batch, which bounds the logits buffer
+_LOG_ERROR = 4  # GGML_LOG_LEVEL_ERROR
+
+_errors: list[str] = []  # what llama.cpp said last at error level, quoted when a load fails
+_log_callback: object = None  # kept alive: llama.cpp holds a bare pointer to it
+
+
+def _library() -> ModuleType:
+    """Import llama-cpp-python's C API and turn its stderr off, once."""
+    global _log_callback
+    try:
+        from llama_cpp import llama_cpp as library
+    except ImportError as error:
+        raise UnsupportedError(
+            "llama.cpp is not installed", fix="install it with `pip install 'hotcold[bench]'`"
+        ) from error
+    if _log_callback is None:
+
+        def remember(level: int, text: bytes, _: object) -> None:
+            if level == _LOG_ERROR:
+                _errors.append(text.decode("utf-8", "replace").strip())
+
+        _log_callback = library.llama_log_callback(remember)
+        library.llama_log_set(_log_callback, ctypes.c_void_p(0))
+        library.llama_backend_init()
+    return library
+
+
+class LlamaCpp:
+    """A GGUF model in llama.cpp, on the CPU.
+
+    `seconds` is the time spent in `llama_decode` since `reset()`. Logits are float32.
+    Raises UnsupportedError where llama-cpp-python is missing or refuses the model, InputError where there is
+    no such file or the context is full.
+    """
+
+    def __init__(self, path: str | Path, *, n_threads: int, n_ctx: int = 2048) -> None:
+        self._lib = _library()
+        self.path, self.n_ctx, self.n_threads = Path(path), n_ctx, n_threads
+        if not self.path.is_file():
+            raise InputError("no such file", where=self.path, expected="a GGUF model")
+        model = self._load_model()
+        self.n_vocab: int = self._lib.llama_vocab_n_tokens(self._lib.llama_model_get_vocab(model))
+        self._context = self._make_context(model)
+        self._batch = self._lib.llama_batch_init(_BATCH, 0, 1)
+        self._memory = self._lib.llama_get_memory(self._context)
+        self._close = weakref.finalize(self, _free, self._lib, self._batch, self._context, model)
+        self.position, self.seconds = 0, 0.0
+
+    def _load_model(self) -> object:
+        parameters = self._lib.llama_model_default_params()
+        parameters.n_gpu_layers = 0
+        _errors.clear()
+        model = self._lib.llama_model_load_from_file(str(self.path).encode(), parameters)
+        if not model:
+            reason = f": {_errors[0]}" if _errors else ""
+            raise UnsupportedError(f"llama.cpp cannot load this model{reason}", where=self.path)
+        return model
+
+    def _make_context(self, model: object) -> object:
+        parameters = self._lib.llama_context_default_params()
+        parameters.n_ctx = self.n_ctx
+        parameters.n_batch = parameters.n_ubatch = _BATCH
+        parameters.n_threads = parameters.n_threads_batch = self.n_threads
+        context = self._lib.llama_init_from_model(model, parameters)
+        if not context:
+            self._lib.llama_model_free(model)
+            raise UnsupportedError(
+                "llama.cpp cannot make a context", where=self.path, got=f"{self.n_ctx} positions"
+            )
+        return context
+
+    def reset(self) -> None:
+        """Forget the sequence, and set the stopwatch to zero."""
+        self._lib.llama_memory_clear(self._memory, False)
+        self.position, self.seconds = 0, 0.0
+
+    def prefill(self, ids: Sequence[int] | np.ndarray, all_logits: bool = False) -> np.ndarray:
+        """Process a block; returns logits float32 [n_vocab] after the last token, or [len(ids), n_vocab]."""
+        ids = np.asarray(ids, dtype=np.int32)
+        blocks = [ids[at : at + _BATCH] for at in range(0, len(ids), _BATCH)]
+        if all_logits:
+            return np.concatenate([self._decode(block, every=True) for block in blocks])
+        for block in blocks:
+            logits = self._decode(block, every=False)
+        return logits[0]
+
+    def decode(self, token: int) -> np.ndarray:
+        """Process one token; returns logits float32 [n_vocab]."""
+        return self._decode(np.array([token], dtype=np.int32), every=False)[0]
+
+    def _decode(self, ids: np.ndarray, *, every: bool) -> np.ndarray:
+        """One `llama_decode`; logits [len(ids) if every else 1, n_vocab]."""
+        n = len(ids)
+        if self.position + n > self.n_ctx:
+            raise InputError("the context is full", got=self.position + n, expected=f"at most {self.n_ctx}")
+        self._fill_batch(ids, every)
+        start = time.perf_counter()
+        status = self._lib.llama_decode(self._context, self._batch)
+        self._lib.llama_synchronize(self._context)
+        self.seconds += time.perf_counter() - start
+        if status != 0:
+            raise UnsupportedError("llama_decode failed", where=self.path, got=f"status {status}", expected=0)
+        self.position += n
+        rows = self._lib.llama_get_logits(self._context)
+        return np.ctypeslib.as_array(rows, shape=(n if every else 1, self.n_vocab)).copy()
+
+    def _fill_batch(self, ids: np.ndarray, every: bool) -> None:
+        n, batch = len(ids), self._batch
+        batch.n_tokens = n
+        np.ctypeslib.as_array(batch.token, shape=(n,))[:] = ids
+        np.ctypeslib.as_array(batch.pos, shape=(n,))[:] = np.arange(self.position, self.position + n)
+        for index in range(n):
+            batch.n_seq_id[index] = 1
+            batch.seq_id[index][0] = 0
+            batch.logits[index] = every or index == n - 1
+
+    def close(self) -> None:
+        """Free the model and its cache; the object is of no use afterwards."""
+        self._close()
+
+
+def _free(library: ModuleType, batch: object, context: object, model: object) -> None:
+    library.llama_batch_free(batch)
+    library.llama_free(context)
+    library.llama_model_free(model)
