@@ -1,0 +1,50 @@
+"""What the runtime really computed: neurons fired, predicted and missed, and the ratios shown to users."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+__all__ = ["Stats"]
+
+
+@dataclass(frozen=True, slots=True)
+class Stats:
+    """Counts per layer, summed over `tokens` tokens; every array is int64 [n_layers].
+
+    `fired` counts neurons that were computed and gave act(gate)·up != 0, `predicted` those that were not
+    skipped outright (in `dense` and `exact` mode all of them), `missed` those that would have fired but were
+    skipped. Finding the missed ones takes a dense FFN beside the sparse one: counted only if `audit` is on.
+    """
+
+    tokens: int
+    d_ff: int
+    fired: np.ndarray
+    predicted: np.ndarray
+    missed: np.ndarray
+    audit: bool = False
+
+    @property
+    def sparsity(self) -> float:
+        """Share of neurons that did not fire, mean over layers and tokens (ProSparse, section 3.1)."""
+        return self._share_left_out(self.fired)
+
+    @property
+    def predicted_sparsity(self) -> float:
+        """Share of neurons that were predicted inactive, mean over layers and tokens."""
+        return self._share_left_out(self.predicted)
+
+    @property
+    def recall(self) -> float:
+        """Share of firing neurons that were computed, mean over layers; NaN without `audit`."""
+        if not self.audit or not self.tokens:
+            return float("nan")
+        would_fire = self.fired + self.missed
+        # A layer in which nothing would fire has missed nothing.
+        per_layer = np.where(would_fire > 0, self.fired / np.maximum(would_fire, 1), 1.0)
+        return float(per_layer.mean())
+
+    def _share_left_out(self, counts: np.ndarray) -> float:
+        """NaN before the first token."""
+        return float(1.0 - counts.mean() / (self.tokens * self.d_ff)) if self.tokens else float("nan")
