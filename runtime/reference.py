@@ -44,26 +44,26 @@ class _Shape:
 
     @classmethod
     def read(cls, file: GGUFFile, path: Path) -> Self:
-        arch = file.metadata["general.architecture"]
+        arch = file.require("general.architecture", str)
         if arch not in ("llama", "smallthinker"):
             raise UnsupportedError(
                 "unknown model architecture", where=path, got=arch, expected="llama, smallthinker"
             )
 
-        def key(name: str, default: Any = None) -> Any:
-            value = file.metadata.get(f"{arch}.{name}", default)
-            if value is None:
-                raise FormatError("missing metadata key", where=path, field=f"{arch}.{name}")
-            return value
+        def key(name: str, default: float | None = None) -> Any:
+            return file.metadata.get(f"{arch}.{name}", default)
 
-        n_heads = key("attention.head_count")
+        def required(name: str) -> Any:
+            return file.require(f"{arch}.{name}", (int, float))
+
+        n_heads = required("attention.head_count")
         return cls(
-            n_layers=key("block_count"),
+            n_layers=required("block_count"),
             n_heads=n_heads,
             n_kv_heads=key("attention.head_count_kv", n_heads),
-            head_dim=key("attention.key_length", key("embedding_length") // n_heads),
+            head_dim=key("attention.key_length", required("embedding_length") // n_heads),
             rope_base=key("rope.freq_base", 10000.0),
-            norm_eps=key("attention.layer_norm_rms_epsilon"),
+            norm_eps=required("attention.layer_norm_rms_epsilon"),
             # llama.cpp permutes q and k of `llama` files so that pairs to be rotated are neighbours.
             interleaved_rope=arch == "llama",
             activation=_activation_name(file, arch),
@@ -103,7 +103,7 @@ class _Weights:
 
 @dataclass(frozen=True, slots=True)
 class _Predictor:
-    """A neuron is computed iff hot or `fc2 · relu(fc1 · x) >= threshold`; x is the residual before the norm."""
+    """A neuron is computed iff hot or `fc2 · relu(fc1 · x) >= threshold`; x: residual before the norm."""
 
     fc1: Tensor  # [rank, d_model]
     fc2: Tensor  # [d_ff, rank]
@@ -154,13 +154,12 @@ def _read_predictors(file: GGUFFile, weights: _Weights, n_layers: int, d_ff: int
     one_for_all = file.metadata.get("powerinfer.sparse_threshold", 0.0)
     thresholds = file.metadata.get("hotcold.predictor.thresholds", [one_for_all] * n_layers)
     counts = file.metadata.get("hotcold.hot.counts", [0] * n_layers)
-    indices = np.split(
-        np.asarray(file.metadata.get("hotcold.hot.neurons", []), np.int64), np.cumsum(counts)[:-1]
-    )
+    indices = np.asarray(file.metadata.get("hotcold.hot.neurons", []), np.int64)
+    hot_of_layer = np.split(indices, np.cumsum(counts))  # and what is left over, which nobody asks for
     predictors = []
     for i in range(n_layers):
         hot = torch.zeros(d_ff, dtype=torch.bool)
-        hot[torch.from_numpy(indices[i])] = True
+        hot[torch.from_numpy(hot_of_layer[i])] = True
         fc1, fc2 = weights(f"blk.{i}.fc1.weight"), weights(f"blk.{i}.fc2.weight")
         predictors.append(_Predictor(fc1, fc2, float(thresholds[i]), hot))
     return predictors
