@@ -1,0 +1,186 @@
+"""Speed beside quality: hotcold in each mode and llama.cpp dense, alternately, on the same text.
+
+A shared machine drifts by a third within minutes and every program drifts with it, so the sides take turns
+inside each round, in an order that changes from round to round, and a ratio is the median of the rounds' own
+ratios. Tokens are those of a text, not random ones: how many neurons fire depends on the text. They are fed
+whatever the engine would have said (teacher forcing), so that all sides compute the same positions. Only
+computing is timed (`Side.seconds`), and one run of each side before the first round is not counted.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from hotcold.errors import InputError
+from hotcold.eval.perplexity import Quality, compare
+from hotcold.eval.results import Activity, Report, Row, Spread
+from hotcold.eval.roofline import Roofline, dense_bytes_per_token, read_bandwidth
+from hotcold.eval.sides import EngineSide, Peer, Side
+from hotcold.progress import Progress
+
+__all__ = ["Plan", "Segment", "bench", "segments"]
+
+_SETTLE_S = 0.02  # idle worker threads of the side before spin for some milliseconds before they sleep
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How much is run: `rounds` rounds of `n_prompt` tokens in one block and `n_gen` one at a time."""
+
+    rounds: int
+    n_prompt: int
+    n_gen: int
+
+    def __post_init__(self) -> None:
+        for name in ("rounds", "n_prompt", "n_gen"):
+            if getattr(self, name) < 1:
+                raise InputError("must be at least 1", where=name, got=getattr(self, name))
+
+    @property
+    def n_tokens(self) -> int:
+        return self.rounds * (self.n_prompt + self.n_gen)
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """The tokens of one round, int32: a block of `prompt`, then `generated` one at a time."""
+
+    prompt: np.ndarray
+    generated: np.ndarray
+
+    @property
+    def middle(self) -> int:
+        """The mean position of the generated tokens, which sets the size of the KV cache."""
+        return len(self.prompt) + len(self.generated) // 2
+
+
+@dataclass(frozen=True, slots=True)
+class _Speed:
+    """Tokens per second of one side in one round."""
+
+    prompt: float
+    generation: float
+
+
+_Round = Mapping[str, _Speed]
+
+
+def segments(ids: np.ndarray, plan: Plan) -> list[Segment]:
+    """One segment per round, each its own piece of the text; ids int32 [plan.n_tokens]."""
+    pieces = ids.reshape(plan.rounds, plan.n_prompt + plan.n_gen)
+    return [Segment(piece[: plan.n_prompt], piece[plan.n_prompt :]) for piece in pieces]
+
+
+def bench(
+    peers: Mapping[str, Peer],
+    ours: Mapping[str, EngineSide],
+    texts: Sequence[Segment],
+    windows: Sequence[np.ndarray],
+    *,
+    truth: str,
+    n_threads: int,
+) -> Report:
+    """Time all sides on `texts`, then measure the quality of each on `windows`.
+
+    `peers` are llama.cpp on dense files of the same weights; ratios are to the fastest of them. `truth` names
+    the one that computes the same function as ours: KL and same-top-1 are against it, and the other peers,
+    which compute something else at the same cost, get no quality.
+    """
+    found, bandwidth = _rounds({**peers, **ours}, texts, n_threads)
+    activity = {name: _activity(side, texts) for name, side in ours.items()}
+    parts = {name: dense_bytes_per_token(peer.path, texts[0].middle) for name, peer in peers.items()}
+    parts |= {name: of.parts for name, of in activity.items()}
+    quality = _quality({truth: peers[truth], **ours}, windows, truth)
+    baseline = {metric: _fastest(found, metric, list(peers)) for metric in ("prompt", "generation")}
+    rows = [
+        Row(
+            side=name,
+            prompt=_spread(found, "prompt", name),
+            generation=_spread(found, "generation", name),
+            ratio_prompt=_ratio(found, "prompt", name, baseline["prompt"]),
+            ratio=_ratio(found, "generation", name, baseline["generation"]),
+            roofline=Roofline(parts[name], bandwidth.median),
+            activity=activity.get(name),
+            quality=quality.get(name),
+        )
+        for name in (*peers, *ours)
+    ]
+    return Report(rows, baseline["generation"], bandwidth)
+
+
+def _rounds(
+    sides: Mapping[str, Side], texts: Sequence[Segment], n_threads: int
+) -> tuple[list[_Round], Spread]:
+    """Speeds of all sides in each round, and the machine's read bandwidth (GB/s) in the same minutes."""
+    names = list(sides)
+    found: list[_Round] = []
+    bandwidth: list[float] = []
+    with Progress("bench", total=(len(texts) + 1) * len(names), unit="run") as progress:
+        for index, segment in enumerate([texts[0], *texts]):
+            bandwidth.append(read_bandwidth(n_threads))
+            speeds = {}
+            for name in _order(names, index):
+                time.sleep(_SETTLE_S)
+                speeds[name] = _time(sides[name], segment)
+                progress.advance(1, side=name, tok_s=speeds[name].generation)
+            found.append(speeds)
+    return found[1:], Spread.of(bandwidth[1:])  # the first round was the warm-up
+
+
+def _order(names: Sequence[str], index: int) -> list[str]:
+    """Rotated by one each round, and turned around every other round, so that neighbours change too."""
+    turn = index % len(names)
+    rotated = [*names[turn:], *names[:turn]]
+    return rotated if index % 2 == 0 else rotated[::-1]
+
+
+def _time(side: Side, segment: Segment) -> _Speed:
+    side.reset()
+    side.prefill(segment.prompt)
+    prompt_s = side.seconds
+    for token in segment.generated:
+        side.decode(int(token))
+    generation_s = side.seconds - prompt_s
+    return _Speed(len(segment.prompt) / prompt_s, len(segment.generated) / generation_s)
+
+
+def _activity(side: EngineSide, texts: Sequence[Segment]) -> Activity:
+    """An untimed pass over the timed tokens, in which the engine also looks at what it would have skipped."""
+    engine = side.engine
+    engine.reset_stats()
+    engine.audit = True
+    for segment in texts:
+        engine.reset()
+        engine.prefill(segment.prompt)
+        for token in segment.generated:
+            engine.decode(int(token))
+    stats = engine.stats()
+    engine.audit = False
+    parts = engine.bytes_per_token(texts[0].middle)
+    return Activity(stats.sparsity, stats.predicted_sparsity, stats.recall, parts)
+
+
+def _quality(sides: Mapping[str, Side], windows: Sequence[np.ndarray], truth: str) -> dict[str, Quality]:
+    total = sum(len(ids) for ids in windows) * len(sides)
+    with Progress("quality", total=total, unit="tok") as progress:
+        return compare(sides, windows, truth, progress.advance)
+
+
+def _samples(found: Sequence[_Round], metric: str, name: str) -> np.ndarray:
+    return np.array([getattr(speeds[name], metric) for speeds in found])
+
+
+def _spread(found: Sequence[_Round], metric: str, name: str) -> Spread:
+    return Spread.of(_samples(found, metric, name))
+
+
+def _ratio(found: Sequence[_Round], metric: str, name: str, baseline: str) -> Spread:
+    return Spread.of(_samples(found, metric, name) / _samples(found, metric, baseline))
+
+
+def _fastest(found: Sequence[_Round], metric: str, names: Sequence[str]) -> str:
+    return max(names, key=lambda name: _spread(found, metric, name).median)

@@ -1,0 +1,60 @@
+"""What a figure was measured on: a speed without its machine says nothing."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from hotcold import __version__
+
+__all__ = ["cpu_count", "describe"]
+
+# of the many flags a CPU lists, those that decide which kernels run
+_ISA_FLAGS = ("avx2", "fma", "f16c", "avx_vnni", "avx512f", "avx512bw", "avx512_vnni", "avx512_bf16", "asimd")
+_PACKAGES = ("torch", "transformers", "numpy", "gguf", "tokenizers", "llama-cpp-python")
+
+
+def cpu_count() -> int:
+    """CPUs that this process may use, which in a container are often fewer than the machine has."""
+    return len(os.sched_getaffinity(0))
+
+
+def describe() -> dict[str, object]:
+    """CPU name, cores, ISA flags, last-level cache, memory (GiB), kernel, Python and package versions."""
+    cpu = _cpuinfo()
+    flags = cpu.get("flags", cpu.get("Features", "")).split()
+    return {
+        "cpu": cpu.get("model name") or platform.processor() or platform.machine(),
+        "cores": cpu_count(),
+        "isa": [flag for flag in _ISA_FLAGS if flag in flags],
+        "l3": _l3(),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "system": f"{platform.system()} {platform.release()}",
+        "python": platform.python_version(),
+        "hotcold": __version__,
+        "versions": {name: found for name in _PACKAGES if (found := _version(name))},
+    }
+
+
+def _cpuinfo() -> dict[str, str]:
+    """The first processor's entry of /proc/cpuinfo; empty where there is no such file."""
+    path = Path("/proc/cpuinfo")
+    if not path.exists():
+        return {}
+    lines = (line.partition(":") for line in path.read_text().split("\n\n")[0].splitlines())
+    return {key.strip(): value.strip() for key, _, value in lines}
+
+
+def _l3() -> str | None:
+    """Size of the last-level cache as the kernel writes it, such as `32768K`."""
+    path = Path("/sys/devices/system/cpu/cpu0/cache/index3/size")
+    return path.read_text().strip() if path.exists() else None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

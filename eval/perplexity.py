@@ -1,0 +1,97 @@
+"""Quality of one engine or of several on the same windows: perplexity, and the distance to a reference.
+
+Perplexity is exp of the mean negative log-likelihood (nll) over all scored positions. Its standard error is
+ppl · sd(nll) / sqrt(n) (first-order, as llama.cpp's `llama-perplexity` gives it). Against a reference:
+the share of positions with the same most likely token, and the mean of KL(reference ‖ engine) in nats.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from hotcold.eval.sides import Side
+
+__all__ = ["Quality", "compare", "perplexity"]
+
+_ROWS = (
+    64  # positions worked at a time: 64 x 49k float32 logits are 12 MB, which caches like better than 100 MB
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Quality:
+    """What an engine's distributions are worth. `same_top` (share) and `kl` (nats) need a reference."""
+
+    ppl: float
+    stderr: float
+    tokens: int
+    same_top: float | None = None
+    kl: float | None = None
+
+
+@dataclass(slots=True)
+class _Tally:
+    nll: list[np.ndarray] = field(default_factory=list)
+    same_top: list[np.ndarray] = field(default_factory=list)
+    kl: list[np.ndarray] = field(default_factory=list)
+
+    def quality(self) -> Quality:
+        nll = np.concatenate(self.nll).astype(np.float64)
+        ppl = math.exp(nll.mean())
+        spread = nll.std(ddof=1) if len(nll) > 1 else 0.0
+        same_top = float(np.concatenate(self.same_top).mean()) if self.same_top else None
+        kl = float(np.concatenate(self.kl).mean()) if self.kl else None
+        return Quality(ppl, float(ppl * spread / math.sqrt(len(nll))), len(nll), same_top, kl)
+
+
+def perplexity(
+    side: Side, windows: Sequence[np.ndarray], on_tokens: Callable[[int], None] = lambda _: None
+) -> Quality:
+    """Perplexity of one engine; `on_tokens` is told how many tokens were worked, for progress bars."""
+    return compare({"it": side}, windows, on_tokens=on_tokens)["it"]
+
+
+def compare(
+    sides: Mapping[str, Side],
+    windows: Sequence[np.ndarray],
+    reference: str | None = None,
+    on_tokens: Callable[[int], None] = lambda _: None,
+) -> dict[str, Quality]:
+    """Quality of each side on the same windows; the others are held against the side named `reference`."""
+    tallies = {name: _Tally() for name in sides}
+    for ids in windows:
+        truth = _logits(sides[reference], ids) if reference else None
+        for name, side in sides.items():
+            is_truth = name == reference and truth is not None
+            logits = truth if is_truth else _logits(side, ids)
+            _score(tallies[name], logits, ids[1:], None if is_truth else truth)
+            on_tokens(len(ids))
+    return {name: tally.quality() for name, tally in tallies.items()}
+
+
+def _logits(side: Side, ids: np.ndarray) -> np.ndarray:
+    """float32 [len(ids) - 1, n_vocab]: what each position after the first is predicted from."""
+    side.reset()
+    return side.prefill(ids, all_logits=True)[:-1]
+
+
+def _score(tally: _Tally, logits: np.ndarray, targets: np.ndarray, truth: np.ndarray | None) -> None:
+    """Add one window: logits and truth float32 [n, n_vocab], targets int [n]."""
+    for at in range(0, len(targets), _ROWS):
+        rows = slice(at, at + _ROWS)
+        log_p = _log_softmax(logits[rows])
+        tally.nll.append(-np.take_along_axis(log_p, targets[rows, None].astype(np.intp), axis=1)[:, 0])
+        if truth is not None:
+            log_t = _log_softmax(truth[rows])
+            tally.same_top.append(log_p.argmax(axis=1) == log_t.argmax(axis=1))
+            tally.kl.append((np.exp(log_t) * (log_t - log_p)).sum(axis=1, dtype=np.float64))
+
+
+def _log_softmax(logits: np.ndarray) -> np.ndarray:
+    """Row-wise, float32, safe for large logits."""
+    shifted = logits - logits.max(axis=1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))

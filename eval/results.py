@@ -1,0 +1,67 @@
+"""What a benchmark found, as plain values: rows of speed with the quality that was paid for it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from statistics import median
+
+from hotcold.eval.perplexity import Quality
+from hotcold.eval.roofline import Roofline
+
+__all__ = ["Activity", "Report", "Row", "Spread"]
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """Median, smallest and largest of the repetitions."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, samples: Sequence[float]) -> Spread:
+        return cls(float(median(samples)), float(min(samples)), float(max(samples)))
+
+
+@dataclass(frozen=True, slots=True)
+class Activity:
+    """What one of our modes computed on the benchmark's tokens; `parts` are bytes per token.
+
+    `recall` is NaN in modes that predict nothing.
+    """
+
+    sparsity: float
+    predicted_sparsity: float
+    recall: float
+    parts: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One side. Speeds in tokens/s; ratios are to the fastest llama.cpp, from paired rounds."""
+
+    side: str
+    prompt: Spread
+    generation: Spread
+    ratio_prompt: Spread
+    ratio: Spread
+    roofline: Roofline
+    activity: Activity | None = None
+    quality: Quality | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """All rows of one benchmark, with what they were measured on.
+
+    `baseline` names the row that ratios of generation are taken to. `settings` and `machine` are shown as
+    they are.
+    """
+
+    rows: Sequence[Row]
+    baseline: str
+    bandwidth: Spread
+    settings: Mapping[str, object] = field(default_factory=dict)
+    machine: Mapping[str, object] = field(default_factory=dict)

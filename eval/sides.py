@@ -1,0 +1,127 @@
+"""One face for everything that is measured: an engine with a stopwatch.
+
+A side is hotcold in one mode or llama.cpp. `seconds` grows only while the engine computes, so that making
+batches and looking at logits is charged to no one.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+
+from hotcold.errors import FormatError, InputError
+
+if TYPE_CHECKING:
+    from hotcold.runtime.engine import Engine
+
+__all__ = ["LLAMA_CPP", "MODES", "EngineSide", "Peer", "Side", "bundle_file", "open_peers", "open_side"]
+
+LLAMA_CPP = "llama.cpp"
+MODES = ("dense", "exact", "predicted", "auto")
+
+
+class Side(Protocol):
+    """What a benchmark asks of an engine. Ids are integers, logits float32."""
+
+    n_vocab: int
+    n_ctx: int
+    seconds: float
+
+    def reset(self) -> None:
+        """Forget the sequence and set `seconds` to zero."""
+
+    def prefill(self, ids: Sequence[int] | np.ndarray, all_logits: bool = False) -> np.ndarray:
+        """Logits [n_vocab] after the block, or [len(ids), n_vocab]."""
+
+    def decode(self, token: int) -> np.ndarray:
+        """Logits [n_vocab] after one more token."""
+
+
+class Peer(Side, Protocol):
+    """A side that is not ours; `path` is the dense file that it reads."""
+
+    path: Path
+
+
+class EngineSide:
+    """hotcold's engine with a stopwatch; `engine` gives its statistics."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.n_vocab, self.n_ctx = engine.n_vocab, engine.n_ctx
+        self.seconds = 0.0
+
+    def reset(self) -> None:
+        self.engine.reset()
+        self.seconds = 0.0
+
+    def prefill(self, ids: Sequence[int] | np.ndarray, all_logits: bool = False) -> np.ndarray:
+        start = time.perf_counter()
+        logits = self.engine.prefill(ids, all_logits=all_logits)
+        self.seconds += time.perf_counter() - start
+        return logits
+
+    def decode(self, token: int) -> np.ndarray:
+        start = time.perf_counter()
+        logits = self.engine.decode(token)
+        self.seconds += time.perf_counter() - start
+        return logits
+
+
+def open_side(bundle: str | Path, mode: str, *, n_threads: int, n_ctx: int) -> Side:
+    """Load a bundle in a mode of ours, or its dense file in llama.cpp.
+
+    Raises InputError for an unknown mode, and what the engines raise for files they cannot take.
+    """
+    if mode == LLAMA_CPP:
+        from hotcold.eval.peers.llama_cpp import LlamaCpp
+
+        return LlamaCpp(bundle_file(bundle, "dense"), n_threads=n_threads, n_ctx=n_ctx)
+    if mode not in MODES:
+        raise InputError("unknown mode", got=mode, expected=" | ".join((*MODES, LLAMA_CPP)))
+    from hotcold.runtime.engine import Engine
+
+    return EngineSide(Engine.load(bundle, mode=mode, n_threads=n_threads, n_ctx=n_ctx))
+
+
+def open_peers(
+    bundle: str | Path, scratch: Path, *, n_threads: int, n_ctx: int
+) -> tuple[dict[str, Peer], str]:
+    """llama.cpp on each dense form of a bundle, and the name of the one that computes the bundle's function.
+
+    The second form, a plain `llama` twin of a `smallthinker` file, is written into the folder `scratch`.
+    """
+    from hotcold.convert.gguf_read import GGUFFile
+    from hotcold.convert.llama_cpp import write_llama_twin
+    from hotcold.eval.peers.llama_cpp import LlamaCpp
+
+    dense, twin = bundle_file(bundle, "dense"), scratch / "twin.gguf"
+    if GGUFFile(dense).metadata.get("general.architecture") != "smallthinker":
+        return {LLAMA_CPP: LlamaCpp(dense, n_threads=n_threads, n_ctx=n_ctx)}, LLAMA_CPP
+    write_llama_twin(dense, twin)
+    names = {f"{LLAMA_CPP} (smallthinker)": dense, f"{LLAMA_CPP} (llama)": twin}
+    peers = {name: LlamaCpp(path, n_threads=n_threads, n_ctx=n_ctx) for name, path in names.items()}
+    return peers, next(iter(names))
+
+
+def bundle_file(bundle: str | Path, role: str) -> Path:
+    """The one file of a bundle with this role (`dense`, `sparse`), by its manifest.
+
+    Raises InputError where there is no bundle, FormatError where the manifest is broken or has no such file.
+    """
+    manifest = Path(bundle) / "manifest.json"
+    if not manifest.is_file():
+        raise InputError("no such bundle", where=bundle, fix="give a folder that `hotcold export` wrote")
+    try:
+        files: dict[str, dict[str, object]] = json.loads(manifest.read_text())["files"]
+        names = [name for name, entry in files.items() if entry["role"] == role]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise FormatError("not a bundle's manifest", where=manifest, got=repr(error)) from error
+    if len(names) != 1:
+        raise FormatError("wrong number of files", where=manifest, field=role, got=len(names), expected=1)
+    return Path(bundle) / names[0]
