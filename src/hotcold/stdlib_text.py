@@ -1,7 +1,7 @@
 """The English text that every Python carries: its language reference, docstrings and comments.
 
-It makes the demo work with nothing but an installed Python: megabytes of technical prose, free to use, the same
-on every machine with the same Python. Source files are parsed, never imported, so nothing is executed.
+It makes the demo work with nothing but an installed Python: megabytes of technical prose, free to use, the
+same on every machine with the same Python. Source files are parsed, never imported, so nothing is executed.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ _COMMENT_MARK = re.compile(r"^[ \t]*#+ ?", re.MULTILINE)
 def stdlib_documents() -> Iterator[tuple[str, str]]:
     """Yield (id, text) of each topic (`topic/NAME`) and each module (`module/a.b.c`) of the standard library.
 
-    The order is that of a hash of the id: fixed, and a fair sample wherever a reader stops. A paragraph that an
-    earlier document held is left out, so that no text is on both sides of a split by document.
+    The order is that of a hash of the id: fixed, and a fair sample wherever a reader stops. A paragraph that
+    an earlier document held is left out, so that no text is on both sides of a split by document.
     """
     seen: set[str] = set()
     sources = {**_topics(), **_modules()}

@@ -164,7 +164,7 @@ def _read_jsonl(path: Path) -> Iterator[Document]:
 
 
 def _text_of(record: object, where: str) -> str:
-    """The text-like field of a record: one with a usual name, else all its strings (a question and its answer)."""
+    """The text of a record: the field with a usual name, else all strings (a question and its answer)."""
     if isinstance(record, str):
         return record
     fields = record if isinstance(record, dict) else {}

@@ -1,0 +1,164 @@
+"""Running a model over text and recording, for each FFN layer, its input and which neurons fired.
+
+Each shard is computed from its own tokens alone, in windows that are run one by one: the same tokens always
+meet the same matrix shapes, so that a shard comes out byte for byte the same whenever it is computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+import numpy as np
+
+from hotcold import text
+from hotcold.errors import InputError
+from hotcold.predictor.trace_writer import TraceWriter
+from hotcold.progress import Progress
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+    from torch import Tensor, nn
+    from transformers import PreTrainedModel
+
+    from hotcold.checkpoint import FfnLayer
+
+__all__ = ["collect", "gather_tokens", "windows"]
+
+_FLOAT16_MAX = float(np.finfo(np.float16).max)
+
+
+def gather_tokens(
+    source: str, tokenizer: Tokenizer, n_tokens: int, heldout_share: float = 0.05
+) -> dict[str, np.ndarray]:
+    """Take `n_tokens` tokens of `source`, the last `heldout_share` of them from its held-out documents.
+
+    Returns the arrays of `tokens.safetensors`: `ids`, `document` int32 and `heldout` uint8, each [n_tokens].
+    InputError if a part of the text is too short.
+    """
+    n_heldout = max(1, round(n_tokens * heldout_share))
+    if n_tokens <= n_heldout:
+        raise InputError("too few tokens to hold some out", got=n_tokens, fix="give a larger --tokens")
+    train = _part(source, "train", tokenizer, n_tokens - n_heldout)
+    heldout = _part(source, "heldout", tokenizer, n_heldout)
+    lengths = [len(ids) for ids in train + heldout]
+    return {
+        "ids": np.concatenate(train + heldout),
+        "document": np.repeat(np.arange(len(lengths), dtype=np.int32), lengths),
+        "heldout": (np.arange(n_tokens) >= n_tokens - n_heldout).astype(np.uint8),
+    }
+
+
+def _part(source: str, part: str, tokenizer: Tokenizer, n_tokens: int) -> list[np.ndarray]:
+    try:
+        return text.token_stream(text.split(text.documents(source), part), tokenizer, n_tokens)
+    except InputError as error:
+        if error.expected is None:
+            raise
+        what = f"{error.what} for its {part} part"
+        raise InputError(what, where=source, got=error.got, expected=error.expected, fix=error.fix) from error
+
+
+def windows(document: np.ndarray, window: int) -> Iterator[slice]:
+    """Cut a shard, `document` [tokens], into runs of at most `window` tokens of one document."""
+    changes = np.flatnonzero(np.diff(document)) + 1
+    for start, stop in zip([0, *changes], [*changes, len(document)], strict=True):
+        for begin in range(start, stop, window):
+            yield slice(begin, min(begin + window, stop))
+
+
+def collect(
+    model: PreTrainedModel, layers: list[FfnLayer], tokens: dict[str, np.ndarray], writer: TraceWriter
+) -> None:
+    """Compute and commit the shards that `writer` misses; one shard of all layers is held in memory."""
+    run = writer.run
+    done = run.shard_slice(writer.next_shard).start
+    with Progress("collect", total=run.n_tokens, unit="tok", start=min(done, run.n_tokens)) as progress:
+        for shard in range(writer.next_shard, run.n_shards):
+            rows = run.shard_slice(shard)
+            recorder = _record(
+                model, layers, tokens["ids"][rows], tokens["document"][rows], run.window, progress
+            )
+            for layer, recorded in enumerate(recorder.layers):
+                writer.write(
+                    layer, shard, recorded.x, recorded.active, fired=recorded.fired, clipped=recorded.clipped
+                )
+
+
+def _record(
+    model: PreTrainedModel,
+    layers: list[FfnLayer],
+    ids: np.ndarray,
+    document: np.ndarray,
+    window: int,
+    progress: Progress,
+) -> _Recorder:
+    import torch
+
+    with _Recorder(layers, len(ids)) as recorder, torch.inference_mode():
+        for rows in windows(document, window):
+            recorder.rows = rows
+            # the base model: without the LM head, whose logits nobody wants
+            model.base_model(torch.from_numpy(ids[rows].astype(np.int64))[None], use_cache=False)
+            progress.advance(rows.stop - rows.start)
+    return recorder
+
+
+@dataclass(slots=True)
+class _Recorded:
+    """What one layer saw: x float16 [tokens, d_model], active uint8 [tokens, ceil(d_ff / 8)], and counts."""
+
+    x: np.ndarray
+    active: np.ndarray
+    fired: int = 0
+    clipped: int = 0
+
+
+class _Recorder:
+    """Hooks on every FFN layer that file what passes as `rows` of the shard, while the `with` block lasts."""
+
+    def __init__(self, layers: list[FfnLayer], n_tokens: int) -> None:
+        self.rows = slice(0, 0)
+        self.layers = [
+            _Recorded(
+                np.empty((n_tokens, layer.gate.in_features), np.float16),
+                np.empty((n_tokens, -(-layer.gate.out_features // 8)), np.uint8),
+            )
+            for layer in layers
+        ]
+        self._modules = layers
+        self._hooks: list = []
+
+    def __enter__(self) -> Self:
+        for number, (layer, recorded) in enumerate(zip(self._modules, self.layers, strict=True)):
+            self._hooks += [
+                layer.norm.register_forward_pre_hook(self._input_hook(recorded, number)),
+                layer.down.register_forward_pre_hook(self._active_hook(recorded)),
+            ]
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def _input_hook(self, recorded: _Recorded, layer: int) -> object:
+        def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            x = inputs[0][0].float().numpy()
+            if not np.isfinite(x).all():
+                raise InputError("activations are not finite", where=f"layer {layer}", fix="check the model")
+            recorded.clipped += int(np.count_nonzero(np.abs(x) > _FLOAT16_MAX))
+            recorded.x[self.rows] = np.clip(x, -_FLOAT16_MAX, _FLOAT16_MAX)
+
+        return hook
+
+    def _active_hook(self, recorded: _Recorded) -> object:
+        def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            active = (inputs[0][0] != 0).numpy()
+            recorded.fired += int(np.count_nonzero(active))
+            recorded.active[self.rows] = np.packbits(active, axis=-1, bitorder="little")
+
+        return hook

@@ -1,0 +1,266 @@
+"""The trace format: for each token and FFN layer, what went in and which neurons fired.
+
+A trace folder is layer-major, so that a predictor job reads only its own layer, and grows shard by shard:
+
+    run.json                                what was run: model, text, shapes
+    tokens.safetensors                      ids, document int32 [n_tokens]; heldout uint8 [n_tokens]
+    layer-017/shard-000042.safetensors      x float16 [tokens, d_model]; active uint8 [tokens, ceil(d_ff / 8)]
+    manifest.jsonl                          one line per committed shard, in the order of writing
+
+`x` is the residual stream before the FFN norm; bit j of `active` (little-endian) tells whether
+`act(gate_j)·up_j` was not zero. A shard without a line in the manifest does not exist, so a killed run leaves
+a valid prefix.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TypeVar, get_type_hints
+
+import numpy as np
+
+from hotcold.errors import FormatError, InputError, MismatchError
+
+__all__ = [
+    "TraceRun",
+    "TraceShard",
+    "Traces",
+    "check_tensor",
+    "read_manifest",
+    "read_tensors",
+    "sparsity",
+    "tokens_digest",
+]
+
+T = TypeVar("T")
+_FORMAT, _VERSION = "hotcold-traces", 1
+
+
+@dataclass(frozen=True, slots=True)
+class TraceRun:
+    """What a trace was made of (`run.json`). `model` and `text` are names for people."""
+
+    model: str
+    model_fingerprint: str
+    n_layers: int
+    d_model: int
+    d_ff: int
+    activation: str
+    text: str
+    text_sha256: str  # of `tokens.safetensors`, see `tokens_digest`
+    n_tokens: int
+    shard_tokens: int
+    window: int  # tokens of context at most
+    threads: int  # the last bits of a matmul depend on it, so a resumed run takes the same
+
+    @property
+    def n_shards(self) -> int:
+        """Shards per layer."""
+        return -(-self.n_tokens // self.shard_tokens)
+
+    def shard_slice(self, shard: int) -> slice:
+        """The tokens of one shard."""
+        return slice(shard * self.shard_tokens, min((shard + 1) * self.shard_tokens, self.n_tokens))
+
+    def to_json(self) -> dict[str, Any]:
+        """The content of `run.json`."""
+        return {"format": _FORMAT, "version": _VERSION, **asdict(self)}
+
+    @classmethod
+    def read(cls, folder: Path) -> TraceRun:
+        """Read `run.json`. InputError where there is none, FormatError where a field is missing or wrong."""
+        path = folder / "run.json"
+        if not path.is_file():
+            raise InputError(
+                "no traces here (no run.json)", where=folder, fix="make them with collect-traces"
+            )
+        values = _parse_json(path.read_bytes(), path, "content")
+        for name, expected in (("format", _FORMAT), ("version", _VERSION)):
+            if (got := values.pop(name, None)) != expected:
+                raise FormatError(
+                    "not traces of this version", where=path, field=name, got=repr(got), expected=expected
+                )
+        run = _from_fields(cls, values, path)
+        for name in ("n_layers", "d_model", "d_ff", "n_tokens", "shard_tokens", "window", "threads"):
+            if getattr(run, name) < 1:
+                raise FormatError("must be positive", where=path, field=name, got=getattr(run, name))
+        return run
+
+
+@dataclass(frozen=True, slots=True)
+class TraceShard:
+    """One line of the manifest: a committed shard of one layer."""
+
+    layer: int
+    shard: int
+    bytes: int
+    sha256: str
+    fired: int  # active bits in it
+    clipped: int  # values of x that did not fit into float16
+
+    @property
+    def file(self) -> str:
+        """Path inside the trace folder."""
+        return f"layer-{self.layer:03d}/shard-{self.shard:06d}.safetensors"
+
+    def line(self) -> str:
+        """The manifest line, without newline."""
+        return json.dumps(asdict(self))
+
+    def read(self, folder: Path) -> dict[str, np.ndarray]:
+        """Read the shard's tensors. FormatError if the file is missing, cut or altered."""
+        path = folder / self.file
+        try:
+            data = path.read_bytes()
+        except FileNotFoundError as error:
+            raise FormatError("listed in the manifest, but missing", where=path) from error
+        if len(data) != self.bytes:
+            raise FormatError(
+                "truncated shard", where=path, field="bytes", got=len(data), expected=self.bytes
+            )
+        digest = hashlib.sha256(data).hexdigest()
+        if digest != self.sha256:
+            raise FormatError("damaged shard", where=path, field="sha256", got=digest, expected=self.sha256)
+        return read_tensors(data, path)
+
+
+class Traces:
+    """A complete trace folder, for reading. Only `layer` touches the shards.
+
+    `run` tells what was run; `ids`, `document` int32 and `heldout` bool are arrays [n_tokens].
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        """Open a folder. InputError for a missing or unfinished one, FormatError for a broken one."""
+        self.folder = Path(folder)
+        self.run = TraceRun.read(self.folder)
+        tokens = _read_tokens(self.folder, self.run)
+        self.ids, self.document, self.heldout = tokens["ids"], tokens["document"], tokens["heldout"] != 0
+        self.shards = read_manifest(self.folder, self.run)
+        missing = self.run.n_layers * self.run.n_shards - len(self.shards)
+        if missing:
+            fix = "run the same collect-traces again to finish it"
+            raise InputError(
+                f"these traces are not complete, {missing} shards are missing", where=self.folder, fix=fix
+            )
+
+    def layer(self, layer: int) -> tuple[np.ndarray, np.ndarray]:
+        """`x` float16 [n_tokens, d_model] and packed `active` uint8 [n_tokens, ceil(d_ff / 8)] of one layer.
+
+        FormatError names the shard and the field that is wrong.
+        """
+        run = self.run
+        x = np.empty((run.n_tokens, run.d_model), np.float16)
+        active = np.empty((run.n_tokens, -(-run.d_ff // 8)), np.uint8)
+        for shard in self.shards:
+            if shard.layer == layer:
+                rows, tensors = run.shard_slice(shard.shard), shard.read(self.folder)
+                for name, target in (("x", x), ("active", active)):
+                    check_tensor(tensors, name, target[rows].shape, target.dtype, self.folder / shard.file)
+                    target[rows] = tensors[name]
+        return x, active
+
+    def sparsity(self) -> np.ndarray:
+        """Share of neurons that did not fire, float64 [n_layers]."""
+        return sparsity(self.run, self.shards)
+
+
+def sparsity(run: TraceRun, shards: list[TraceShard]) -> np.ndarray:
+    """Share of neurons that did not fire per layer, float64 [n_layers], by the manifest's counts."""
+    fired = np.zeros(run.n_layers)
+    for shard in shards:
+        fired[shard.layer] += shard.fired
+    return 1.0 - fired / (run.n_tokens * run.d_ff)
+
+
+def tokens_digest(tokens: Mapping[str, np.ndarray]) -> str:
+    """Hex sha256 over the arrays of `tokens.safetensors`, which ties a trace to its text and tokenizer."""
+    digest = hashlib.sha256()
+    for name in ("ids", "document", "heldout"):
+        digest.update(np.ascontiguousarray(tokens[name]).tobytes())
+    return digest.hexdigest()
+
+
+def read_manifest(folder: Path, run: TraceRun) -> list[TraceShard]:
+    """The committed shards: a prefix of all (shard, layer) pairs, shard-major.
+
+    An unfinished last line is ignored. FormatError for any other broken line, or one out of order.
+    """
+    path = folder / "manifest.jsonl"
+    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+    shards = [_parse_line(line, path, f"line {number}") for number, line in enumerate(lines, start=1)]
+    for number, shard in enumerate(shards):
+        expected = divmod(number, run.n_layers)
+        if (shard.shard, shard.layer) != expected or shard.shard >= run.n_shards:
+            got = f"shard {shard.shard} of layer {shard.layer}"
+            raise FormatError("out of order", where=path, field=f"line {number + 1}", got=got)
+    return shards
+
+
+def read_tensors(data: bytes, path: Path) -> dict[str, np.ndarray]:
+    """Parse a safetensors file. FormatError if it is none."""
+    from safetensors import SafetensorError
+    from safetensors.numpy import load
+
+    try:
+        return load(data)
+    except SafetensorError as error:
+        raise FormatError("is not a safetensors file", where=path, got=str(error)) from error
+
+
+def check_tensor(
+    tensors: Mapping[str, np.ndarray], name: str, shape: tuple[int, ...], dtype: np.dtype, path: Path
+) -> np.ndarray:
+    """The tensor `name`. FormatError if it is missing or has another shape or dtype."""
+    if name not in tensors:
+        raise FormatError("missing tensor", where=path, field=name)
+    tensor = tensors[name]
+    if tensor.shape != shape or tensor.dtype != dtype:
+        got, expected = f"{tensor.dtype} {list(tensor.shape)}", f"{dtype} {list(shape)}"
+        raise FormatError("wrong shape or dtype", where=path, field=name, got=got, expected=expected)
+    return tensor
+
+
+def _read_tokens(folder: Path, run: TraceRun) -> dict[str, np.ndarray]:
+    path = folder / "tokens.safetensors"
+    if not path.is_file():
+        raise FormatError("missing", where=path)
+    tensors = read_tensors(path.read_bytes(), path)
+    for name, dtype in (("ids", np.int32), ("document", np.int32), ("heldout", np.uint8)):
+        check_tensor(tensors, name, (run.n_tokens,), np.dtype(dtype), path)
+    if tokens_digest(tensors) != run.text_sha256:
+        raise MismatchError(
+            "is not of this run", where=path, got=tokens_digest(tensors), expected=run.text_sha256
+        )
+    return tensors
+
+
+def _parse_line(line: bytes, path: Path, field: str) -> TraceShard:
+    return _from_fields(TraceShard, _parse_json(line, path, field), path, prefix=f"{field}, ")
+
+
+def _parse_json(data: bytes, path: Path, field: str) -> dict[str, Any]:
+    try:
+        value = json.loads(data)
+    except ValueError as error:
+        raise FormatError("is not JSON", where=path, field=field, got=str(error)) from error
+    if not isinstance(value, dict):
+        raise FormatError("is not a JSON object", where=path, field=field)
+    return value
+
+
+def _from_fields(cls: type[T], values: Mapping[str, Any], path: Path, prefix: str = "") -> T:
+    """Make a dataclass of ints and strings; every field must be there, with its type, and no other."""
+    kinds = get_type_hints(cls)
+    for name in (*kinds, *values):
+        kind, got = kinds.get(name), values.get(name)
+        if type(got) is not kind:
+            expected = kind.__name__ if kind else "no such field"
+            raise FormatError(
+                "wrong or missing", where=path, field=prefix + name, got=repr(got), expected=expected
+            )
+    return cls(**values)
