@@ -8,13 +8,12 @@ from pathlib import Path
 import pytest
 
 D_MODEL, D_FF, N_LAYERS = 32, 44, 2
+SALAD = "the a cold hot neuron fires when rain falls on seven old roofs and nobody counts them twice"
 
 
 def write_text(path: Path, seed: int = 0, paragraphs: int = 400) -> Path:
     """Some 100 kB of word salad with blank lines, so that the reader finds many documents."""
-    words = (
-        "the a cold hot neuron fires when rain falls on seven old roofs and nobody counts them twice".split()
-    )
+    words = SALAD.split()
     rng = random.Random(seed)
     lines = (" ".join(rng.choices(words, k=60)) for _ in range(paragraphs))
     path.write_text("\n\n".join(lines))
