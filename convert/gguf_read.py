@@ -1,12 +1,12 @@
 """Read GGUF files that may be broken or hostile: every number is checked before it is used.
 
-The one way in which GGUF enters hotcold. The `gguf` package's reader makes Python objects of every array element,
-accepts overlapping, unaligned and wrapping tensors, and can be made to eat gigabytes by 160 bytes; here the file
-is mapped, sizes are Python integers (nothing wraps), and each count is bounded by the bytes that are left before
-anything is allocated for it. What is wrong comes as one FormatError with byte offset and field.
+The one way in which GGUF enters hotcold. The `gguf` package's reader makes Python objects of every array
+element, accepts overlapping, unaligned and wrapping tensors, and can be made to eat gigabytes by 160 bytes.
+Here the file is mapped, sizes are Python integers (nothing wraps), and each count is bounded by the bytes that
+are left before anything is allocated for it. What is wrong comes as one FormatError with offset and field.
 
-Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, versions 2 and 3, little endian. PowerInfer's
-files are the same with the magic `PWRI` and the type ids of November 2023.
+Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, versions 2 and 3, little endian.
+PowerInfer's files are the same with the magic `PWRI` and the type ids of November 2023.
 
 A mapped file must not shrink while it is in use: the operating system answers that with SIGBUS.
 """
@@ -87,7 +87,7 @@ def row_bytes(type_name: str, n: int) -> int:
 class GGUFFile:
     """A validated GGUF file.
 
-    `metadata` holds Python numbers and strings, lists of strings, and numeric arrays as read-only numpy views.
+    `metadata` holds Python numbers, strings, lists of strings, and read-only numpy views of numeric arrays.
 
     Raises InputError where the file cannot be opened, FormatError where it breaks the format.
     """

@@ -1,0 +1,87 @@
+"""`hotcold export`: a model and its predictors become a bundle of GGUF files."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from hotcold.errors import InputError
+
+HELP = "Write a model as GGUF: a dense file for llama.cpp, a sparse one for hotcold and PowerInfer, in one bundle."
+EXAMPLE = "hotcold export --model sparse/ --predictors predictors/ --quant q4_0 --out bundle/"
+
+_QUANTS = ["q4_0", "q8_0", "f16", "bf16", "f32"]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    add = parser.add_argument
+    add("--model", required=True, help="HF directory, .gguf file, hub id, or smollm2")
+    add(
+        "--predictors",
+        type=Path,
+        metavar="DIR",
+        help="predictor bundle; without it only the dense file is written",
+    )
+    add("--out", required=True, type=Path, metavar="DIR", help="the bundle to write")
+    add("--quant", default="q4_0", choices=_QUANTS, help="type of the matrices (default: %(default)s)")
+    add("--head-quant", choices=_QUANTS, help="type of embedding and head (default: that of --quant)")
+    add(
+        "--predictor-quant",
+        default="q8_0",
+        choices=_QUANTS,
+        help="type of the predictors (default: %(default)s)",
+    )
+    add("--name", help="base name of the files (default: that of the model)")
+    add(
+        "--hot-frequency", type=float, default=0.5, metavar="SHARE",
+        help="neurons that fire on this share of tokens are always computed (default: %(default)s)",
+    )  # fmt: skip
+
+
+def run(args: argparse.Namespace) -> int:
+    """Write the bundle and list its files on stdout."""
+    from hotcold.checkpoint import fingerprint, resolve
+    from hotcold.convert.export import ExportOptions, export_bundle
+    from hotcold.convert.hf_checkpoint import HFCheckpoint
+    from hotcold.convert.predictors import Predictors
+
+    if math.isnan(args.hot_frequency) or args.hot_frequency <= 0:
+        raise InputError("a share is above 0", where="--hot-frequency", got=args.hot_frequency)
+    path = Path(resolve(args.model))
+    options = ExportOptions(args.quant, args.head_quant, args.predictor_quant, args.hot_frequency)
+    predictors = Predictors(args.predictors) if args.predictors else None
+    with _hf_directory(args.model, path) as folder:
+        manifest = export_bundle(
+            HFCheckpoint(folder),
+            args.out,
+            name=args.name or (path.stem if path.is_file() else path.resolve().name),
+            fingerprint=fingerprint(args.model),
+            folder=folder,
+            predictors=predictors,
+            options=options,
+        )
+    for name, file in manifest["files"].items():
+        print(f"{file['bytes'] / 1e6:10.1f} MB  {file['role']:<10}{args.out / name}")
+    return 0
+
+
+@contextmanager
+def _hf_directory(model: str, path: Path) -> Iterator[Path]:
+    """The model as an HF directory: itself, or a GGUF file unpacked for the time being."""
+    if path.is_dir():
+        yield path
+        return
+    import tempfile
+
+    from hotcold.checkpoint import load_model, load_tokenizer, save
+    from hotcold.progress import log
+
+    log(f"{path.name}: weights are taken as this file holds them, with the loss of its own quantisation")
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) / path.stem
+        save(load_model(model), load_tokenizer(model), folder, like=model)
+        yield folder

@@ -1,0 +1,110 @@
+"""Dense GGUF files for stock llama.cpp.
+
+Its `llama` architecture always applies SiLU. A gated ReLU it has in one architecture only, `smallthinker`, a
+mixture of experts: with one expert, one expert used, a zero router, softmax gating (so that the expert's weight
+is 1) and no sliding window it computes a dense ReLU Llama. Its rotary pairs are Hugging Face's (NEOX).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hotcold.convert.architectures import ModelSpec, hyper_parameters, interleave_rope
+from hotcold.convert.gguf_read import GGUFFile, Tensor
+from hotcold.convert.gguf_write import TensorPlan, copied, planned, write_gguf
+from hotcold.convert.plans import Planner
+from hotcold.errors import UnsupportedError
+
+__all__ = ["architecture_of", "dense_metadata", "dense_plans", "is_exact", "write_llama_twin"]
+
+_SOFTMAX = 1  # llama.cpp: LLAMA_EXPERT_GATING_FUNC_TYPE_SOFTMAX
+_EXPERT_NAMES = {"ffn_gate_exps": "ffn_gate", "ffn_up_exps": "ffn_up", "ffn_down_exps": "ffn_down"}
+
+
+def architecture_of(spec: ModelSpec) -> str:
+    """The llama.cpp architecture that computes this model, or comes nearest (see `is_exact`)."""
+    return "llama" if spec.activation == "silu" else "smallthinker"
+
+
+def is_exact(spec: ModelSpec) -> bool:
+    """Whether llama.cpp computes the model's own function: it has no threshold above 0 and no dReLU."""
+    return spec.activation in ("silu", "relu", "fatrelu") and not any(spec.activation_thresholds)
+
+
+def dense_metadata(spec: ModelSpec) -> dict[str, Any]:
+    """`general.architecture` and the hyper-parameters of the dense form."""
+    architecture = architecture_of(spec)
+    metadata = {"general.architecture": architecture, **hyper_parameters(spec, architecture)}
+    if architecture == "smallthinker":
+        numbers = {"expert_count": 1, "expert_used_count": 1, "expert_gating_func": _SOFTMAX}
+        numbers["expert_feed_forward_length"] = spec.d_ff
+        metadata |= {f"{architecture}.{key}": np.uint32(value) for key, value in numbers.items()}
+    return metadata
+
+
+def dense_plans(planner: Planner) -> list[TensorPlan]:
+    """All tensors of the dense form; a tied head is left out, as llama.cpp then takes the embedding."""
+    spec = planner.spec
+    experts = architecture_of(spec) == "smallthinker"
+    plans = planner.embeddings(copy_tied=False)
+    for layer in range(spec.n_layers):
+        plans += planner.attention(layer, interleaved=not experts)
+        plans += _ffn(planner, layer, experts=experts)
+    return plans
+
+
+def _ffn(planner: Planner, layer: int, *, experts: bool) -> list[TensorPlan]:
+    d_model, d_ff = planner.spec.d_model, planner.spec.d_ff
+    shapes = {"ffn_gate": (d_ff, d_model), "ffn_up": (d_ff, d_model), "ffn_down": (d_model, d_ff)}
+    if not experts:
+        return [planner.layer_matrix(layer, name, shape) for name, shape in shapes.items()]
+    router = np.zeros((1, d_model), np.float32)
+    plans = [planned(f"blk.{layer}.ffn_gate_inp.weight", router.shape, "F32", lambda: router)]
+    for name, shape in shapes.items():
+        plans.append(planner.layer_matrix(layer, name, shape, _as_expert, (f"{name}_exps", (1, *shape))))
+    return plans
+
+
+def _as_expert(weight: np.ndarray) -> np.ndarray:
+    return weight[np.newaxis]
+
+
+def write_llama_twin(source: str | Path, target: str | Path) -> None:
+    """Write a one-expert `smallthinker` file's tensors, byte for byte, under the plain `llama` architecture.
+
+    llama.cpp then applies SiLU, so the text is nonsense; the file is there to measure the speed of a graph
+    without routing. UnsupportedError where `source` is not a one-expert file.
+    """
+    file = GGUFFile(source)
+    architecture = file.require("general.architecture", str)
+    if architecture != "smallthinker" or file.require("smallthinker.expert_count", int) != 1:
+        raise UnsupportedError("not a one-expert smallthinker file", where=source, got=architecture)
+    heads = {
+        "attn_q": file.require("smallthinker.attention.head_count", int),
+        "attn_k": file.require("smallthinker.attention.head_count_kv", int),
+    }
+    plans = [_twin(tensor, heads) for name, tensor in file.tensors.items() if ".ffn_gate_inp." not in name]
+    write_gguf(target, _twin_metadata(file), plans)
+
+
+def _twin(tensor: Tensor, heads: dict[str, int]) -> TensorPlan:
+    kind = tensor.name.split(".")[-2]
+    if kind in _EXPERT_NAMES:
+        return copied(tensor, tensor.name.replace(kind, _EXPERT_NAMES[kind]), tensor.shape[1:])
+    if kind in heads:  # rows are quantised one by one, so that their order can change as they are
+        rows = tensor.data.reshape(tensor.shape[0], -1)
+        return TensorPlan(tensor.name, tensor.shape, tensor.type, lambda: interleave_rope(rows, heads[kind]))
+    return copied(tensor)
+
+
+def _twin_metadata(file: GGUFFile) -> dict[str, Any]:
+    exact = {int: np.uint32, float: np.float32}
+    metadata: dict[str, Any] = {}
+    for key, value in file.metadata.items():
+        if ".expert_" not in key and not key.startswith("hotcold."):
+            renamed = key.replace("smallthinker.", "llama.", 1)
+            metadata[renamed] = exact.get(type(value), lambda same: same)(value)
+    return metadata | {"general.architecture": "llama"}

@@ -1,0 +1,74 @@
+"""PowerInfer's model files: GGUF v3 with the magic `PWRI`, neuron-major FFN matrices, a predictor per layer.
+
+What differs from a dense `llama` file (PowerInfer's convert.py and its loader of sparse tensors in llama.cpp):
+ffn_down is written transposed as `ffn_down_t`, so that a neuron is one row of gate, up and down; `fc1` and `fc2`
+are the predictor; `output.weight` must be there even when it is the embedding; any other tensor is an error.
+Other metadata is ignored there, so what PowerInfer cannot say stands under `hotcold.`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from hotcold.convert.architectures import ModelSpec, hyper_parameters
+from hotcold.convert.gguf_write import TensorPlan
+from hotcold.convert.plans import Planner
+from hotcold.convert.predictors import Predictors
+
+__all__ = ["ARCHITECTURE", "MAGIC", "runs_in_powerinfer", "sparse_metadata", "sparse_plans"]
+
+MAGIC = "PWRI"
+ARCHITECTURE = "llama"
+_DOWN_TYPES = ("F16", "Q4_0")  # PowerInfer's axpy kernels read any other type as F16: NaN or zero logits
+
+
+def sparse_metadata(spec: ModelSpec, predictors: Predictors, hot: list[np.ndarray]) -> dict[str, Any]:
+    """Architecture, hyper-parameters, predictor thresholds and hot neurons (`hot[layer]`: ascending indices).
+
+    PowerInfer knows one threshold for all layers; the least one keeps every neuron that ours keep.
+    """
+    return {
+        "general.architecture": ARCHITECTURE,
+        **hyper_parameters(spec, ARCHITECTURE),
+        "powerinfer.sparse_threshold": np.float32(min(predictors.thresholds)),
+        "hotcold.predictor.thresholds": np.asarray(predictors.thresholds, np.float32),
+        "hotcold.predictor.ranks": np.asarray(predictors.ranks, np.uint32),
+        "hotcold.hot.counts": np.asarray([len(indices) for indices in hot], np.uint32),
+        "hotcold.hot.neurons": np.concatenate(hot).astype(np.int32),
+    }
+
+
+def sparse_plans(planner: Planner, predictors: Predictors) -> list[TensorPlan]:
+    """All tensors of the sparse form."""
+    plans = planner.embeddings(copy_tied=True)
+    for layer in range(planner.spec.n_layers):
+        plans += planner.attention(layer, interleaved=True)
+        plans += _ffn(planner, layer) + _predictor(planner, predictors, layer)
+    return plans
+
+
+def _ffn(planner: Planner, layer: int) -> list[TensorPlan]:
+    d_model, d_ff = planner.spec.d_model, planner.spec.d_ff
+    return [
+        planner.layer_matrix(layer, "ffn_gate", (d_ff, d_model)),
+        planner.layer_matrix(layer, "ffn_up", (d_ff, d_model)),
+        planner.layer_matrix(
+            layer, "ffn_down", (d_model, d_ff), np.transpose, ("ffn_down_t", (d_ff, d_model))
+        ),
+    ]
+
+
+def _predictor(planner: Planner, predictors: Predictors, layer: int) -> list[TensorPlan]:
+    spec, kind, rank = planner.spec, planner.types.predictor, predictors.ranks[layer]
+    return [
+        planner.floats(f"blk.{layer}.fc1", (rank, spec.d_model), kind, lambda: predictors.fc1(layer)),
+        planner.floats(f"blk.{layer}.fc2", (spec.d_ff, rank), kind, lambda: predictors.fc2(layer)),
+    ]
+
+
+def runs_in_powerinfer(spec: ModelSpec, type_name: str) -> bool:
+    """Whether PowerInfer itself computes it rightly: a ReLU, head_dim · n_heads = d_model, F16 or Q4_0."""
+    plain = spec.activation in ("relu", "fatrelu") and not any(spec.activation_thresholds)
+    return plain and spec.head_dim * spec.n_heads == spec.d_model and type_name in _DOWN_TYPES

@@ -1,0 +1,73 @@
+"""Tensors to and from ggml's types.
+
+`gguf.quants` gives the bytes of ggml's reference quantisers (the tests compare the two), so what is written
+here is what llama.cpp's own tools would have written.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from gguf import quants
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+
+from hotcold.convert.gguf_read import Tensor
+from hotcold.errors import UnsupportedError
+
+__all__ = ["QUANTS", "dequantize", "quantize", "row_type", "type_of"]
+
+# what --quant takes -> ggml's type
+QUANTS = {"f32": "F32", "f16": "F16", "bf16": "BF16", "q8_0": "Q8_0", "q4_0": "Q4_0", "q4_1": "Q4_1",
+          "q5_0": "Q5_0", "q5_1": "Q5_1"}  # fmt: skip
+
+_CHUNK = 1 << 24  # elements quantised at a time: numpy's temporaries are several times as big
+
+
+def type_of(quant: str) -> str:
+    """The ggml type of a --quant name; UnsupportedError lists the known ones."""
+    if quant not in QUANTS:
+        raise UnsupportedError("unknown quantisation", got=quant, expected=" | ".join(QUANTS))
+    return QUANTS[quant]
+
+
+def row_type(type_name: str, n: int) -> str:
+    """`type_name`, or F16 where rows of `n` elements are not whole blocks of it."""
+    block, _ = GGML_QUANT_SIZES[GGMLQuantizationType[type_name]]
+    return "F16" if n % block else type_name
+
+
+def quantize(array: np.ndarray, type_name: str) -> np.ndarray:
+    """float [..., n] -> the ggml bytes of its rows, uint8 [..., bytes]; `n` a multiple of the block."""
+    kind = GGMLQuantizationType[type_name]
+    rows = array.reshape(-1, array.shape[-1])
+    step = max(1, _CHUNK // array.shape[-1])
+    parts = [_quantize_rows(rows[i : i + step], kind) for i in range(0, len(rows), step)]
+    return np.concatenate(parts).reshape(*array.shape[:-1], -1)
+
+
+def _quantize_rows(rows: np.ndarray, kind: GGMLQuantizationType) -> np.ndarray:
+    rows = np.ascontiguousarray(rows, dtype=np.float32)
+    with np.errstate(divide="ignore", invalid="ignore"):  # blocks of zeros have scale 0
+        return quants.quantize(rows, kind).view(np.uint8)
+
+
+def dequantize(tensor: Tensor) -> np.ndarray:
+    """A tensor's values, float32 of its shape. UnsupportedError for types that gguf cannot decode."""
+    try:
+        values = quants.dequantize(_typed(tensor), GGMLQuantizationType[tensor.type])
+    except NotImplementedError as error:
+        raise UnsupportedError(
+            "cannot decode this tensor type", where=tensor.name, got=tensor.type
+        ) from error
+    return values.astype(np.float32, copy=False).reshape(tensor.shape)
+
+
+def _typed(tensor: Tensor) -> np.ndarray:
+    native = {"F32": "<f4", "F16": "<f2"}
+    if tensor.type in native:
+        return tensor.data.view(native[tensor.type])
+    block, size = GGML_QUANT_SIZES[GGMLQuantizationType[tensor.type]]
+    return (
+        tensor.data.reshape(-1, tensor.shape[-1] // block * size)
+        if tensor.data.size
+        else tensor.data.reshape(0, size)
+    )

@@ -1,0 +1,160 @@
+"""`tokenizer.json` as the `tokenizer.ggml.*` metadata of GGUF, so that llama.cpp splits text the same way.
+
+llama.cpp knows pre-tokenizers by name (`tokenizer.ggml.pre`) and holds their rules in its code. Here the name
+is found from the structure of the pre-tokenizer; one that llama.cpp does not have is refused, not guessed.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from hotcold.convert.safetensors_read import read_json
+from hotcold.errors import FormatError, UnsupportedError
+
+__all__ = ["tokenizer_files", "tokenizer_metadata"]
+
+_NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5  # llama.cpp: enum llama_token_type
+_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "chat_template.jinja", "generation_config.json", "tokenizer.model", "vocab.json", "merges.txt",
+)  # fmt: skip
+
+_LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_GPT2_BYTES, _BYTES = ("ByteLevel", True), ("ByteLevel", False)  # with and without GPT-2's own pattern
+_PRE = {
+    (_GPT2_BYTES,): "gpt-2",
+    (("Digits", True), _GPT2_BYTES): "smollm",
+    (("Split", _LLAMA3), _BYTES): "llama-bpe",
+    (("Split", _LLAMA3.replace("{1,3}", "")), _BYTES): "qwen2",
+}
+
+
+def tokenizer_files(folder: Path) -> list[Path]:
+    """The files of an HF directory that belong to its tokenizer."""
+    return [folder / name for name in _FILES if (folder / name).is_file()]
+
+
+def tokenizer_metadata(folder: Path, n_vocab: int, config: dict[str, Any]) -> dict[str, Any]:
+    """The `tokenizer.*` metadata for a model of `n_vocab` embeddings, whose `config.json` is `config`.
+
+    Raises InputError or FormatError for missing or broken files, UnsupportedError for a tokenizer that is not
+    a byte-level BPE which llama.cpp has too.
+    """
+    path = folder / "tokenizer.json"
+    data = read_json(path)
+    tokens, types = _vocabulary(data, n_vocab, path)
+    settings = _settings(folder)
+    metadata: dict[str, Any] = {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": _pre_tokenizer(data, path),
+        "tokenizer.ggml.tokens": tokens,
+        # PowerInfer insists on scores; a byte-level BPE has none
+        "tokenizer.ggml.scores": np.zeros(n_vocab, np.float32),
+        "tokenizer.ggml.token_type": np.asarray(types, np.int32),
+        "tokenizer.ggml.merges": [m if isinstance(m, str) else " ".join(m) for m in data["model"]["merges"]],
+        "tokenizer.ggml.add_space_prefix": False,
+    }
+    ids = {token: i for i, token in enumerate(tokens)}
+    metadata |= _special_ids(settings, config, ids) | _added_ends(path, tokens)
+    if template := settings.get("chat_template"):
+        metadata["tokenizer.chat_template"] = template
+    return metadata
+
+
+def _vocabulary(data: dict[str, Any], n_vocab: int, path: Path) -> tuple[list[str], list[int]]:
+    model = data.get("model") or {}
+    if model.get("type") != "BPE" or model.get("byte_fallback"):
+        got = "byte-fallback BPE" if model.get("byte_fallback") else model.get("type")
+        raise UnsupportedError("unknown tokenizer model", where=path, got=got, expected="byte-level BPE")
+    added = {entry["id"]: entry for entry in data.get("added_tokens", [])}
+    names = {i: token for token, i in model["vocab"].items()}
+    names |= {i: entry["content"] for i, entry in added.items()}
+    if max(names, default=-1) >= n_vocab:
+        got = max(names) + 1
+        raise FormatError("more tokens than embeddings", where=path, field="vocab", got=got, expected=n_vocab)
+    tokens = [names.get(i, f"[PAD{i}]") for i in range(n_vocab)]
+    return tokens, [_type(i, names, added) for i in range(n_vocab)]
+
+
+def _type(i: int, names: dict[int, str], added: dict[int, dict[str, Any]]) -> int:
+    if i in added:
+        return _CONTROL if added[i].get("special") else _USER_DEFINED
+    return _NORMAL if i in names else _UNUSED
+
+
+def _pre_tokenizer(data: dict[str, Any], path: Path) -> str:
+    if data.get("normalizer"):
+        got = data["normalizer"].get("type")
+        if got not in ("NFC", None):  # llama.cpp leaves NFC out for Qwen, and so do we
+            raise UnsupportedError("normalizer", where=path, got=got, expected="none")
+    steps = tuple(map(_step, _flat(data.get("pre_tokenizer") or {})))
+    if steps not in _PRE:
+        expected = " | ".join(_PRE.values())
+        raise UnsupportedError(
+            "a pre-tokenizer that llama.cpp has not", where=path, got=steps, expected=expected
+        )
+    return _PRE[steps]
+
+
+def _flat(step: dict[str, Any]) -> list[dict[str, Any]]:
+    if step.get("type") == "Sequence":
+        return [leaf for inner in step["pretokenizers"] for leaf in _flat(inner)]
+    return [step]
+
+
+def _step(step: dict[str, Any]) -> tuple[str, Any]:
+    kind = step.get("type")
+    if kind == "Split" and step["behavior"] == "Isolated" and not step["invert"]:
+        return kind, step["pattern"].get("Regex")
+    if kind == "ByteLevel" and not step["add_prefix_space"]:
+        return kind, step.get("use_regex", True)
+    if kind == "Digits":
+        return kind, step["individual_digits"]
+    return str(kind), None
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    """`tokenizer_config.json`, with the chat template that transformers 5 keeps in a file of its own."""
+    path, template = folder / "tokenizer_config.json", folder / "chat_template.jinja"
+    settings = read_json(path) if path.is_file() else {}
+    if template.is_file():
+        settings["chat_template"] = template.read_text("utf-8")
+    if not isinstance(settings.get("chat_template"), str):
+        settings.pop("chat_template", None)
+    return settings
+
+
+def _special_ids(settings: dict[str, Any], config: dict[str, Any], ids: dict[str, int]) -> dict[str, Any]:
+    """Ids of the special tokens: by name from the tokenizer's settings, else by number from config.json."""
+    found = {}
+    for key, name in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
+        token = settings.get(f"{key}_token")
+        token = token.get("content") if isinstance(token, dict) else token
+        number = config.get(f"{key}_token_id")
+        number = number[0] if isinstance(number, list) and number else number
+        number = ids.get(token, number)
+        if isinstance(number, int) and 0 <= number < len(ids):
+            found[f"tokenizer.ggml.{name}_token_id"] = np.uint32(number)
+    return found
+
+
+def _added_ends(path: Path, tokens: list[str]) -> dict[str, bool]:
+    """Whether encoding puts a token before the text or after it, as seen by doing it."""
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises bare Exceptions
+        raise FormatError(f"not a tokenizer: {error}", where=path) from error
+    bare = tokenizer.encode("a", add_special_tokens=False).ids
+    full = tokenizer.encode("a").ids
+    before = next(i for i in range(len(full)) if full[i : i + len(bare)] == bare)
+    return {
+        "tokenizer.ggml.add_bos_token": before > 0,
+        "tokenizer.ggml.add_eos_token": len(full) > before + len(bare),
+    }
