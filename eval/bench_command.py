@@ -37,6 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of dense, exact, predicted, auto (default dense,exact,predicted)",
     )  # fmt: skip
     parser.add_argument("-o", "--output", default="md", choices=("md", "csv", "json", "jsonl"))
+    parser.add_argument("--save", metavar="FILE", help="write the JSON object to this file too")
     parser.add_argument(
         "--text", default="stdlib", metavar="SRC",
         help="file, glob, data set id, or stdlib: the held-out part of Python's own English text (default)",
@@ -54,14 +55,17 @@ def run(args: argparse.Namespace) -> int:
     import tempfile
     from pathlib import Path
 
+    from hotcold import storage
     from hotcold.eval import machine
     from hotcold.eval.bench import Plan
-    from hotcold.eval.report import render
+    from hotcold.eval.report import as_json_object, render
 
     plan = Plan(args.repetitions, args.n_prompt, args.n_gen)
     args.threads = args.threads or machine.cpu_count()
     with tempfile.TemporaryDirectory(prefix="hotcold-bench-") as scratch:
         report = _measure(args, plan, Path(scratch))
+    if args.save:
+        storage.write_json(args.save, as_json_object(report))
     print(render(report, args.output), flush=True)
     return 0
 
@@ -74,29 +78,16 @@ def _measure(args: argparse.Namespace, plan: Plan, scratch: Path) -> Report:
 
     tokenizer = windows.load_tokenizer(args.bundle)
     ids = windows.text_ids(args.text, tokenizer, plan.n_tokens + args.quality_tokens)
-    cut = windows.windows(ids[plan.n_tokens :], args.window, tokenizer)
+    cut = windows.windows(ids[: args.quality_tokens], args.window, tokenizer)
     n_ctx = max(plan.n_prompt + plan.n_gen, args.window)
     peers, truth = sides.open_peers(args.bundle, scratch, n_threads=args.threads, n_ctx=n_ctx)
     ours = {
         mode: sides.open_side(args.bundle, mode, n_threads=args.threads, n_ctx=n_ctx)
-        for mode in _modes(args.modes)
+        for mode in sides.checked_modes(args.modes)
     }
-    report = bench(
-        peers, ours, segments(ids[: plan.n_tokens], plan), cut, truth=truth, n_threads=args.threads
-    )
+    texts = segments(ids[args.quality_tokens :], plan)
+    report = bench(peers, ours, texts, cut, truth=truth, n_threads=args.threads)
     return replace(report, settings=_settings(args, plan), machine=machine.describe())
-
-
-def _modes(names: str) -> list[str]:
-    """The modes asked for, once each. Raises InputError for one that is not ours."""
-    from hotcold.errors import InputError
-    from hotcold.eval.sides import MODES
-
-    modes = list(dict.fromkeys(name.strip() for name in names.split(",")))
-    for mode in modes:
-        if mode not in MODES:
-            raise InputError("unknown mode", where="--modes", got=mode, expected=" | ".join(MODES))
-    return modes
 
 
 def _settings(args: argparse.Namespace, plan: Plan) -> dict[str, object]:

@@ -6,7 +6,6 @@ batches and looking at logits is charged to no one.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,12 +13,23 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from hotcold.errors import FormatError, InputError
+from hotcold.errors import InputError
+from hotcold.runtime.bundle_files import file_of_role
 
 if TYPE_CHECKING:
     from hotcold.runtime.engine import Engine
 
-__all__ = ["LLAMA_CPP", "MODES", "EngineSide", "Peer", "Side", "bundle_file", "open_peers", "open_side"]
+__all__ = [
+    "LLAMA_CPP",
+    "MODES",
+    "EngineSide",
+    "Peer",
+    "Side",
+    "checked_modes",
+    "open_gguf",
+    "open_peers",
+    "open_side",
+]
 
 LLAMA_CPP = "llama.cpp"
 MODES = ("dense", "exact", "predicted", "auto")
@@ -73,20 +83,34 @@ class EngineSide:
         return logits
 
 
+def checked_modes(names: str, known: Sequence[str] = MODES) -> list[str]:
+    """The comma-separated modes of a command line, once each. InputError for one that is not known."""
+    modes = list(dict.fromkeys(name.strip() for name in names.split(",")))
+    for mode in modes:
+        if mode not in known:
+            raise InputError("unknown mode", got=mode, expected=" | ".join(known))
+    return modes
+
+
 def open_side(bundle: str | Path, mode: str, *, n_threads: int, n_ctx: int) -> Side:
     """Load a bundle in a mode of ours, or its dense file in llama.cpp.
 
     Raises InputError for an unknown mode, and what the engines raise for files they cannot take.
     """
+    checked_modes(mode, (*MODES, LLAMA_CPP))
     if mode == LLAMA_CPP:
-        from hotcold.eval.peers.llama_cpp import LlamaCpp
-
-        return LlamaCpp(bundle_file(bundle, "dense"), n_threads=n_threads, n_ctx=n_ctx)
-    if mode not in MODES:
-        raise InputError("unknown mode", got=mode, expected=" | ".join((*MODES, LLAMA_CPP)))
+        return open_gguf(str(file_of_role(bundle, "dense")), n_threads=n_threads, n_ctx=n_ctx)
     from hotcold.runtime.engine import Engine
 
     return EngineSide(Engine.load(bundle, mode=mode, n_threads=n_threads, n_ctx=n_ctx))
+
+
+def open_gguf(model: str, *, n_threads: int, n_ctx: int) -> Peer:
+    """llama.cpp on a GGUF file, or on a name that stands for one, such as `smollm2`."""
+    from hotcold.checkpoint import resolve
+    from hotcold.eval.peers.llama_cpp import LlamaCpp
+
+    return LlamaCpp(resolve(model), n_threads=n_threads, n_ctx=n_ctx)
 
 
 def open_peers(
@@ -98,30 +122,11 @@ def open_peers(
     """
     from hotcold.convert.gguf_read import GGUFFile
     from hotcold.convert.llama_cpp import write_llama_twin
-    from hotcold.eval.peers.llama_cpp import LlamaCpp
 
-    dense, twin = bundle_file(bundle, "dense"), scratch / "twin.gguf"
+    dense, twin = file_of_role(bundle, "dense"), scratch / "twin.gguf"
     if GGUFFile(dense).metadata.get("general.architecture") != "smallthinker":
-        return {LLAMA_CPP: LlamaCpp(dense, n_threads=n_threads, n_ctx=n_ctx)}, LLAMA_CPP
+        return {LLAMA_CPP: open_gguf(str(dense), n_threads=n_threads, n_ctx=n_ctx)}, LLAMA_CPP
     write_llama_twin(dense, twin)
     names = {f"{LLAMA_CPP} (smallthinker)": dense, f"{LLAMA_CPP} (llama)": twin}
-    peers = {name: LlamaCpp(path, n_threads=n_threads, n_ctx=n_ctx) for name, path in names.items()}
+    peers = {name: open_gguf(str(path), n_threads=n_threads, n_ctx=n_ctx) for name, path in names.items()}
     return peers, next(iter(names))
-
-
-def bundle_file(bundle: str | Path, role: str) -> Path:
-    """The one file of a bundle with this role (`dense`, `sparse`), by its manifest.
-
-    Raises InputError where there is no bundle, FormatError where the manifest is broken or has no such file.
-    """
-    manifest = Path(bundle) / "manifest.json"
-    if not manifest.is_file():
-        raise InputError("no such bundle", where=bundle, fix="give a folder that `hotcold export` wrote")
-    try:
-        files: dict[str, dict[str, object]] = json.loads(manifest.read_text())["files"]
-        names = [name for name, entry in files.items() if entry["role"] == role]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise FormatError("not a bundle's manifest", where=manifest, got=repr(error)) from error
-    if len(names) != 1:
-        raise FormatError("wrong number of files", where=manifest, field=role, got=len(names), expected=1)
-    return Path(bundle) / names[0]

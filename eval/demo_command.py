@@ -1,0 +1,35 @@
+"""`hotcold demo`: the whole job on SmolLM2-135M, ending with a table of what it gave."""
+
+from __future__ import annotations
+
+import argparse
+
+HELP = (
+    "Do the whole job on SmolLM2-135M: make it sparse, record its activations, train predictors, export, "
+    "generate, and measure perplexity and tokens/s against llama.cpp. Needs the package registry only. "
+    "Interrupted, it goes on where it stopped when it is run again. The figures go to DIR/report.json."
+)
+EXAMPLE = "hotcold demo --out demo"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of `hotcold demo`."""
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder for all that is made")
+    parser.add_argument(
+        "--model", default="smollm2", metavar="M", help="another small GGUF model (default smollm2)"
+    )
+    parser.add_argument("--quant", default="q4_0", metavar="Q", help="q4_0 (default), q8_0, f16 or bf16")
+    parser.add_argument("-t", "--threads", type=int, metavar="N", help="threads (default: all CPUs)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run what is left of the demo, and print its summary."""
+    from pathlib import Path
+
+    from hotcold.eval import machine
+    from hotcold.eval.demo import demo, summary
+
+    out = Path(args.out)
+    report = demo(out, model=args.model, quant=args.quant, n_threads=args.threads or machine.cpu_count())
+    print(f"\n{summary(report)}\n\n{out / 'report.json'}", flush=True)
+    return 0
