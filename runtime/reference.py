@@ -9,7 +9,6 @@ Two GGUF layouts exist and both are read: PowerInfer's (`PWRI`: neuron-major `ff
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from torch import Tensor
 
 from hotcold.convert.gguf_read import GGUFFile
 from hotcold.errors import FormatError, InputError, UnsupportedError
+from hotcold.runtime.bundle_files import file_of_role
 from hotcold.runtime.stats import Stats
 
 __all__ = ["ReferenceEngine"]
@@ -251,7 +251,7 @@ class ReferenceEngine:
         if n_threads is not None:
             torch.set_num_threads(n_threads)
         role = "dense" if mode == "dense" else "sparse"
-        return cls(_file_of_role(Path(bundle), role), "predicted" if mode == "auto" else mode, n_ctx)
+        return cls(file_of_role(bundle, role), "predicted" if mode == "auto" else mode, n_ctx)
 
     @property
     def position(self) -> int:
@@ -338,14 +338,3 @@ class ReferenceEngine:
         if self.audit:
             self._missed[i] += int((fires & ~computed).sum())
         return torch.where(computed, a, 0.0) @ layer.down
-
-
-def _file_of_role(bundle: Path, role: str) -> Path:
-    manifest = bundle / "manifest.json"
-    if not manifest.is_file():
-        raise InputError("not a bundle: no manifest.json", where=bundle, fix="`hotcold export` writes one")
-    files = json.loads(manifest.read_text())["files"]
-    paths = [bundle / name for name, entry in files.items() if entry["role"] == role]
-    if not paths:
-        raise InputError(f"the bundle has no {role} GGUF file", where=bundle)
-    return paths[0]

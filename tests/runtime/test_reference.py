@@ -162,7 +162,7 @@ def test_refused_bundles(bundle, make_bundle, tmp_path):
         ReferenceEngine.load(bundle.path, "fast")
     with pytest.raises(InputError, match=r"not a bundle: no manifest\.json"):
         ReferenceEngine.load(tmp_path, "exact")
-    with pytest.raises(InputError, match="the bundle has no sparse GGUF file"):
+    with pytest.raises(InputError, match="the bundle has no sparse file"):
         ReferenceEngine.load(make_bundle(activation="silu").path, "predicted")
 
 

@@ -1,0 +1,164 @@
+"""`hotcold run`: generate text from a bundle. Text goes to stdout, what it cost to stderr."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hotcold.errors import InputError
+from hotcold.progress import log
+
+if TYPE_CHECKING:
+    from hotcold.runtime.engine import Engine
+    from hotcold.runtime.generate import Generation
+    from hotcold.runtime.sampling import SamplingParams
+    from hotcold.runtime.vocabulary import Vocabulary
+
+__all__ = ["EXAMPLE", "HELP", "add_arguments", "run"]
+
+HELP = "Generate text with the sparse engine, streaming. Options are named as in llama.cpp."
+EXAMPLE = 'hotcold run --bundle demo/bundle -p "Once upon a time" -n 64 --temp 0'
+
+_INTERRUPTED = 130
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of `hotcold run`."""
+    parser.add_argument("--bundle", required=True, metavar="DIR", help="what `hotcold export` wrote")
+    prompt = parser.add_mutually_exclusive_group(required=True)
+    prompt.add_argument("-p", "--prompt", help="the text to go on from")
+    prompt.add_argument("-f", "--file", metavar="FILE", help="read the prompt from a UTF-8 file")
+    parser.add_argument(
+        "-cnv", "--chat", action="store_true", help="ask the prompt through the chat template"
+    )
+    parser.add_argument(
+        "-n", "--n-predict", type=int, default=-1, help="tokens to generate; -1: until the end"
+    )
+    parser.add_argument(
+        "-c", "--ctx-size", type=int, default=2048, help="context size in tokens (%(default)s)"
+    )
+    parser.add_argument("-t", "--threads", type=int, help="threads (the engine's choice)")
+    modes = ("auto", "predicted", "exact", "dense")
+    parser.add_argument(
+        "--mode", choices=modes, default="auto", help="which neurons to compute (%(default)s)"
+    )
+    parser.add_argument("--ignore-eos", action="store_true", help="go on after the end-of-text token")
+    parser.add_argument("--no-display-prompt", action="store_true", help="print only what is generated")
+    _add_sampling(parser.add_argument_group("sampling"))
+
+
+def _add_sampling(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--temp", type=float, default=0.8, help="temperature; 0: greedy (%(default)s)")
+    group.add_argument("--top-k", type=int, default=40, help="likeliest tokens kept; 0: all (%(default)s)")
+    group.add_argument("--top-p", type=float, default=0.95, help="probability kept; 1: all (%(default)s)")
+    group.add_argument(
+        "--min-p", type=float, default=0.05, help="least odds against the likeliest (%(default)s)"
+    )
+    group.add_argument(
+        "--repeat-penalty", type=float, default=1.0, help="divides recent logits (%(default)s)"
+    )
+    group.add_argument(
+        "--repeat-last-n", type=int, default=64, help="tokens it looks back; -1: all (%(default)s)"
+    )
+    group.add_argument("-s", "--seed", type=int, default=-1, help="seed; -1: a new one (%(default)s)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Generate; 0, or 130 after Ctrl-C, with the figures printed in both cases."""
+    from hotcold.runtime.generate import Generation
+    from hotcold.runtime.sampling import Sampler
+    from hotcold.runtime.vocabulary import Vocabulary
+
+    _check(args)
+    text = _prompt(args)
+    sampler = Sampler(_sampling_params(args))
+    vocabulary = Vocabulary.load(args.bundle)
+    ids = vocabulary.encode_chat(text) if args.chat else vocabulary.encode(text)
+    engine = _load_engine(args)
+    stop_ids = frozenset() if args.ignore_eos else vocabulary.stop_ids
+    generation = Generation(engine, ids, sampler, n_predict=args.n_predict, stop_ids=stop_ids)
+    if not (args.chat or args.no_display_prompt):
+        _print(text)
+    interrupted = _stream(generation, vocabulary)
+    _report(generation, engine, sampler.seed)
+    return _INTERRUPTED if interrupted else 0
+
+
+def _load_engine(args: argparse.Namespace) -> Engine:
+    from hotcold.runtime.engine import Engine
+
+    return Engine.load(args.bundle, mode=args.mode, n_threads=args.threads, n_ctx=args.ctx_size)
+
+
+def _check(args: argparse.Namespace) -> None:
+    for option, value, least in (
+        ("-n", args.n_predict, -1),
+        ("-c", args.ctx_size, 1),
+        ("-t", 1 if args.threads is None else args.threads, 1),
+    ):
+        if value < least:
+            raise InputError(f"{option} out of range", got=value, expected=f"{least} or more")
+
+
+def _prompt(args: argparse.Namespace) -> str:
+    """The prompt; of a file's final newlines one is left out, since editors add it (so does llama.cpp)."""
+    if args.file is None:
+        return args.prompt
+    try:
+        return Path(args.file).read_bytes().decode().removesuffix("\n")
+    except OSError as error:
+        raise InputError(f"cannot read the prompt: {error.strerror}", where=args.file) from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"the prompt is not UTF-8 at byte {error.start}", where=args.file) from error
+
+
+def _sampling_params(args: argparse.Namespace) -> SamplingParams:
+    from hotcold.runtime.sampling import SamplingParams
+
+    return SamplingParams(
+        temp=args.temp,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        min_p=args.min_p,
+        repeat_penalty=args.repeat_penalty,
+        repeat_last_n=args.repeat_last_n,
+        seed=args.seed,
+    )
+
+
+def _print(text: str) -> None:
+    print(text, end="", flush=True)
+
+
+def _stream(generation: Generation, vocabulary: Vocabulary) -> bool:
+    """Print the text as it comes; whether Ctrl-C ended it."""
+    from hotcold.runtime.vocabulary import TextStream
+
+    stream = TextStream(vocabulary.tokenizer)
+    interrupted = False
+    try:
+        for token in generation:
+            _print(stream.push(token))
+    except KeyboardInterrupt:
+        interrupted = True
+    _print(stream.flush() + "\n")
+    return interrupted
+
+
+def _report(generation: Generation, engine: Engine, seed: int) -> None:
+    if generation.stopped_by == "context":
+        log(f"stopped: the context of {engine.n_ctx} tokens is full; -c raises it")
+    prompt = f"{generation.n_prompt} tokens{_rate(generation.n_prompt, generation.prompt_seconds)}"
+    generated = f"{generation.n_generated} tokens{_rate(generation.n_decoded, generation.decode_seconds)}"
+    log(f"prompt:     {prompt}")
+    log(f"generation: {generated}, seed {seed}")
+    stats = engine.stats()
+    if stats.tokens:
+        fired, predicted = 1 - stats.sparsity, 1 - stats.predicted_sparsity
+        how = f"{engine.mode}, {engine.n_threads} threads"
+        log(f"neurons:    {fired:.1%} fired, {predicted:.1%} predicted ({how})")
+
+
+def _rate(n_tokens: int, seconds: float) -> str:
+    return f", {n_tokens / seconds:.1f} tokens/s" if seconds > 0 else ""

@@ -1,0 +1,153 @@
+"""`hotcold run` from its arguments to stdout, stderr and exit status, on a tiny bundle."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from hotcold import cli
+from hotcold.runtime import command
+from hotcold.runtime.reference import ReferenceEngine
+
+
+@pytest.fixture(autouse=True)
+def reference_engine(monkeypatch):
+    def load(args):
+        return ReferenceEngine.load(args.bundle, args.mode, n_ctx=args.ctx_size)
+
+    monkeypatch.setattr(command, "_load_engine", load)
+
+
+def hotcold_run(bundle, *arguments):
+    return cli.main(["run", "--bundle", str(bundle.path), *arguments])
+
+
+def test_text_to_stdout_and_figures_to_stderr(bundle, capsys):
+    assert hotcold_run(bundle, "-p", "The quick", "-n", "8", "--temp", "0", "--ignore-eos") == 0
+    out, err = capsys.readouterr()
+    assert out.startswith("The quick") and out.endswith("\n") and len(out) > len("The quick\n")
+    lines = err.splitlines()
+    assert re.fullmatch(r"prompt:     \d+ tokens, [\d.]+ tokens/s", lines[0])
+    assert re.fullmatch(r"generation: 8 tokens, [\d.]+ tokens/s, seed \d+", lines[1])
+    assert re.fullmatch(r"neurons:    [\d.]+% fired, [\d.]+% predicted \(predicted, \d+ threads\)", lines[2])
+    assert len(lines) == 3
+
+
+def test_no_display_prompt_prints_the_rest_alone(bundle, capsys):
+    options = ["-p", "The quick", "-n", "8", "--temp", "0", "--ignore-eos"]
+    hotcold_run(bundle, *options)
+    whole = capsys.readouterr().out
+    hotcold_run(bundle, *options, "--no-display-prompt")
+    assert "The quick" + capsys.readouterr().out == whole
+
+
+def test_same_seed_same_text(bundle, capsys):
+    texts = []
+    for seed in "5", "5", "6":
+        hotcold_run(bundle, "-p", "fox", "-n", "20", "-s", seed, "--ignore-eos", "--temp", "2")
+        out, err = capsys.readouterr()
+        assert f"seed {seed}" in err
+        texts.append(out)
+    assert texts[0] == texts[1] != texts[2]
+
+
+@pytest.mark.parametrize("mode", ["exact", "dense", "predicted"])
+def test_modes(bundle, capsys, mode):
+    assert hotcold_run(bundle, "-p", "fox", "-n", "3", "--mode", mode) == 0
+    assert f"({mode}, " in capsys.readouterr().err
+
+
+def test_prompt_from_a_file_without_its_last_newline(bundle, capsys, tmp_path):
+    (tmp_path / "prompt.txt").write_text("brown\nfox\n")
+    assert hotcold_run(bundle, "-f", str(tmp_path / "prompt.txt"), "-n", "0") == 0
+    assert capsys.readouterr().out == "brown\nfox\n"
+
+
+def test_chat_prints_the_answer_alone(bundle, capsys):
+    assert hotcold_run(bundle, "-p", "hello", "--chat", "-n", "4", "--ignore-eos", "-s", "1") == 0
+    out, err = capsys.readouterr()
+    assert "hello" not in out
+    n_template = len(
+        bundle.tokenizer.encode("<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n").ids
+    )
+    assert f"prompt:     {n_template} tokens" in err
+
+
+def test_a_full_context_is_said_in_one_line(bundle, capsys):
+    assert hotcold_run(bundle, "-p", "fox", "-c", "16", "--ignore-eos", "--temp", "0") == 0
+    assert "stopped: the context of 16 tokens is full; -c raises it" in capsys.readouterr().err.splitlines()
+
+
+def test_stops_at_the_end_of_text(make_bundle, capsys, monkeypatch):
+    """The token that greedy decoding gives third becomes <|im_end|>: the text must stop before it."""
+    bundle = make_bundle(seed=3)
+    hotcold_run(bundle, "-p", "fox", "-n", "3", "--temp", "0", "--ignore-eos", "--mode", "exact")
+    whole = capsys.readouterr()
+    engine = ReferenceEngine.load(bundle.path, "exact")
+    ids = bundle.tokenizer.encode("fox").ids
+    logits = engine.prefill(ids)
+    for _ in range(2):
+        logits = engine.decode(int(logits.argmax()))
+    from hotcold.runtime.vocabulary import Vocabulary
+
+    loaded = Vocabulary.load(bundle.path)
+    stops_early = Vocabulary(loaded.tokenizer, frozenset({int(logits.argmax())}), "", "", None)
+    monkeypatch.setattr(Vocabulary, "load", lambda _: stops_early)
+    assert hotcold_run(bundle, "-p", "fox", "--temp", "0", "--mode", "exact") == 0
+    stopped = capsys.readouterr()
+    assert whole.out.startswith(stopped.out.removesuffix("\n")) and "generation: 2 tokens" in stopped.err
+
+
+def test_ctrl_c_shows_the_figures_and_exits_with_130(bundle, capsys, monkeypatch):
+    decode, calls = ReferenceEngine.decode, []
+
+    def interrupted(self, token):
+        calls.append(token)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return decode(self, token)
+
+    monkeypatch.setattr(ReferenceEngine, "decode", interrupted)
+    assert hotcold_run(bundle, "-p", "fox", "--ignore-eos") == 130
+    out, err = capsys.readouterr()
+    assert out.startswith("fox") and out.endswith("\n")
+    assert "generation: 3 tokens" in err and "fired" in err
+
+
+@pytest.mark.parametrize(
+    "arguments,message",
+    [
+        (["-p", ""], "the prompt is empty"),
+        (["-p", "fox", "-n", "-2"], "-n out of range (got -2, expected -1 or more)"),
+        (["-p", "fox", "-c", "0"], "-c out of range (got 0, expected 1 or more)"),
+        (["-p", "fox", "-t", "0"], "-t out of range (got 0, expected 1 or more)"),
+        (["-p", "fox", "--top-p", "2"], "--top-p out of range (got 2.0, expected above 0, at most 1 (off))"),
+        (["-p", "fox", "--temp", "nan"], "--temp out of range (got nan, expected 0 (greedy) or more)"),
+        (
+            ["-f", "/nonexistent/prompt"],
+            "/nonexistent/prompt: cannot read the prompt: No such file or directory",
+        ),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_2(bundle, capsys, arguments, message):
+    assert hotcold_run(bundle, *arguments) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err == f"hotcold run: error: {message}\n"
+
+
+def test_a_file_that_is_not_utf8(bundle, capsys, tmp_path):
+    (tmp_path / "latin1.txt").write_bytes("naïve".encode("latin-1"))
+    assert hotcold_run(bundle, "-f", str(tmp_path / "latin1.txt")) == 2
+    assert "latin1.txt: the prompt is not UTF-8 at byte 2" in capsys.readouterr().err
+
+
+def test_defaults_are_those_of_the_sampler():
+    import argparse
+
+    from hotcold.runtime.sampling import SamplingParams
+
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    args = parser.parse_args(["--bundle", "b", "-p", "x"])
+    assert command._sampling_params(args) == SamplingParams()

@@ -1,0 +1,121 @@
+"""Text in, ids out, and back again in pieces that are never half a character."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models
+
+from hotcold.errors import FormatError, InputError, UnsupportedError
+from hotcold.runtime import vocabulary
+from hotcold.runtime.vocabulary import TextStream, Vocabulary, render
+
+
+@pytest.fixture(scope="module")
+def tokenizer(bundle) -> Tokenizer:
+    return bundle.tokenizer
+
+
+def pieces_of(tokenizer, ids):
+    stream = TextStream(tokenizer)
+    return [stream.push(token) for token in ids] + [stream.flush()]
+
+
+@given(text=st.text(max_size=30))
+def test_streaming_gives_back_any_text(tokenizer, text):
+    pieces = pieces_of(tokenizer, tokenizer.encode(text).ids)
+    assert "".join(pieces) == text
+
+
+@given(ids=st.lists(st.integers(0, 319), max_size=30))
+def test_streaming_equals_decoding_at_once_also_for_broken_bytes(tokenizer, ids):
+    assert "".join(pieces_of(tokenizer, ids)) == tokenizer.decode(ids)
+
+
+def test_a_character_of_several_tokens_comes_whole(tokenizer):
+    ids = tokenizer.encode("a🦖b").ids
+    assert len(ids) == 5  # the last two of its four bytes were never seen together in training
+    assert pieces_of(tokenizer, ids) == ["a", "", "", "🦖", "b", ""]
+
+
+def test_an_unfinished_character_shows_at_the_end(tokenizer):
+    ids = tokenizer.encode("a🦖").ids[:-1]
+    assert pieces_of(tokenizer, ids)[-1] == "\N{REPLACEMENT CHARACTER}"
+
+
+def test_special_tokens_are_not_printed(tokenizer):
+    ids = [1, *tokenizer.encode("fox").ids, 2]
+    assert "".join(pieces_of(tokenizer, ids)) == "fox"
+
+
+def test_spaces_of_sentencepiece_survive():
+    words = {"▁the": 0, "▁lazy": 1, "▁dog": 2, "s": 3}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="s"))
+    tokenizer.decoder = decoders.Metaspace()
+    assert pieces_of(tokenizer, [0, 1, 2, 3]) == ["the", " lazy", " dog", "s", ""]
+
+
+def test_load_finds_the_tokens_that_end_a_text(bundle):
+    loaded = Vocabulary.load(bundle.path)
+    assert loaded.stop_ids == {0, 2}  # <|endoftext|> by its name, <|im_end|> by both
+    assert (loaded.bos, loaded.eos) == ("<|im_start|>", "<|im_end|>")
+    assert loaded.encode("brown fox") == bundle.tokenizer.encode("brown fox").ids
+
+
+def test_chat(bundle):
+    ids = Vocabulary.load(bundle.path).encode_chat("fox?")
+    text = bundle.tokenizer.decode(ids, skip_special_tokens=False)
+    assert text == "<|im_start|>user\nfox?<|im_end|>\n<|im_start|>assistant\n"
+    assert ids[0] == 1 and 2 in ids  # as special tokens, not spelled out
+
+
+def test_chat_needs_a_template(bundle):
+    loaded = Vocabulary.load(bundle.path)
+    without = Vocabulary(loaded.tokenizer, loaded.stop_ids, "", "", chat_template=None)
+    with pytest.raises(InputError, match="this model has no chat template; leave out --chat"):
+        without.encode_chat("fox?")
+
+
+def test_lone_surrogates_are_refused(bundle):
+    loaded = Vocabulary.load(bundle.path)
+    for encode in (loaded.encode, loaded.encode_chat):
+        with pytest.raises(InputError, match="character 1: the prompt is not valid UTF-8"):
+            encode("a\udcff")
+
+
+@pytest.mark.parametrize(
+    "template,message",
+    [
+        ("{{ raise_exception('no system role') }}", "the chat template fails: no system role"),
+        ("{% for %}", "the chat template fails"),
+        ("{{ 1 / 0 }}", "the chat template fails: division by zero"),
+        ("{{ messages.append(1) }}", "the chat template fails"),
+        ("{{ ''.__class__.__mro__ }}", "the chat template fails"),
+        ("{{ messages[0].content.missing.thing }}", "the chat template fails"),
+        ("{% for i in range(1000000) %}x{% endfor %}", "the chat template fails"),
+        ("{% for i in range(50000) %}{{ 'x' * 1000 }}{% endfor %}", "expands without end"),
+        ("x" * (1 << 18) + "y", "chat template too long"),
+    ],
+)
+def test_templates_that_fail_or_attack(template, message):
+    with pytest.raises(UnsupportedError, match=message):
+        render(template, messages=[{"role": "user", "content": "hi"}])
+
+
+def test_template_functions_of_transformers():
+    loop = "{% for i in [1, 2] %}{% if i == 2 %}{% break %}{% endif %}{{ i }}{% endfor %}"
+    assert render(loop + "{{ strftime_now('%Y') }}").startswith("120")
+    assert vocabulary.render("{% if add_generation_prompt %}\n  go\n{% endif %}") == "  go\n"
+
+
+def test_missing_and_broken_tokenizer(bundle, tmp_path):
+    folder = shutil.copytree(bundle.path, tmp_path / "broken")
+    (folder / "tokenizer.json").write_text('{"version": "1.0"}')
+    with pytest.raises(FormatError, match=r"tokenizer\.json: not a tokenizer"):
+        Vocabulary.load(folder)
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(InputError, match="the bundle has no tokenizer"):
+        Vocabulary.load(folder)
