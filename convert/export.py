@@ -1,7 +1,7 @@
 """Write a bundle: the dense and the sparse GGUF file of a model, its predictors, tokenizer and a manifest.
 
-Everything is checked before the first byte is written, and the folder appears as a whole or not at all. Weights
-pass through one tensor at a time, so that memory does not grow with the model.
+Everything is checked before the first byte is written, and the folder appears as a whole or not at all.
+Weights pass through one tensor at a time, so that memory does not grow with the model.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ _FILE_TYPES = {"F32": "ALL_F32"}  # the others are MOSTLY_ + type
 class ExportOptions:
     """How to write a bundle. Quantisations are names of `quantize.QUANTS`.
 
-    `head_quant` is for embedding and head, and that of the other matrices where None. A neuron that fires on
-    `hot_frequency` of the tokens or more is hot: always computed, never predicted.
+    `head_quant` is for embedding and head, and that of the other matrices where None. A neuron that
+    fires on `hot_frequency` of the tokens or more is hot: always computed, never predicted.
     """
 
     quant: str = "q4_0"
@@ -68,12 +68,12 @@ def export_bundle(
 ) -> dict[str, Any]:
     """Write the bundle `out` and return its manifest.
 
-    `folder` is the HF directory with the tokenizer and config files; without one the files hold no vocabulary.
-    Without `predictors` only the dense form is written.
+    `folder` is the HF directory with the tokenizer and config files; without one the files hold no
+    vocabulary. Without `predictors` only the dense form is written.
 
-    Raises UnsupportedError (unknown model, activation or quantisation), ShapeError or MismatchError (predictors
-    of another model, tensors that do not fit the config), InputError (an `out` that is something else),
-    StorageError (the disk does not take it). `out` is then as it was.
+    Raises UnsupportedError (unknown model, activation or quantisation), ShapeError or MismatchError
+    (predictors of another model, tensors that do not fit the config), InputError (an `out` that is
+    something else), StorageError (the disk does not take it). `out` is then as it was.
     """
     spec = ModelSpec.from_config(source.config)
     bundle = _Bundle(source, spec, options or ExportOptions(), name, fingerprint, folder)
@@ -160,13 +160,9 @@ class _Bundle:
 
     def _say_limits(self, sparse: bool) -> None:
         if not is_exact(self.spec):
-            log(
-                f"{self.name}.gguf: llama.cpp has no {self.spec.activation} with these thresholds, it will compute relu"
-            )
+            log(f"{self.name}.gguf: llama.cpp has no such {self.spec.activation}, it will compute relu")
         if sparse and not runs_in_powerinfer(self.spec, self.types.body):
-            log(
-                f"{self.name}.powerinfer.gguf: for hotcold; PowerInfer itself runs ReLU models in f16 and q4_0 only"
-            )
+            log(f"{self.name}.powerinfer.gguf: PowerInfer itself runs only ReLU models in f16 or q4_0")
         if not sparse and self.spec.activation != "silu":
             log("no predictors given: the dense file only")
 

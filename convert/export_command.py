@@ -10,7 +10,7 @@ from pathlib import Path
 
 from hotcold.errors import InputError
 
-HELP = "Write a model as GGUF: a dense file for llama.cpp, a sparse one for hotcold and PowerInfer, in one bundle."
+HELP = "Write a model as a bundle: dense GGUF for llama.cpp, sparse GGUF for hotcold and PowerInfer."
 EXAMPLE = "hotcold export --model sparse/ --predictors predictors/ --quant q4_0 --out bundle/"
 
 _QUANTS = ["q4_0", "q8_0", "f16", "bf16", "f32"]

@@ -1,9 +1,10 @@
 """Read GGUF files that may be broken or hostile: every number is checked before it is used.
 
-The one way in which GGUF enters hotcold. The `gguf` package's reader makes Python objects of every array
-element, accepts overlapping, unaligned and wrapping tensors, and can be made to eat gigabytes by 160 bytes.
-Here the file is mapped, sizes are Python integers (nothing wraps), and each count is bounded by the bytes that
-are left before anything is allocated for it. What is wrong comes as one FormatError with offset and field.
+The one way in which GGUF enters hotcold. The `gguf` package's reader makes Python objects of every
+array element, accepts overlapping, unaligned and wrapping tensors, and can be made to eat gigabytes by
+160 bytes. Here the file is mapped, sizes are Python integers (nothing wraps), and each count is bounded
+by the bytes that are left before anything is allocated for it. What is wrong comes as one FormatError
+with offset and field.
 
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, versions 2 and 3, little endian.
 PowerInfer's files are the same with the magic `PWRI` and the type ids of November 2023.
@@ -66,8 +67,8 @@ _PWRI_TYPE_NAMES = {i: name for i, name in _TYPE_NAMES.items() if i < 16} | {16:
 class Tensor:
     """One tensor of a mapped file.
 
-    `shape` is in numpy order (rows first), `type` a `gguf.GGMLQuantizationType` name such as `"Q4_0"`, `data`
-    the raw bytes, a read-only uint8 view of the file.
+    `shape` is in numpy order (rows first), `type` a `gguf.GGMLQuantizationType` name such as `"Q4_0"`,
+    `data` the raw bytes, a read-only uint8 view of the file.
     """
 
     name: str

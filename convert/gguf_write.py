@@ -1,7 +1,8 @@
 """Write GGUF files, one tensor at a time, so that no more than one is in memory.
 
-The types of metadata are those of the values: `np.uint32(3)`, `np.float32(1e-5)`, `True`, `"text"`, a list of
-strings, or a numpy array. A plain int or float is refused, since GGUF's readers insist on exact types.
+The types of metadata are those of the values: `np.uint32(3)`, `np.float32(1e-5)`, `True`, `"text"`, a
+list of strings, or a numpy array. A plain int or float is refused, since GGUF's readers insist on exact
+types.
 """
 
 from __future__ import annotations

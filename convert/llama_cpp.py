@@ -1,8 +1,9 @@
 """Dense GGUF files for stock llama.cpp.
 
-Its `llama` architecture always applies SiLU. A gated ReLU it has in one architecture only, `smallthinker`, a
-mixture of experts: with one expert, one expert used, a zero router, softmax gating (so that the expert's weight
-is 1) and no sliding window it computes a dense ReLU Llama. Its rotary pairs are Hugging Face's (NEOX).
+Its `llama` architecture always applies SiLU. A gated ReLU it has in one architecture only,
+`smallthinker`, a mixture of experts: with one expert, one expert used, a zero router, softmax gating
+(so that the expert's weight is 1) and no sliding window it computes a dense ReLU Llama. Its rotary
+pairs are Hugging Face's (NEOX).
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 """PowerInfer's model files: GGUF v3 with the magic `PWRI`, neuron-major FFN matrices, a predictor per layer.
 
-What differs from a dense `llama` file (PowerInfer's convert.py and its loader of sparse tensors in llama.cpp):
-ffn_down is written transposed as `ffn_down_t`, so that a neuron is one row of gate, up and down; `fc1` and `fc2`
-are the predictor; `output.weight` must be there even when it is the embedding; any other tensor is an error.
-Other metadata is ignored there, so what PowerInfer cannot say stands under `hotcold.`.
+What differs from a dense `llama` file (PowerInfer's convert.py and its loader of sparse tensors in
+llama.cpp): ffn_down is written transposed as `ffn_down_t`, so that a neuron is one row of gate, up and
+down; `fc1` and `fc2` are the predictor; `output.weight` must be there even when it is the embedding;
+any other tensor is an error. Other metadata is ignored there, so what PowerInfer cannot say stands
+under `hotcold.`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Read safetensors files tensor by tensor as float32 numpy arrays, bfloat16 included, without torch.
 
-The `safetensors` library checks the header; the bytes are then taken from a map of the file, since numpy, and
-with it the library's numpy side, knows no bfloat16.
+The `safetensors` library checks the header; the bytes are then taken from a map of the file, since
+numpy, and with it the library's numpy side, knows no bfloat16.
 """
 
 from __future__ import annotations

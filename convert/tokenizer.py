@@ -1,7 +1,8 @@
 """`tokenizer.json` as the `tokenizer.ggml.*` metadata of GGUF, so that llama.cpp splits text the same way.
 
-llama.cpp knows pre-tokenizers by name (`tokenizer.ggml.pre`) and holds their rules in its code. Here the name
-is found from the structure of the pre-tokenizer; one that llama.cpp does not have is refused, not guessed.
+llama.cpp knows pre-tokenizers by name (`tokenizer.ggml.pre`) and holds their rules in its code. Here
+the name is found from the structure of the pre-tokenizer; one that llama.cpp does not have is refused,
+not guessed.
 """
 
 from __future__ import annotations
@@ -44,8 +45,8 @@ def tokenizer_files(folder: Path) -> list[Path]:
 def tokenizer_metadata(folder: Path, n_vocab: int, config: dict[str, Any]) -> dict[str, Any]:
     """The `tokenizer.*` metadata for a model of `n_vocab` embeddings, whose `config.json` is `config`.
 
-    Raises InputError or FormatError for missing or broken files, UnsupportedError for a tokenizer that is not
-    a byte-level BPE which llama.cpp has too.
+    Raises InputError or FormatError for missing or broken files, UnsupportedError for a tokenizer that
+    is not a byte-level BPE which llama.cpp has too.
     """
     path = folder / "tokenizer.json"
     data = read_json(path)
