@@ -95,7 +95,8 @@ class GGUFFile:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        reader = _Reader(self.path, _map(self.path))
+        self.buffer: mmap.mmap | bytes = _map(self.path)
+        reader = _Reader(self.path, self.buffer)
         self.magic: str = reader.magic()
         self.version: int = reader.version()
         n_tensors = reader.count("n_tensors", _MIN_TENSOR)

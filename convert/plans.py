@@ -112,7 +112,7 @@ class Planner:
         self, layer: int, name: str, shape: tuple[int, ...], change: Change | None = None,
         written: tuple[str, tuple[int, ...]] | None = None,
     ) -> TensorPlan:  # fmt: skip
-        """Plan the matrix that GGUF calls `name`; `written` is the other name and shape that `change` makes."""
+        """Plan the matrix that GGUF calls `name`; `written`: its name and shape once `change` is done."""
         written_name, written_shape = written or (name, shape)
         names = self.name(layer, written_name), self.hf_name(layer, name)
         return self.matrix(*names, shape, self.types.body, change, written_shape)

@@ -10,7 +10,7 @@ import numpy as np
 from gguf import quants
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
-from hotcold.convert.gguf_read import Tensor
+from hotcold.convert.gguf_read import Tensor, row_bytes
 from hotcold.errors import UnsupportedError
 
 __all__ = ["QUANTS", "dequantize", "quantize", "row_type", "type_of"]
@@ -38,10 +38,14 @@ def row_type(type_name: str, n: int) -> str:
 def quantize(array: np.ndarray, type_name: str) -> np.ndarray:
     """float [..., n] -> the ggml bytes of its rows, uint8 [..., bytes]; `n` a multiple of the block."""
     kind = GGMLQuantizationType[type_name]
-    rows = array.reshape(-1, array.shape[-1])
-    step = max(1, _CHUNK // array.shape[-1])
+    width = array.shape[-1]
+    shape = (*array.shape[:-1], row_bytes(type_name, width))
+    if array.size == 0:
+        return np.empty(shape, np.uint8)
+    rows = array.reshape(-1, width)
+    step = max(1, _CHUNK // width)
     parts = [_quantize_rows(rows[i : i + step], kind) for i in range(0, len(rows), step)]
-    return np.concatenate(parts).reshape(*array.shape[:-1], -1)
+    return np.concatenate(parts).reshape(shape)
 
 
 def _quantize_rows(rows: np.ndarray, kind: GGMLQuantizationType) -> np.ndarray:
@@ -52,22 +56,18 @@ def _quantize_rows(rows: np.ndarray, kind: GGMLQuantizationType) -> np.ndarray:
 
 def dequantize(tensor: Tensor) -> np.ndarray:
     """A tensor's values, float32 of its shape. UnsupportedError for types that gguf cannot decode."""
+    if tensor.data.size == 0:
+        return np.empty(tensor.shape, np.float32)
+    native = {"F32": "<f4", "F16": "<f2"}.get(tensor.type)
+    data = (
+        tensor.data.view(native)
+        if native
+        else tensor.data.reshape(-1, row_bytes(tensor.type, tensor.shape[-1]))
+    )
     try:
-        values = quants.dequantize(_typed(tensor), GGMLQuantizationType[tensor.type])
+        values = quants.dequantize(data, GGMLQuantizationType[tensor.type])
     except NotImplementedError as error:
         raise UnsupportedError(
             "cannot decode this tensor type", where=tensor.name, got=tensor.type
         ) from error
     return values.astype(np.float32, copy=False).reshape(tensor.shape)
-
-
-def _typed(tensor: Tensor) -> np.ndarray:
-    native = {"F32": "<f4", "F16": "<f2"}
-    if tensor.type in native:
-        return tensor.data.view(native[tensor.type])
-    block, size = GGML_QUANT_SIZES[GGMLQuantizationType[tensor.type]]
-    return (
-        tensor.data.reshape(-1, tensor.shape[-1] // block * size)
-        if tensor.data.size
-        else tensor.data.reshape(0, size)
-    )

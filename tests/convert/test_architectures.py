@@ -1,0 +1,100 @@
+"""`config.json` is read strictly, and the order of q/k rows can be changed and changed back."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hotcold.convert.architectures import ModelSpec, hyper_parameters, interleave_rope, split_rope
+from hotcold.errors import FormatError, UnsupportedError
+
+LLAMA = {
+    "model_type": "llama", "num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 128,
+    "num_attention_heads": 4, "max_position_embeddings": 256, "vocab_size": 100, "rms_norm_eps": 1e-5,
+    "hidden_act": "relu", "rope_theta": 5000.0,
+}  # fmt: skip
+
+
+def test_defaults():
+    spec = ModelSpec.from_config(LLAMA)
+    assert (spec.n_kv_heads, spec.head_dim, spec.tied, spec.rope_scale) == (4, 16, False, 1.0)
+    assert (spec.activation, spec.activation_thresholds, spec.rope_theta) == ("relu", (0.0, 0.0), 5000.0)
+
+
+@pytest.mark.parametrize(
+    "changes, activation, thresholds",
+    [
+        ({"hidden_act": "silu"}, "silu", (0.0, 0.0)),
+        ({"hidden_act": "swish"}, "silu", (0.0, 0.0)),
+        ({"hidden_act": "drelu"}, "drelu", (0.0, 0.0)),
+        ({"hidden_act": "fatrelu", "hidden_act_param": 0.01}, "fatrelu", (0.01, 0.01)),
+        ({"hidden_act": "fatrelu_0.01"}, "fatrelu", (0.01, 0.01)),
+        ({"hidden_act": "fatrelu", "activation_thresholds": [0.0, 0.5]}, "fatrelu", (0.0, 0.5)),
+        ({"hidden_act": "fatrelu"}, "fatrelu", (0.0, 0.0)),
+    ],
+)
+def test_activations_and_their_spellings(changes, activation, thresholds):
+    spec = ModelSpec.from_config(LLAMA | changes)
+    assert (spec.activation, spec.activation_thresholds) == (activation, thresholds)
+
+
+@pytest.mark.parametrize(
+    "rope, theta, scale",
+    [
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e5}}, 1e5, 1.0),
+        ({"rope_scaling": {"type": "linear", "factor": 4.0}}, 5000.0, 4.0),
+        ({"rope_scaling": None}, 5000.0, 1.0),
+    ],
+)
+def test_rope_in_old_and_new_places(rope, theta, scale):
+    spec = ModelSpec.from_config(LLAMA | rope)
+    assert (spec.rope_theta, spec.rope_scale) == (theta, scale)
+    metadata = hyper_parameters(spec, "llama")
+    assert metadata["llama.rope.freq_base"] == np.float32(theta)
+    assert metadata.get("llama.rope.scaling.factor", 1.0) == scale
+
+
+@pytest.mark.parametrize(
+    "changes, error, message",
+    [
+        ({"hidden_size": None}, FormatError, r"c\.json, hidden_size: missing key"),
+        ({"hidden_size": "64"}, FormatError, r"bad value \(got 64, expected a positive integer\)"),
+        ({"num_hidden_layers": 0}, FormatError, r"num_hidden_layers: bad value"),
+        ({"vocab_size": True}, FormatError, r"vocab_size: bad value"),
+        ({"rms_norm_eps": float("nan")}, FormatError, r"rms_norm_eps: bad value"),
+        ({"model_type": "gpt2"}, UnsupportedError, r"model_type \(got gpt2, expected llama \| mistral\)"),
+        ({"hidden_act": "gelu"}, UnsupportedError, r"got gelu, expected relu \| fatrelu \| drelu \| silu"),
+        ({"hidden_act": "fatrelu", "activation_thresholds": [0.1]}, FormatError, r"2 of them"),
+        ({"hidden_act": "fatrelu", "hidden_act_param": -1}, FormatError, r"bad thresholds"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2}}, UnsupportedError, r"rope scaling \(got yarn"),
+        ({"rope_parameters": [1]}, FormatError, r"rope_parameters: bad value"),
+        ({"sliding_window": 128}, UnsupportedError, r"sliding-window attention \(got 128"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_is_named(changes, error, message):
+    with pytest.raises(error, match=message):
+        ModelSpec.from_config(LLAMA | changes, "c.json")
+
+
+def test_a_window_as_long_as_the_context_is_no_window():
+    assert ModelSpec.from_config(LLAMA | {"sliding_window": 256}).n_ctx == 256
+
+
+def test_head_dim_that_differs_is_written_out():
+    spec = ModelSpec.from_config(LLAMA | {"head_dim": 32})
+    assert hyper_parameters(spec, "llama")["llama.attention.key_length"] == np.uint32(32)
+    assert "llama.attention.key_length" not in hyper_parameters(ModelSpec.from_config(LLAMA), "llama")
+
+
+@given(n_heads=st.integers(1, 6), half=st.integers(1, 5), width=st.integers(1, 4))
+def test_interleaving_pairs_row_i_with_row_i_plus_half(n_heads, half, width):
+    weight = np.arange(n_heads * 2 * half * width).reshape(n_heads * 2 * half, width)
+    interleaved = interleave_rope(weight, n_heads)
+    for head in range(n_heads):
+        start = head * 2 * half
+        for i in range(half):
+            assert (interleaved[start + 2 * i] == weight[start + i]).all()
+            assert (interleaved[start + 2 * i + 1] == weight[start + i + half]).all()
+    np.testing.assert_array_equal(split_rope(interleaved, n_heads), weight)
