@@ -1,3 +1,254 @@
+// Python's view of the engine: checks sizes, releases the GIL, and leaves the rest to the C++ below.
 #include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
 
-NB_MODULE(_cpu, m) { m.attr("__doc__") = "CPU kernels"; }
+#include <algorithm>
+#include <numeric>
+#include <stdexcept>
+
+#include "bandwidth.h"
+#include "bind_ops.h"
+#include "model.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+using namespace hotcold;
+
+using Bytes = nb::ndarray<const uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Floats = nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Ints = nb::ndarray<const int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Masks = nb::ndarray<const uint16_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+
+namespace {
+
+void require(bool ok, const std::string& what) {
+  if (!ok) throw std::invalid_argument(what);
+}
+
+void require_bytes(const Bytes& data, Type type, int rows, int cols, const std::string& what) {
+  const size_t expected = gguf_row_bytes(type, cols) * rows;
+  require(data.size() == expected, what + ": got " + std::to_string(data.size()) + " bytes, expected " + std::to_string(expected));
+  require(!is_quantised(type) || cols % kBlock == 0, what + ": quantised rows must be a multiple of 32 wide");
+}
+
+std::vector<float> to_vector(const Floats& a, size_t expected, const std::string& what) {
+  require(a.size() == expected, what + ": got " + std::to_string(a.size()) + " values, expected " + std::to_string(expected));
+  return {a.data(), a.data() + a.size()};
+}
+
+nb::ndarray<nb::numpy, float> owned(std::vector<size_t> shape) {
+  const size_t n = std::accumulate(shape.begin(), shape.end(), size_t(1), std::multiplies<>());
+  float* data = new float[n];
+  nb::capsule owner(data, [](void* p) noexcept { delete[] static_cast<float*>(p); });
+  return nb::ndarray<nb::numpy, float>(data, shape.size(), shape.data(), owner);
+}
+
+void check(const Config& c, int threads) {
+  require(c.n_layers > 0 && c.d_model > 0 && c.d_ff > 0 && c.n_vocab > 0 && c.n_ctx > 0, "sizes must be positive");
+  require(c.n_kv_heads > 0 && c.n_heads % c.n_kv_heads == 0, "heads must be a multiple of key-value heads");
+  require(c.n_heads / c.n_kv_heads <= 64, "at most 64 query heads per key-value head");
+  require(c.head_dim % kLanes == 0 && c.head_dim <= 512, "head_dim must be a multiple of 16, at most 512");
+  require(c.d_model <= 1 << 16 && c.d_ff <= 1 << 20, "d_model or d_ff too large");
+  require(c.activation != Activation::Silu || c.mode == Mode::Dense, "SiLU models run in dense mode only");
+  require(threads >= 1 && threads <= 256, "1 to 256 threads");
+}
+
+Layer& layer_of(Model& m, int l) {
+  require(l >= 0 && l < m.config.n_layers, "no such layer");
+  return m.layers[l];
+}
+
+Panel* panel_slot(Model& m, int l, const std::string& slot) {
+  if (slot == "embedding") return &m.embedding;
+  if (slot == "head") return &m.head;
+  Layer& y = layer_of(m, l);
+  if (slot == "q") return &y.q;
+  if (slot == "k") return &y.k;
+  if (slot == "v") return &y.v;
+  if (slot == "o") return &y.o;
+  if (slot == "gate") return &y.gate;
+  if (slot == "up") return &y.up;
+  if (slot == "down") return &y.down;
+  if (slot == "fc1") return &y.fc1;
+  if (slot == "fc2") return &y.fc2;
+  throw std::invalid_argument("no panel '" + slot + "'");
+}
+
+void set_panel(Model& m, int l, const std::string& slot, int type, Bytes data, int rows, int cols, std::optional<Ints> order) {
+  Panel* panel = panel_slot(m, l, slot);
+  require_bytes(data, Type(type), rows, cols, slot);
+  require(padded(cols) <= 1 << 16, slot + ": rows wider than 65536");
+  if (order) {
+    require(int(order->size()) == rows, slot + ": one source row per row");
+    for (size_t i = 0; i < order->size(); ++i) require(order->data()[i] >= 0 && order->data()[i] < rows, slot + ": row order out of range");
+  }
+  nb::gil_scoped_release release;
+  *panel = m.add_panel(Type(type), data.data(), rows, cols, order ? order->data() : nullptr);
+}
+
+void set_bundles(Model& m, int l, std::optional<Bytes> gate, int gate_type, Bytes up, int up_type, Bytes down, int down_type) {
+  Layer& layer = layer_of(m, l);
+  const int n = m.config.d_ff, d = m.config.d_model;
+  if (gate) require_bytes(*gate, Type(gate_type), n, d, "gate");
+  require_bytes(up, Type(up_type), n, d, "up");
+  require_bytes(down, Type(down_type), n, d, "down");
+  nb::gil_scoped_release release;
+  m.add_bundles(layer, gate ? gate->data() : nullptr, Type(gate_type), up.data(), Type(up_type), down.data(), Type(down_type));
+}
+
+void check_panel(const Panel& p, int rows, int cols, const char* what) {
+  require(p.data && p.rows == rows && p.cols == cols, std::string(what) + ": missing or of the wrong shape");
+}
+
+// Every tensor that forward() will read is there and has the right shape.
+void check_complete(const Model& m) {
+  const Config& c = m.config;
+  const int q = c.n_heads * c.head_dim, kv = c.n_kv_heads * c.head_dim;
+  check_panel(m.embedding, c.n_vocab, c.d_model, "embedding");
+  check_panel(m.head, c.n_vocab, c.d_model, "head");
+  require(int(m.output_norm.size()) == c.d_model, "output_norm missing");
+  require(int(m.rope_frequency.size()) * 2 <= c.head_dim, "more rope frequencies than pairs in a head");
+  for (const Layer& l : m.layers) {
+    check_panel(l.q, q, c.d_model, "q");
+    check_panel(l.k, kv, c.d_model, "k");
+    check_panel(l.v, kv, c.d_model, "v");
+    check_panel(l.o, c.d_model, q, "o");
+    require(int(l.attn_norm.size()) == c.d_model && int(l.ffn_norm.size()) == c.d_model, "norms missing");
+    if (c.mode != Mode::Predicted) check_panel(l.gate, c.d_ff, c.d_model, "gate");
+    if (c.mode == Mode::Dense) {
+      check_panel(l.up, c.d_ff, c.d_model, "up");
+      check_panel(l.down, c.d_model, c.d_ff, "down");
+    } else {
+      require(l.bundles && (l.gate_row.bytes > 0) == (c.mode == Mode::Predicted), "neuron rows missing");
+    }
+    if (c.mode == Mode::Predicted) {
+      check_panel(l.fc1, l.fc1.rows, c.d_model, "fc1");
+      check_panel(l.fc2, c.d_ff, l.fc1.rows, "fc2");
+    }
+  }
+}
+
+nb::ndarray<nb::numpy, float> forward(Model& m, Ints tokens, bool all_logits) {
+  require(tokens.size() > 0, "no tokens");
+  require(m.position + tokens.size() <= size_t(m.config.n_ctx), "the context is full");
+  for (size_t i = 0; i < tokens.size(); ++i)
+    require(tokens.data()[i] >= 0 && tokens.data()[i] < m.config.n_vocab, "token id out of range");
+  const size_t vocab = m.config.n_vocab;
+  auto logits = all_logits ? owned({tokens.size(), vocab}) : owned({vocab});
+  {
+    nb::gil_scoped_release release;
+    m.forward(tokens.data(), int(tokens.size()), all_logits, logits.data());
+  }
+  return logits;
+}
+
+nb::dict stats(Model& m) {
+  std::vector<int64_t> fired, predicted, missed;
+  for (const LayerStats& s : m.stats()) {
+    fired.push_back(s.fired);
+    predicted.push_back(s.predicted);
+    missed.push_back(s.missed);
+  }
+  nb::dict d;
+  d["tokens"] = m.tokens_run;
+  d["fired"] = fired;
+  d["predicted"] = predicted;
+  d["missed"] = missed;
+  return d;
+}
+
+// Packed bytes of each part, from which bytes per token follow.
+nb::dict sizes(const Model& m) {
+  size_t attention = 0, predictor = 0, gates = 0, ups = 0, downs = 0;
+  for (const Layer& l : m.layers) {
+    attention += l.q.bytes() + l.k.bytes() + l.v.bytes() + l.o.bytes();
+    predictor += l.fc1.bytes() + l.fc2.bytes();
+    gates += l.gate.bytes() + m.config.d_ff * l.gate_row.bytes;
+    ups += l.up.bytes() + m.config.d_ff * l.up_row.bytes;
+    downs += l.down.bytes() + m.config.d_ff * l.down_row.bytes;
+  }
+  nb::dict d;
+  d["attention"] = attention;
+  d["predictor"] = predictor;
+  d["gate"] = gates;
+  d["up"] = ups;
+  d["down"] = downs;
+  d["head"] = m.head.bytes();
+  d["total"] = m.weight_bytes();
+  return d;
+}
+
+std::pair<std::vector<int32_t>, std::vector<float>> top_k(Floats logits, int k) {
+  std::vector<int32_t> index(logits.size());
+  std::iota(index.begin(), index.end(), 0);
+  k = std::clamp(k, 1, int(index.size()));
+  const float* x = logits.data();
+  std::partial_sort(index.begin(), index.begin() + k, index.end(),
+                    [x](int32_t i, int32_t j) { return x[i] > x[j] || (x[i] == x[j] && i < j); });
+  index.resize(k);
+  std::vector<float> values(k);
+  std::transform(index.begin(), index.end(), values.begin(), [x](int32_t i) { return x[i]; });
+  return {index, values};
+}
+
+}  // namespace
+
+NB_MODULE(_cpu, m) {
+  m.attr("__doc__") = "The CPU engine: weights packed for sparse reading, and the kernels over them.";
+
+  nb::class_<Model>(m, "Model")
+      .def("__init__",
+           [](Model* self, int n_layers, int d_model, int d_ff, int n_heads, int n_kv_heads, int head_dim, int n_vocab,
+              int n_ctx, float norm_eps, int activation, int mode, int threads, size_t weight_bytes,
+              std::optional<std::string> isa) {
+             const Config c{n_layers, d_model, d_ff,     n_heads,  n_kv_heads, head_dim,
+                            n_vocab,  n_ctx,   norm_eps, Activation(activation), Mode(mode)};
+             check(c, threads);
+             new (self) Model(c, threads, weight_bytes, kernels(isa ? isa->c_str() : nullptr));
+           },
+           nb::kw_only(), "n_layers"_a, "d_model"_a, "d_ff"_a, "n_heads"_a, "n_kv_heads"_a, "head_dim"_a, "n_vocab"_a,
+           "n_ctx"_a, "norm_eps"_a, "activation"_a, "mode"_a, "threads"_a, "weight_bytes"_a, "isa"_a = nb::none())
+      .def("set_panel", &set_panel, "layer"_a, "slot"_a, "type"_a, "data"_a, "rows"_a, "cols"_a, "order"_a = nb::none())
+      .def("tie_head", [](Model& m) { m.head = m.embedding; })
+      .def("set_bundles", &set_bundles, "layer"_a, "gate"_a.none(), "gate_type"_a, "up"_a, "up_type"_a, "down"_a, "down_type"_a)
+      .def("set_norms", [](Model& m, int l, Floats attn, Floats ffn) {
+        layer_of(m, l).attn_norm = to_vector(attn, m.config.d_model, "attn_norm");
+        layer_of(m, l).ffn_norm = to_vector(ffn, m.config.d_model, "ffn_norm");
+      })
+      .def("set_output_norm", [](Model& m, Floats w) { m.output_norm = to_vector(w, m.config.d_model, "output_norm"); })
+      .def("set_rope", [](Model& m, Floats f) { m.rope_frequency = to_vector(f, f.size(), "rope"); })
+      .def("set_activation_threshold", [](Model& m, int l, float t) { layer_of(m, l).activation_threshold = t; })
+      .def("set_predictor_threshold", [](Model& m, int l, float t) { layer_of(m, l).predictor_threshold = t; })
+      .def("set_hot", [](Model& m, int l, Masks hot) {
+        require(int(hot.size()) == round_up(m.config.d_ff, kLanes) / kLanes, "one mask per 16 neurons");
+        layer_of(m, l).hot.assign(hot.data(), hot.data() + hot.size());
+      })
+      .def("check", &check_complete)
+      .def("forward", &forward, "tokens"_a, "all_logits"_a = false)
+      .def("stats", &stats)
+      .def("reset_stats", &Model::reset_stats)
+      .def("sizes", &sizes)
+      .def_rw("audit", &Model::audit)
+      .def_rw("position", &Model::position)
+      .def_prop_ro("isa", [](const Model& m) { return m.k.name; })
+      .def_prop_ro("threads", [](const Model& m) { return m.team.size(); });
+
+  m.def("available_isas", [] {
+    std::vector<std::string> names;
+    for (const char* const* n = available_isas(); *n; ++n) names.emplace_back(*n);
+    return names;
+  });
+  m.def("top_k", &top_k, "logits"_a, "k"_a, "Indices and values of the k largest logits, largest first.");
+  m.def("read_bandwidth",
+        [](int threads, size_t bytes, int repetitions) {
+          require(threads >= 1 && bytes >= 4096 && repetitions >= 1, "nothing to measure");
+          nb::gil_scoped_release release;
+          return read_bandwidth(threads, bytes, repetitions);
+        },
+        "n_threads"_a, "n_bytes"_a = size_t(1) << 30, "repetitions"_a = 5, "Best read bandwidth of several passes, GB/s.");
+  bind_ops(m);
+}

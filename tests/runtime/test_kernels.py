@@ -89,7 +89,9 @@ def test_down(isa, kind, n, count, rng):
     got = ops.down(isa, TYPES[kind], data, a, n)
     expected = a @ w
     # Per output block the sixteen products a_i * scale_i share one int8 scale: half a step of error each.
-    limit = 0.5 / 127 * np.abs(w).max() * np.abs(a).max() * np.sqrt(count) * 4 if kind.startswith("Q") else 1e-4
+    limit = (
+        0.5 / 127 * np.abs(w).max() * np.abs(a).max() * np.sqrt(count) * 4 if kind.startswith("Q") else 1e-4
+    )
     assert np.abs(got - expected).max() <= limit
     error = np.sqrt(np.mean((got - expected) ** 2) / np.mean(expected**2))
     assert error <= (1e-2 if kind.startswith("Q") else 1e-5)
@@ -127,7 +129,9 @@ def test_rms_norm(isa, n, rng):
 
 @isas
 def test_silu_mul(isa, rng):
-    gate = np.concatenate([rng.standard_normal(48) * 4, [0, 100, -100, 88, -88, 1e-8, -1e-8, 30] * 2]).astype(np.float32)
+    gate = np.concatenate([rng.standard_normal(48) * 4, [0, 100, -100, 88, -88, 1e-8, -1e-8, 30] * 2]).astype(
+        np.float32
+    )
     up = rng.standard_normal(64).astype(np.float32)
     expected = gate / (1 + np.exp(-gate.astype(np.float64))) * up
     np.testing.assert_allclose(ops.silu_mul(isa, gate, up), expected, rtol=3e-6, atol=1e-30)

@@ -1,0 +1,133 @@
+// Working memory of a model, allocated once.
+#pragma once
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <new>
+#include <utility>
+#include <vector>
+
+#include "model.h"
+
+namespace hotcold {
+
+// 64-byte aligned, zeroed storage.
+template <class T>
+class Block {
+ public:
+  Block() = default;
+  explicit Block(size_t n) : bytes_((n * sizeof(T) + kSlack + 63) / 64 * 64), p_(static_cast<T*>(std::aligned_alloc(64, bytes_))) {
+    if (!p_) throw std::bad_alloc();
+    std::memset(p_, 0, bytes_);
+  }
+  Block(Block&& o) noexcept : bytes_(o.bytes_), p_(std::exchange(o.p_, nullptr)) {}
+  Block& operator=(Block&& o) noexcept {
+    std::swap(p_, o.p_);
+    std::swap(bytes_, o.bytes_);
+    return *this;
+  }
+  ~Block() { std::free(p_); }
+  T* get() const { return p_; }
+  T& operator[](size_t i) const { return p_[i]; }
+
+ private:
+  size_t bytes_ = 0;
+  T* p_ = nullptr;
+};
+
+// Acts with their storage.
+struct ActsBuffer {
+  ActsBuffer() = default;
+  ActsBuffer(int n, int tokens, bool lanes) {
+    acts.n = n;
+    acts.width = padded(n);
+    const size_t width = acts.width, blocks = acts.blocks(), lane_width = acts.lane_width();
+    acts.f = (f = Block<float>(width * tokens)).get();
+    acts.q = (q = Block<int8_t>(width * tokens)).get();
+    acts.d = (d = Block<float>(blocks * tokens)).get();
+    acts.negative_sum = (sum = Block<int32_t>(blocks * tokens)).get();
+    if (!lanes) return;
+    acts.lane_q = (lane_q = Block<int8_t>(width * tokens)).get();
+    acts.lane_d = (lane_d = Block<float>(lane_width * tokens)).get();
+    acts.lane_sum = (lane_sum = Block<int32_t>(lane_width * tokens)).get();
+  }
+  Acts acts;
+  Block<float> f, d, lane_d;
+  Block<int8_t> q, lane_q;
+  Block<int32_t> sum, lane_sum;
+};
+
+// What every thread needs in full: private with one token, shared (index 0) with several.
+struct Stream {
+  Stream(const Config& c, int rank, int tokens)
+      : x(c.d_model, tokens, false),
+        norm(c.d_model, tokens, true),
+        heads(c.n_heads * c.head_dim, tokens, false),
+        hidden(rank, tokens, false) {}
+  ActsBuffer x;       // residual stream; quantised for the predictor
+  ActsBuffer norm;    // normed input of attention, FFN or head
+  ActsBuffer heads;   // attention output
+  ActsBuffer hidden;  // predictor hidden state
+};
+
+// Rows of up to 16 fired neurons waiting for the down kernel, for one token.
+struct DownQueue {
+  const uint8_t* row[16];
+  float a[16];
+  int count = 0;
+};
+
+struct ThreadScratch {
+  ThreadScratch(const Config& c, int tokens)
+      : scores(size_t(c.n_heads / c.n_kv_heads) * round_up(c.n_ctx, kLanes)),
+        partial(size_t(c.n_heads) * c.head_dim),
+        partial_max(c.n_heads),
+        partial_sum(c.n_heads),
+        y(size_t(round_up(c.d_model, 128)) * tokens),
+        list(c.d_ff),
+        queues(tokens),
+        stats(c.n_layers) {}
+  Block<float> scores, partial, partial_max, partial_sum;
+  Block<float> y;  // [tokens, round_up(d_model, 128)], this thread's share of the FFN output
+  Block<int32_t> list;
+  int listed = 0;
+  std::vector<DownQueue> queues;
+  std::vector<LayerStats> stats;
+  alignas(64) char pad[64];
+};
+
+struct Model::Buffers {
+  Buffers(const Config& c, int threads, int rank)
+      : intermediate(c.d_ff, kMaxBlock, false),
+        q(size_t(c.n_heads) * c.head_dim * kMaxBlock),
+        kk(size_t(c.n_kv_heads) * c.head_dim * kMaxBlock),
+        v(size_t(c.n_kv_heads) * c.head_dim * kMaxBlock),
+        out(size_t(round_up(c.d_model, kLanes)) * kMaxBlock),
+        gate(size_t(ff_stride(c)) * kMaxBlock),
+        up(size_t(ff_stride(c)) * kMaxBlock),
+        hidden(size_t(round_up(rank, kLanes)) * kMaxBlock),
+        logits(size_t(round_up(c.n_vocab, kLanes)) * kMaxBlock),
+        masks(c.d_ff + kLanes),
+        cosine(size_t(c.head_dim / 2) * kMaxBlock),
+        sine(size_t(c.head_dim / 2) * kMaxBlock),
+        keys(size_t(c.n_layers) * c.n_kv_heads * tiles(c) * c.head_dim * kLanes),
+        values(size_t(c.n_layers) * c.n_kv_heads * c.n_ctx * c.head_dim) {
+    streams.reserve(threads);
+    streams.emplace_back(c, rank, kMaxBlock);
+    for (int t = 1; t < threads; ++t) streams.emplace_back(c, rank, 1);
+    for (int t = 0; t < threads; ++t) scratch.emplace_back(std::make_unique<ThreadScratch>(c, kMaxBlock));
+  }
+  static int ff_stride(const Config& c) { return round_up(c.d_ff, 64); }
+  static int tiles(const Config& c) { return round_up(c.n_ctx, kLanes) / kLanes; }
+
+  std::vector<Stream> streams;
+  std::vector<std::unique_ptr<ThreadScratch>> scratch;
+  ActsBuffer intermediate;  // dense mode: act(gate) * up
+  Block<float> q, kk, v, out, gate, up, hidden, logits;
+  Block<uint64_t> masks;  // per neuron: bits of the tokens it is computed for
+  Block<float> cosine, sine;
+  Block<uint16_t> keys;    // [layer][kv head][tile][dim][16]
+  Block<uint16_t> values;  // [layer][kv head][position][dim]
+};
+
+}  // namespace hotcold

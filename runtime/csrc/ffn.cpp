@@ -1,0 +1,255 @@
+// The feed-forward layers: dense, or over the rows of the neurons that fire.
+#include <algorithm>
+#include <bit>
+#include <cfloat>
+
+#include "pass.h"
+
+namespace hotcold {
+namespace {
+
+constexpr int kChunk = 64;  // neurons worked on together; their rows fit the L2 cache
+
+// Scattered rows stream at full speed only when they are asked for early, into L2 (cpu notes in docs/performance.md).
+void prefetch(const uint8_t* p, size_t bytes) {
+  for (size_t i = 0; i < bytes; i += 64) __builtin_prefetch(p + i, 0, 2);
+}
+
+// ReLU passes what is positive, FATReLU what reaches its threshold.
+float firing_threshold(const Layer& layer) { return std::max(layer.activation_threshold, FLT_MIN); }
+
+int set_bits(uint64_t mask, int* out) {
+  int n = 0;
+  for (; mask; mask &= mask - 1) out[n++] = std::countr_zero(mask);
+  return n;
+}
+
+// Walks over this thread's even share of all threads' lists, as if they were one.
+class Share {
+ public:
+  Share(const std::vector<std::unique_ptr<ThreadScratch>>& all, int thread) : all_(all) {
+    int total = 0;
+    for (const auto& s : all) total += s->listed;
+    const Range r = split(total, thread, int(all.size()));
+    left_ = r.last - r.first;
+    for (at_ = r.first; left_ && at_ >= all_[list_]->listed; ++list_) at_ -= all_[list_]->listed;
+  }
+  // Copies up to kChunk neurons; returns how many.
+  int take(int* neurons) {
+    int n = 0;
+    for (; n < kChunk && left_; --left_, ++n) {
+      while (at_ == all_[list_]->listed) ++list_, at_ = 0;
+      neurons[n] = all_[list_]->list[at_++];
+    }
+    return n;
+  }
+
+ private:
+  const std::vector<std::unique_ptr<ThreadScratch>>& all_;
+  int list_ = 0, at_ = 0, left_ = 0;
+};
+
+// Neurons of a chunk that fired, with the tokens they fired for and their intermediate output.
+struct Fired {
+  int count = 0;
+  int neuron[kChunk], tokens[kChunk];
+  int token[kChunk][kMaxBlock];
+  float a[kChunk][kMaxBlock];
+};
+
+}  // namespace
+
+void Pass::ffn(int thread, int l) {
+  const Layer& layer = m.layers[l];
+  Stream& s = stream(thread);
+  const Acts &x = s.x.acts, &norm = s.norm.acts;
+  each_token(thread, [&](int t) {
+    m.k.rms_norm(x.f + size_t(t) * x.width, layer.ffn_norm.data(), c().d_model, c().norm_eps,
+                 norm.f + size_t(t) * norm.width);
+    m.k.quantise(norm, t, 0, norm.blocks());
+    if (c().mode != Mode::Dense) m.k.arrange(norm, t);
+    if (c().mode == Mode::Predicted) m.k.quantise(x, t, 0, x.blocks());
+  });
+  if (c().mode == Mode::Dense) return ffn_dense(thread, layer);
+  if (c().mode == Mode::Exact) list_fired(thread, l);
+  else list_predicted(thread, l);
+  m.team.barrier();
+  ffn_rows(thread, l);
+  if (m.audit && c().mode == Mode::Predicted) count_missed(thread, l);
+  m.team.barrier();
+  const int stride = round_up(c().d_model, 128);
+  each_token(thread, [&](int t) {
+    for (const auto& other : b.scratch) m.k.add(x.f + size_t(t) * x.width, &other->y[size_t(t) * stride], c().d_model);
+  });
+}
+
+void Pass::ffn_dense(int thread, const Layer& layer) {
+  Stream& s = stream(thread);
+  const Acts& a = b.intermediate.acts;
+  const int stride = Model::Buffers::ff_stride(c()), per_block = kBlock / kLanes;
+  const Range blocks = split(round_up(c().d_ff, kBlock) / kBlock, thread, threads());
+  const int groups = round_up(c().d_ff, kLanes) / kLanes;
+  const int first = blocks.first * per_block, last = std::min(blocks.last * per_block, groups);
+  m.k.panel(layer.gate.type, layer.gate.data, c().d_model, first, last, s.norm.acts, n, b.gate.get(), stride);
+  m.k.panel(layer.up.type, layer.up.data, c().d_model, first, last, s.norm.acts, n, b.up.get(), stride);
+  const float threshold = firing_threshold(layer);
+  for (int t = 0; t < n; ++t) {
+    float *gate = &b.gate[size_t(t) * stride], *up = &b.up[size_t(t) * stride];
+    const int from = first * kLanes, to = last * kLanes;
+    if (c().activation == Activation::Silu) {
+      m.k.silu_mul(gate + from, up + from, to - from);
+      std::copy(gate + from, gate + to, a.f + size_t(t) * a.width + from);
+    } else {
+      const bool clip_up = c().activation == Activation::Drelu;
+      for (int i = from; i < to; ++i)
+        a.f[size_t(t) * a.width + i] = gate[i] >= threshold ? gate[i] * (clip_up ? std::max(up[i], 0.0f) : up[i]) : 0.0f;
+    }
+    m.k.quantise(a, t, blocks.first, blocks.last);
+  }
+  m.team.barrier();
+  const int out_stride = round_up(c().d_model, kLanes);
+  multiply(thread, layer.down, a, b.out.get(), out_stride);
+  m.team.barrier();
+  const Acts& x = s.x.acts;
+  each_token(thread, [&](int t) { m.k.add(x.f + size_t(t) * x.width, &b.out[size_t(t) * out_stride], c().d_model); });
+}
+
+// Lists the neurons of one group of 16 whose score reaches the threshold for any token, and for which.
+void Pass::list_group(ThreadScratch& s, int first, const float* scores, int stride, float threshold, uint32_t always) {
+  const uint32_t valid = first + kLanes <= c().d_ff ? 0xFFFF : (1u << (c().d_ff - first)) - 1;
+  if (n == 1) {
+    uint32_t on = (m.k.at_least(scores, threshold) | always) & valid;
+    if (m.audit)
+      for (int i = 0; i < kLanes; ++i) b.masks[first + i] = on >> i & 1;
+    for (; on; on &= on - 1) s.list[s.listed++] = first + std::countr_zero(on);
+    return;
+  }
+  uint64_t masks[kLanes] = {};
+  uint32_t any = 0;
+  for (int t = 0; t < n; ++t) {
+    uint32_t on = (m.k.at_least(scores + size_t(t) * stride, threshold) | always) & valid;
+    any |= on;
+    for (; on; on &= on - 1) masks[std::countr_zero(on)] |= uint64_t(1) << t;
+  }
+  std::copy(masks, masks + kLanes, &b.masks[first]);
+  for (; any; any &= any - 1) s.list[s.listed++] = first + std::countr_zero(any);
+}
+
+void Pass::list_fired(int thread, int l) {
+  const Layer& layer = m.layers[l];
+  ThreadScratch& s = *b.scratch[thread];
+  const int stride = Model::Buffers::ff_stride(c());
+  const Range groups = split(round_up(c().d_ff, kLanes) / kLanes, thread, threads());
+  m.k.panel(layer.gate.type, layer.gate.data, c().d_model, groups.first, groups.last, stream(thread).norm.acts, n,
+            b.gate.get(), stride);
+  s.listed = 0;
+  for (int g = groups.first; g < groups.last; ++g)
+    list_group(s, g * kLanes, &b.gate[g * kLanes], stride, firing_threshold(layer), 0);
+}
+
+void Pass::list_predicted(int thread, int l) {
+  const Layer& layer = m.layers[l];
+  ThreadScratch& s = *b.scratch[thread];
+  Stream& st = stream(thread);
+  const Acts& hidden = st.hidden.acts;
+  const int rank = layer.fc1.rows, hidden_stride = round_up(rank, kLanes), stride = Model::Buffers::ff_stride(c());
+  multiply(thread, layer.fc1, st.x.acts, b.hidden.get(), hidden_stride);
+  m.team.barrier();
+  each_token(thread, [&](int t) {
+    for (int i = 0; i < rank; ++i) hidden.f[size_t(t) * hidden.width + i] = std::max(b.hidden[size_t(t) * hidden_stride + i], 0.0f);
+    m.k.quantise(hidden, t, 0, hidden.blocks());
+  });
+  const Range groups = split(round_up(c().d_ff, kLanes) / kLanes, thread, threads());
+  m.k.panel(layer.fc2.type, layer.fc2.data, rank, groups.first, groups.last, hidden, n, b.gate.get(), stride);
+  s.listed = 0;
+  for (int g = groups.first; g < groups.last; ++g)
+    list_group(s, g * kLanes, &b.gate[g * kLanes], stride, layer.predictor_threshold, layer.hot.empty() ? 0 : layer.hot[g]);
+}
+
+// The neurons of this thread's share in three phases per chunk - gates, ups, downs - so that every row is asked for
+// one phase before it is used.
+void Pass::ffn_rows(int thread, int l) {
+  const Layer& layer = m.layers[l];
+  ThreadScratch& s = *b.scratch[thread];
+  const Acts& norm = stream(thread).norm.acts;
+  const bool gated = layer.gate_row.bytes > 0, clip_up = c().activation == Activation::Drelu;
+  const float threshold = firing_threshold(layer);
+  const int gate_stride = Model::Buffers::ff_stride(c()), y_stride = round_up(c().d_model, 128);
+  const RowKind& first_row = gated ? layer.gate_row : layer.up_row;
+  std::memset(s.y.get(), 0, sizeof(float) * y_stride * n);
+
+  const auto flush = [&](int t) {
+    DownQueue& q = s.queues[t];
+    if (q.count) m.k.down(layer.down_row.type, q.row, q.a, q.count, c().d_model, &s.y[size_t(t) * y_stride]);
+    q.count = 0;
+  };
+
+  Share share(b.scratch, thread);
+  int current[kChunk], next[kChunk];
+  Fired fired;
+  int n_current = share.take(current);
+  while (n_current) {
+    fired.count = 0;
+    for (int i = 0; i < n_current; ++i) {  // gates
+      const int neuron = current[i], f = fired.count;
+      int* tokens = fired.token[f];
+      float* a = fired.a[f];
+      int count = n == 1 ? (tokens[0] = 0, 1) : set_bits(b.masks[neuron], tokens);
+      s.stats[l].predicted += count;
+      if (gated) {
+        float gate[kMaxBlock];
+        m.k.row_dot(layer.gate_row.type, layer.bundle(neuron) + layer.gate_row.at, norm, tokens, count, gate);
+        int kept = 0;
+        for (int j = 0; j < count; ++j)
+          if (gate[j] >= threshold) a[kept] = gate[j], tokens[kept++] = tokens[j];
+        count = kept;
+      } else {
+        for (int j = 0; j < count; ++j) a[j] = b.gate[size_t(tokens[j]) * gate_stride + neuron];
+      }
+      if (!count) continue;
+      if (gated) prefetch(layer.bundle(neuron) + layer.up_row.at, layer.up_row.bytes);
+      fired.neuron[f] = neuron;
+      fired.tokens[f] = count;
+      s.stats[l].fired += count;
+      ++fired.count;
+    }
+    for (int f = 0; f < fired.count; ++f) {  // ups
+      const uint8_t* bundle = layer.bundle(fired.neuron[f]);
+      float up[kMaxBlock];
+      m.k.row_dot(layer.up_row.type, bundle + layer.up_row.at, norm, fired.token[f], fired.tokens[f], up);
+      for (int j = 0; j < fired.tokens[f]; ++j) fired.a[f][j] *= clip_up ? std::max(up[j], 0.0f) : up[j];
+      prefetch(bundle + layer.down_row.at, layer.down_row.bytes);
+    }
+    const int n_next = share.take(next);
+    int asked = 0;
+    for (int f = 0; f < fired.count; ++f) {  // downs
+      for (; asked < n_next * (f + 1) / fired.count; ++asked)
+        prefetch(layer.bundle(next[asked]) + first_row.at, first_row.bytes);
+      for (int j = 0; j < fired.tokens[f]; ++j) {
+        DownQueue& q = s.queues[fired.token[f][j]];
+        q.row[q.count] = layer.bundle(fired.neuron[f]) + layer.down_row.at;
+        q.a[q.count] = fired.a[f][j];
+        if (++q.count == 16) flush(fired.token[f][j]);
+      }
+    }
+    std::copy(next, next + n_next, current);
+    n_current = n_next;
+  }
+  for (int t = 0; t < n; ++t) flush(t);
+}
+
+// Computes the gates that the predictor left out, only to count those that would have fired.
+void Pass::count_missed(int thread, int l) {
+  const Layer& layer = m.layers[l];
+  const uint64_t all = n == 64 ? ~uint64_t(0) : (uint64_t(1) << n) - 1;
+  const Range r = split(c().d_ff, thread, threads());
+  for (int neuron = r.first; neuron < r.last; ++neuron) {
+    int tokens[kMaxBlock];
+    float gate[kMaxBlock];
+    const int count = set_bits(all & ~b.masks[neuron], tokens);
+    m.k.row_dot(layer.gate_row.type, layer.bundle(neuron) + layer.gate_row.at, stream(thread).norm.acts, tokens, count, gate);
+    for (int j = 0; j < count; ++j) b.scratch[thread]->stats[l].missed += gate[j] >= firing_threshold(layer);
+  }
+}
+
+}  // namespace hotcold

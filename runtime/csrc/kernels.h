@@ -1,0 +1,66 @@
+// The table of kernels: one per ISA, all with the same meaning. Wrappers check, kernels trust.
+#pragma once
+#include <cstdint>
+
+#include "layout.h"
+
+namespace hotcold {
+
+// Activations of several tokens, each padded to `width = padded(n)` with zeros, in the forms that the kernels read.
+// Quantised to int8 per 32-block with scale d; weights are stored unsigned, which -sum(q) corrects.
+struct Acts {
+  int n = 0, width = 0;
+  float* f = nullptr;          // [tokens, width]
+  int8_t* q = nullptr;         // [tokens, width], in order (panels)
+  float* d = nullptr;          // [tokens, width / 32]
+  int32_t* negative_sum = nullptr;  // [tokens, width / 32]
+  int8_t* lane_q = nullptr;    // [tokens, width], in the order of gate and up rows
+  float* lane_d = nullptr;     // [tokens, 16 * steps]
+  int32_t* lane_sum = nullptr;
+
+  int blocks() const { return width / kBlock; }
+  int groups() const { return blocks() / kLanes; }
+  int pairs() const { return blocks() % kLanes / 2; }
+  int lane_width() const { return (groups() + pairs()) * kLanes; }
+};
+
+struct Kernels {
+  const char* name;
+  // x [n] -> y = x / rms(x) * weight; y may be x.
+  void (*rms_norm)(const float* x, const float* weight, int n, float eps, float* y);
+  // Quantises blocks [first, last) of token t of acts.f.
+  void (*quantise)(const Acts& acts, int t, int first, int last);
+  // Brings the quantised token t into the order of gate and up rows.
+  void (*arrange)(const Acts& acts, int t);
+
+  // out[t * stride + r] = panel row r . token t, for row groups [first, last) and all tokens.
+  void (*panel)(Type type, const uint8_t* panel, int cols, int first, int last, const Acts& acts, int tokens,
+                float* out, int stride);
+  // out[i] = row . token tokens[i].
+  void (*row_dot)(Type type, const uint8_t* row, const Acts& acts, const int* tokens, int n_tokens, float* out);
+  // y [round_up(n, 128)] += sum of a[i] * down row i, i < count <= 16.
+  void (*down)(Type type, const uint8_t* const* rows, const float* a, int count, int n, float* y);
+
+  // gate[i] = act(gate[i]) * up[i] with SiLU.
+  void (*silu_mul)(float* gate, const float* up, int n);
+  // Scores of `heads` queries [heads, dim] against key tiles [first, last); keys: [tile][dim][16] f16.
+  // score[h * stride + position]
+  void (*scores)(const float* q, int heads, int dim, const uint16_t* keys, int first, int last, float* scores, int stride);
+  // In place over positions [first, last): score -> exp(score - max); returns the sum, sets *max.
+  float (*softmax)(float* scores, int first, int last, float* max);
+  // out [heads, dim] = sum over positions [first, last) of weight[h * stride + position] * values[position * dim].
+  void (*values)(const float* weights, int stride, int heads, int dim, const uint16_t* values, int first, int last,
+                 float* out);
+  void (*to_f16)(const float* x, int n, uint16_t* y);  // n a multiple of 16
+  void (*add)(float* y, const float* x, int n);
+  // Bits of lanes i with x[i] >= threshold.
+  uint32_t (*at_least)(const float* x, float threshold);
+};
+
+// The best table that this CPU runs, or the one named by HOTCOLD_CPU_ISA (avx512, avx2, neon, generic).
+// Throws std::invalid_argument for an unknown name or one that this CPU lacks.
+const Kernels& kernels(const char* name = nullptr);
+// Names of the tables that this CPU runs, best first; ends with nullptr.
+const char* const* available_isas();
+
+}  // namespace hotcold

@@ -1,0 +1,484 @@
+// The kernels, written once on the 16-lane vectors of simd_*.h; each ISA's source includes that header, defines
+// HOTCOLD_ISA and includes this file.
+#include <algorithm>
+#include <cstring>
+
+#include "kernels.h"
+
+namespace hotcold::HOTCOLD_ISA {
+namespace {
+
+constexpr int kTokenTile = 4;  // tokens that share one decoding of the weights
+
+inline F f_exp(F x) {
+  x = f_min(f_max(x, f_set1(-87.0f)), f_set1(88.0f));
+  const F n = f_round(f_mul(x, f_set1(1.44269504f)));
+  F r = f_fma(n, f_set1(-0.693359375f), x);
+  r = f_fma(n, f_set1(2.12194440e-4f), r);
+  F p = f_set1(1.9875691500e-4f);  // Cephes expf
+  for (float c : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f})
+    p = f_fma(p, r, f_set1(c));
+  return f_scale2(f_add(f_fma(f_mul(p, r), r, r), f_set1(1.0f)), n);
+}
+
+// ---- weights as vectors: what differs between the types
+struct Q4 {
+  static constexpr Type type = Type::Q4_0;
+  static constexpr int loads = 4;  // 64-byte loads that hold 16 blocks
+  static void decode(const uint8_t* p, B w[8]) {
+    for (int s = 0; s < 4; ++s) {
+      const B v = b_load(p + 64 * s);
+      w[s] = b_low(v);
+      w[s + 4] = b_high(v);
+    }
+  }
+  static B pair(const uint8_t* p) { return b_load_pair(p); }
+  static I dot(I acc, B w, B a) { return dot4(acc, w, a); }
+  static constexpr int offset = 8;  // stored weight - true weight
+  static I bias(I negative_sum) { return i_shift<3>(negative_sum); }
+};
+struct Q8 {
+  static constexpr Type type = Type::Q8_0;
+  static constexpr int loads = 8;
+  static void decode(const uint8_t* p, B w[8]) {
+    for (int s = 0; s < 8; ++s) w[s] = b_load(p + 64 * s);
+  }
+  static B pair(const uint8_t* p) { return b_load(p); }
+  static I dot(I acc, B w, B a) { return dot4_wide(acc, w, a); }
+  static constexpr int offset = kWideOffset;
+  static I bias(I negative_sum) { return offset ? i_shift<7>(negative_sum) : i_zero(); }
+};
+struct Single {
+  static constexpr Type type = Type::F32;
+  static F load(const uint8_t* p) { return f_load_f32(p); }
+};
+struct Half {
+  static constexpr Type type = Type::F16;
+  static F load(const uint8_t* p) { return f_load_f16(p); }
+};
+struct Brain {
+  static constexpr Type type = Type::BF16;
+  static F load(const uint8_t* p) { return f_load_bf16(p); }
+};
+
+// ---- activations
+void rms_norm(const float* x, const float* weight, int n, float eps, float* y) {
+  F sum = f_zero();
+  for (int i = 0; i < n / kLanes * kLanes; i += kLanes) sum = f_fma(f_load(x + i), f_load(x + i), sum);
+  float total = f_sum(sum);
+  for (int i = n / kLanes * kLanes; i < n; ++i) total += x[i] * x[i];
+  const float scale = 1.0f / __builtin_sqrtf(total / float(n) + eps);
+  int i = 0;
+  for (; i + kLanes <= n; i += kLanes) f_store(y + i, f_mul(f_mul(f_load(x + i), f_set1(scale)), f_load(weight + i)));
+  for (; i < n; ++i) y[i] = x[i] * scale * weight[i];
+}
+
+void quantise(const Acts& acts, int t, int first, int last) {
+  const float* x = acts.f + size_t(t) * acts.width;
+  int8_t* q = acts.q + size_t(t) * acts.width;
+  float* d = acts.d + size_t(t) * acts.blocks();
+  int32_t* negative_sum = acts.negative_sum + size_t(t) * acts.blocks();
+  for (int b = first; b < last; ++b) {
+    const F lo = f_load(x + b * kBlock), hi = f_load(x + b * kBlock + kLanes);
+    const float max = f_hmax(f_max(f_abs(lo), f_abs(hi)));
+    const F inverse = f_set1(max > 0 ? 127.0f / max : 0.0f);
+    const I qlo = i_from_f(f_mul(lo, inverse)), qhi = i_from_f(f_mul(hi, inverse));
+    i_store_i8(q + b * kBlock, qlo);
+    i_store_i8(q + b * kBlock + kLanes, qhi);
+    d[b] = max / 127.0f;
+    negative_sum[b] = -i_sum(i_add(qlo, qhi));
+  }
+}
+
+void arrange(const Acts& acts, int t) {
+  const int8_t* q = acts.q + size_t(t) * acts.width;
+  const float* d = acts.d + size_t(t) * acts.blocks();
+  const int32_t* negative_sum = acts.negative_sum + size_t(t) * acts.blocks();
+  int8_t* lane_q = acts.lane_q + size_t(t) * acts.width;
+  float* lane_d = acts.lane_d + size_t(t) * acts.lane_width();
+  int32_t* lane_sum = acts.lane_sum + size_t(t) * acts.lane_width();
+  const int grouped = acts.groups() * kLanes;
+  for (int b = 0; b < grouped; ++b)
+    for (int s = 0; s < 8; ++s)
+      std::memcpy(lane_q + b / kLanes * 512 + s * 64 + b % kLanes * 4, q + b * kBlock + 4 * s, 4);
+  std::memcpy(lane_d, d, grouped * sizeof(float));
+  std::memcpy(lane_sum, negative_sum, grouped * sizeof(int32_t));
+  std::memcpy(lane_q + grouped * kBlock, q + grouped * kBlock, acts.width - grouped * kBlock);
+  for (int p = 0; p < acts.pairs(); ++p) {
+    const int b = grouped + 2 * p, lane = grouped + p * kLanes;
+    f_store(lane_d + lane, f_pair(d[b], d[b + 1]));
+    std::fill_n(lane_sum + lane, kLanes, 0);
+    lane_sum[lane] = negative_sum[b];
+    lane_sum[lane + 8] = negative_sum[b + 1];
+  }
+}
+
+// ---- panels
+template <class Q, int N>
+void panel_group(const uint8_t* p, int pairs, const Acts& acts, int t0, F acc[N]) {
+  const int8_t* q = acts.q + size_t(t0) * acts.width;
+  const float* d = acts.d + size_t(t0) * acts.blocks();
+  const int32_t* negative_sum = acts.negative_sum + size_t(t0) * acts.blocks();
+  for (int t = 0; t < N; ++t) acc[t] = f_zero();
+  for (int b = 0; b < 2 * pairs; ++b) {
+    B w[8];
+    Q::decode(p + b % 2 * Q::loads * 64, w);
+    const F scale = f_load_f16(p + 2 * Q::loads * 64 + b % 2 * 32);
+    for (int t = 0; t < N; ++t) {
+      const int8_t* a = q + t * acts.width + b * kBlock;
+      I even = i_set1(Q::offset * negative_sum[t * acts.blocks() + b]), odd = i_zero();
+      for (int s = 0; s < 8; s += 2) {
+        even = Q::dot(even, w[s], b_set1(a + 4 * s));
+        odd = Q::dot(odd, w[s + 1], b_set1(a + 4 * s + 4));
+      }
+      acc[t] = f_fma(f_from_i(i_add(even, odd)), f_mul(scale, f_set1(d[t * acts.blocks() + b])), acc[t]);
+    }
+    if (b % 2) p += 2 * Q::loads * 64 + 64;
+  }
+}
+
+template <class T, int N>
+void panel_group_float(const uint8_t* p, int cols, const Acts& acts, int t0, F acc[N]) {
+  constexpr int kWays = N == 1 ? 8 : 2;  // independent sums hide the latency of the multiply-add
+  const float* x = acts.f + size_t(t0) * acts.width;
+  F sums[N][kWays];
+  for (int t = 0; t < N; ++t)
+    for (int u = 0; u < kWays; ++u) sums[t][u] = f_zero();
+  const int bytes = kLanes * float_size(T::type);
+  int c = 0;
+  for (; c + kWays <= cols; c += kWays)
+    for (int u = 0; u < kWays; ++u) {
+      const F w = T::load(p + size_t(c + u) * bytes);
+      for (int t = 0; t < N; ++t) sums[t][u] = f_fma(w, f_set1(x[t * acts.width + c + u]), sums[t][u]);
+    }
+  for (; c < cols; ++c)
+    for (int t = 0; t < N; ++t)
+      sums[t][0] = f_fma(T::load(p + size_t(c) * bytes), f_set1(x[t * acts.width + c]), sums[t][0]);
+  for (int t = 0; t < N; ++t) {
+    acc[t] = sums[t][0];
+    for (int u = 1; u < kWays; ++u) acc[t] = f_add(acc[t], sums[t][u]);
+  }
+}
+
+template <class T, int N>
+void panel_tile(const uint8_t* p, int cols, const Acts& acts, int t0, float* out, int stride) {
+  F acc[N];
+  if constexpr (is_quantised(T::type)) panel_group<T, N>(p, acts.width / 64, acts, t0, acc);
+  else panel_group_float<T, N>(p, cols, acts, t0, acc);
+  for (int t = 0; t < N; ++t) f_store(out + size_t(t0 + t) * stride, acc[t]);
+}
+
+template <class T>
+void panel_of(const uint8_t* panel, int cols, int first, int last, const Acts& acts, int tokens, float* out, int stride) {
+  const size_t bytes = panel_group_bytes(T::type, cols);
+  for (int g = first; g < last; ++g) {
+    const uint8_t* p = panel + g * bytes;
+    int t = 0;
+    for (; t + kTokenTile <= tokens; t += kTokenTile) panel_tile<T, kTokenTile>(p, cols, acts, t, out + g * kLanes, stride);
+    for (; t < tokens; ++t) panel_tile<T, 1>(p, cols, acts, t, out + g * kLanes, stride);
+  }
+}
+
+void panel(Type type, const uint8_t* p, int cols, int first, int last, const Acts& acts, int tokens, float* out, int stride) {
+  switch (type) {
+    case Type::Q4_0: return panel_of<Q4>(p, cols, first, last, acts, tokens, out, stride);
+    case Type::Q8_0: return panel_of<Q8>(p, cols, first, last, acts, tokens, out, stride);
+    case Type::F32: return panel_of<Single>(p, cols, first, last, acts, tokens, out, stride);
+    case Type::F16: return panel_of<Half>(p, cols, first, last, acts, tokens, out, stride);
+    case Type::BF16: return panel_of<Brain>(p, cols, first, last, acts, tokens, out, stride);
+  }
+}
+
+// ---- gate and up rows
+template <class Q, int N>
+void row_dot_quantised(const uint8_t* row, const Acts& acts, const int* tokens, float* out) {
+  F acc[N];
+  for (int i = 0; i < N; ++i) acc[i] = f_zero();
+  const uint8_t* scales = row + quant_bytes(Q::type, acts.width);
+  for (int g = 0; g < acts.groups(); ++g) {
+    B w[8];
+    Q::decode(row + g * Q::loads * 64, w);
+    const F scale = f_load_f16(scales + g * 32);
+    for (int i = 0; i < N; ++i) {
+      const int8_t* a = acts.lane_q + size_t(tokens[i]) * acts.width + g * 512;
+      const size_t lane = size_t(tokens[i]) * acts.lane_width() + g * kLanes;
+      I even = Q::bias(i_load(acts.lane_sum + lane)), odd = i_zero();
+      for (int s = 0; s < 8; s += 2) {
+        even = Q::dot(even, w[s], b_load(a + 64 * s));
+        odd = Q::dot(odd, w[s + 1], b_load(a + 64 * s + 64));
+      }
+      acc[i] = f_fma(f_from_i(i_add(even, odd)), f_mul(scale, f_load(acts.lane_d + lane)), acc[i]);
+    }
+  }
+  const int grouped = acts.groups() * kLanes;
+  for (int p = 0; p < acts.pairs(); ++p) {
+    const int b = grouped + 2 * p;
+    const B w = Q::pair(row + quant_bytes(Q::type, b * kBlock));
+    uint16_t h[kLanes] = {};
+    std::memcpy(h, scales + 2 * b, 4);
+    float s[kLanes];
+    f_store(s, f_load_f16(h));
+    const F scale = f_pair(s[0], s[1]);
+    for (int i = 0; i < N; ++i) {
+      const int8_t* a = acts.lane_q + size_t(tokens[i]) * acts.width + b * kBlock;
+      const size_t lane = size_t(tokens[i]) * acts.lane_width() + grouped + p * kLanes;
+      const I sum = Q::dot(Q::bias(i_load(acts.lane_sum + lane)), w, b_load(a));
+      acc[i] = f_fma(f_from_i(sum), f_mul(scale, f_load(acts.lane_d + lane)), acc[i]);
+    }
+  }
+  for (int i = 0; i < N; ++i) out[i] = f_sum(acc[i]);
+}
+
+template <class T, int N>
+void row_dot_float(const uint8_t* row, const Acts& acts, const int* tokens, float* out) {
+  constexpr int kWays = N == 1 ? 4 : 1;
+  F acc[N][kWays];
+  for (int i = 0; i < N; ++i)
+    for (int u = 0; u < kWays; ++u) acc[i][u] = f_zero();
+  const int n = round_up(acts.n, kLanes), step = kWays * kLanes;
+  int c = 0;
+  for (; c + step <= n; c += step)
+    for (int u = 0; u < kWays; ++u) {
+      const F w = T::load(row + size_t(c + u * kLanes) * float_size(T::type));
+      for (int i = 0; i < N; ++i)
+        acc[i][u] = f_fma(w, f_load(acts.f + size_t(tokens[i]) * acts.width + c + u * kLanes), acc[i][u]);
+    }
+  for (; c < n; c += kLanes)
+    for (int i = 0; i < N; ++i)
+      acc[i][0] = f_fma(T::load(row + size_t(c) * float_size(T::type)),
+                        f_load(acts.f + size_t(tokens[i]) * acts.width + c), acc[i][0]);
+  for (int i = 0; i < N; ++i) {
+    for (int u = 1; u < kWays; ++u) acc[i][0] = f_add(acc[i][0], acc[i][u]);
+    out[i] = f_sum(acc[i][0]);
+  }
+}
+
+template <class T, int N>
+void row_dot_tile(const uint8_t* row, const Acts& acts, const int* tokens, float* out) {
+  if constexpr (is_quantised(T::type)) row_dot_quantised<T, N>(row, acts, tokens, out);
+  else row_dot_float<T, N>(row, acts, tokens, out);
+}
+
+template <class T>
+void row_dot_of(const uint8_t* row, const Acts& acts, const int* tokens, int n_tokens, float* out) {
+  int i = 0;
+  for (; i + kTokenTile <= n_tokens; i += kTokenTile) row_dot_tile<T, kTokenTile>(row, acts, tokens + i, out + i);
+  for (; i < n_tokens; ++i) row_dot_tile<T, 1>(row, acts, tokens + i, out + i);
+}
+
+void row_dot(Type type, const uint8_t* row, const Acts& acts, const int* tokens, int n_tokens, float* out) {
+  switch (type) {
+    case Type::Q4_0: return row_dot_of<Q4>(row, acts, tokens, n_tokens, out);
+    case Type::Q8_0: return row_dot_of<Q8>(row, acts, tokens, n_tokens, out);
+    case Type::F32: return row_dot_of<Single>(row, acts, tokens, n_tokens, out);
+    case Type::F16: return row_dot_of<Half>(row, acts, tokens, n_tokens, out);
+    case Type::BF16: return row_dot_of<Brain>(row, acts, tokens, n_tokens, out);
+  }
+}
+
+// ---- down rows
+// 16 neurons at a time: per 32-block of outputs the products a_i * scale_i share one int8 scale, so that four neurons
+// meet in one dot4 and all sixteen in one int32 sum. Rows past `count` repeat row 0 with multiplier zero.
+struct Multipliers {
+  uint32_t quad[4][kLanes];   // [4 neurons, block]: four int8 multipliers
+  int32_t bias[kLanes];       // per block
+  float step[kLanes];         // per block
+};
+
+void multipliers(const uint8_t* const* scales, const float* a, int count, int offset, Multipliers& out) {
+  F m[16], max = f_set1(1e-30f);
+  for (int i = 0; i < count; ++i) {
+    m[i] = f_mul(f_set1(a[i]), f_load_f16(scales[i]));
+    max = f_max(max, f_abs(m[i]));
+  }
+  const F inverse = f_div(f_set1(127.0f), max);
+  f_store(out.step, f_mul(max, f_set1(1.0f / 127.0f)));
+  alignas(64) int8_t q[16][kLanes] = {};
+  I sum = i_zero();
+  for (int i = 0; i < count; ++i) {
+    const I v = i_from_f(f_mul(m[i], inverse));
+    i_store_i8(q[i], v);
+    sum = i_add(sum, v);
+  }
+  i_store(out.bias, i_mul(sum, i_set1(-offset)));
+  for (int g = 0; g < (count + 3) / 4; ++g)
+    for (int b = 0; b < kLanes; ++b)
+      out.quad[g][b] = uint32_t(uint8_t(q[4 * g][b])) | uint32_t(uint8_t(q[4 * g + 1][b])) << 8 |
+                       uint32_t(uint8_t(q[4 * g + 2][b])) << 16 | uint32_t(uint8_t(q[4 * g + 3][b])) << 24;
+}
+
+// One 64-byte chunk of 16 rows: 4 blocks of outputs for Q4_0, 2 for Q8_0, from block `b` of the multipliers on.
+void down_chunk(Q4, const uint8_t* const* rows, size_t at, int quads, const Multipliers& m, int b, float* y) {
+  I acc[8];
+  for (int r = 0; r < 8; ++r) acc[r] = i_set1(m.bias[b + r / 2]);
+  for (int g = 0; g < quads; ++g) {
+    B u[4];
+    b_interleave4(b_load(rows[4 * g] + at), b_load(rows[4 * g + 1] + at), b_load(rows[4 * g + 2] + at),
+                  b_load(rows[4 * g + 3] + at), u);
+    for (int r = 0; r < 4; ++r) {
+      const B multiplier = b_set1(&m.quad[g][b + r]);
+      acc[2 * r] = dot4(acc[2 * r], b_low(u[r]), multiplier);
+      acc[2 * r + 1] = dot4(acc[2 * r + 1], b_high(u[r]), multiplier);
+    }
+  }
+  for (int r = 0; r < 8; ++r)
+    f_store(y + kLanes * r, f_fma(f_from_i(acc[r]), f_set1(m.step[b + r / 2]), f_load(y + kLanes * r)));
+}
+
+void down_chunk(Q8, const uint8_t* const* rows, size_t at, int quads, const Multipliers& m, int b, float* y) {
+  I acc[4];
+  for (int r = 0; r < 4; ++r) acc[r] = i_set1(m.bias[b + r / 2]);
+  for (int g = 0; g < quads; ++g) {
+    B u[4];
+    b_interleave4(b_load(rows[4 * g] + at), b_load(rows[4 * g + 1] + at), b_load(rows[4 * g + 2] + at),
+                  b_load(rows[4 * g + 3] + at), u);
+    for (int r = 0; r < 4; ++r) acc[r] = dot4_wide(acc[r], u[r], b_set1(&m.quad[g][b + r / 2]));
+  }
+  for (int r = 0; r < 4; ++r)
+    f_store(y + kLanes * r, f_fma(f_from_i(acc[r]), f_set1(m.step[b + r / 2]), f_load(y + kLanes * r)));
+}
+
+template <class Q>
+void down_quantised(const uint8_t* const* rows, const float* a, int count, int n, float* y) {
+  const int width = round_up(n, 128), blocks = width / kBlock, chunk = Q::type == Type::Q4_0 ? 128 : 64;
+  const uint8_t* all[16];
+  for (int i = 0; i < 16; ++i) all[i] = rows[i < count ? i : 0];
+  for (int b0 = 0; b0 < blocks; b0 += kLanes) {
+    const uint8_t* scales[16];
+    for (int i = 0; i < count; ++i) scales[i] = rows[i] + quant_bytes(Q::type, width) + 2 * b0;
+    Multipliers m;
+    multipliers(scales, a, count, Q::offset, m);
+    for (int b = 0; b < std::min(kLanes, blocks - b0); b += chunk / kBlock)
+      down_chunk(Q{}, all, size_t(b0 + b) * kBlock / chunk * 64, (count + 3) / 4, m, b, y + (b0 + b) * kBlock);
+  }
+}
+
+template <class T>
+void down_float(const uint8_t* const* rows, const float* a, int count, int n, float* y) {
+  for (int c = 0; c < n; c += 64) {
+    F acc[4];
+    for (int u = 0; u < 4; ++u) acc[u] = f_load(y + c + u * kLanes);
+    for (int i = 0; i < count; ++i) {
+      const F scale = f_set1(a[i]);
+      for (int u = 0; u < 4; ++u)
+        acc[u] = f_fma(T::load(rows[i] + size_t(c + u * kLanes) * float_size(T::type)), scale, acc[u]);
+    }
+    for (int u = 0; u < 4; ++u) f_store(y + c + u * kLanes, acc[u]);
+  }
+}
+
+void down(Type type, const uint8_t* const* rows, const float* a, int count, int n, float* y) {
+  switch (type) {
+    case Type::Q4_0: return down_quantised<Q4>(rows, a, count, n, y);
+    case Type::Q8_0: return down_quantised<Q8>(rows, a, count, n, y);
+    case Type::F32: return down_float<Single>(rows, a, count, n, y);
+    case Type::F16: return down_float<Half>(rows, a, count, n, y);
+    case Type::BF16: return down_float<Brain>(rows, a, count, n, y);
+  }
+}
+
+// ---- element-wise and attention
+void silu_mul(float* gate, const float* up, int n) {
+  for (int i = 0; i < n; i += kLanes) {
+    const F g = f_load(gate + i);
+    const F sigmoid = f_div(f_set1(1.0f), f_add(f_set1(1.0f), f_exp(f_sub(f_zero(), g))));
+    f_store(gate + i, f_mul(f_mul(g, sigmoid), f_load(up + i)));
+  }
+}
+
+template <int H>
+void scores_of(const float* q, int dim, const uint16_t* keys, int first, int last, float* out, int stride) {
+  for (int tile = first; tile < last; ++tile) {
+    F acc[H];
+    for (int h = 0; h < H; ++h) acc[h] = f_zero();
+    const uint16_t* k = keys + size_t(tile) * dim * kLanes;
+    for (int d = 0; d < dim; ++d) {
+      const F key = f_load_f16(k + d * kLanes);
+      for (int h = 0; h < H; ++h) acc[h] = f_fma(key, f_set1(q[h * dim + d]), acc[h]);
+    }
+    for (int h = 0; h < H; ++h) f_store(out + h * stride + tile * kLanes, acc[h]);
+  }
+}
+
+void scores(const float* q, int heads, int dim, const uint16_t* keys, int first, int last, float* out, int stride) {
+  int h = 0;
+  for (; h + 4 <= heads; h += 4) scores_of<4>(q + h * dim, dim, keys, first, last, out + h * stride, stride);
+  for (; h + 2 <= heads; h += 2) scores_of<2>(q + h * dim, dim, keys, first, last, out + h * stride, stride);
+  for (; h < heads; ++h) scores_of<1>(q + h * dim, dim, keys, first, last, out + h * stride, stride);
+}
+
+float softmax(float* s, int first, int last, float* max) {
+  float m = -3e38f;
+  int p = first;
+  F vm = f_set1(m);
+  for (; p + kLanes <= last; p += kLanes) vm = f_max(vm, f_load(s + p));
+  m = f_hmax(vm);
+  for (; p < last; ++p) m = std::max(m, s[p]);
+  F sum = f_zero();
+  for (p = first; p + kLanes <= last; p += kLanes) {
+    const F e = f_exp(f_sub(f_load(s + p), f_set1(m)));
+    f_store(s + p, e);
+    sum = f_add(sum, e);
+  }
+  float total = f_sum(sum);
+  if (p < last) {
+    float e[kLanes];
+    std::fill(e, e + kLanes, m);
+    std::copy(s + p, s + last, e);
+    f_store(e, f_exp(f_sub(f_load(e), f_set1(m))));
+    std::copy(e, e + (last - p), s + p);
+    for (int i = 0; i < last - p; ++i) total += e[i];
+  }
+  *max = m;
+  return total;
+}
+
+template <int H, int V>
+void values_of(const float* w, int stride, int dim, const uint16_t* values, int first, int last, float* out) {
+  F acc[H][V];
+  for (int h = 0; h < H; ++h)
+    for (int v = 0; v < V; ++v) acc[h][v] = f_zero();
+  for (int p = first; p < last; ++p)
+    for (int v = 0; v < V; ++v) {
+      const F value = f_load_f16(values + size_t(p) * dim + v * kLanes);
+      for (int h = 0; h < H; ++h) acc[h][v] = f_fma(value, f_set1(w[h * stride + p]), acc[h][v]);
+    }
+  for (int h = 0; h < H; ++h)
+    for (int v = 0; v < V; ++v) f_store(out + h * dim + v * kLanes, acc[h][v]);
+}
+
+template <int H>
+void values_heads(const float* w, int stride, int dim, const uint16_t* values, int first, int last, float* out) {
+  int d = 0;
+  for (; d + 64 <= dim; d += 64) values_of<H, 4>(w, stride, dim, values + d, first, last, out + d);
+  for (; d < dim; d += kLanes) values_of<H, 1>(w, stride, dim, values + d, first, last, out + d);
+}
+
+void values(const float* w, int stride, int heads, int dim, const uint16_t* v, int first, int last, float* out) {
+  int h = 0;
+  for (; h + 3 <= heads; h += 3) values_heads<3>(w + h * stride, stride, dim, v, first, last, out + h * dim);
+  for (; h < heads; ++h) values_heads<1>(w + h * stride, stride, dim, v, first, last, out + h * dim);
+}
+
+void to_f16(const float* x, int n, uint16_t* y) {
+  for (int i = 0; i < n; i += kLanes) f_store_f16(y + i, f_load(x + i));
+}
+
+void add(float* y, const float* x, int n) {
+  int i = 0;
+  for (; i + kLanes <= n; i += kLanes) f_store(y + i, f_add(f_load(y + i), f_load(x + i)));
+  for (; i < n; ++i) y[i] += x[i];
+}
+
+uint32_t at_least(const float* x, float threshold) { return f_ge_mask(f_load(x), f_set1(threshold)); }
+
+}  // namespace
+
+#define HOTCOLD_STRING_(x) #x
+#define HOTCOLD_STRING(x) HOTCOLD_STRING_(x)
+
+extern const Kernels table;
+const Kernels table = {HOTCOLD_STRING(HOTCOLD_ISA), rms_norm, quantise, arrange, panel,  row_dot, down,
+                       silu_mul,                    scores,   softmax,  values,  to_f16, add,     at_least};
+
+}  // namespace hotcold::HOTCOLD_ISA

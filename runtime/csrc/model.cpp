@@ -1,0 +1,85 @@
+#include "model.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "buffers.h"
+#include "pass.h"
+
+namespace hotcold {
+
+Model::Model(const Config& c, int threads, size_t weight_bytes, const Kernels& kernels)
+    : config(c), k(kernels), team(threads), layers(c.n_layers), arena_(weight_bytes), total_(c.n_layers) {}
+
+Model::~Model() = default;
+
+Panel Model::add_panel(Type type, const uint8_t* src, int rows, int cols, const int32_t* order) {
+  uint8_t* data = arena_.take(panel_bytes(type, rows, cols));
+  team.run([&](int thread) {
+    const Range r = split(rows, thread, team.size(), kLanes);
+    pack_panel(type, src, rows, cols, order, r.first, r.last, data);
+  });
+  return {type, rows, cols, data};
+}
+
+void Model::add_bundles(Layer& layer, const uint8_t* gate, Type gate_type, const uint8_t* up, Type up_type,
+                        const uint8_t* down, Type down_type) {
+  const int n = config.d_model;
+  layer.gate_row = {gate_type, 0, gate ? row_bytes(gate_type, n) : 0};
+  layer.up_row = {up_type, layer.gate_row.bytes, row_bytes(up_type, n)};
+  layer.down_row = {down_type, layer.up_row.at + layer.up_row.bytes, down_bytes(down_type, n)};
+  layer.bundle_stride = (layer.down_row.at + layer.down_row.bytes + 63) / 64 * 64;
+  uint8_t* data = arena_.take(layer.bundle_stride * config.d_ff);
+  team.run([&](int thread) {
+    const Range r = split(config.d_ff, thread, team.size());
+    for (int i = r.first; i < r.last; ++i) {
+      uint8_t* bundle = data + size_t(i) * layer.bundle_stride;
+      if (gate) pack_row(gate_type, gate + i * gguf_row_bytes(gate_type, n), n, bundle);
+      pack_row(up_type, up + i * gguf_row_bytes(up_type, n), n, bundle + layer.up_row.at);
+      pack_down(down_type, down + i * gguf_row_bytes(down_type, n), n, bundle + layer.down_row.at);
+    }
+  });
+  layer.bundles = data;
+}
+
+void Model::forward(const int32_t* tokens, int n, bool all_logits, float* logits) {
+  if (!buffers_) {
+    int rank = 1;
+    for (const Layer& l : layers) rank = std::max(rank, l.fc1.rows);
+    buffers_ = std::make_unique<Buffers>(config, team.size(), rank);
+  }
+  for (int done = 0; done < n;) {
+    const int block = std::min(kMaxBlock, n - done);
+    const int wanted = all_logits ? block : done + block == n ? 1 : 0;
+    Pass pass{*this, *buffers_, tokens + done, block, position, wanted};
+    pass.prepare();
+    team.run([&](int thread) { pass.run(thread); });
+    const size_t stride = round_up(config.n_vocab, kLanes);
+    for (int i = 0; i < wanted; ++i)
+      std::memcpy(logits + size_t(all_logits ? done + i : 0) * config.n_vocab, &buffers_->logits[i * stride],
+                  config.n_vocab * sizeof(float));
+    done += block;
+    position += block;
+    tokens_run += block;
+  }
+}
+
+const std::vector<LayerStats>& Model::stats() {
+  std::fill(total_.begin(), total_.end(), LayerStats{});
+  if (!buffers_) return total_;
+  for (const auto& scratch : buffers_->scratch)
+    for (int l = 0; l < config.n_layers; ++l) {
+      total_[l].fired += scratch->stats[l].fired;
+      total_[l].predicted += scratch->stats[l].predicted;
+      total_[l].missed += scratch->stats[l].missed;
+    }
+  return total_;
+}
+
+void Model::reset_stats() {
+  tokens_run = 0;
+  if (!buffers_) return;
+  for (auto& scratch : buffers_->scratch) std::fill(scratch->stats.begin(), scratch->stats.end(), LayerStats{});
+}
+
+}  // namespace hotcold

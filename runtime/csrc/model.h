@@ -1,0 +1,96 @@
+// A Llama-like model bound to its packed weights, and the steps that a block of tokens goes through.
+//
+// Every thread of the team runs the same function; what it owns is a contiguous share of rows, heads or neurons. With
+// one token, what all threads need (norms, quantised activations, the residual stream) is computed by each on its own
+// copy, which is cheaper than handing it over.
+#pragma once
+#include <memory>
+#include <vector>
+
+#include "arena.h"
+#include "kernels.h"
+#include "threads.h"
+
+namespace hotcold {
+
+enum class Mode : int { Dense, Exact, Predicted };
+enum class Activation : int { Silu, Relu, Drelu };  // Relu with a threshold > 0 is FATReLU
+
+constexpr int kMaxBlock = 64;  // tokens per pass over the weights; one bit each in a neuron's token mask
+
+struct Config {
+  int n_layers, d_model, d_ff, n_heads, n_kv_heads, head_dim, n_vocab, n_ctx;
+  float norm_eps;
+  Activation activation;
+  Mode mode;
+};
+
+struct Panel {
+  Type type = Type::F32;
+  int rows = 0, cols = 0;
+  const uint8_t* data = nullptr;
+  size_t bytes() const { return data ? panel_bytes(type, rows, cols) : 0; }
+};
+
+// Rows of one kind (gate, up or down) inside the neuron bundles.
+struct RowKind {
+  Type type = Type::F32;
+  size_t at = 0;     // offset inside the bundle
+  size_t bytes = 0;  // 0: not in the bundle
+};
+
+struct Layer {
+  std::vector<float> attn_norm, ffn_norm;
+  Panel q, k, v, o;
+  Panel gate, up, down;            // dense mode; gate alone in exact mode
+  const uint8_t* bundles = nullptr;
+  size_t bundle_stride = 0;
+  RowKind gate_row, up_row, down_row;
+  Panel fc1, fc2;                  // predictor
+  std::vector<uint16_t> hot;       // per 16 neurons: bits of those that are always computed
+  float predictor_threshold = 0, activation_threshold = 0;
+
+  const uint8_t* bundle(int neuron) const { return bundles + size_t(neuron) * bundle_stride; }
+};
+
+struct LayerStats {
+  int64_t fired = 0, predicted = 0, missed = 0;
+};
+
+class Model {
+ public:
+  Model(const Config& config, int threads, size_t weight_bytes, const Kernels& kernels);
+  ~Model();
+
+  const Config config;
+  const Kernels& k;
+  Team team;
+  std::vector<Layer> layers;
+  Panel embedding, head;
+  std::vector<float> output_norm;
+  std::vector<float> rope_frequency;  // [rope_dim / 2], radians per position
+  bool audit = false;                 // predicted mode: also count what the predictor missed
+
+  // Packs a GGUF matrix [rows, cols] on all threads; `order` as in pack_panel.
+  Panel add_panel(Type type, const uint8_t* src, int rows, int cols, const int32_t* order);
+  // Packs the rows of all neurons of a layer; gate may be null (exact mode keeps gates in a panel).
+  void add_bundles(Layer& layer, const uint8_t* gate, Type gate_type, const uint8_t* up, Type up_type,
+                   const uint8_t* down, Type down_type);
+
+  // Runs tokens [0, n) at the end of the cache. Logits of the last one, or of all, go to `logits` [.., n_vocab].
+  void forward(const int32_t* tokens, int n, bool all_logits, float* logits);
+  int position = 0;
+  const std::vector<LayerStats>& stats();
+  void reset_stats();
+  int64_t tokens_run = 0;
+  size_t weight_bytes() const { return arena_.used(); }
+
+ private:
+  friend struct Pass;
+  struct Buffers;
+  Arena arena_;
+  std::unique_ptr<Buffers> buffers_;
+  std::vector<LayerStats> total_;
+};
+
+}  // namespace hotcold

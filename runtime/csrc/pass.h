@@ -1,0 +1,58 @@
+// One block of tokens through all layers. run() is executed by every thread of the team.
+#pragma once
+#include "buffers.h"
+#include "model.h"
+
+namespace hotcold {
+
+struct Pass {
+  Model& m;
+  Model::Buffers& b;
+  const int32_t* tokens;
+  int n;         // tokens of the block, at most kMaxBlock
+  int position;  // of the first token
+  int wanted;    // logits: of all tokens (n), the last (1) or none (0)
+
+  void prepare();  // rope table
+  void run(int thread);
+
+ private:
+  const Config& c() const { return m.config; }
+  int threads() const { return m.team.size(); }
+  Stream& stream(int thread) const { return b.streams[n == 1 ? thread : 0]; }
+
+  // Calls step(token) for the tokens of this thread and leaves all tokens ready for every thread.
+  template <class Step>
+  void each_token(int thread, Step step);
+  // This thread's rows of a panel, for all tokens; other rows may still be missing until the next barrier.
+  void multiply(int thread, const Panel& panel, const Acts& acts, float* out, int stride);
+
+  void embed(int thread);
+  void attention(int thread, int l);
+  void rope_and_store(int thread, int l);
+  void attend_one(int thread, int l);
+  void attend_block(int thread, int l);
+  void rope(float* head, int t) const;
+  uint16_t* keys(int l, int kv_head) const;
+  uint16_t* values(int l, int kv_head) const;
+
+  void ffn(int thread, int l);
+  void ffn_dense(int thread, const Layer& layer);
+  void list_fired(int thread, int l);
+  void list_predicted(int thread, int l);
+  void list_group(ThreadScratch& s, int first_neuron, const float* scores, int stride, float threshold, uint32_t always);
+  void ffn_rows(int thread, int l);
+  void count_missed(int thread, int l);
+
+  void logits(int thread);
+};
+
+template <class Step>
+void Pass::each_token(int thread, Step step) {
+  if (n == 1) return step(0);
+  const Range r = split(n, thread, threads());
+  for (int t = r.first; t < r.last; ++t) step(t);
+  m.team.barrier();
+}
+
+}  // namespace hotcold

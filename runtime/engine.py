@@ -1,0 +1,147 @@
+"""The native CPU engine behind a small Python face: load a bundle, feed tokens, read logits and counts.
+
+One call into C++ per token or block of tokens, with the GIL released; this file only checks, chooses the mode and
+accounts for what was read.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+
+from hotcold.convert.gguf_read import GGUFFile
+from hotcold.errors import InputError, UnsupportedError
+from hotcold.runtime import _cpu
+from hotcold.runtime.bundle_files import file_of_role
+from hotcold.runtime.bundle_load import load_model
+from hotcold.runtime.stats import Stats
+
+__all__ = ["Engine"]
+
+MODES = ("auto", "dense", "exact", "predicted")
+
+
+class Engine:
+    """One sequence of tokens through a model on the CPU."""
+
+    def __init__(self, path: str | Path, mode: str, n_threads: int | None = None, n_ctx: int = 2048) -> None:
+        """Pack the GGUF file `path` for `mode` (`dense`, `exact` or `predicted`).
+
+        `n_threads` defaults to the cores this process may use. The kernels are the best that the CPU runs, or those
+        that the environment variable HOTCOLD_CPU_ISA names. Raises InputError, FormatError, UnsupportedError.
+        """
+        if n_ctx < 1:
+            raise InputError("the context must hold at least one token", got=n_ctx)
+        self.mode, self.n_ctx = mode, n_ctx
+        self.n_threads = n_threads or len(os.sched_getaffinity(0))
+        self._model, self._shape = load_model(GGUFFile(path), mode, self.n_threads, n_ctx, _isa())
+        self.n_vocab = self._shape.n_vocab
+
+    @classmethod
+    def load(
+        cls, bundle: str | Path, mode: str = "auto", n_threads: int | None = None, n_ctx: int = 2048
+    ) -> Self:
+        """Open a bundle folder, or one GGUF file.
+
+        `dense` reads the file that stock llama.cpp runs, `exact` and `predicted` the one by neurons; `auto` is the
+        faster of these two on this machine, measured once and remembered.
+        """
+        if mode not in MODES:
+            raise InputError("unknown mode", got=mode, expected=", ".join(MODES))
+        if mode == "auto":
+            from hotcold.runtime.auto_mode import choose_mode
+
+            mode = choose_mode(bundle, n_threads)
+        is_file = Path(bundle).suffix == ".gguf"
+        path = bundle if is_file else file_of_role(bundle, "dense" if mode == "dense" else "sparse")
+        return cls(path, mode, n_threads, n_ctx)
+
+    @property
+    def isa(self) -> str:
+        """Name of the kernels in use."""
+        return self._model.isa
+
+    @property
+    def position(self) -> int:
+        """Number of tokens in the cache."""
+        return self._model.position
+
+    @property
+    def audit(self) -> bool:
+        """Predicted mode: also compute the gates that were left out, to count the misses. Costs speed."""
+        return self._model.audit
+
+    @audit.setter
+    def audit(self, on: bool) -> None:
+        self._model.audit = on
+
+    def reset(self) -> None:
+        """Forget all tokens."""
+        self._model.position = 0
+
+    def prefill(self, ids: Sequence[int] | np.ndarray, all_logits: bool = False) -> np.ndarray:
+        """Append tokens; logits after the last one, float32 [n_vocab], or after each, [len(ids), n_vocab]."""
+        tokens = np.ascontiguousarray(ids, np.int32)
+        self._check(tokens)
+        return self._model.forward(tokens, all_logits)
+
+    def decode(self, token: int) -> np.ndarray:
+        """Append one token; logits of the next one, float32 [n_vocab]."""
+        return self.prefill([token])
+
+    def _check(self, tokens: np.ndarray) -> None:
+        if tokens.ndim != 1 or not len(tokens):
+            raise InputError("no tokens to compute")
+        if self.position + len(tokens) > self.n_ctx:
+            got, limit = self.position + len(tokens), f"at most {self.n_ctx}"
+            raise InputError("the context is full", got=got, expected=limit, fix="raise it with -c")
+        if tokens.min() < 0 or tokens.max() >= self.n_vocab:
+            worst = int(tokens.max() if tokens.min() >= 0 else tokens.min())
+            limit = f"0 to {self.n_vocab - 1}"
+            raise InputError("token id outside of the vocabulary", got=worst, expected=limit)
+
+    def reset_stats(self) -> None:
+        """Start counting anew."""
+        self._model.reset_stats()
+
+    def stats(self) -> Stats:
+        """What was computed since `reset_stats()`."""
+        counts = self._model.stats()
+        fired, predicted, missed = (
+            np.asarray(counts[name], np.int64) for name in ("fired", "predicted", "missed")
+        )
+        return Stats(counts["tokens"], self._shape.d_ff, fired, predicted, missed, audit=self.audit)
+
+    def bytes_per_token(self, position: int | None = None) -> dict[str, float]:
+        """Bytes that one decoded token needs, by part, at a cache position (default: the present one).
+
+        Panels are read whole. Of the neuron rows count those that the tokens since `reset_stats()` needed, without
+        padding to cache lines: gate rows of predicted neurons, up and down rows of fired ones.
+        """
+        sizes, shape, stats = self._model.sizes(), self._shape, self.stats()
+        all_neurons = max(stats.tokens, 1) * shape.n_layers * shape.d_ff
+        fired = stats.fired.sum() / all_neurons if self.mode != "dense" else 1.0
+        predicted = stats.predicted.sum() / all_neurons if self.mode == "predicted" else 1.0
+        position = self.position if position is None else position
+        return {
+            "attention": float(sizes["attention"]),
+            "predictor": float(sizes["predictor"]),
+            "ffn": float(predicted * sizes["gate"] + fired * (sizes["up"] + sizes["down"])),
+            "head": float(sizes["head"]),
+            "kv": float(2 * 2 * shape.n_layers * shape.n_kv_heads * shape.head_dim * position),
+            "other": float(4 * shape.d_model * (2 * shape.n_layers + 1)),
+        }
+
+
+def _isa() -> str | None:
+    name = os.environ.get("HOTCOLD_CPU_ISA")
+    known = _cpu.available_isas()
+    if name and name not in known:
+        raise UnsupportedError(
+            "HOTCOLD_CPU_ISA names kernels that this CPU does not run", got=name, expected=", ".join(known)
+        )
+    return name
