@@ -1,0 +1,108 @@
+"""A tiny seeded ReLU model, exported as the product exports it, with predictors that know the truth."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from hotcold import checkpoint, storage
+from hotcold.convert.export import ExportOptions, export_bundle
+from hotcold.convert.hf_checkpoint import HFCheckpoint
+from hotcold.convert.predictors import Predictors
+
+SENTENCE = "a sparse model computes only the neurons that fire and skips the many cold ones in between"
+D_MODEL, D_FF, N_LAYERS = 64, 96, 2
+
+
+def make_text(n_words: int, seed: int = 0) -> str:
+    rng = np.random.default_rng(seed)
+    words = rng.choice(SENTENCE.split(), n_words)
+    return "\n\n".join(" ".join(words[at : at + 40]) for at in range(0, n_words, 40)) + "\n"
+
+
+def make_tokenizer() -> Tokenizer:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([make_text(400)], trainer)
+    return tokenizer
+
+
+def make_model(vocab_size: int) -> LlamaForCausalLM:
+    config = LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=D_MODEL,
+        intermediate_size=D_FF,
+        num_hidden_layers=N_LAYERS,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        hidden_act="relu",
+        tie_word_embeddings=True,
+        initializer_range=0.1,
+    )
+    torch.manual_seed(0)
+    return LlamaForCausalLM(config).eval()
+
+
+def write_predictors(path: Path, model: LlamaForCausalLM, fingerprint: str, threshold: float) -> None:
+    """Predictors whose logit is the gate, times rms(x): fc1 = [I; -I] keeps x whole through the ReLU."""
+    eye, tensors = np.eye(D_MODEL, dtype=np.float32), {}
+    for i, layer in enumerate(checkpoint.ffn_layers(model)):
+        gate = (layer.gate.weight * layer.norm.weight).detach().numpy()
+        tensors[f"layers.{i}.fc1.weight"] = np.concatenate([eye, -eye])
+        tensors[f"layers.{i}.fc2.weight"] = np.concatenate([gate, -gate], axis=1)
+        tensors[f"layers.{i}.firing_frequency"] = np.full(D_FF, 0.4, np.float32)
+    storage.write_tensors(path / "model.safetensors", tensors)
+    config = {"format": "hotcold-predictor", "version": 1, "model_fingerprint": fingerprint}
+    config |= {"n_layers": N_LAYERS, "d_model": D_MODEL, "d_ff": D_FF, "target_recall": 1.0, "metrics": []}
+    config |= {"ranks": [2 * D_MODEL] * N_LAYERS, "thresholds": [threshold] * N_LAYERS}
+    storage.write_json(path / "config.json", config)
+
+
+def write_bundle(folder: Path, threshold: float) -> Path:
+    tokenizer = make_tokenizer()
+    model = make_model(tokenizer.get_vocab_size())
+    checkpoint.save(model, tokenizer, folder / "model")
+    fingerprint = checkpoint.fingerprint(str(folder / "model"))
+    write_predictors(folder / "predictors", model, fingerprint, threshold)
+    export_bundle(
+        HFCheckpoint(folder / "model"),
+        folder / "bundle",
+        name="tiny",
+        fingerprint=fingerprint,
+        folder=folder / "model",
+        predictors=Predictors(folder / "predictors"),
+        options=ExportOptions(quant="f16", predictor_quant="f32"),
+    )
+    return folder / "bundle"
+
+
+@pytest.fixture(scope="session")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its predictors miss nothing."""
+    return write_bundle(tmp_path_factory.mktemp("perfect"), threshold=0.0)
+
+
+@pytest.fixture(scope="session")
+def lossy_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its predictors miss the neurons whose gates are barely open."""
+    return write_bundle(tmp_path_factory.mktemp("lossy"), threshold=0.5)
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(make_text(2000, seed=1))
+    return path

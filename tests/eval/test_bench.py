@@ -1,0 +1,181 @@
+"""The order of runs, the pairing of ratios and the counting, on sides whose speed is known."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hotcold.errors import InputError
+from hotcold.eval import bench as module
+from hotcold.eval.bench import Plan, bench, segments
+from hotcold.runtime.stats import Stats
+
+N_VOCAB = 11
+PARTS = {"attention": 3e6, "predictor": 1e6, "ffn": 4e6, "head": 2e6, "kv": 1e5, "other": 1e4}
+
+
+class Clockwork:
+    """A side that takes `per_token[round]` seconds for a token it decodes, and a tenth of it in a prompt."""
+
+    n_vocab, n_ctx = N_VOCAB, 64
+
+    def __init__(self, name, log, seconds_per_token, path=None):
+        self.name, self.log, self.per_token, self.path = name, log, seconds_per_token, path
+        self.runs, self.seconds, self.position = -1, 0.0, 0
+
+    def reset(self):
+        self.seconds, self.position = 0.0, 0
+
+    def prefill(self, ids, all_logits=False):
+        if not all_logits:
+            self.runs += 1
+            self.log.append((self.name, tuple(ids)))
+        self._work(len(ids), 0.1)
+        return np.tile(np.arange(N_VOCAB, dtype=np.float32), (len(ids), 1))
+
+    def decode(self, token):
+        self._work(1, 1.0)
+        return np.arange(N_VOCAB, dtype=np.float32)
+
+    def _work(self, n, weight):
+        self.seconds += n * weight * self.per_token[min(self.runs, len(self.per_token) - 1)]
+        self.position += n
+
+
+class CountingEngine:
+    """Fires a fixed share of 100 neurons in 2 layers; counts missed ones only while it is audited."""
+
+    audit = False
+
+    def __init__(self):
+        self.reset_stats()
+
+    def reset_stats(self):
+        self.tokens = self.audited = 0
+
+    def reset(self):
+        pass
+
+    def prefill(self, ids):
+        self.tokens += len(ids)
+        self.audited += len(ids) * self.audit
+
+    def decode(self, token):
+        self.prefill([token])
+
+    def stats(self):
+        fired, predicted, missed = (
+            np.array([n * count, n * count])
+            for n, count in ((20, self.tokens), (30, self.tokens), (5, self.audited))
+        )
+        return Stats(self.tokens, 100, fired, predicted, missed, audit=self.audit)
+
+    def bytes_per_token(self, position):
+        assert not self.audit
+        return {**PARTS, "kv": PARTS["kv"] * position}
+
+
+class ClockworkEngine(Clockwork):
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.engine = CountingEngine()
+
+
+@pytest.fixture
+def measured(monkeypatch, bundle):
+    """One bench of two peers and two modes over three rounds that get slower and slower."""
+    monkeypatch.setattr(module, "_SETTLE_S", 0.0)
+    monkeypatch.setattr(module, "read_bandwidth", lambda n_threads: 10.0 * n_threads)
+    log: list = []
+    drift = np.array([9.0, 1.0, 2.0, 4.0])  # the first is the warm-up
+    path = bundle / "tiny.gguf"
+    peers = {
+        "llama.cpp (smallthinker)": Clockwork("true", log, drift * 0.010, path),
+        "llama.cpp (llama)": Clockwork("twin", log, drift * 0.008, path),
+    }
+    ours = {
+        "exact": ClockworkEngine("exact", log, drift * 0.004),
+        "predicted": ClockworkEngine("predicted", log, drift * np.array([1, 0.005, 0.004, 0.002])),
+    }
+    texts = segments(np.arange(30), Plan(rounds=3, n_prompt=6, n_gen=4))
+    windows = [np.arange(8) % N_VOCAB]
+    report = bench(peers, ours, texts, windows, truth="llama.cpp (smallthinker)", n_threads=2)
+    return report, log, texts
+
+
+def row(measured, side):
+    return next(row for row in measured[0].rows if row.side == side)
+
+
+def test_every_side_runs_every_segment_once_after_its_warm_up(measured):
+    _, log, texts = measured
+    prompts = [tuple(text.prompt) for text in [texts[0], *texts]]
+    for name in ("true", "twin", "exact", "predicted"):
+        assert [ids for who, ids in log if who == name] == prompts
+
+
+def test_the_order_differs_between_rounds(measured):
+    names = [name for name, _ in measured[1]]
+    rounds = [names[at : at + 4] for at in range(0, 16, 4)]
+    assert len({tuple(order) for order in rounds}) == 4
+    assert len({order[0] for order in rounds}) > 1
+
+
+@given(n=st.integers(1, 6), index=st.integers(0, 50))
+def test_any_order_has_every_side_once(n, index):
+    names = [f"side {i}" for i in range(n)]
+    assert sorted(module._order(names, index)) == names
+
+
+def test_speeds_are_medians_of_the_rounds_without_the_warm_up(measured):
+    exact = row(measured, "exact")
+    assert exact.generation.median == pytest.approx(1 / 0.008)
+    assert exact.generation.low == pytest.approx(1 / 0.016)
+    assert exact.generation.high == pytest.approx(1 / 0.004)
+    assert exact.prompt.median == pytest.approx(10 / 0.008)
+
+
+def test_ratios_are_paired_and_to_the_fastest_peer(measured):
+    assert measured[0].baseline == "llama.cpp (llama)"
+    exact, predicted = row(measured, "exact"), row(measured, "predicted")
+    # speeds drift fourfold, and yet the pairs agree
+    assert (exact.ratio.low, exact.ratio.high) == (pytest.approx(2.0), pytest.approx(2.0))
+    assert predicted.ratio.median == pytest.approx(2.0)
+    assert (predicted.ratio.low, predicted.ratio.high) == (pytest.approx(1.6), pytest.approx(4.0))
+    assert row(measured, "llama.cpp (smallthinker)").ratio.median == pytest.approx(0.8)
+
+
+def test_recall_comes_from_an_audited_pass(measured):
+    activity = row(measured, "predicted").activity
+    assert activity.sparsity == pytest.approx(0.80)
+    assert activity.predicted_sparsity == pytest.approx(0.70)
+    assert activity.recall == pytest.approx(20 / 25)
+
+
+def test_bytes_are_those_at_the_middle_of_the_generated_tokens(measured):
+    roofline = row(measured, "predicted").roofline
+    assert roofline.parts["kv"] == PARTS["kv"] * (6 + 2)
+    assert roofline.bandwidth == 20.0
+
+
+def test_the_twin_computes_something_else_and_gets_no_quality(measured):
+    assert row(measured, "llama.cpp (llama)").quality is None
+    assert row(measured, "llama.cpp (smallthinker)").quality.ppl > 1
+    assert row(measured, "exact").quality.kl == pytest.approx(0)
+
+
+@pytest.mark.parametrize("field", ["rounds", "n_prompt", "n_gen"])
+def test_a_plan_of_nothing_is_refused(field):
+    sizes = {"rounds": 1, "n_prompt": 1, "n_gen": 1} | {field: 0}
+    with pytest.raises(InputError, match=rf"{field}: must be at least 1 \(got 0\)"):
+        Plan(**sizes)
+
+
+def test_segments_share_no_token():
+    texts = segments(np.arange(24), Plan(rounds=4, n_prompt=4, n_gen=2))
+    np.testing.assert_array_equal(
+        np.concatenate([np.concatenate([text.prompt, text.generated]) for text in texts]), np.arange(24)
+    )
+    assert texts[0].middle == 5

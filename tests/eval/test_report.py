@@ -1,0 +1,106 @@
+"""Every form of the report holds the same figures, and its JSON is JSON even where nothing was measured."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from dataclasses import replace
+
+import pytest
+
+from hotcold.eval.perplexity import Quality
+from hotcold.eval.report import as_json_object, render
+from hotcold.eval.results import Activity, Report, Row, Spread
+from hotcold.eval.roofline import Roofline
+
+PARTS = {"attention": 30e6, "predictor": 5e6, "ffn": 40e6, "head": 20e6, "kv": 4e6, "other": 1e6}
+EXACT = Activity(0.7, 0.0, float("nan"), PARTS)
+PREDICTED = Activity(0.71, 0.55, 0.97, PARTS)
+
+
+def make_row(side, speed, ratio, activity=None, quality=None):
+    spread = Spread(speed, speed - 1, speed + 1)
+    return Row(
+        side, Spread(10 * speed, 9 * speed, 11 * speed), spread, Spread(1, 1, 1), Spread(ratio, ratio, ratio),
+        Roofline(PARTS, 40.0), activity, quality,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def report():
+    return Report(
+        rows=[
+            make_row("llama.cpp (smallthinker)", 190.0, 0.95, quality=Quality(34.5, 0.9, 8176)),
+            make_row("llama.cpp (llama)", 200.0, 1.0),
+            make_row("exact", 400.0, 2.0, EXACT, Quality(34.6, 0.9, 8176, 0.99, 1e-3)),
+            make_row("predicted", 440.0, 2.2, PREDICTED, Quality(35.0, 0.9, 8176, 0.95, 0.01)),
+        ],
+        baseline="llama.cpp (llama)",
+        bandwidth=Spread(40.0, 38.0, 41.0),
+        settings={"threads": 2, "rounds": 7},
+        machine={"cpu": "A CPU", "system": "Linux", "isa": ["avx2"]},
+    )
+
+
+def test_json_is_one_line_with_flat_keys(report):
+    text = render(report, "json")
+    assert "\n" not in text
+    found = json.loads(text)
+    assert found["tok_s_llama_cpp"] == 200.0
+    assert found["tok_s_llama_cpp_smallthinker"] == 190.0
+    speeds = [found[f"{metric}_exact"] for metric in ("tok_s", "tok_s_low", "tok_s_high")]
+    assert speeds == [400.0, 399.0, 401.0]
+    assert (found["ratio_exact"], found["ratio_predicted"]) == (2.0, 2.2)
+    assert (found["sparsity"], found["predicted_sparsity"], found["recall"]) == (0.7, 0.55, 0.97)
+    assert (found["ppl_llama_cpp"], found["ppl_exact"], found["ppl_predicted"]) == (34.5, 34.6, 35.0)
+    assert found["same_top_predicted"] == 0.95
+    assert found["bytes_per_token_exact"] == 100e6
+    assert found["gb_s_exact"] == pytest.approx(40.0)
+    assert found["bandwidth_share_exact"] == pytest.approx(1.0)
+    assert found["threads"] == 2
+
+
+def test_what_was_not_measured_is_null_not_nan(report):
+    assert "NaN" not in render(report, "json")
+    assert as_json_object(report)["recall_exact"] is None
+    assert as_json_object(report)["sparsity_llama_cpp"] is None
+
+
+def test_without_predicted_mode_there_is_no_recall(report):
+    found = as_json_object(replace(report, rows=report.rows[:3]))
+    assert (found["sparsity"], found["recall"], found["predicted_sparsity"]) == (0.7, None, None)
+
+
+def test_csv_and_jsonl_hold_the_rows(report):
+    rows = as_json_object(report)["rows"]
+    lines = [json.loads(line) for line in render(report, "jsonl").splitlines()]
+    assert [{key: line[key] for key in row} for line, row in zip(lines, rows, strict=True)] == rows
+    assert lines[0]["bandwidth_gb_s"] == 40.0
+    table = list(csv.DictReader(io.StringIO(render(report, "csv"))))
+    assert [row["side"] for row in table] == [row["side"] for row in rows]
+    assert [float(row["tok_s"]) for row in table] == [row["tok_s"] for row in rows]
+    assert table[1]["ppl"] == ""
+
+
+def test_markdown_has_quality_beside_speed(report):
+    lines = render(report, "md").splitlines()
+    predicted = next(line for line in lines if line.startswith("| predicted"))
+    for figure in ("440.0 (439.0–441.0)", "2.20x", "71.0%", "55.0%", "97.0%", "35.00 ± 0.90", "95.0%"):
+        assert figure in predicted
+    twin = next(line for line in lines if line.startswith("| llama.cpp (llama)"))
+    assert twin.count("–") >= 6  # a range and dashes: no sparsity, no quality
+    assert "40.0 GB/s (38.0–41.0)" in lines[-2]
+    assert "threads 2" in lines[-1] and "A CPU" in lines[-1]
+
+
+def test_markdown_tables_are_rectangles(report):
+    blocks = [block for block in render(report, "md").split("\n\n") if block.startswith("|")]
+    assert len(blocks) == 2
+    for block in blocks:
+        assert len({len(line) for line in block.splitlines()}) == 1
+        assert len({line.count("|") for line in block.splitlines()}) == 1
+
+
+def test_spread_is_of_the_samples():
+    assert Spread.of([3.0, 1.0, 2.0, 10.0]) == Spread(2.5, 1.0, 10.0)
