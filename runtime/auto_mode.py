@@ -1,7 +1,9 @@
-"""`--mode auto`: the faster of exact and predicted decoding, measured once per bundle, machine and thread count.
+"""`--mode auto`: the faster of exact and predicted decoding, measured once per bundle, machine and thread
+count.
 
-Which one wins depends on row length, sparsity and memory bandwidth: predictors pay for themselves on wide models and
-cost more than they save on narrow ones. So it is measured, and the answer kept in the user's cache folder.
+Which one wins depends on row length, sparsity and memory bandwidth: predictors pay for themselves on wide
+models and cost more than they save on narrow ones. So it is measured, and the answer kept in the user's cache
+folder.
 """
 
 from __future__ import annotations
@@ -52,7 +54,8 @@ def choose_mode(bundle: str | Path, n_threads: int | None) -> str:
 
 
 def _cache_file(path: Path, n_threads: int | None) -> Path:
-    """A key of all that the answer depends on; the file counts by size and time, as hashing it would take longer."""
+    """A key of all that the answer depends on; the file counts by size and time, as hashing it would take
+    longer."""
     status = path.stat()
     isa = os.environ.get("HOTCOLD_CPU_ISA", "")
     parts = [str(path.resolve()), status.st_size, status.st_mtime_ns, n_threads, isa, platform.processor()]
@@ -62,7 +65,8 @@ def _cache_file(path: Path, n_threads: int | None) -> Path:
 
 
 def _tokens_per_second(path: Path, mode: str, n_threads: int | None) -> float:
-    """Greedy decoding from a fixed start: what the model says itself is closer to real use than random tokens."""
+    """Greedy decoding from a fixed start: what the model says itself is closer to real use than random
+    tokens."""
     from hotcold.runtime.engine import Engine
 
     engine = Engine(path, mode, n_threads, n_ctx=2 * _TOKENS + 8)

@@ -1,7 +1,7 @@
 """Bring a GGUF file into the native engine: which tensor goes into which layout, for which mode.
 
-`dense` wants gate, up and down as panels (every row is read), `exact` the gates as a panel and the up and down rows
-by neuron, `predicted` all three rows by neuron. Only one of these is ever held.
+`dense` wants gate, up and down as panels (every row is read), `exact` the gates as a panel and the up and
+down rows by neuron, `predicted` all three rows by neuron. Only one of these is ever held.
 """
 
 from __future__ import annotations
@@ -80,8 +80,8 @@ def load_model(
 ) -> tuple[_cpu.Model, ModelShape]:
     """Pack the weights of `file` for `mode`.
 
-    Raises FormatError for missing tensors, ShapeError for wrong shapes, UnsupportedError for a model that the engine
-    or this mode cannot run.
+    Raises FormatError for missing tensors, ShapeError for wrong shapes, UnsupportedError for a model that the
+    engine or this mode cannot run.
     """
     shape = ModelShape.read(file)
     source = _Source(file)
@@ -100,7 +100,8 @@ def load_model(
             activation=ACTIVATIONS[shape.activation],
             mode=MODES[mode],
             threads=n_threads,
-            # Address space, not memory: padding of narrow rows and types turned into F16 can quadruple a tensor.
+            # Address space, not memory: padding of narrow rows and types turned into F16 can quadruple a
+            # tensor.
             weight_bytes=4 * weight_bytes + (64 << 20),
             isa=isa,
         )

@@ -1,7 +1,7 @@
 """The native CPU engine behind a small Python face: load a bundle, feed tokens, read logits and counts.
 
-One call into C++ per token or block of tokens, with the GIL released; this file only checks, chooses the mode and
-accounts for what was read.
+One call into C++ per token or block of tokens, with the GIL released; this file only checks, chooses the mode
+and accounts for what was read.
 """
 
 from __future__ import annotations
@@ -31,8 +31,9 @@ class Engine:
     def __init__(self, path: str | Path, mode: str, n_threads: int | None = None, n_ctx: int = 2048) -> None:
         """Pack the GGUF file `path` for `mode` (`dense`, `exact` or `predicted`).
 
-        `n_threads` defaults to the cores this process may use. The kernels are the best that the CPU runs, or those
-        that the environment variable HOTCOLD_CPU_ISA names. Raises InputError, FormatError, UnsupportedError.
+        `n_threads` defaults to the cores this process may use. The kernels are the best that the CPU runs, or
+        those that the environment variable HOTCOLD_CPU_ISA names. Raises InputError, FormatError,
+        UnsupportedError.
         """
         if n_ctx < 1:
             raise InputError("the context must hold at least one token", got=n_ctx)
@@ -47,8 +48,8 @@ class Engine:
     ) -> Self:
         """Open a bundle folder, or one GGUF file.
 
-        `dense` reads the file that stock llama.cpp runs, `exact` and `predicted` the one by neurons; `auto` is the
-        faster of these two on this machine, measured once and remembered.
+        `dense` reads the file that stock llama.cpp runs, `exact` and `predicted` the one by neurons; `auto`
+        is the faster of these two on this machine, measured once and remembered.
         """
         if mode not in MODES:
             raise InputError("unknown mode", got=mode, expected=", ".join(MODES))
@@ -119,8 +120,8 @@ class Engine:
     def bytes_per_token(self, position: int | None = None) -> dict[str, float]:
         """Bytes that one decoded token needs, by part, at a cache position (default: the present one).
 
-        Panels are read whole. Of the neuron rows count those that the tokens since `reset_stats()` needed, without
-        padding to cache lines: gate rows of predicted neurons, up and down rows of fired ones.
+        Panels are read whole. Of the neuron rows count those that the tokens since `reset_stats()` needed,
+        without padding to cache lines: gate rows of predicted neurons, up and down rows of fired ones.
         """
         sizes, shape, stats = self._model.sizes(), self._shape, self.stats()
         all_neurons = max(stats.tokens, 1) * shape.n_layers * shape.d_ff

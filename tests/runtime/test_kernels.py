@@ -1,7 +1,7 @@
 """Every kernel x type x shape x ISA against a readable numpy reference.
 
-The references quantise activations exactly as the kernels do, so that the limits are those of float rounding and not
-those of int8.
+The references quantise activations exactly as the kernels do, so that the limits are those of float rounding
+and not those of int8.
 """
 
 import numpy as np
