@@ -6,9 +6,7 @@ of a broken-off run is a prefix of the finished one, and resuming is writing wha
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields
@@ -18,7 +16,8 @@ from typing import Self
 import numpy as np
 
 from hotcold import storage
-from hotcold.errors import FormatError, InputError, MismatchError
+from hotcold.errors import FormatError, MismatchError
+from hotcold.predictor.exclusive import exclusive
 from hotcold.predictor.traces import TraceRun, TraceShard, read_manifest
 from hotcold.progress import log
 
@@ -46,9 +45,7 @@ class TraceWriter:
         InputError if another process writes there, MismatchError if it holds traces of something else.
         """
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        with _exclusive(folder):
-            _remove_leftovers(folder)
+        with exclusive(folder):
             run = _begin(folder, run, tokens)
             yield cls(folder, run, _committed(folder, run))
 
@@ -71,27 +68,6 @@ class TraceWriter:
         storage.write_bytes(self.folder / entry.file, data)
         storage.append_line(self.folder / "manifest.jsonl", entry.line())
         self.shards.append(entry)
-
-
-@contextmanager
-def _exclusive(folder: Path) -> Iterator[None]:
-    """Hold a lock on the folder itself; the kernel drops it when the process ends, however it ends."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    except BlockingIOError as error:
-        raise InputError(
-            "another process is writing here", where=folder, fix="wait for it, or stop it"
-        ) from error
-    finally:
-        os.close(descriptor)
-
-
-def _remove_leftovers(folder: Path) -> None:
-    """Temporary files of a process that was killed."""
-    for path in folder.rglob(".*.tmp"):
-        storage.fs.unlink(path)
 
 
 def _begin(folder: Path, run: TraceRun, tokens: Mapping[str, np.ndarray]) -> TraceRun:

@@ -19,24 +19,22 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import Any
 
 import numpy as np
 
 from hotcold.errors import FormatError, InputError, MismatchError
+from hotcold.predictor.parsing import check_header, check_tensor, from_fields, parse_json, read_tensors
 
 __all__ = [
     "TraceRun",
     "TraceShard",
     "Traces",
-    "check_tensor",
     "read_manifest",
-    "read_tensors",
     "sparsity",
     "tokens_digest",
 ]
 
-T = TypeVar("T")
 _FORMAT, _VERSION = "hotcold-traces", 1
 
 
@@ -78,13 +76,9 @@ class TraceRun:
             raise InputError(
                 "no traces here (no run.json)", where=folder, fix="make them with collect-traces"
             )
-        values = _parse_json(path.read_bytes(), path, "content")
-        for name, expected in (("format", _FORMAT), ("version", _VERSION)):
-            if (got := values.pop(name, None)) != expected:
-                raise FormatError(
-                    "not traces of this version", where=path, field=name, got=repr(got), expected=expected
-                )
-        run = _from_fields(cls, values, path)
+        values = parse_json(path.read_bytes(), path)
+        check_header(values, path, _FORMAT, _VERSION)
+        run = from_fields(cls, values, path)
         for name in ("n_layers", "d_model", "d_ff", "n_tokens", "shard_tokens", "window", "threads"):
             if getattr(run, name) < 1:
                 raise FormatError("must be positive", where=path, field=name, got=getattr(run, name))
@@ -201,30 +195,6 @@ def read_manifest(folder: Path, run: TraceRun) -> list[TraceShard]:
     return shards
 
 
-def read_tensors(data: bytes, path: Path) -> dict[str, np.ndarray]:
-    """Parse a safetensors file. FormatError if it is none."""
-    from safetensors import SafetensorError
-    from safetensors.numpy import load
-
-    try:
-        return load(data)
-    except SafetensorError as error:
-        raise FormatError("is not a safetensors file", where=path, got=str(error)) from error
-
-
-def check_tensor(
-    tensors: Mapping[str, np.ndarray], name: str, shape: tuple[int, ...], dtype: np.dtype, path: Path
-) -> np.ndarray:
-    """The tensor `name`. FormatError if it is missing or has another shape or dtype."""
-    if name not in tensors:
-        raise FormatError("missing tensor", where=path, field=name)
-    tensor = tensors[name]
-    if tensor.shape != shape or tensor.dtype != dtype:
-        got, expected = f"{tensor.dtype} {list(tensor.shape)}", f"{dtype} {list(shape)}"
-        raise FormatError("wrong shape or dtype", where=path, field=name, got=got, expected=expected)
-    return tensor
-
-
 def _read_tokens(folder: Path, run: TraceRun) -> dict[str, np.ndarray]:
     path = folder / "tokens.safetensors"
     if not path.is_file():
@@ -240,27 +210,4 @@ def _read_tokens(folder: Path, run: TraceRun) -> dict[str, np.ndarray]:
 
 
 def _parse_line(line: bytes, path: Path, field: str) -> TraceShard:
-    return _from_fields(TraceShard, _parse_json(line, path, field), path, prefix=f"{field}, ")
-
-
-def _parse_json(data: bytes, path: Path, field: str) -> dict[str, Any]:
-    try:
-        value = json.loads(data)
-    except ValueError as error:
-        raise FormatError("is not JSON", where=path, field=field, got=str(error)) from error
-    if not isinstance(value, dict):
-        raise FormatError("is not a JSON object", where=path, field=field)
-    return value
-
-
-def _from_fields(cls: type[T], values: Mapping[str, Any], path: Path, prefix: str = "") -> T:
-    """Make a dataclass of ints and strings; every field must be there, with its type, and no other."""
-    kinds = get_type_hints(cls)
-    for name in (*kinds, *values):
-        kind, got = kinds.get(name), values.get(name)
-        if type(got) is not kind:
-            expected = kind.__name__ if kind else "no such field"
-            raise FormatError(
-                "wrong or missing", where=path, field=prefix + name, got=repr(got), expected=expected
-            )
-    return cls(**values)
+    return from_fields(TraceShard, parse_json(line, path, field), path, prefix=f"{field}, ")

@@ -1,0 +1,57 @@
+"""The model card of a predictor bundle: what it is, how good it is, how it is used."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from hotcold.predictor.metrics import mean_metrics, table
+
+if TYPE_CHECKING:
+    from hotcold.predictor.bundle import PredictorBundle
+
+__all__ = ["model_card"]
+
+_CARD = """\
+---
+library_name: hotcold
+tags:
+- activation-sparsity
+- powerinfer
+---
+# Activation predictors
+
+For each FFN layer a two-layer network that tells, from the residual stream before the FFN norm, which neurons
+will fire: neuron `j` is predicted active iff `(fc2 · relu(fc1 · x))[j] >= threshold`.
+
+- model: {model}, fingerprint `{fingerprint}`
+- {n_layers} layers, d_model {d_model}, d_ff {d_ff}
+- trained on {train_tokens} tokens of {text}
+- threshold and metrics from {heldout_tokens} tokens of other documents
+- recall {recall:.4f} (target {target}), predicted sparsity {predicted:.4f}, true sparsity {true:.4f}
+
+Recall is the share of firing neurons that are predicted, predicted sparsity the share of neurons that are not
+computed. Each layer's threshold is the greatest that reaches the target recall on these held-out tokens.
+
+{table}
+
+```python
+from hotcold.predictor.bundle import PredictorBundle
+
+predictors = PredictorBundle.from_pretrained("PATH")
+layer = predictors.layers[0]
+active = layer.logits(x) >= layer.threshold  # x: [tokens, {d_model}]
+```
+"""
+
+
+def model_card(bundle: PredictorBundle) -> str:
+    """Markdown with the front matter that the Hugging Face hub reads."""
+    mean, training = mean_metrics(bundle.metrics), bundle.training
+    return _CARD.format(
+        model=training.get("model", "unknown"), fingerprint=bundle.model_fingerprint,
+        n_layers=bundle.n_layers, d_model=bundle.d_model, d_ff=bundle.d_ff,
+        train_tokens=training.get("train_tokens", "unknown"), text=training.get("text", "unknown"),
+        heldout_tokens=training.get("heldout_tokens", "unknown"), target=bundle.target_recall,
+        recall=mean.recall, predicted=mean.predicted_sparsity, true=mean.true_sparsity,
+        table=table(bundle.ranks, bundle.thresholds, bundle.metrics),
+    )  # fmt: skip

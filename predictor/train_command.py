@@ -1,0 +1,51 @@
+"""`hotcold train-predictors`: learn to predict which neurons will fire."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+HELP = "Train, for each FFN layer, a small network that predicts which neurons fire."
+EXAMPLE = "hotcold train-predictors --traces traces --out predictors"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's options."""
+    parser.add_argument("--traces", required=True, help="folder made by collect-traces")
+    parser.add_argument("--out", required=True, help="folder of the predictor bundle")
+    parser.add_argument("--rank", type=int, help="hidden size, a multiple of 32 (default: 4·sqrt(d_model))")
+    parser.add_argument(
+        "--target-recall", type=float, default=0.97, help="share of firing neurons to predict (default 0.97)"
+    )
+    parser.add_argument("--epochs", type=int, default=10, help="passes over the traces at most (default 10)")
+    parser.add_argument("--batch", type=int, default=512, help="tokens per step (default 512)")
+    parser.add_argument("--lr", type=float, default=2e-2, help="peak learning rate (default 0.02)")
+    parser.add_argument("--seed", type=int, default=0, help="of weights and batches (default 0)")
+    parser.add_argument("-t", "--threads", type=int, help="CPU threads (default: as torch chooses)")
+    parser.add_argument("--json", action="store_true", help="print the table as one JSON object")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train what is missing, write the bundle, and print its table."""
+    import torch
+
+    from hotcold.predictor.metrics import mean_metrics, table
+    from hotcold.predictor.network import default_rank
+    from hotcold.predictor.traces import Traces
+    from hotcold.predictor.train import TrainOptions
+    from hotcold.predictor.train_bundle import train_bundle
+
+    traces = Traces(args.traces)
+    options = TrainOptions(
+        rank=default_rank(traces.run.d_model) if args.rank is None else args.rank,
+        target_recall=args.target_recall, epochs=args.epochs, batch=args.batch,
+        learning_rate=args.lr, seed=args.seed,
+    )  # fmt: skip
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    bundle = train_bundle(traces, args.out, options)
+    if args.json:
+        print(json.dumps({**bundle.config(), "mean": mean_metrics(bundle.metrics).to_json()}))
+    else:
+        print(table(bundle.ranks, bundle.thresholds, bundle.metrics))
+    return 0
