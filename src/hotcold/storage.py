@@ -1,18 +1,24 @@
 """Every durable write of hotcold, so that a kill or a full disk leaves the old state or the new one.
 
 The recipe is the usual one: write a temporary file in the same folder, fsync it, rename it over the target,
-fsync the folder. `FileSystem` holds the six system calls that this takes; tests replace it to make the n-th
-one fail.
+fsync the folder. Folders are swapped with `renameat2`: no other way never shows half of one.
+
+`FileSystem` holds the system calls that this takes; tests put one in its place that makes the n-th one fail.
 """
 
 from __future__ import annotations
 
+import ctypes
+import errno
+import fcntl
+import glob
 import hashlib
 import json
 import os
+import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
@@ -33,10 +39,15 @@ __all__ = [
 ]
 
 _CHUNK = 1 << 20
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # <fcntl.h>, <linux/fs.h>
+_NO_EXCHANGE = (errno.ENOSYS, errno.EINVAL)
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+# One of these is in every folder that hotcold writes as a whole.
+_MARKS = ("config.json", "manifest.json")
 
 
 class FileSystem:
-    """The system calls behind a durable write. One instance, `fs`, is used; tests put a failing one in its place."""
+    """The system calls behind a durable write. One instance, `fs`, is used; tests put a failing one there."""
 
     def open(self, path: Path, mode: str) -> BinaryIO:
         return open(path, mode)  # noqa: PTH123 - the one place where files are opened for writing
@@ -50,6 +61,15 @@ class FileSystem:
 
     def replace(self, source: Path, target: Path) -> None:
         os.replace(source, target)  # noqa: PTH105
+
+    def exchange(self, first: Path, second: Path) -> None:
+        """Swap two paths in one step; OSError with ENOSYS or EINVAL where the file system cannot."""
+        renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+        if renameat2 is None:
+            raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+        paths = (_AT_FDCWD, os.fsencode(first), _AT_FDCWD, os.fsencode(second))
+        if renameat2(*paths, _RENAME_EXCHANGE):
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 
     def fsync_directory(self, path: Path) -> None:
         descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
@@ -65,62 +85,152 @@ class FileSystem:
 fs = FileSystem()
 
 
-def _temporary(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
-
-
-@contextmanager
-def _as_storage_error(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        fix = "free some space and run again" if error.errno == 28 else None
-        raise StorageError(error.strerror or str(error), where=path, fix=fix) from error
-
-
 @contextmanager
 def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
     """Open a binary file that appears under `path` only when the block ends without an exception.
 
     Raises StorageError where the disk does not take it; `path` then still holds what it held before.
     """
-    path = Path(path)
+    path = Path(path).resolve()
     temporary = _temporary(path)
-    with _as_storage_error(path):
+    with _as_storage_error(path, temporary):
         path.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(path)
         try:
-            file = fs.open(temporary, "wb")
-            with file:
+            with fs.open(temporary, "wb") as file:
+                _lock(file.fileno())
                 yield file
                 fs.fsync(file)
             fs.replace(temporary, path)
             fs.fsync_directory(path.parent)
         except BaseException:
-            fs.unlink(temporary)
+            _discard(temporary)
             raise
 
 
 @contextmanager
 def atomic_directory(path: str | Path) -> Iterator[Path]:
-    """Yield an empty sibling folder that takes the place of `path` when the block ends without an exception."""
-    path = Path(path)
+    """Yield an empty sibling folder that takes the place of `path` when the block ends without an exception.
+
+    Raises StorageError where the disk does not take it, and at once where `path` is something that hotcold
+    did not write; `path` then still holds what it held before.
+    """
+    path = Path(path).resolve()
     temporary = _temporary(path)
-    with _as_storage_error(path):
-        shutil.rmtree(temporary, ignore_errors=True)
+    _refuse_foreign(path)
+    with _as_storage_error(path, temporary):
         temporary.mkdir(parents=True)
+        _sweep(path, but=temporary)
         try:
-            yield temporary
-            if path.exists():
-                old = path.with_name(f".{path.name}.{os.getpid()}.old")
-                fs.replace(path, old)
-                fs.replace(temporary, path)
-                shutil.rmtree(old, ignore_errors=True)
-            else:
-                fs.replace(temporary, path)
+            with _descriptor(temporary) as descriptor:
+                _lock(descriptor)
+                yield temporary
+                _sync_tree(temporary)
+                _put_in_place(temporary, path)
             fs.fsync_directory(path.parent)
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
+        finally:
+            _discard(temporary)  # by now it is gone, holds the old state, or what came of a failure
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+
+
+def _sweep(path: Path, but: Path | None = None) -> None:
+    """Delete what a killed process left of its try at `path`. One still at work holds a lock on its own."""
+    for stale in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        if stale == but:
+            continue
+        with suppress(OSError), _descriptor(stale) as descriptor:
+            if _lock(descriptor):
+                _discard(stale)
+
+
+@contextmanager
+def _descriptor(path: Path) -> Iterator[int]:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _lock(descriptor: int) -> bool:
+    """Lock an open file or folder until it is closed; False if another process has, or there are no locks."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def _discard(path: Path) -> None:
+    """Delete a temporary file or folder; failing to must not hide the error that led here."""
+    with suppress(OSError):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            fs.unlink(path)
+
+
+def _refuse_foreign(path: Path) -> None:
+    if path.is_dir():
+        entries = {entry.name for entry in path.iterdir()}
+        if not entries or entries.intersection(_MARKS):
+            return
+        what = "not empty, and hotcold did not write it"
+    elif path.exists():
+        what = "a file, not a folder"
+    else:
+        return
+    raise StorageError(what, where=path, fix="give another folder, or delete this one")
+
+
+def _sync_tree(folder: Path) -> None:
+    """Make durable what others wrote into `folder` without fsync."""
+    for directory, _, files in os.walk(folder):
+        for name in files:
+            with fs.open(Path(directory, name), "rb") as file:
+                fs.fsync(file)
+        fs.fsync_directory(Path(directory))
+
+
+def _put_in_place(temporary: Path, path: Path) -> None:
+    """Rename `temporary` to `path`; if there is a folder already, that becomes `temporary`."""
+    if not path.exists():
+        fs.replace(temporary, path)
+        return
+    try:
+        fs.exchange(temporary, path)
+    except OSError as error:
+        if error.errno not in _NO_EXCHANGE:
             raise
+        _exchange_in_steps(temporary, path)
+
+
+def _exchange_in_steps(temporary: Path, path: Path) -> None:
+    """Safe against errors, but a power cut between the steps leaves the old state beside `path`."""
+    old = _temporary(path)
+    fs.replace(path, old)
+    try:
+        fs.replace(temporary, path)
+    except BaseException:
+        fs.replace(old, path)
+        raise
+    _discard(old)
+
+
+@contextmanager
+def _as_storage_error(path: Path, temporary: Path | None = None) -> Iterator[None]:
+    """Turn OSErrors about `path` into StorageErrors; those about other files, from the block's body, pass."""
+    try:
+        yield
+    except OSError as error:
+        place = Path(error.filename) if isinstance(error.filename, str) else path
+        if not (path.is_relative_to(place) or (temporary and place.is_relative_to(temporary))):
+            raise
+        fix = "free some space and run again" if error.errno in _FULL else None
+        raise StorageError(error.strerror or str(error), where=path, fix=fix) from error
 
 
 def write_bytes(path: str | Path, data: bytes | memoryview) -> None:
@@ -134,7 +244,9 @@ def write_json(path: str | Path, value: object) -> None:
     write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
 
 
-def write_tensors(path: str | Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None) -> None:
+def write_tensors(
+    path: str | Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None
+) -> None:
     """Write numpy arrays as one safetensors file. The bytes depend on the arguments alone."""
     from safetensors.numpy import save
 
@@ -142,11 +254,40 @@ def write_tensors(path: str | Path, tensors: Mapping[str, np.ndarray], metadata:
 
 
 def append_line(path: str | Path, line: str) -> None:
-    """Append one line to a journal and fsync it. A reader must ignore a last line without newline."""
-    path = Path(path)
-    with _as_storage_error(path), fs.open(path, "ab") as file:
-        fs.write(file, line.encode() + b"\n")
-        fs.fsync(file)
+    """Append one line to a journal and fsync it; StorageError leaves the journal as it was.
+
+    A kill may leave a last line without newline: readers must ignore it, the next append cuts it off.
+    """
+    path = Path(path).resolve()
+    with _as_storage_error(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        is_new = not path.exists()
+        end = 0 if is_new else _end_of_last_line(path)
+        try:
+            with fs.open(path, "ab") as file:
+                file.truncate(end)
+                fs.write(file, line.encode() + b"\n")
+                fs.fsync(file)
+            if is_new:
+                fs.fsync_directory(path.parent)
+        except BaseException:
+            with suppress(OSError):
+                path.unlink() if is_new else os.truncate(path, end)
+            raise
+
+
+def _end_of_last_line(path: Path) -> int:
+    """Bytes up to and with the last newline, searched from the end."""
+    with path.open("rb") as file:
+        position = file.seek(0, os.SEEK_END)
+        while position > 0:
+            start = max(0, position - _CHUNK)
+            file.seek(start)
+            newline = file.read(position - start).rfind(b"\n")
+            if newline >= 0:
+                return start + newline + 1
+            position = start
+    return 0
 
 
 def sha256_file(path: str | Path, on_bytes: Callable[[int], None] | None = None) -> str:
