@@ -12,9 +12,9 @@ __all__ = ["threshold_for_recall"]
 def threshold_for_recall(logits: np.ndarray, active: np.ndarray, target: float) -> float:
     """The greatest float32 threshold at which `logits >= threshold` has a micro recall of at least `target`.
 
-    `logits` float32 and `active` bool are [tokens, d_ff]. Recall falls and predicted sparsity rises with the
-    threshold, so this is the sparsest choice. Where nothing fired any threshold has full recall; it is then just
-    above the greatest logit. InputError for a target outside 0..1.
+    `logits` float32 and `active` bool are [tokens, d_ff]. Recall falls and predicted sparsity rises with
+    the threshold, so this is the sparsest choice. Where nothing fired any threshold has full recall; it is
+    then just above the greatest logit. InputError for a target outside 0..1.
     """
     if not 0 < target <= 1:
         raise InputError(

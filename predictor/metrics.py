@@ -1,7 +1,7 @@
 """How good a predictor is: recall, precision and sparsity, counted as ProSparse counts them.
 
-Recall is micro-averaged over the tokens of a layer, and layers are averaged with equal weight (arXiv 2402.13516
-section 3.1 and appendix C; DejaVu_predictor's compute_avg_metrics.py).
+Recall is micro-averaged over the tokens of a layer, and layers are averaged with equal weight (arXiv
+2402.13516 section 3.1 and appendix C; DejaVu_predictor's compute_avg_metrics.py).
 """
 
 from __future__ import annotations

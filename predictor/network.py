@@ -38,8 +38,9 @@ class PredictorNetwork(nn.Module):
 def default_rank(d_model: int) -> int:
     """4·sqrt(d_model), rounded up to a multiple of 64: 128 for 576, 256 for 4096.
 
-    Every token reads rank·(d_model + d_ff) weights of the predictor. A rank in proportion to d_model would cost the
-    same share of the FFN at any size; a big model, which is sparser, would save less than it could.
+    Every token reads rank·(d_model + d_ff) weights of the predictor. A rank in proportion to d_model would
+    cost the same share of the FFN at any size; a big model, which is sparser, would save less than it
+    could.
     """
     return 64 * max(1, round(4 * d_model**0.5 / 64 + 0.49))
 
@@ -47,9 +48,10 @@ def default_rank(d_model: int) -> int:
 def negative_weight(active_share: float, target_recall: float) -> float:
     """The weight of an inactive neuron in the loss, where an active one weighs 1.
 
-    DejaVu_predictor's `active_share + 0.005`, which puts the logit threshold of about 90 % recall near 0, times
-    `(1 - target_recall) / 0.1`, which does the same for other targets. A threshold near 0 is what PowerInfer takes
-    by default, and it means the same for a token of any norm, since the network is homogeneous.
+    DejaVu_predictor's `active_share + 0.005`, which puts the logit threshold of about 90 % recall near 0,
+    times `(1 - target_recall) / 0.1`, which does the same for other targets. A threshold near 0 is what
+    PowerInfer takes by default, and it means the same for a token of any norm, since the network is
+    homogeneous.
     """
     return (active_share + 0.005) * min(1.0, max((1 - target_recall) / 0.1, 0.01))
 

@@ -1,10 +1,11 @@
 """Training the predictor of one layer on its traces.
 
-The input is the residual stream, whose norm differs from token to token. Training divides it by its RMS, which
-the model's own FFN norm does too, so that no token outweighs the others. The network that comes out is fed the raw
-stream all the same: being homogeneous, it gives raw logits that are the normalised ones times the token's RMS,
-of the same sign. `fc1` is finally divided by the median RMS, so that a typical token's logits stay what the loss
-made them, log odds. The threshold is then chosen on raw logits, the ones that it will be compared with.
+The input is the residual stream, whose norm differs from token to token. Training divides it by its RMS,
+which the model's own FFN norm does too, so that no token outweighs the others. The network that comes out
+is fed the raw stream all the same: being homogeneous, it gives raw logits that are the normalised ones
+times the token's RMS, of the same sign. `fc1` is finally divided by the median RMS, so that a typical
+token's logits stay what the loss made them, log odds. The threshold is then chosen on raw logits, the ones
+that it will be compared with.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ class TrainOptions:
     target_recall: float = 0.97
     epochs: int = 10
     batch: int = 512
-    learning_rate: float = 2e-2
+    learning_rate: float = 1e-2
     weight_decay: float = 0.01
     patience: int = 3  # epochs without a better held-out loss
     seed: int = 0

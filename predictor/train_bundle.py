@@ -1,7 +1,7 @@
 """Training all layers: one after the other, each kept as soon as it is finished, a bundle at the end.
 
-Finished layers wait in `OUT.partial`, which also says what they were trained on and how. A rerun takes up those
-that were made in the same way, and drops the others.
+Finished layers wait in `OUT.partial`, which also says what they were trained on and how. A rerun takes up
+those that were made in the same way, and drops the others.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--epochs", type=int, default=10, help="passes over the traces at most (default 10)")
     parser.add_argument("--batch", type=int, default=512, help="tokens per step (default 512)")
-    parser.add_argument("--lr", type=float, default=2e-2, help="peak learning rate (default 0.02)")
+    parser.add_argument("--lr", type=float, default=1e-2, help="peak learning rate (default 0.01)")
     parser.add_argument("--seed", type=int, default=0, help="of weights and batches (default 0)")
     parser.add_argument("-t", "--threads", type=int, help="CPU threads (default: as torch chooses)")
     parser.add_argument("--json", action="store_true", help="print the table as one JSON object")
