@@ -1,15 +1,18 @@
 """The `hotcold` command: a table of sub-commands, each imported only when it is called.
 
-A sub-command is a module with `HELP`, `EXAMPLE`, `add_arguments(parser)` and `run(args) -> int`. Such modules import
-torch and transformers inside `run`, so that `--help` answers at once.
+A sub-command is a module with `HELP`, `EXAMPLE`, `add_arguments(parser)` and `run(args) -> int`. Such modules
+import torch and transformers inside `run`, so that `--help` answers at once.
 """
 
 from __future__ import annotations
 
 import argparse
+import difflib
 import importlib
+import os
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from hotcold import __version__
 from hotcold.errors import HotcoldError
@@ -23,58 +26,81 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "train-predictors": ("hotcold.predictor.train_command", "learn to predict which neurons will fire"),
     "export": ("hotcold.convert.export_command", "write GGUF files and the predictor bundle"),
     "run": ("hotcold.runtime.command", "generate text"),
-    "bench": ("hotcold.eval.bench_command", "measure tokens/s against llama.cpp, with quality in the same row"),
+    "bench": ("hotcold.eval.bench_command", "measure tokens/s against llama.cpp, and quality beside it"),
     "perplexity": ("hotcold.eval.perplexity_command", "measure perplexity in any mode"),
     "demo": ("hotcold.eval.demo_command", "all of the above on SmolLM2-135M"),
 }
 
-_INTERRUPTED = 130
-_USER_ERROR = 2
+_UNEXPECTED, _USER_ERROR, _INTERRUPTED, _BROKEN_PIPE = 1, 2, 130, 141
 
 
-def _parser() -> argparse.ArgumentParser:
+class _Parser(argparse.ArgumentParser):
+    """An argument parser whose help keeps its lines and whose errors are one line."""
+
+    def __init__(self, prog: str, description: str, epilog: str) -> None:
+        kept = argparse.RawDescriptionHelpFormatter
+        super().__init__(prog=prog, description=description, epilog=epilog, formatter_class=kept)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(_USER_ERROR, f"{self.prog}: error: {message}; `{self.prog} --help` explains\n")
+
+
+def _parser() -> _Parser:
     lines = "\n".join(f"  {name:<18}{text}" for name, (_, text) in COMMANDS.items())
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="hotcold",
         description="Make LLMs sparsely activated, predict which neurons fire, and run only those.",
-        epilog=f"commands:\n{lines}\n\nexample:\n  hotcold demo --out demo\n\n`hotcold COMMAND --help` tells the rest.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=f"commands:\n{lines}\n\n`hotcold COMMAND --help` has more.\n\nexample:\n  hotcold demo --out demo",
     )
     parser.add_argument("--version", action="version", version=f"hotcold {__version__}")
-    parser.add_argument("command", metavar="COMMAND", choices=list(COMMANDS), help="one of those below")
-    parser.add_argument("arguments", metavar="...", nargs=argparse.REMAINDER, help="its own arguments")
+    parser.add_argument("command", metavar="COMMAND", help="one of those below; its own options follow it")
     return parser
 
 
 def _run_command(name: str, arguments: Sequence[str], prog: str) -> int:
     module = importlib.import_module(COMMANDS[name][0])
-    parser = argparse.ArgumentParser(
-        prog=prog,
-        description=module.HELP,
-        epilog=f"example:\n  {module.EXAMPLE}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = _Parser(prog, module.HELP, epilog=f"example:\n  {module.EXAMPLE}")
     module.add_arguments(parser)
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     args = parser.parse_args(arguments)
     try:
         return module.run(args)
-    except HotcoldError as error:
+    except BrokenPipeError:
+        # Whoever read our output has had enough; what Python still holds of it goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _BROKEN_PIPE
+    except (Exception, KeyboardInterrupt) as error:
         if args.debug:
             raise
-        print(f"{prog}: error: {error}", file=sys.stderr)
-        return _USER_ERROR
-    except KeyboardInterrupt:
-        if args.debug:
-            raise
-        print(f"{prog}: interrupted; what was committed stays, run the same command again to go on", file=sys.stderr)
-        return _INTERRUPTED
+        line, status = _explain(error)
+        print(f"{prog}: {line}", file=sys.stderr)
+        return status
+
+
+def _explain(error: BaseException) -> tuple[str, int]:
+    """One line and the exit status for whatever ended a command."""
+    match error:
+        case HotcoldError():
+            return f"error: {error}", _USER_ERROR
+        case KeyboardInterrupt():
+            return "interrupted; what was committed stays, run the same command again to go on", _INTERRUPTED
+    what = " ".join(f"{type(error).__name__}: {error}".split())
+    return f"unexpected {what}; --debug shows where", _UNEXPECTED
+
+
+def _suggestion(name: str) -> str:
+    nearest = difflib.get_close_matches(name, COMMANDS, n=1)
+    return f"unknown command {name!r}" + (f", did you mean {nearest[0]!r}?" if nearest else "")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status (0, 2 for a user's error, 130 after Ctrl-C)."""
-    args = _parser().parse_args(argv)
-    return _run_command(args.command, args.arguments, f"hotcold {args.command}")
+    """Run the command line; returns the exit status: 0, 2 for a user's error, 130 after Ctrl-C."""
+    argv = sys.argv[1:] if argv is None else argv
+    parser = _parser()
+    name = parser.parse_args(argv[:1]).command
+    if name not in COMMANDS:
+        parser.error(_suggestion(name))
+    return _run_command(name, argv[1:], f"hotcold {name}")
 
 
 def collect_traces() -> int:

@@ -39,7 +39,11 @@ class HotcoldError(Exception):
 
     def _line(self) -> str:
         line = self.what if self.where is None else f"{self.where}: {self.what}"
-        sides = [f"{name} {value}" for name, value in (("got", self.got), ("expected", self.expected)) if value is not None]
+        sides = [
+            f"{name} {value}"
+            for name, value in (("got", self.got), ("expected", self.expected))
+            if value is not None
+        ]
         if sides:
             line += f" ({', '.join(sides)})"
         if self.fix:
@@ -52,7 +56,7 @@ class InputError(HotcoldError):
 
 
 class FormatError(HotcoldError):
-    """A file that breaks its format. `offset` is the byte where it does, `field` the name of the broken part."""
+    """A file that breaks its format: at byte `offset`, in the part called `field`."""
 
     def __init__(
         self,

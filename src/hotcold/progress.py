@@ -49,13 +49,19 @@ class Progress:
         elapsed = time.monotonic() - self._begun
         rate = (self.done - self._start) / elapsed if elapsed > 0 else 0.0
         left = (self.total - self.done) / rate if rate > 0 else float("inf")
-        extra = "".join(f", {key} {value:.4g}" if isinstance(value, float) else f", {key} {value}" for key, value in figures.items())
-        log(f"{self.label}: {self.done}/{self.total} {self.unit}, {rate:.1f} {self.unit}/s, ETA {left:.0f} s{extra}")
+        extra = "".join(
+            f", {key} {value:.4g}" if isinstance(value, float) else f", {key} {value}"
+            for key, value in figures.items()
+        )
+        done = f"{self.done}/{self.total} {self.unit}, {rate:.1f} {self.unit}/s"
+        log(f"{self.label}: {done}, ETA {left:.0f} s{extra}")
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._bar is not None:
             self._bar.close()
         elif kind is None and time.monotonic() - self._begun > 2.0:

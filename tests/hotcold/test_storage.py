@@ -112,8 +112,7 @@ def put_directory(folder, content):
 WRITES = [put_file, put_json, put_tensors, put_line, put_directory]
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-@pytest.mark.parametrize("before", [None, b"old"])
+@pytest.mark.parametrize("before,fault", [(None, "ENOSPC"), *((b"old", fault) for fault in FAULTS)])
 @pytest.mark.parametrize(
     "write,kind", [*((write, FaultyFileSystem) for write in WRITES), (put_directory, WithoutExchange)]
 )
