@@ -6,7 +6,7 @@ Weights pass through one tensor at a time, so that memory does not grow with the
 
 from __future__ import annotations
 
-import shutil
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,8 @@ BUNDLE_FORMAT, BUNDLE_VERSION = "hotcold-bundle", 1
 METADATA_VERSION = 1
 MANIFEST = "manifest.json"
 
+_CHUNK = 1 << 20
+_NAME = re.compile(r"\w[\w.+ -]*")
 _FILE_TYPES = {"F32": "ALL_F32"}  # the others are MOSTLY_ + type
 
 
@@ -107,7 +109,7 @@ class _Bundle:
         self, source: WeightSource, spec: ModelSpec, options: ExportOptions, name: str, fingerprint: str,
         folder: Path | None,
     ) -> None:  # fmt: skip
-        if not name or Path(name).name != name:
+        if not _NAME.fullmatch(name):
             raise InputError("a bundle's name is a plain file name", where="name", got=repr(name))
         self.spec, self.options, self.name, self.fingerprint, self.folder = (
             spec,
@@ -196,6 +198,7 @@ def _copy(files: list[Path], folder: Path, role: str) -> dict[str, str]:
     """Copy files durably into `folder` of a bundle; returns their paths in the bundle with their role."""
     for file in files:
         with storage.atomic_file(folder / file.name) as target, file.open("rb") as content:
-            shutil.copyfileobj(content, target)
+            while chunk := content.read(_CHUNK):
+                storage.fs.write(target, chunk)
     inside = "" if role != "predictor" else f"{folder.name}/"
     return {f"{inside}{file.name}": role for file in files}

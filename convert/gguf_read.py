@@ -61,6 +61,8 @@ _NAME = re.compile(r"[A-Za-z0-9_.:+-]+")
 _TYPE_NAMES = {int(kind): kind.name for kind in GGMLQuantizationType}
 # Ids from 16 on have been given anew since PowerInfer forked (its ggml.h, enum ggml_type).
 _PWRI_TYPE_NAMES = {i: name for i, name in _TYPE_NAMES.items() if i < 16} | {16: "I8", 17: "I16", 18: "I32"}
+# PowerInfer has no bfloat16; a file that uses it is for hotcold alone.
+_PWRI_TYPE_NAMES[int(GGMLQuantizationType.BF16)] = "BF16"
 
 
 @dataclass(frozen=True, slots=True)

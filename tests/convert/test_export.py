@@ -1,0 +1,276 @@
+"""A bundle is whole and says what is in it; parts that do not fit are refused before anything is written."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from hotcold import storage
+from hotcold.checkpoint import fingerprint
+from hotcold.cli import main
+from hotcold.convert.export import ExportOptions, export_bundle
+from hotcold.convert.gguf_read import GGUFFile
+from hotcold.convert.hf_checkpoint import HFCheckpoint
+from hotcold.convert.predictors import Predictors
+from hotcold.errors import FormatError, InputError, MismatchError, ShapeError, StorageError, UnsupportedError
+
+
+@pytest.fixture
+def model(make_model) -> Path:
+    return make_model()
+
+
+def export(model: Path, out: Path, predictors: Path | None = None, options: ExportOptions | None = None):
+    return export_bundle(
+        HFCheckpoint(model), out, name="m", fingerprint=fingerprint(str(model)), folder=model,
+        predictors=None if predictors is None else Predictors(predictors), options=options,
+    )  # fmt: skip
+
+
+def changed_config(model: Path, folder: Path, **changes: object) -> Path:
+    shutil.copytree(model, folder)
+    config = json.loads((folder / "config.json").read_text()) | changes
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_the_command_writes_a_whole_bundle(model, make_predictors, tmp_path, capsys):
+    predictors, out = make_predictors(model), tmp_path / "bundle"
+    arguments = [
+        "export",
+        "--model",
+        str(model),
+        "--predictors",
+        str(predictors),
+        "--out",
+        str(out),
+        "--name",
+        "tiny",
+    ]
+    assert main(arguments) == 0
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert (manifest["format"], manifest["version"], manifest["name"]) == ("hotcold-bundle", 1, "tiny")
+    assert (manifest["quant"], manifest["activation"]) == ("q4_0", "relu")
+    assert manifest["model_fingerprint"] == fingerprint(str(model))
+    assert {path: file["role"] for path, file in manifest["files"].items()} == {
+        "tiny.gguf": "dense",
+        "tiny.powerinfer.gguf": "sparse",
+        "predictors/config.json": "predictor",
+        "predictors/model.safetensors": "predictor",
+        "predictors/README.md": "predictor",
+        "tokenizer.json": "tokenizer",
+        "tokenizer_config.json": "tokenizer",
+        "generation_config.json": "tokenizer",
+        "config.json": "config",
+    }
+    on_disk = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
+    assert on_disk == {*manifest["files"], "manifest.json"}
+    for path, file in manifest["files"].items():
+        assert file["sha256"] == storage.sha256_file(out / path)
+        assert file["bytes"] == (out / path).stat().st_size
+    stdout = capsys.readouterr().out.splitlines()
+    assert len(stdout) == len(manifest["files"])
+    assert stdout[0].split()[1:] == ["MB", "dense", str(out / "tiny.gguf")]
+
+
+def test_the_same_input_gives_the_same_bytes(model, make_predictors, tmp_path):
+    predictors = make_predictors(model)
+    manifests = [export(model, tmp_path / name, predictors) for name in ("a", "b")]
+    assert manifests[0] == manifests[1]
+
+
+def test_types_follow_the_options(model, make_predictors, tmp_path):
+    options = ExportOptions("q4_0", head_quant="q8_0", predictor_quant="f16")
+    export(model, tmp_path / "b", make_predictors(model), options)
+    types = {name: t.type for name, t in GGUFFile(tmp_path / "b" / "m.powerinfer.gguf").tensors.items()}
+    assert (types["token_embd.weight"], types["output.weight"]) == ("Q8_0", "Q8_0")
+    assert (types["blk.0.fc1.weight"], types["blk.0.attn_q.weight"]) == ("F16", "Q4_0")
+    assert GGUFFile(tmp_path / "b" / "m.gguf").tensors["token_embd.weight"].type == "Q8_0"
+
+
+def test_rows_that_are_not_whole_blocks_become_f16_and_are_told(make_model, tmp_path, capsys):
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path / "odd"
+    config = LlamaConfig(
+        vocab_size=400, hidden_size=64, intermediate_size=100, num_hidden_layers=1, num_attention_heads=2,
+        hidden_act="relu", tie_word_embeddings=True, max_position_embeddings=64,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    shutil.copy(make_model() / "tokenizer.json", folder)
+    export(folder, tmp_path / "b")
+    assert GGUFFile(tmp_path / "b" / "m.gguf").tensors["blk.0.ffn_down_exps.weight"].type == "F16"
+    assert (
+        "ffn_down_exps: rows of 100 are not whole blocks of Q4_0, written as F16" in capsys.readouterr().err
+    )
+
+
+def test_without_predictors_only_the_dense_form(model, tmp_path, capsys):
+    manifest = export(model, tmp_path / "b")
+    assert [path for path, file in manifest["files"].items() if file["role"] in ("dense", "sparse")] == [
+        "m.gguf"
+    ]
+    assert "no predictors given" in capsys.readouterr().err
+
+
+def test_a_function_that_llama_cpp_lacks_is_told(model, make_predictors, tmp_path, capsys):
+    fat = changed_config(model, tmp_path / "fat", hidden_act="fatrelu", hidden_act_param=0.25)
+    manifest = export(fat, tmp_path / "b", make_predictors(fat))
+    assert manifest["llama_cpp_exact"] is False
+    err = capsys.readouterr().err
+    assert "llama.cpp has no such fatrelu" in err
+    assert "PowerInfer itself runs only ReLU models" in err
+    metadata = GGUFFile(tmp_path / "b" / "m.powerinfer.gguf").metadata
+    assert (metadata["hotcold.activation"], metadata["hotcold.activation_thresholds"].tolist()) == (
+        "fatrelu",
+        [0.25] * 3,
+    )
+
+
+def test_predictors_of_another_model_are_refused(model, make_model, make_predictors, tmp_path):
+    other = make_predictors(make_model(seed=1))
+    with pytest.raises(
+        MismatchError, match=r"predictors of another model \(got [0-9a-f]{12}, expected [0-9a-f]{12}\)"
+    ):
+        export(model, tmp_path / "b", other)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "changes, error, message",
+    [
+        ({"d_ff": 80}, ShapeError, r"got \(3, 64, 80\), expected \(3, 64, 160\)"),
+        (
+            {"ranks": [32, 32, 64]},
+            ShapeError,
+            r"layers\.2\.fc1\.weight \(got \(32, 64\), expected \(64, 64\)\)",
+        ),
+        ({"ranks": [32]}, ShapeError, r"ranks per layer \(got 1, expected 3\)"),
+        ({"thresholds": None}, FormatError, "thresholds: bad value"),
+        ({"thresholds": [0.0, float("nan"), 0.0]}, FormatError, "thresholds: bad value"),
+        (
+            {"format": "x"},
+            FormatError,
+            r"format: not a predictor bundle \(got x, expected hotcold-predictor\)",
+        ),
+        ({"version": 2}, FormatError, r"version: not a predictor bundle \(got 2, expected 1\)"),
+    ],
+)
+def test_broken_predictors_are_refused(model, make_predictors, tmp_path, changes, error, message):
+    with pytest.raises(error, match=message):
+        export(model, tmp_path / "b", make_predictors(model, **changes))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_threshold_of_minus_infinity_is_kept(model, make_predictors, tmp_path):
+    export(model, tmp_path / "b", make_predictors(model, thresholds=[-float("inf")] * 3))
+    metadata = GGUFFile(tmp_path / "b" / "m.powerinfer.gguf").metadata
+    assert np.isneginf(metadata["hotcold.predictor.thresholds"]).all()
+
+
+def test_predictors_for_a_silu_are_refused(make_model, make_predictors, tmp_path):
+    silu = make_model("silu")
+    with pytest.raises(UnsupportedError, match="a SiLU never gives zero"):
+        export(silu, tmp_path / "b", make_predictors(silu))
+
+
+def test_an_unknown_activation_names_the_known_ones(model, tmp_path):
+    gelu = changed_config(model, tmp_path / "gelu", hidden_act="gelu")
+    with pytest.raises(UnsupportedError, match=r"got gelu, expected relu \| fatrelu \| drelu \| silu"):
+        export(gelu, tmp_path / "b")
+
+
+def test_weights_that_would_be_lost_are_refused(model, tmp_path):
+    cut = changed_config(model, tmp_path / "cut", num_hidden_layers=2)
+    with pytest.raises(
+        UnsupportedError, match=r"model\.layers\.2\..*weights that this conversion would lose"
+    ):
+        export(cut, tmp_path / "b")
+
+
+def test_weights_that_do_not_fit_the_config(model, tmp_path):
+    wrong = changed_config(model, tmp_path / "wrong", intermediate_size=128)
+    with pytest.raises(ShapeError, match=r"mlp\.gate_proj\.weight: tensor does not fit the config"):
+        export(wrong, tmp_path / "b")
+
+
+def test_another_folder_is_never_replaced(model, tmp_path):
+    out = tmp_path / "precious"
+    out.mkdir()
+    (out / "thesis.txt").write_text("years of work")
+    with pytest.raises(InputError, match="exists and is not a bundle"):
+        export(model, out)
+    assert (out / "thesis.txt").read_text() == "years of work"
+    (out / "manifest.json").write_text('{"format": "another"}')
+    with pytest.raises(InputError, match="exists and is not a bundle"):
+        export(model, out)
+
+
+def test_an_earlier_bundle_is_replaced(model, tmp_path):
+    export(model, tmp_path / "b", options=ExportOptions("q4_0"))
+    assert export(model, tmp_path / "b", options=ExportOptions("f16"))["quant"] == "f16"
+    assert GGUFFile(tmp_path / "b" / "m.gguf").tensors["token_embd.weight"].type == "F16"
+
+
+@pytest.mark.parametrize("space", [100, 100_000, 200_000, 300_000])
+def test_a_full_disk_leaves_nothing(model, make_predictors, tmp_path, monkeypatch, space):
+    predictors = make_predictors(model)
+
+    class Full(storage.FileSystem):
+        written = 0
+
+        def write(self, file, data):
+            self.written += len(data)
+            if self.written > space:
+                raise OSError(28, "No space left on device")
+            super().write(file, data)
+
+    monkeypatch.setattr(storage, "fs", Full())
+    with pytest.raises(StorageError, match="No space left on device; free some space"):
+        export(model, tmp_path / "b", predictors)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["", "a/b", ".."])
+def test_a_name_stays_inside_the_bundle(model, tmp_path, name):
+    with pytest.raises(InputError, match="a bundle's name is a plain file name"):
+        export_bundle(HFCheckpoint(model), tmp_path / "b", name=name, fingerprint="0" * 64)
+
+
+def test_without_tokenizer_folder_the_files_hold_no_vocabulary(model, tmp_path):
+    export_bundle(HFCheckpoint(model), tmp_path / "b", name="m", fingerprint="0" * 64)
+    assert GGUFFile(tmp_path / "b" / "m.gguf").metadata["tokenizer.ggml.model"] == "none"
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--model", "/nowhere"], "no such model"),
+        (["--hot-frequency", "0"], "a share is above 0"),
+        (["--predictors", "/nowhere"], "cannot read the file"),
+    ],
+)
+def test_user_errors_are_one_line(model, tmp_path, capsys, arguments, message):
+    assert main(["export", "--model", str(model), "--out", str(tmp_path / "b"), *arguments]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("hotcold export: error: ")
+    assert (message in err, err.count("\n")) == (True, 1)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_gguf_file_is_exported_too(make_model, tmp_path, capsys):
+    silu = make_model("silu")
+    export(silu, tmp_path / "first", options=ExportOptions("f32"))
+    arguments = ["--quant", "f32", "--name", "m", "--out", str(tmp_path / "again")]
+    assert main(["export", "--model", str(tmp_path / "first" / "m.gguf"), *arguments]) == 0
+    assert "the loss of its own quantisation" in capsys.readouterr().err
+    first, again = (GGUFFile(tmp_path / name / "m.gguf") for name in ("first", "again"))
+    assert set(first.tensors) == set(again.tensors)
+    for name, tensor in first.tensors.items():
+        assert tensor.data.tobytes() == again.tensors[name].data.tobytes()

@@ -1,0 +1,125 @@
+"""tokenizer.json as GGUF metadata; llama.cpp must then split text as `tokenizers` does."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from tokenizers import Regex, Tokenizer
+from tokenizers.pre_tokenizers import ByteLevel, Digits, Metaspace, Sequence, Split
+from tokenizers.processors import TemplateProcessing
+
+from hotcold.convert.tokenizer import _LLAMA3, tokenizer_metadata
+from hotcold.errors import FormatError, InputError, UnsupportedError
+
+
+@pytest.fixture
+def folder(make_model, tmp_path):
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(make_model() / name, tmp_path / name)
+    return tmp_path
+
+
+def change(folder, edit) -> None:
+    """Load tokenizer.json, let `edit` change the Tokenizer, and save it."""
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    edit(tokenizer)
+    tokenizer.save(str(folder / "tokenizer.json"))
+
+
+def test_tokens_types_merges_and_ids(folder):
+    metadata = tokenizer_metadata(folder, 400, {"bos_token_id": 0, "eos_token_id": [0]})
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    n_real = tokenizer.get_vocab_size()
+    tokens = metadata["tokenizer.ggml.tokens"]
+    assert tokens[:n_real] == [tokenizer.id_to_token(i) for i in range(n_real)]
+    assert (len(tokens), tokens[-1]) == (400, "[PAD399]")
+    types = metadata["tokenizer.ggml.token_type"].tolist()
+    assert types == [3] * 3 + [1] * (n_real - 3) + [5] * (400 - n_real)
+    merges = json.loads(tokenizer.to_str())["model"]["merges"]
+    assert metadata["tokenizer.ggml.merges"] == [" ".join(pair) for pair in merges]
+    assert metadata["tokenizer.ggml.scores"].dtype == np.float32
+    assert metadata["tokenizer.chat_template"] == "{{ messages[0].content }}"
+    # the name in tokenizer_config.json goes before the number in config.json
+    assert metadata["tokenizer.ggml.eos_token_id"] == tokenizer.token_to_id("<|im_end|>") == 2
+    assert metadata["tokenizer.ggml.bos_token_id"] == 0
+    assert "tokenizer.ggml.padding_token_id" not in metadata
+
+
+@pytest.mark.parametrize(
+    "pre, steps",
+    [
+        ("gpt-2", [ByteLevel(add_prefix_space=False)]),
+        ("smollm", [Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]),
+        (
+            "llama-bpe",
+            [Split(Regex(_LLAMA3), "isolated"), ByteLevel(add_prefix_space=False, use_regex=False)],
+        ),
+        (
+            "qwen2",
+            [
+                Split(Regex(_LLAMA3.replace("{1,3}", "")), "isolated"),
+                ByteLevel(add_prefix_space=False, use_regex=False),
+            ],
+        ),
+    ],
+)
+def test_the_pre_tokenizer_is_known_by_its_structure(folder, pre, steps):
+    def nest(tokenizer):
+        tokenizer.pre_tokenizer = Sequence([Sequence(steps)]) if len(steps) > 1 else steps[0]
+
+    change(folder, nest)
+    assert tokenizer_metadata(folder, 400, {})["tokenizer.ggml.pre"] == pre
+
+
+def test_added_bos_is_seen(folder):
+    assert tokenizer_metadata(folder, 400, {})["tokenizer.ggml.add_bos_token"] is False
+
+    def add(tokenizer):
+        tokenizer.post_processor = TemplateProcessing(
+            single="<|im_start|> $A <|im_end|>", special_tokens=[("<|im_start|>", 1), ("<|im_end|>", 2)]
+        )
+
+    change(folder, add)
+    metadata = tokenizer_metadata(folder, 400, {})
+    assert metadata["tokenizer.ggml.add_bos_token"] is True
+    assert metadata["tokenizer.ggml.add_eos_token"] is True
+
+
+def test_plain_added_tokens_are_user_defined(folder):
+    change(folder, lambda tokenizer: tokenizer.add_tokens(["<tool>"]))
+    metadata = tokenizer_metadata(folder, 400, {})
+    assert metadata["tokenizer.ggml.token_type"][metadata["tokenizer.ggml.tokens"].index("<tool>")] == 4
+
+
+def test_what_llama_cpp_cannot_do_is_refused(folder):
+    def metaspace(tokenizer):
+        tokenizer.pre_tokenizer = Metaspace()
+
+    change(folder, metaspace)
+    with pytest.raises(UnsupportedError, match="a pre-tokenizer that"):
+        tokenizer_metadata(folder, 400, {})
+
+
+def test_more_tokens_than_embeddings(folder):
+    with pytest.raises(FormatError, match=r"vocab: more tokens than embeddings \(got \d+, expected 100\)"):
+        tokenizer_metadata(folder, 100, {})
+
+
+@pytest.mark.parametrize(
+    "content, error, message",
+    [
+        (None, InputError, "cannot read the file"),
+        ("{}", UnsupportedError, r"unknown tokenizer model \(expected byte-level BPE\)"),
+        ('{"model": {"type": "WordPiece"}}', UnsupportedError, "got WordPiece"),
+        ('{"model": {"type": "BPE", "byte_fallback": true}}', UnsupportedError, "got byte-fallback BPE"),
+    ],
+)
+def test_a_tokenizer_of_another_kind(folder, content, error, message):
+    (folder / "tokenizer.json").unlink()
+    if content is not None:
+        (folder / "tokenizer.json").write_text(content)
+    with pytest.raises(error, match=message):
+        tokenizer_metadata(folder, 400, {})
