@@ -234,6 +234,8 @@ class ReferenceEngine:
         if mode == "predicted" and self._layers[0].predictor is None:
             raise UnsupportedError("no predictors in this file", where=path, fix="use --mode exact")
         self.mode, self.n_ctx, self.audit = mode, n_ctx, False
+        # float16 rounds keys and values as the native engine's cache does; for comparisons with it.
+        self.cache_dtype = torch.float32
         self.n_vocab, self.n_threads = len(self._embedding), torch.get_num_threads()
         self.reset()
         self.reset_stats()
@@ -312,8 +314,8 @@ class ReferenceEngine:
         q, k, v = ((h @ w.T).unflatten(-1, (-1, shape.head_dim)) for w in (layer.q, layer.k, layer.v))
         q = _rope(q, positions, shape.rope_base, shape.interleaved_rope)
         k = _rope(k, positions, shape.rope_base, shape.interleaved_rope)
-        self._keys[i] = torch.cat([self._keys[i], k])
-        self._values[i] = torch.cat([self._values[i], v])
+        self._keys[i] = torch.cat([self._keys[i], k.to(self.cache_dtype).float()])
+        self._values[i] = torch.cat([self._values[i], v.to(self.cache_dtype).float()])
         # Grouped-query attention: each key/value head serves a run of consecutive query heads.
         group = shape.n_heads // shape.n_kv_heads
         keys = self._keys[i].repeat_interleave(group, 1)

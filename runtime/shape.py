@@ -107,7 +107,8 @@ def read_predictors(file: GGUFFile, shape: ModelShape) -> list[Predictor]:
     thresholds = _per_layer(file, "hotcold.predictor.thresholds", n, one_for_all)
     counts = _per_layer(file, "hotcold.hot.counts", n, 0)
     neurons = np.asarray(file.metadata.get("hotcold.hot.neurons", []), np.int64)
-    if len(neurons) != sum(counts) or (len(neurons) and not (neurons.min() >= 0 and neurons.max() < d_ff)):
+    neurons, missing = neurons[: sum(counts)], sum(counts) - len(neurons)
+    if missing > 0 or (len(neurons) and not (neurons.min() >= 0 and neurons.max() < d_ff)):
         raise FormatError("hot neurons do not fit the model", where=file.path, field="hotcold.hot.neurons")
     predictors = []
     for threshold, indices in zip(thresholds, np.split(neurons, np.cumsum(counts)), strict=False):
