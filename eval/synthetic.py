@@ -1,0 +1,194 @@
+"""Synthetic bundles: the shapes of well-known models with random weights, for speed without downloads.
+
+The files are those of any bundle, written by the same code, so that both llama.cpp and hotcold read them as
+they read a real model. Which neurons fire, and which are predicted, comes out of the weights (see `planted`);
+what the model says means nothing. Every name and report says that it is synthetic.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hotcold import storage
+from hotcold.convert.export import MANIFEST, ExportOptions, export_bundle
+from hotcold.convert.gguf_read import Tensor
+from hotcold.convert.predictors import Predictors
+from hotcold.convert.quantize import dequantize, quantize, type_of
+from hotcold.errors import InputError
+from hotcold.eval.planted import LayerActivity, PlantedModel
+from hotcold.progress import log
+
+__all__ = ["SHAPES", "Synthetic", "write_synthetic"]
+
+_HOT = 0.5  # neurons that fire on this share of the tokens are always computed, as `hotcold export` has it
+_MISSED = 0.035  # share of the firing neurons that a predictor may miss on the tokens it is calibrated on
+
+
+def _shape(
+    d_model: int, d_ff: int, n_layers: int, heads: int, kv_heads: int, **more: object
+) -> dict[str, Any]:
+    return {
+        "model_type": "llama",
+        "hidden_act": "relu",
+        "hidden_size": d_model,
+        "intermediate_size": d_ff,
+        "num_hidden_layers": n_layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "vocab_size": 32000,
+        "max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        **more,
+    }
+
+
+SHAPES = {
+    "llama-2-7b": _shape(4096, 11008, 32, 32, 32),
+    "llama-2-13b": _shape(5120, 13824, 40, 40, 40),
+    "mistral-7b": _shape(4096, 14336, 32, 32, 8, max_position_embeddings=32768),
+    "smollm2-135m": _shape(576, 1536, 30, 9, 3, vocab_size=49152, tie_word_embeddings=True, rope_theta=1e5),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Synthetic:
+    """Which synthetic model. `n_layers` None means all; `predictor_rank` None an eighth of d_model.
+
+    `noise` is what no predictor can know of a gate, against 1 for what it can. Raises InputError for an
+    unknown shape or an impossible figure.
+    """
+
+    shape: str
+    sparsity: float = 0.89
+    quant: str = "q4_0"
+    n_layers: int | None = None
+    predictor_quant: str = "q4_0"
+    predictor_rank: int | None = None
+    noise: float = 0.36
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.shape not in SHAPES:
+            raise InputError("unknown synthetic shape", got=self.shape, expected=" | ".join(SHAPES))
+        if not 0.05 <= self.sparsity <= 0.995:
+            raise InputError("--sparsity out of range", got=self.sparsity, expected="0.05 to 0.995")
+        if self.n_layers is not None and self.n_layers < 1:
+            raise InputError("--layers must be at least 1", got=self.n_layers)
+        type_of(self.quant), type_of(self.predictor_quant)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The model's `config.json`."""
+        shape = SHAPES[self.shape]
+        return {**shape, "num_hidden_layers": self.n_layers or shape["num_hidden_layers"]}
+
+    @property
+    def rank(self) -> int:
+        """Rows of fc1: a multiple of 64, so that they are whole blocks and come in pairs of either sign."""
+        return self.predictor_rank or max(64, self.config["hidden_size"] // 8 // 64 * 64)
+
+    @property
+    def name(self) -> str:
+        layers = self.config["num_hidden_layers"]
+        return f"synthetic-{self.shape}-{layers}l-s{self.sparsity:g}-{self.quant}"
+
+    @property
+    def fingerprint(self) -> str:
+        """64 hex digits over all that the weights depend on."""
+        return hashlib.sha256(repr(sorted(asdict(self).items())).encode()).hexdigest()
+
+
+def write_synthetic(synthetic: Synthetic, folder: str | Path) -> Path:
+    """Write the bundle under `folder`, unless it is there; returns its path.
+
+    Eight layers of the 7B shape take about two minutes, and in Q4_0 2 GB of disk.
+    """
+    out = Path(folder) / f"{synthetic.name}-{synthetic.fingerprint[:8]}"
+    if (out / MANIFEST).is_file():
+        return out
+    model = PlantedModel(
+        synthetic.config,
+        sparsity=synthetic.sparsity,
+        rank=synthetic.rank // 2,
+        noise=synthetic.noise,
+        seed=synthetic.seed,
+    )
+    log(f"{synthetic.name}: making synthetic weights")
+    with tempfile.TemporaryDirectory(prefix="hotcold-synthetic-") as scratch:
+        predictors = _write_predictors(synthetic, model, Path(scratch))
+        export_bundle(
+            model,
+            out,
+            name=synthetic.name,
+            fingerprint=synthetic.fingerprint,
+            predictors=predictors,
+            options=ExportOptions(
+                synthetic.quant, predictor_quant=synthetic.predictor_quant, hot_frequency=_HOT
+            ),
+        )
+    return out
+
+
+def _write_predictors(synthetic: Synthetic, model: PlantedModel, folder: Path) -> Predictors:
+    """Calibrate the model, and write the predictor bundle that follows from its planted factors."""
+    tensors: dict[str, np.ndarray] = {}
+    thresholds: list[float] = []
+    type_name = type_of(synthetic.predictor_quant)
+    for layer, activity in enumerate(model.calibrate()):
+        fc1, fc2 = planted_predictor(activity)
+        frequency = activity.fired.mean(axis=0, dtype=np.float32)
+        thresholds.append(_threshold(activity, _stored(fc1, type_name), _stored(fc2, type_name), frequency))
+        # half precision is enough for what is quantised later, and halves the memory
+        tensors[f"layers.{layer}.fc1.weight"] = fc1.astype(np.float16)
+        tensors[f"layers.{layer}.fc2.weight"] = fc2.astype(np.float16)
+        tensors[f"layers.{layer}.firing_frequency"] = frequency
+    storage.write_tensors(folder / "model.safetensors", tensors)
+    storage.write_json(folder / "config.json", _predictor_config(synthetic, model, thresholds))
+    return Predictors(folder)
+
+
+def planted_predictor(activity: LayerActivity) -> tuple[np.ndarray, np.ndarray]:
+    """fc1 [2·rank, d_model] and fc2 [d_ff, 2·rank] with fc2·relu(fc1·x) = factors·basis·x, the noiseless gate.
+
+    Each direction of the basis goes in with both signs, as relu(t) - relu(-t) = t.
+    """
+    fc1 = np.concatenate([activity.basis, -activity.basis])
+    fc2 = np.concatenate([activity.factors, -activity.factors], axis=1)
+    return fc1, fc2
+
+
+def _stored(weight: np.ndarray, type_name: str) -> np.ndarray:
+    """What is left of a matrix once it has been quantised."""
+    return dequantize(Tensor("predictor", weight.shape, type_name, quantize(weight, type_name)))
+
+
+def _threshold(activity: LayerActivity, fc1: np.ndarray, fc2: np.ndarray, frequency: np.ndarray) -> float:
+    """The logit below which lie `_MISSED` of all firing neurons; hot ones are never missed."""
+    logits = np.maximum(activity.inputs @ fc1.T, 0) @ fc2.T
+    cold = activity.fired & (frequency < _HOT)
+    missable = cold.sum() / max(activity.fired.sum(), 1)
+    share = min(1.0, _MISSED / missable) if missable else 0.0
+    return float(np.quantile(logits[cold], share)) if missable else 0.0
+
+
+def _predictor_config(synthetic: Synthetic, model: PlantedModel, thresholds: list[float]) -> dict[str, Any]:
+    spec = model.spec
+    return {
+        "format": "hotcold-predictor",
+        "version": 1,
+        "model_fingerprint": synthetic.fingerprint,
+        "n_layers": spec.n_layers,
+        "d_model": spec.d_model,
+        "d_ff": spec.d_ff,
+        "ranks": [synthetic.rank] * spec.n_layers,
+        "thresholds": thresholds,
+        "target_recall": 1 - _MISSED,
+        "synthetic": asdict(synthetic),
+    }
