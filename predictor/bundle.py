@@ -133,7 +133,7 @@ class PredictorBundle:
     def load(cls, path: str | Path) -> PredictorBundle:
         """Read a folder. InputError if there is none, FormatError naming file and field if it is broken."""
         path = Path(path)
-        config = _read_config(path)
+        config = read_config(path)
         file = path / "model.safetensors"
         if not file.is_file():
             raise InputError(
@@ -147,7 +147,8 @@ class PredictorBundle:
     from_pretrained = load
 
 
-def _read_config(folder: Path) -> _Config:
+def read_config(folder: Path) -> _Config:
+    """Read `config.json` of a bundle; InputError where there is none, FormatError where it is broken."""
     path = folder / "config.json"
     if not path.is_file():
         raise InputError(

@@ -1,4 +1,4 @@
-"""A folder that one process at a time fills in steps, and that a killed process may have left half filled."""
+"""A folder that one process at a time fills in steps."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from hotcold import storage
 from hotcold.errors import InputError, StorageError
 
 __all__ = ["exclusive"]
@@ -16,7 +15,7 @@ __all__ = ["exclusive"]
 
 @contextmanager
 def exclusive(folder: Path) -> Iterator[None]:
-    """Make `folder`, lock it while the block lasts, and remove the temporary files of a killed process.
+    """Make `folder` and lock it while the block lasts.
 
     The lock is on the folder itself and the kernel drops it when its holder ends, however it ends.
     InputError if another process holds it, StorageError if the folder cannot be made.
@@ -28,8 +27,6 @@ def exclusive(folder: Path) -> Iterator[None]:
         raise StorageError(error.strerror or str(error), where=folder) from error
     try:
         _lock(descriptor, folder)
-        for path in folder.rglob(".*.tmp"):
-            storage.fs.unlink(path)
         yield
     finally:
         os.close(descriptor)

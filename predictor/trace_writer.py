@@ -16,7 +16,7 @@ from typing import Self
 import numpy as np
 
 from hotcold import storage
-from hotcold.errors import FormatError, MismatchError
+from hotcold.errors import FormatError, InputError, MismatchError
 from hotcold.predictor.exclusive import exclusive
 from hotcold.predictor.traces import TraceRun, TraceShard, read_manifest
 from hotcold.progress import log
@@ -73,6 +73,7 @@ class TraceWriter:
 def _begin(folder: Path, run: TraceRun, tokens: Mapping[str, np.ndarray]) -> TraceRun:
     """Write what the shards rest on, or check that what is there is the same; returns the run on disk."""
     if not (folder / "run.json").exists():
+        _refuse_foreign(folder)
         storage.write_tensors(folder / "tokens.safetensors", tokens)
         storage.write_json(folder / "run.json", run.to_json())
         return run
@@ -84,6 +85,15 @@ def _begin(folder: Path, run: TraceRun, tokens: Mapping[str, np.ndarray]) -> Tra
         if name not in _NOT_COMPARED and mine != theirs:
             raise _mismatch(folder, name, old, run)
     return old
+
+
+def _refuse_foreign(folder: Path) -> None:
+    """A run that was killed before it had `run.json` leaves these files at most, whole or temporary."""
+    own = ("tokens.safetensors", "run.json")
+    foreign = sorted(path.name for path in folder.iterdir() if not path.name.lstrip(".").startswith(own))
+    if foreign:
+        fix = "give an empty or a new folder as --out"
+        raise InputError(f"holds {foreign[0]!r}, and no traces", where=folder, fix=fix)
 
 
 def _mismatch(folder: Path, name: str, old: TraceRun, new: TraceRun) -> MismatchError:

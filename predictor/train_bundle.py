@@ -15,7 +15,8 @@ from typing import Any
 from safetensors import safe_open
 
 from hotcold import storage
-from hotcold.predictor.bundle import LayerPredictor, PredictorBundle
+from hotcold.errors import HotcoldError, InputError
+from hotcold.predictor.bundle import LayerPredictor, PredictorBundle, read_config
 from hotcold.predictor.exclusive import exclusive
 from hotcold.predictor.metrics import LayerMetrics
 from hotcold.predictor.traces import Traces
@@ -31,6 +32,7 @@ def train_bundle(traces: Traces, out: str | Path, options: TrainOptions) -> Pred
     FormatError for damaged traces, StorageError if the disk fails; finished layers are kept in both cases.
     """
     out = Path(out)
+    _refuse_foreign(out)
     partial = out.with_name(out.name + ".partial")
     with exclusive(partial):
         _begin(partial, _description(traces, options))
@@ -41,6 +43,18 @@ def train_bundle(traces: Traces, out: str | Path, options: TrainOptions) -> Pred
         bundle.save(out)
         shutil.rmtree(partial)
     return bundle
+
+
+def _refuse_foreign(out: Path) -> None:
+    """Only another predictor bundle may be replaced; said before the training, not after it."""
+    if out.is_dir() and not any(out.iterdir()):
+        return
+    if out.exists():
+        try:
+            read_config(out)
+        except HotcoldError as error:
+            fix = "give a new folder as --out, or delete this one"
+            raise InputError("is there already, and is no predictor bundle", where=out, fix=fix) from error
 
 
 def _train_layers(traces: Traces, partial: Path, options: TrainOptions) -> list[LayerPredictor]:

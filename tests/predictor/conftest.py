@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,16 +12,21 @@ D_MODEL, D_FF, N_LAYERS = 32, 44, 2
 SALAD = "the a cold hot neuron fires when rain falls on seven old roofs and nobody counts them twice"
 
 
-def write_text(path: Path, seed: int = 0, paragraphs: int = 400) -> Path:
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    import torch
+
+    torch.set_num_threads(1)
+
+
+def _write_text(path: Path, seed: int = 0, paragraphs: int = 400) -> Path:
     """Some 100 kB of word salad with blank lines, so that the reader finds many documents."""
-    words = SALAD.split()
     rng = random.Random(seed)
-    lines = (" ".join(rng.choices(words, k=60)) for _ in range(paragraphs))
-    path.write_text("\n\n".join(lines))
+    path.write_text("\n\n".join(" ".join(rng.choices(SALAD.split(), k=60)) for _ in range(paragraphs)))
     return path
 
 
-def write_model(path: Path, seed: int = 0) -> Path:
+def _write_model(path: Path, seed: int = 0) -> Path:
     """Save a Llama of two layers with ReLU, and its byte-level tokenizer."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -36,27 +42,63 @@ def write_model(path: Path, seed: int = 0) -> Path:
     config = LlamaConfig(
         vocab_size=len(vocabulary), hidden_size=D_MODEL, intermediate_size=D_FF, num_hidden_layers=N_LAYERS,
         num_attention_heads=2, num_key_value_heads=1, hidden_act="relu", max_position_embeddings=256,
+        initializer_range=0.2,  # far from linear, so that tokens differ
     )  # fmt: skip
     checkpoint.save(LlamaForCausalLM(config), tokenizer, path)
     return path
 
 
+def _collect_arguments(model: Path, text: Path, out: Path, tokens: int = 3000) -> list[str]:
+    """A command line of many small shards."""
+    names = {"--model": model, "--text": text, "--tokens": tokens, "--out": out, "--shard-tokens": 200}
+    pairs = [str(item) for pair in {**names, "--window": 64, "-t": 1}.items() for item in pair]
+    return ["collect-traces", *pairs]
+
+
+def _snapshot(folder: Path) -> dict[str, bytes]:
+    """Every file below `folder`, by its path there."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
 @pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_model(tmp_path_factory.mktemp("model") / "tiny")
+    return _write_model(tmp_path_factory.mktemp("model") / "tiny")
 
 
 @pytest.fixture(scope="session")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_text(tmp_path_factory.mktemp("text") / "salad.txt")
+    return _write_text(tmp_path_factory.mktemp("text") / "salad.txt")
 
 
 @pytest.fixture(scope="session")
 def traces(model: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Complete traces of 3,000 tokens; tests must not change them (copy first)."""
+    """Complete traces of 3,000 tokens in 15 shards; tests must not change them (copy first)."""
     from hotcold.cli import main
 
     out = tmp_path_factory.mktemp("traces") / "traces"
-    arguments = ["--model", str(model), "--text", str(text), "--tokens", "3000", "--out", str(out), "-t", "1"]
-    assert main(["collect-traces", *arguments, "--shard-tokens", "700", "--window", "64"]) == 0
+    assert main(_collect_arguments(model, text, out)) == 0
     return out
+
+
+@pytest.fixture(scope="session")
+def write_model() -> Callable[..., Path]:
+    """`write_model(path, seed=0)`: save another tiny model."""
+    return _write_model
+
+
+@pytest.fixture(scope="session")
+def write_text() -> Callable[..., Path]:
+    """`write_text(path, seed=0, paragraphs=400)`: save another text."""
+    return _write_text
+
+
+@pytest.fixture(scope="session")
+def collect_arguments() -> Callable[..., list[str]]:
+    """`collect_arguments(model, text, out, tokens=3000)`: a command line."""
+    return _collect_arguments
+
+
+@pytest.fixture(scope="session")
+def snapshot() -> Callable[[Path], dict[str, bytes]]:
+    """`snapshot(folder)`: every file below it."""
+    return _snapshot
