@@ -16,6 +16,7 @@ __all__ = [
     "HF_NAMES",
     "LAYER_NAMES",
     "ModelSpec",
+    "hf_shapes",
     "hyper_parameters",
     "interleave_rope",
     "split_rope",
@@ -180,6 +181,32 @@ class _Fields:
         window = self.config.get("sliding_window")
         if window is not None and window < n_ctx and self.config.get("use_sliding_window", True):
             raise UnsupportedError("sliding-window attention", where=self.where, got=window, expected="none")
+
+
+def hf_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every weight that a checkpoint of this model must hold."""
+    d_model, d_ff, q, kv = (
+        spec.d_model,
+        spec.d_ff,
+        spec.n_heads * spec.head_dim,
+        spec.n_kv_heads * spec.head_dim,
+    )
+    layer: dict[str, tuple[int, ...]] = {
+        "attn_norm": (d_model,), "attn_q": (q, d_model), "attn_k": (kv, d_model), "attn_v": (kv, d_model),
+        "attn_output": (d_model, q), "ffn_norm": (d_model,), "ffn_gate": (d_ff, d_model),
+        "ffn_up": (d_ff, d_model), "ffn_down": (d_model, d_ff),
+    }  # fmt: skip
+    outer = {
+        "token_embd": (spec.n_vocab, d_model),
+        "output_norm": (d_model,),
+        "output": (spec.n_vocab, d_model),
+    }
+    if spec.tied:
+        del outer["output"]
+    shapes = {f"{HF_NAMES[name]}.weight": shape for name, shape in outer.items()}
+    for i in range(spec.n_layers):
+        shapes |= {f"model.layers.{i}.{LAYER_NAMES[name]}.weight": shape for name, shape in layer.items()}
+    return shapes
 
 
 def hyper_parameters(spec: ModelSpec, architecture: str) -> dict[str, Any]:

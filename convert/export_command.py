@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
     from hotcold.convert.hf_checkpoint import HFCheckpoint
     from hotcold.convert.predictors import Predictors
 
-    if math.isnan(args.hot_frequency) or args.hot_frequency <= 0:
+    if not 0 < args.hot_frequency < math.inf:
         raise InputError("a share is above 0", where="--hot-frequency", got=args.hot_frequency)
     path = Path(resolve(args.model))
     options = ExportOptions(args.quant, args.head_quant, args.predictor_quant, args.hot_frequency)

@@ -15,7 +15,7 @@ import numpy as np
 
 from hotcold.convert.architectures import ModelSpec, hyper_parameters, interleave_rope
 from hotcold.convert.gguf_read import GGUFFile, Tensor
-from hotcold.convert.gguf_write import TensorPlan, copied, planned, write_gguf
+from hotcold.convert.gguf_write import TensorPlan, copied, write_gguf
 from hotcold.convert.plans import Planner
 from hotcold.errors import UnsupportedError
 
@@ -59,14 +59,14 @@ def dense_plans(planner: Planner) -> list[TensorPlan]:
 
 def _ffn(planner: Planner, layer: int, *, experts: bool) -> list[TensorPlan]:
     d_model, d_ff = planner.spec.d_model, planner.spec.d_ff
-    shapes = {"ffn_gate": (d_ff, d_model), "ffn_up": (d_ff, d_model), "ffn_down": (d_model, d_ff)}
+    shapes = {"ffn_gate": (1, d_ff, d_model), "ffn_up": (1, d_ff, d_model), "ffn_down": (1, d_model, d_ff)}
     if not experts:
-        return [planner.layer_matrix(layer, name, shape) for name, shape in shapes.items()]
+        return [planner.layer_weight(layer, name) for name in shapes]
     router = np.zeros((1, d_model), np.float32)
-    plans = [planned(f"blk.{layer}.ffn_gate_inp.weight", router.shape, "F32", lambda: router)]
-    for name, shape in shapes.items():
-        plans.append(planner.layer_matrix(layer, name, shape, _as_expert, (f"{name}_exps", (1, *shape))))
-    return plans
+    return [
+        planner.floats(f"blk.{layer}.ffn_gate_inp", router.shape, "F32", lambda: router),
+        *(planner.layer_weight(layer, name, _as_expert, (f"{name}_exps", s)) for name, s in shapes.items()),
+    ]
 
 
 def _as_expert(weight: np.ndarray) -> np.ndarray:

@@ -1,25 +1,44 @@
-"""The tensors that all forms of a model share, checked and planned: embeddings, attention, norms."""
+"""The tensors that all forms of a model share, planned for writing: embeddings, attention, norms."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field
 
 import numpy as np
 
-from hotcold.convert.architectures import HF_NAMES, LAYER_NAMES, ModelSpec, interleave_rope
+from hotcold.convert.architectures import HF_NAMES, LAYER_NAMES, ModelSpec, hf_shapes, interleave_rope
 from hotcold.convert.gguf_write import TensorPlan, planned
 from hotcold.convert.hf_checkpoint import WeightSource
 from hotcold.convert.quantize import row_type
 from hotcold.errors import ShapeError, UnsupportedError
-from hotcold.progress import log
 
-__all__ = ["Planner", "TensorTypes"]
+__all__ = ["Planner", "TensorTypes", "check_weights"]
 
 Change = Callable[[np.ndarray], np.ndarray]
+Shape = tuple[int, ...]
 
-_IGNORED = ("rotary_emb.inv_freq",)  # old checkpoints store what the config says anyway
+_IGNORED = (
+    "rotary_emb.inv_freq",
+    "lm_head.weight",
+)  # the former stands in the config, the latter may be tied
+
+
+def check_weights(source: WeightSource, spec: ModelSpec) -> None:
+    """Refuse a checkpoint whose tensors are not those of its config.
+
+    UnsupportedError for weights that would be lost, FormatError for missing ones, ShapeError for the
+    others.
+    """
+    shapes = hf_shapes(spec)
+    lost = sorted(name for name in source.names() - set(shapes) if not name.endswith(_IGNORED))
+    if lost:
+        what = "weights that this conversion would lose"
+        raise UnsupportedError(what, where=lost[0], got=f"{len(lost)} unknown tensors", expected="none")
+    for name, shape in shapes.items():
+        if source.shape(name) != shape:
+            got = source.shape(name)
+            raise ShapeError("tensor does not fit the config", where=name, got=got, expected=shape)
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,99 +50,67 @@ class TensorTypes:
     predictor: str = "Q8_0"
 
 
+@dataclass(frozen=True, slots=True)
 class Planner:
-    """Plans the tensors of one model. Raises ShapeError where one does not fit the config."""
+    """Plans the tensors of one model; `load(name)` gives a weight, float32, under Hugging Face's name.
 
-    def __init__(self, source: WeightSource, spec: ModelSpec, types: TensorTypes) -> None:
-        self.source, self.spec, self.types = source, spec, types
-        self._refuse_unknown()
+    `fallbacks` collects what could not be written in the wished type.
+    """
 
-    def _refuse_unknown(self) -> None:
-        layers = [
-            f"model.layers.{i}.{name}" for i in range(self.spec.n_layers) for name in LAYER_NAMES.values()
-        ]
-        known = {f"{name}.weight" for name in [*HF_NAMES.values(), *layers]}
-        unknown = sorted(name for name in self.source.names() - known if not name.endswith(_IGNORED))
-        if unknown:
-            what = "weights that this conversion would lose"
-            raise UnsupportedError(
-                what, where=unknown[0], got=f"{len(unknown)} unknown tensors", expected="none"
-            )
+    spec: ModelSpec
+    types: TensorTypes
+    load: Callable[[str], np.ndarray]
+    fallbacks: list[str] = field(default_factory=list)
 
-    def matrix(
-        self, name: str, hf_name: str, shape: tuple[int, ...], type_name: str, change: Change | None = None,
-        written: tuple[int, ...] | None = None,
-    ) -> TensorPlan:  # fmt: skip
-        """Plan a 2-D tensor [out, in]; `change` is applied to it first and gives the shape `written`."""
-        self._check(hf_name, shape)
-        load = partial(self.source.load, hf_name)
-        changed = (lambda: change(load())) if change else load
-        return self.floats(name, written or shape, type_name, changed)
-
-    def floats(
-        self, name: str, shape: tuple[int, ...], type_name: str, load: Callable[[], np.ndarray]
-    ) -> TensorPlan:
+    def floats(self, name: str, shape: Shape, type_name: str, load: Callable[[], np.ndarray]) -> TensorPlan:
         """Plan a tensor to be quantised, as F16 where its rows are not whole blocks of `type_name`."""
         fitting = row_type(type_name, shape[-1])
         if fitting != type_name:
-            log(f"{name}: rows of {shape[-1]} are not whole blocks of {type_name}, written as {fitting}")
+            why = f"rows of {shape[-1]} are not whole blocks of {type_name}"
+            self.fallbacks.append(f"{name}: {why}, written as {fitting}")
         return planned(f"{name}.weight", shape, fitting, load)
 
-    def vector(self, name: str, hf_name: str) -> TensorPlan:
-        """Plan a norm's weight [d_model], always F32."""
-        self._check(hf_name, (self.spec.d_model,))
-        return planned(f"{name}.weight", (self.spec.d_model,), "F32", lambda: self.source.load(hf_name))
+    def weight(
+        self,
+        name: str,
+        hf_name: str,
+        type_name: str,
+        change: Change | None = None,
+        shape: Shape | None = None,
+    ) -> TensorPlan:
+        """Plan a weight of the model; `change` is applied to it first and gives it another `shape`."""
+        hf_name = f"{hf_name}.weight"
 
-    def _check(self, hf_name: str, shape: tuple[int, ...]) -> None:
-        got = self.source.shape(hf_name)
-        if got != shape:
-            raise ShapeError("tensor does not fit the config", where=hf_name, got=got, expected=shape)
+        def load() -> np.ndarray:
+            return change(self.load(hf_name)) if change else self.load(hf_name)
+
+        return self.floats(name, shape or hf_shapes(self.spec)[hf_name], type_name, load)
+
+    def layer_weight(
+        self, layer: int, name: str, change: Change | None = None, written: tuple[str, Shape] | None = None
+    ) -> TensorPlan:
+        """Plan the matrix `blk.N.name`; `written` is another name and shape that `change` makes of it."""
+        as_name, shape = written or (name, None)
+        hf_name = f"model.layers.{layer}.{LAYER_NAMES[name]}"
+        kind = "F32" if name.endswith("norm") else self.types.body
+        return self.weight(f"blk.{layer}.{as_name}", hf_name, kind, change, shape)
 
     def embeddings(self, *, copy_tied: bool) -> list[TensorPlan]:
         """token_embd, output_norm, and output: left out of a tied model unless `copy_tied`."""
-        shape = (self.spec.n_vocab, self.spec.d_model)
-        embedding = f"{HF_NAMES['token_embd']}.weight"
-        head = embedding if self.spec.tied else f"{HF_NAMES['output']}.weight"
+        head = HF_NAMES["token_embd" if self.spec.tied else "output"]
         plans = [
-            self.matrix("token_embd", embedding, shape, self.types.head),
-            self.vector("output_norm", f"{HF_NAMES['output_norm']}.weight"),
+            self.weight("token_embd", HF_NAMES["token_embd"], self.types.head),
+            self.weight("output_norm", HF_NAMES["output_norm"], "F32"),
         ]
         if copy_tied or not self.spec.tied:
-            plans.append(self.matrix("output", head, shape, self.types.head))
+            plans.append(self.weight("output", head, self.types.head))
         return plans
 
     def attention(self, layer: int, *, interleaved: bool) -> list[TensorPlan]:
         """The norms and the four projections of a layer; `interleaved` chooses the order of q and k rows."""
-        spec = self.spec
-        q, kv = spec.n_heads * spec.head_dim, spec.n_kv_heads * spec.head_dim
-        order = {"attn_q": spec.n_heads, "attn_k": spec.n_kv_heads} if interleaved else {}
-        shapes = {
-            "attn_q": (q, spec.d_model),
-            "attn_k": (kv, spec.d_model),
-            "attn_v": (kv, spec.d_model),
-            "attn_output": (spec.d_model, q),
-        }
-        norms = [self.vector(self.name(layer, n), self.hf_name(layer, n)) for n in ("attn_norm", "ffn_norm")]
-        return norms + [
-            self.layer_matrix(layer, n, shape, _reorder(order.get(n))) for n, shape in shapes.items()
-        ]
-
-    def layer_matrix(
-        self, layer: int, name: str, shape: tuple[int, ...], change: Change | None = None,
-        written: tuple[str, tuple[int, ...]] | None = None,
-    ) -> TensorPlan:  # fmt: skip
-        """Plan the matrix that GGUF calls `name`; `written`: its name and shape once `change` is done."""
-        written_name, written_shape = written or (name, shape)
-        names = self.name(layer, written_name), self.hf_name(layer, name)
-        return self.matrix(*names, shape, self.types.body, change, written_shape)
-
-    @staticmethod
-    def name(layer: int, name: str) -> str:
-        return f"blk.{layer}.{name}"
-
-    @staticmethod
-    def hf_name(layer: int, name: str) -> str:
-        return f"model.layers.{layer}.{LAYER_NAMES[name]}.weight"
+        heads = {"attn_q": self.spec.n_heads, "attn_k": self.spec.n_kv_heads} if interleaved else {}
+        names = ("attn_norm", "ffn_norm", "attn_q", "attn_k", "attn_v", "attn_output")
+        return [self.layer_weight(layer, name, _reorder(heads.get(name))) for name in names]
 
 
 def _reorder(n_heads: int | None) -> Change | None:

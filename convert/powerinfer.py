@@ -51,13 +51,11 @@ def sparse_plans(planner: Planner, predictors: Predictors) -> list[TensorPlan]:
 
 
 def _ffn(planner: Planner, layer: int) -> list[TensorPlan]:
-    d_model, d_ff = planner.spec.d_model, planner.spec.d_ff
+    transposed = ("ffn_down_t", (planner.spec.d_ff, planner.spec.d_model))
     return [
-        planner.layer_matrix(layer, "ffn_gate", (d_ff, d_model)),
-        planner.layer_matrix(layer, "ffn_up", (d_ff, d_model)),
-        planner.layer_matrix(
-            layer, "ffn_down", (d_model, d_ff), np.transpose, ("ffn_down_t", (d_ff, d_model))
-        ),
+        planner.layer_weight(layer, "ffn_gate"),
+        planner.layer_weight(layer, "ffn_up"),
+        planner.layer_weight(layer, "ffn_down", np.transpose, transposed),
     ]
 
 

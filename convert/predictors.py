@@ -78,6 +78,11 @@ class Predictors:
         """float32 [d_ff, rank]"""
         return self._tensors.load(f"layers.{layer}.fc2.weight")
 
+    def files(self) -> list[Path]:
+        """The files of the bundle, for copying."""
+        names = ("config.json", "model.safetensors", "README.md")
+        return [self.path / name for name in names if (self.path / name).is_file()]
+
     def hot(self, layer: int, frequency: float) -> np.ndarray:
         """The neurons that fired on at least this share of the tokens: ascending int32 indices."""
         fired = self._tensors.load(f"layers.{layer}.firing_frequency")

@@ -16,6 +16,7 @@ from hotcold.convert.export import ExportOptions, export_bundle
 from hotcold.convert.gguf_read import GGUFFile
 from hotcold.convert.hf_checkpoint import HFCheckpoint
 from hotcold.convert.predictors import Predictors
+from hotcold.convert.quantize import QUANTS, dequantize
 from hotcold.errors import FormatError, InputError, MismatchError, ShapeError, StorageError, UnsupportedError
 
 
@@ -90,6 +91,15 @@ def test_types_follow_the_options(model, make_predictors, tmp_path):
     assert (types["token_embd.weight"], types["output.weight"]) == ("Q8_0", "Q8_0")
     assert (types["blk.0.fc1.weight"], types["blk.0.attn_q.weight"]) == ("F16", "Q4_0")
     assert GGUFFile(tmp_path / "b" / "m.gguf").tensors["token_embd.weight"].type == "Q8_0"
+
+
+@pytest.mark.parametrize("quant", QUANTS)
+def test_every_quantisation_is_written_and_read(model, make_predictors, tmp_path, quant):
+    export(model, tmp_path / "b", make_predictors(model), ExportOptions(quant, predictor_quant=quant))
+    weight = HFCheckpoint(model).load("model.layers.1.mlp.down_proj.weight").T
+    tensor = GGUFFile(tmp_path / "b" / "m.powerinfer.gguf").tensors["blk.1.ffn_down_t.weight"]
+    assert tensor.type == QUANTS[quant]
+    assert np.linalg.norm(dequantize(tensor) - weight) < 0.12 * np.linalg.norm(weight)
 
 
 def test_rows_that_are_not_whole_blocks_become_f16_and_are_told(make_model, tmp_path, capsys):

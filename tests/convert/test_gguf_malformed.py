@@ -163,8 +163,8 @@ BAD: dict[str, tuple[bytes, str]] = {
     "negative type": (gguf(infos=[info(kind=2**32 - 1)], data=bytes(32)), "t.type"),
     "removed type Q4_2": (gguf(infos=[info(dims=(32,), kind=4)], data=bytes(32)), "t.type"),
     "removed type Q4_0_4_4": (gguf(infos=[info(dims=(32,), kind=31)], data=bytes(32)), "t.type"),
-    "BF16 in a PowerInfer file": (
-        gguf(magic=b"PWRI", infos=[info(dims=(16,), kind=30)], data=bytes(32)),
+    "a type of today in a PowerInfer file": (
+        gguf(magic=b"PWRI", infos=[info(dims=(256,), kind=19)], data=bytes(64)),
         "t.type",
     ),
     "Q4_0 rows of 33": (gguf(infos=[info(dims=(33, 32), kind=2)], data=bytes(640)), "t.dims"),

@@ -1,0 +1,104 @@
+"""What a bundle's GGUF files hold: metadata and tensors, worked out before anything is written.
+
+The exporter writes these layouts; `verify` works them out again from what lies in a bundle and compares.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from gguf.constants import GGML_QUANT_VERSION, LlamaFileType
+
+from hotcold.convert.architectures import ModelSpec
+from hotcold.convert.gguf_write import TensorPlan
+from hotcold.convert.llama_cpp import dense_metadata, dense_plans
+from hotcold.convert.plans import Planner, TensorTypes
+from hotcold.convert.powerinfer import MAGIC, sparse_metadata, sparse_plans
+from hotcold.convert.predictors import Predictors
+from hotcold.convert.quantize import type_of
+from hotcold.convert.tokenizer import tokenizer_metadata
+
+__all__ = ["METADATA_VERSION", "ExportOptions", "GGUFLayout", "ModelFiles"]
+
+METADATA_VERSION = 1
+
+_FILE_TYPES = {"F32": "ALL_F32"}  # the others are MOSTLY_ + type
+
+
+@dataclass(frozen=True, slots=True)
+class ExportOptions:
+    """How to write a bundle. Quantisations are names of `quantize.QUANTS`.
+
+    `head_quant` is for embedding and head, and that of the other matrices where None. A neuron that
+    fires on `hot_frequency` of the tokens or more is hot: always computed, never predicted.
+    """
+
+    quant: str = "q4_0"
+    head_quant: str | None = None
+    predictor_quant: str = "q8_0"
+    hot_frequency: float = 0.5
+
+    @property
+    def head(self) -> str:
+        """The quantisation of embedding and head."""
+        return self.head_quant or self.quant
+
+    def types(self) -> TensorTypes:
+        """The ggml types; UnsupportedError for an unknown quantisation."""
+        return TensorTypes(type_of(self.quant), type_of(self.head), type_of(self.predictor_quant))
+
+
+@dataclass(frozen=True, slots=True)
+class GGUFLayout:
+    """A GGUF file to be written or to be compared with; `role` is that in the manifest."""
+
+    file: str
+    role: str
+    magic: str
+    metadata: dict[str, Any]
+    plans: list[TensorPlan]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFiles:
+    """A model of which GGUF files are made. `load` gives weights, `folder` holds the tokenizer, if any."""
+
+    spec: ModelSpec
+    config: dict[str, Any]
+    options: ExportOptions
+    name: str
+    fingerprint: str
+    folder: Path | None
+    load: Callable[[str], np.ndarray]
+
+    def layouts(self, predictors: Predictors | None) -> tuple[list[GGUFLayout], list[str]]:
+        """The dense file and, with predictors, the sparse one; and what got another type than wished."""
+        planner = Planner(self.spec, self.options.types(), self.load)
+        common = self._common_metadata(planner.types)
+        metadata = dense_metadata(self.spec) | common
+        layouts = [GGUFLayout(f"{self.name}.gguf", "dense", "GGUF", metadata, dense_plans(planner))]
+        if predictors is not None:
+            hot = [predictors.hot(i, self.options.hot_frequency) for i in range(self.spec.n_layers)]
+            metadata = sparse_metadata(self.spec, predictors, hot) | common
+            plans = sparse_plans(planner, predictors)
+            layouts.append(GGUFLayout(f"{self.name}.powerinfer.gguf", "sparse", MAGIC, metadata, plans))
+        return layouts, sorted(set(planner.fallbacks))
+
+    def _common_metadata(self, types: TensorTypes) -> dict[str, Any]:
+        file_type = LlamaFileType[_FILE_TYPES.get(types.body, f"MOSTLY_{types.body}")]
+        metadata = {
+            "general.name": self.name,
+            "general.file_type": np.uint32(file_type),
+            "general.quantization_version": np.uint32(GGML_QUANT_VERSION),
+            "hotcold.version": np.uint32(METADATA_VERSION),
+            "hotcold.model_fingerprint": self.fingerprint,
+            "hotcold.activation": self.spec.activation,
+            "hotcold.activation_thresholds": np.asarray(self.spec.activation_thresholds, np.float32),
+        }
+        if self.folder is None:
+            return metadata | {"tokenizer.ggml.model": "none"}
+        return metadata | tokenizer_metadata(self.folder, self.spec.n_vocab, self.config)

@@ -1,0 +1,106 @@
+"""`manifest.json` of a bundle: what it is, how it was made, and the sha256 of every file in it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Self
+
+from hotcold import storage
+from hotcold.convert.safetensors_read import read_json
+from hotcold.errors import FormatError
+
+__all__ = ["MANIFEST", "BundleFile", "Manifest"]
+
+MANIFEST = "manifest.json"
+FORMAT, VERSION = "hotcold-bundle", 1
+ROLES = ("dense", "sparse", "predictor", "tokenizer", "config")
+
+_HEX = re.compile(r"[0-9a-f]{64}")
+_PATH = re.compile(r"(predictors/)?\w[\w.+ -]*")
+
+
+@dataclass(frozen=True, slots=True)
+class BundleFile:
+    """One file of a bundle."""
+
+    role: str
+    bytes: int
+    sha256: str
+
+    @classmethod
+    def of(cls, path: Path, role: str) -> Self:
+        """Describe a file that has just been written."""
+        return cls(role, path.stat().st_size, storage.sha256_file(path))
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """The content of `manifest.json`; `files` are by their path inside the bundle.
+
+    `head_quant`, `predictor_quant` and `hot_frequency` are those of `layout.ExportOptions`;
+    `llama_cpp_exact` tells whether stock llama.cpp computes this model's own function from the dense
+    file.
+    """
+
+    name: str
+    quant: str
+    head_quant: str
+    predictor_quant: str
+    hot_frequency: float
+    activation: str
+    model_fingerprint: str
+    llama_cpp_exact: bool
+    files: Mapping[str, BundleFile]
+
+    def of_role(self, role: str) -> list[str]:
+        """The paths of the files of one role."""
+        return [path for path, file in self.files.items() if file.role == role]
+
+    def to_json(self) -> dict[str, Any]:
+        """The content of the file."""
+        return {"format": FORMAT, "version": VERSION, **asdict(self)}
+
+    @classmethod
+    def read(cls, folder: str | Path) -> Self:
+        """Read and check the manifest of a bundle. InputError where there is none, FormatError if broken."""
+        path = Path(folder) / MANIFEST
+        values = read_json(path)
+        for key, expected in (("format", FORMAT), ("version", VERSION)):
+            _check(values.pop(key, None), expected.__class__, path, key, expected)
+        kinds = {"hot_frequency": float, "llama_cpp_exact": bool, "files": dict}
+        for name in (field.name for field in fields(cls)):
+            _check(values.get(name), kinds.get(name, str), path, name)
+        if unknown := set(values) - {field.name for field in fields(cls)}:
+            raise FormatError("unknown key", where=path, field=min(unknown))
+        values["files"] = {name: _file(name, entry, path) for name, entry in values["files"].items()}
+        return cls(**values)
+
+
+def _check(value: object, kind: type, path: Path, field: str, expected: object = None) -> None:
+    if type(value) is not kind:
+        raise FormatError("wrong type", where=path, field=field, got=value, expected=kind.__name__)
+    if expected is not None and value != expected:
+        raise FormatError("not a bundle's manifest", where=path, field=field, got=value, expected=expected)
+
+
+def _file(name: str, entry: object, path: Path) -> BundleFile:
+    if not _PATH.fullmatch(name):
+        raise FormatError("not a path inside of the bundle", where=path, field="files", got=name)
+    keys = {"role": str, "bytes": int, "sha256": str}
+    if not isinstance(entry, dict) or set(entry) != set(keys):
+        raise FormatError(
+            "a file has these keys", where=path, field=name, got=entry, expected=", ".join(keys)
+        )
+    for key, kind in keys.items():
+        _check(entry[key], kind, path, f"{name}.{key}")
+    if entry["role"] not in ROLES:
+        expected = " | ".join(ROLES)
+        raise FormatError(
+            "unknown role", where=path, field=f"{name}.role", got=entry["role"], expected=expected
+        )
+    if not _HEX.fullmatch(entry["sha256"]) or entry["bytes"] < 0:
+        raise FormatError("not a size and a sha256", where=path, field=name, got=entry)
+    return BundleFile(**entry)
