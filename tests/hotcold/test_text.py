@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
@@ -62,6 +62,7 @@ def test_stdlib_heldout_is_a_twentieth_or_so(stdlib: list[Document]) -> None:
     assert 0.01 < size / sum(len(document.text) for document in stdlib) < 0.12
 
 
+@settings(deadline=None)
 @given(st.lists(st.text(), unique=True), st.floats(0, 1))
 def test_split_divides_without_overlap(ids: list[str], share: float) -> None:
     source = [Document(name, "") for name in ids]
@@ -70,6 +71,7 @@ def test_split_divides_without_overlap(ids: list[str], share: float) -> None:
     assert not {document.id for document in train} & {document.id for document in heldout}
 
 
+@settings(deadline=None)
 @given(st.text(min_size=1), st.text(), st.text())
 def test_split_looks_at_the_id_alone(name: str, one: str, other: str) -> None:
     assert len(list(split([Document(name, one), Document(name, other)], "heldout"))) in (0, 2)

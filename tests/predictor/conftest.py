@@ -7,6 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+settings.register_profile("untimed", deadline=None)
+settings.load_profile("untimed")
 
 D_MODEL, D_FF, N_LAYERS = 32, 44, 2
 SALAD = "the a cold hot neuron fires when rain falls on seven old roofs and nobody counts them twice"

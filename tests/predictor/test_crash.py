@@ -122,7 +122,7 @@ class FailingDisk(storage.FileSystem):
 
 @pytest.fixture(scope="module")
 def small_run(model: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
-    """`collect_into(folder)`: two shards of two layers, without a new process; and what they should look like."""
+    """`collect_into(folder)`: two shards of two layers in this process; `whole`: how they come out."""
     loaded = checkpoint.load_model(str(model))
     tokens = gather_tokens(str(text), checkpoint.load_tokenizer(str(model)), 60)
     run = TraceRun("tiny", "f" * 64, 2, 32, 44, "relu", "salad", tokens_digest(tokens), 60, 40, 20, 1)

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from sklearn.metrics import precision_score, recall_score
 
 from hotcold.errors import InputError
 from hotcold.predictor.calibrate import threshold_for_recall
@@ -39,8 +40,6 @@ def test_recall_is_micro_averaged_over_tokens() -> None:
 
 @given(logits_and_active(), st.floats(-9, 9, width=32))
 def test_agrees_with_scikit_learn(pair: tuple[np.ndarray, np.ndarray], threshold: float) -> None:
-    from sklearn.metrics import precision_score, recall_score
-
     logits, active = pair
     predicted = logits >= np.float32(threshold)
     metrics = measure(logits, active, threshold)

@@ -62,6 +62,10 @@ def _flip_last(data: bytes) -> bytes:
     return data[:-1] + bytes([data[-1] ^ 1])
 
 
+def _double_last(data: bytes) -> bytes:
+    return data + data.splitlines(keepends=True)[-1]
+
+
 def _swap_lines(data: bytes) -> bytes:
     lines = data.splitlines(keepends=True)
     return b"".join([lines[1], lines[0], *lines[2:]])
@@ -73,28 +77,28 @@ BROKEN = {
     "run.json a list": (_edit_file("run.json", lambda _: b"[]"), FormatError, "is not a JSON object"),
     "other format": (_edit_run(format="x"), FormatError, "run.json, format: not of this format .got 'x'"),
     "later version": (_edit_run(version=2), FormatError, "run.json, version: .*got 2, expected 1"),
-    "no d_ff": (_edit_run(d_ff=...), FormatError, "run.json, d_ff: wrong or missing .got None, expected int"),
+    "no d_ff": (_edit_run(d_ff=...), FormatError, "run.json, d_ff: wrong or missing .got None"),
     "d_ff text": (_edit_run(d_ff="44"), FormatError, "run.json, d_ff: .*got '44', expected int"),
-    "d_ff a bool": (_edit_run(d_ff=True), FormatError, "run.json, d_ff: .*got True"),
-    "no layers": (_edit_run(n_layers=0), FormatError, "run.json, n_layers: must be positive .got 0"),
+    "d_ff bool": (_edit_run(d_ff=True), FormatError, "run.json, d_ff: .*got True"),
+    "no layers": (_edit_run(n_layers=0), FormatError, "run.json, n_layers: must be positive"),
     "unknown field": (_edit_run(colour="red"), FormatError, "run.json, colour: .*no such field"),
-    "no tokens": (_edit_file("tokens.safetensors", lambda _: None), FormatError, "tokens.safetensors: missing"),
+    "no tokens": (_edit_file("tokens.safetensors", lambda _: None), FormatError, "safetensors: missing"),
     "tokens cut": (_edit_file("tokens.safetensors", lambda d: d[:90]), FormatError, "not a safetensors file"),
     "other tokens": (_edit_file("tokens.safetensors", _flip_last), MismatchError, "is not of this run"),
-    "fewer tokens": (_edit_run(n_tokens=2999), FormatError, r"wrong shape or dtype .got .*\[3000\], expected .*\[2999\]"),
-    "no manifest": (_edit_file("manifest.jsonl", lambda _: None), InputError, "not complete, 30 shards are missing"),
-    "manifest cut": (_edit_file("manifest.jsonl", lambda d: d[:-9]), InputError, "not complete, 1 shards are missing"),
-    "line not JSON": (_edit_file("manifest.jsonl", lambda d: b"{\n" + d), FormatError, "manifest.jsonl, line 1: is not"),
-    "line lacks": (_edit_file("manifest.jsonl", lambda d: b"{}\n" + d), FormatError, "line 1, layer: wrong or missing"),
-    "lines swapped": (_edit_file("manifest.jsonl", _swap_lines), FormatError, "line 1: out of order .got shard 0 of layer 1"),
-    "line twice": (_edit_file("manifest.jsonl", lambda d: d + d.splitlines(True)[-1]), FormatError, "line 31: out of order"),
-    "no shard": (_edit_file(SHARD, lambda _: None), FormatError, f"{SHARD}: listed in the manifest, but missing"),
-    "shard cut": (_edit_file(SHARD, lambda d: d[:99]), FormatError, f"{SHARD}, bytes: truncated shard .got 99, expected"),
-    "shard altered": (_edit_file(SHARD, _flip_last), FormatError, f"{SHARD}, sha256: damaged shard"),
+    "fewer tokens": (_edit_run(n_tokens=2999), FormatError, "got int32 .3000., expected int32 .2999."),
+    "no manifest": (_edit_file("manifest.jsonl", lambda _: None), InputError, "30 shards are missing"),
+    "manifest cut": (_edit_file("manifest.jsonl", lambda d: d[:-9]), InputError, "1 shards are missing"),
+    "line not JSON": (_edit_file("manifest.jsonl", lambda d: b"{\n" + d), FormatError, "line 1: is not JSON"),
+    "line lacks": (_edit_file("manifest.jsonl", lambda d: b"{}\n" + d), FormatError, "line 1, layer: wrong"),
+    "lines swapped": (_edit_file("manifest.jsonl", _swap_lines), FormatError, "line 1: out of order"),
+    "line twice": (_edit_file("manifest.jsonl", _double_last), FormatError, "line 31: out of order"),
+    "no shard": (_edit_file(SHARD, lambda _: None), FormatError, f"{SHARD}: listed in the manifest"),
+    "shard cut": (_edit_file(SHARD, lambda d: d[:99]), FormatError, f"{SHARD}, bytes: truncated .*got 99"),
+    "shard altered": (_edit_file(SHARD, _flip_last), FormatError, f"{SHARD}, sha256: damaged"),
     "no x": (_edit_shard(x=None), FormatError, f"{SHARD}, x: missing tensor"),
-    "x narrow": (_edit_shard(x=np.zeros((200, 31), "f2")), FormatError, rf"{SHARD}, x: .*\[200, 31\], expected float16"),
+    "x narrow": (_edit_shard(x=np.zeros((200, 31), "f2")), FormatError, f"{SHARD}, x: .*200, 31"),
     "x float32": (_edit_shard(x=np.zeros((200, 32), "f4")), FormatError, f"{SHARD}, x: .*got float32"),
-    "active short": (_edit_shard(active=np.zeros((199, 6), "u1")), FormatError, rf"{SHARD}, active: .*\[199, 6\]"),
+    "active short": (_edit_shard(active=np.zeros((199, 6), "u1")), FormatError, f"{SHARD}, active: .*199"),
 }  # fmt: skip
 
 

@@ -1,0 +1,140 @@
+"""The predictor bundle: what is saved is what is loaded, and broken folders are named."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from hotcold.errors import FormatError, HotcoldError, InputError
+from hotcold.predictor.bundle import LayerPredictor, PredictorBundle
+from hotcold.predictor.metrics import LayerMetrics
+
+
+def _bundle() -> PredictorBundle:
+    rng = np.random.default_rng(0)
+    layers = [
+        LayerPredictor(
+            fc1=rng.normal(size=(rank, 16)).astype(np.float32),
+            fc2=rng.normal(size=(24, rank)).astype(np.float32),
+            firing_frequency=rng.random(24, dtype=np.float32),
+            threshold=float(np.float32(0.1 * rank)),
+            metrics=LayerMetrics(0.95, 0.5, 0.25, 0.625),
+        )
+        for rank in (32, 64)
+    ]
+    return PredictorBundle("a" * 64, layers, 0.95, {"model": "tiny", "text": "stdlib"})
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    _bundle().save(tmp_path / "bundle")
+    return tmp_path / "bundle"
+
+
+def test_round_trip(saved: Path) -> None:
+    before, after = _bundle(), PredictorBundle.load(saved)
+    assert after.config() == before.config()
+    assert (after.n_layers, after.d_model, after.d_ff, after.ranks) == (2, 16, 24, [32, 64])
+    for one, other in zip(before.layers, after.layers, strict=True):
+        for name in ("fc1", "fc2", "firing_frequency"):
+            np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
+
+
+def test_the_files_are_those_of_the_contract(saved: Path) -> None:
+    config = json.loads((saved / "config.json").read_text())
+    assert config["format"] == "hotcold-predictor" and config["ranks"] == [32, 64]
+    assert config["metrics"][1] == {
+        "recall": 0.95, "precision": 0.5, "predicted_sparsity": 0.25, "true_sparsity": 0.625,
+    }  # fmt: skip
+    tensors = load_file(saved / "model.safetensors")
+    assert {name: value.shape for name, value in tensors.items() if name.startswith("layers.1.")} == {
+        "layers.1.fc1.weight": (64, 16), "layers.1.fc2.weight": (24, 64), "layers.1.firing_frequency": (24,),
+    }  # fmt: skip
+    card = (saved / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: hotcold\n") and "| mean | 48 |" in card
+
+
+def test_saving_is_deterministic_and_replaces(saved: Path, tmp_path: Path, snapshot: Callable) -> None:
+    before = snapshot(saved)
+    PredictorBundle.from_pretrained(saved).save_pretrained(saved)
+    assert snapshot(saved) == before
+
+
+def test_logits_are_those_of_two_matrices() -> None:
+    layer, x = _bundle().layers[0], np.random.default_rng(1).normal(size=(5, 16)).astype(np.float16)
+    expected = [
+        [sum(row * np.maximum(layer.fc1 @ token, 0)) for row in layer.fc2] for token in x.astype("f4")
+    ]
+    np.testing.assert_allclose(layer.logits(x), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_loads_without_torch(saved: Path) -> None:
+    code = (
+        "import sys; sys.modules['torch'] = sys.modules['transformers'] = None\n"
+        "from hotcold.predictor.bundle import PredictorBundle\n"
+        f"print(PredictorBundle.load({str(saved)!r}).n_layers)"
+    )
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+        == "2\n"
+    )
+
+
+def _edit_config(**changes: object) -> Callable[[Path], None]:
+    def edit(folder: Path) -> None:
+        values = json.loads((folder / "config.json").read_text()) | changes
+        values = {name: value for name, value in values.items() if value is not ...}
+        (folder / "config.json").write_text(json.dumps(values))
+
+    return edit
+
+
+def _edit_tensor(name: str, value: np.ndarray | None) -> Callable[[Path], None]:
+    def edit(folder: Path) -> None:
+        tensors = load_file(folder / "model.safetensors")
+        tensors.pop(name)
+        save_file(tensors if value is None else {**tensors, name: value}, folder / "model.safetensors")
+
+    return edit
+
+
+def _cut(name: str, size: int) -> Callable[[Path], None]:
+    return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:size])
+
+
+FC1 = "layers.1.fc1.weight"
+BROKEN = {
+    "no config": (lambda f: (f / "config.json").unlink(), InputError, "no predictors here"),
+    "no tensors": (lambda f: (f / "model.safetensors").unlink(), InputError, "no model.safetensors"),
+    "config cut": (_cut("config.json", 40), FormatError, "config.json, content: is not JSON"),
+    "other format": (_edit_config(format="hotcold-traces"), FormatError, "config.json, format: not of"),
+    "version": (_edit_config(version=9), FormatError, "config.json, version: .*got 9, expected 1"),
+    "no fingerprint": (_edit_config(model_fingerprint=...), FormatError, "model_fingerprint: wrong or miss"),
+    "unknown": (_edit_config(bias=True), FormatError, "config.json, bias: .*no such field"),
+    "no layers": (_edit_config(n_layers=0), FormatError, "n_layers: must be positive"),
+    "short ranks": (_edit_config(ranks=[32]), FormatError, "ranks: wrong length .got 1, expected 2"),
+    "text rank": (_edit_config(ranks=[32, "64"]), FormatError, r"ranks.1.: wrong type .got '64'"),
+    "int threshold": (_edit_config(thresholds=[0, 1]), FormatError, r"thresholds.0.: wrong type"),
+    "bad metrics": (_edit_config(metrics=[{}, {}]), FormatError, r"metrics.0..recall: wrong or missing"),
+    "other rank": (_edit_config(ranks=[32, 32]), FormatError, f"{FC1}: .*64, 16.*expected float32 .32, 16"),
+    "cut tensors": (_cut("model.safetensors", 999), FormatError, "is not a safetensors file"),
+    "no fc1": (_edit_tensor(FC1, None), FormatError, f"model.safetensors, {FC1}: missing tensor"),
+    "fc1 half": (_edit_tensor(FC1, np.zeros((64, 16), "f2")), FormatError, f"{FC1}: .*got float16"),
+    "fc1 turned": (_edit_tensor(FC1, np.zeros((16, 64), "f4")), FormatError, f"{FC1}: .*16, 64"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken_bundles_name_file_and_field(saved: Path, name: str) -> None:
+    edit, error, message = BROKEN[name]
+    edit(saved)
+    with pytest.raises(error, match=message) as caught:
+        PredictorBundle.load(saved)
+    assert isinstance(caught.value, HotcoldError) and str(saved) in str(caught.value)
