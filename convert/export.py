@@ -16,10 +16,11 @@ from hotcold.convert.gguf_write import write_gguf
 from hotcold.convert.hf_checkpoint import WeightSource
 from hotcold.convert.layout import ExportOptions, GGUFLayout, ModelFiles
 from hotcold.convert.llama_cpp import is_exact
-from hotcold.convert.manifest import MANIFEST, BundleFile, Manifest
+from hotcold.convert.manifest import FORMAT, MANIFEST, BundleFile, Manifest
 from hotcold.convert.plans import check_weights
 from hotcold.convert.powerinfer import runs_in_powerinfer
 from hotcold.convert.predictors import Predictors
+from hotcold.convert.safetensors_read import read_json
 from hotcold.convert.tokenizer import tokenizer_files
 from hotcold.errors import HotcoldError, InputError, UnsupportedError
 from hotcold.progress import log
@@ -71,10 +72,11 @@ def _refuse_foreign_folder(out: Path) -> None:
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
     try:
-        Manifest.read(out)
-    except HotcoldError as error:
-        fix = "give a folder that does not exist yet"
-        raise InputError("exists and is not a bundle", where=out, fix=fix) from error
+        ours = read_json(out / MANIFEST).get("format") == FORMAT
+    except HotcoldError:
+        ours = False
+    if not ours:
+        raise InputError("exists and is not a bundle", where=out, fix="give a folder that does not exist yet")
 
 
 def _check_predictors(predictors: Predictors, spec: ModelSpec, fingerprint: str) -> None:
