@@ -90,7 +90,11 @@ def bench(
     the one that computes the same function as ours: KL and same-top-1 are against it, and the other peers,
     which compute something else at the same cost, get no quality.
     """
-    found, bandwidth = _rounds({**peers, **ours}, texts, n_threads)
+    sides: dict[str, Side] = {**peers, **ours}
+    _warm_up(sides, texts[0])
+    for side in ours.values():
+        side.engine.reset_stats()
+    found, bandwidth = _rounds(sides, texts, n_threads)
     activity = {name: _activity(side, texts) for name, side in ours.items()}
     parts = {name: dense_bytes_per_token(peer.path, texts[0].middle) for name, peer in peers.items()}
     parts |= {name: of.parts for name, of in activity.items()}
@@ -112,6 +116,13 @@ def bench(
     return Report(rows, baseline["generation"], bandwidth)
 
 
+def _warm_up(sides: Mapping[str, Side], text: Segment) -> None:
+    with Progress("warm-up", total=len(sides), unit="run") as progress:
+        for side in sides.values():
+            _time(side, text)
+            progress.advance(1)
+
+
 def _rounds(
     sides: Mapping[str, Side], texts: Sequence[Segment], n_threads: int
 ) -> tuple[list[_Round], Spread]:
@@ -119,8 +130,8 @@ def _rounds(
     names = list(sides)
     found: list[_Round] = []
     bandwidth: list[float] = []
-    with Progress("bench", total=(len(texts) + 1) * len(names), unit="run") as progress:
-        for index, segment in enumerate([texts[0], *texts]):
+    with Progress("bench", total=len(texts) * len(names), unit="run") as progress:
+        for index, segment in enumerate(texts):
             bandwidth.append(read_bandwidth(n_threads))
             speeds = {}
             for name in _order(names, index):
@@ -128,7 +139,7 @@ def _rounds(
                 speeds[name] = _time(sides[name], segment)
                 progress.advance(1, side=name, tok_s=speeds[name].generation)
             found.append(speeds)
-    return found[1:], Spread.of(bandwidth[1:])  # the first round was the warm-up
+    return found, Spread.of(bandwidth)
 
 
 def _order(names: Sequence[str], index: int) -> list[str]:
@@ -149,15 +160,13 @@ def _time(side: Side, segment: Segment) -> _Speed:
 
 
 def _activity(side: EngineSide, texts: Sequence[Segment]) -> Activity:
-    """An untimed pass over the timed tokens, in which the engine also looks at what it would have skipped."""
+    """What was counted in the timed rounds; recall takes a pass more, which looks at what was skipped."""
     engine = side.engine
-    engine.reset_stats()
-    engine.audit = True
-    for segment in texts:
-        engine.reset()
-        engine.prefill(segment.prompt)
-        for token in segment.generated:
-            engine.decode(int(token))
+    if engine.mode == "predicted":
+        engine.reset_stats()
+        engine.audit = True
+        for segment in texts:
+            _time(side, segment)
     stats = engine.stats()
     engine.audit = False
     parts = engine.bytes_per_token(texts[0].middle)

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from pathlib import Path
 
+    import numpy as np
+
     from hotcold.eval.bench import Plan
     from hotcold.eval.results import Report
 
@@ -20,34 +22,45 @@ HELP = (
 )
 EXAMPLE = "hotcold bench --bundle demo/bundle -t 2 -r 7 -o md"
 
+_QUALITY_TOKENS, _SYNTHETIC_QUALITY_TOKENS = 4096, 512  # a random model's perplexity is not worth minutes
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `hotcold bench`; those that llama-bench has bear its names."""
-    parser.add_argument("--bundle", required=True, metavar="DIR", help="a folder that `hotcold export` wrote")
-    parser.add_argument("-t", "--threads", type=int, metavar="N", help="threads (default: all CPUs)")
-    parser.add_argument("-r", "--repetitions", type=int, default=7, metavar="N", help="rounds (default 7)")
-    parser.add_argument(
-        "-p", "--n-prompt", type=int, default=128, metavar="N", help="tokens per prompt (default 128)"
-    )
-    parser.add_argument(
-        "-n", "--n-gen", type=int, default=64, metavar="N", help="tokens per generation (default 64)"
-    )
-    parser.add_argument(
+    model = parser.add_mutually_exclusive_group(required=True)
+    model.add_argument("--bundle", metavar="DIR", help="a folder that `hotcold export` wrote")
+    model.add_argument(
+        "--synthetic", metavar="SHAPE",
+        help="random weights: llama-2-7b, llama-2-13b, mistral-7b or smollm2-135m",
+    )  # fmt: skip
+    add = parser.add_argument
+    add("-t", "--threads", type=int, metavar="N", help="threads (default: all CPUs)")
+    add("-r", "--repetitions", type=int, default=7, metavar="N", help="rounds (default 7)")
+    add("-p", "--n-prompt", type=int, default=128, metavar="N", help="tokens per prompt (default 128)")
+    add("-n", "--n-gen", type=int, default=64, metavar="N", help="tokens per generation (default 64)")
+    add(
         "-m", "--modes", default="dense,exact,predicted", metavar="LIST",
         help="of dense, exact, predicted, auto (default dense,exact,predicted)",
     )  # fmt: skip
-    parser.add_argument("-o", "--output", default="md", choices=("md", "csv", "json", "jsonl"))
-    parser.add_argument("--save", metavar="FILE", help="write the JSON object to this file too")
-    parser.add_argument(
+    add("-o", "--output", default="md", choices=("md", "csv", "json", "jsonl"))
+    add("--save", metavar="FILE", help="write the JSON object to this file too")
+    add(
         "--text", default="stdlib", metavar="SRC",
         help="file, glob, data set id, or stdlib: the held-out part of Python's own English text (default)",
     )  # fmt: skip
-    parser.add_argument(
-        "--quality-tokens", type=int, default=4096, metavar="N", help="tokens for perplexity (default 4096)"
-    )
-    parser.add_argument(
-        "--window", type=int, default=512, metavar="N", help="tokens per window of perplexity (default 512)"
-    )
+    add(
+        "--quality-tokens", type=int, metavar="N",
+        help=f"tokens for perplexity (default {_QUALITY_TOKENS}, synthetic {_SYNTHETIC_QUALITY_TOKENS})",
+    )  # fmt: skip
+    add("--window", type=int, default=512, metavar="N", help="tokens a window of perplexity (default 512)")
+    _add_synthetic_arguments(parser.add_argument_group("synthetic models"))
+
+
+def _add_synthetic_arguments(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--layers", type=int, metavar="N", help="layers (default: all of the shape)")
+    group.add_argument("--sparsity", type=float, default=0.89, metavar="S", help="mean share of idle neurons")
+    group.add_argument("--quant", default="q4_0", metavar="Q", help="q4_0 (default), q8_0, f16 or bf16")
+    group.add_argument("--cache", metavar="DIR", help="keep the synthetic files here for the next time")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -62,6 +75,8 @@ def run(args: argparse.Namespace) -> int:
 
     plan = Plan(args.repetitions, args.n_prompt, args.n_gen)
     args.threads = args.threads or machine.cpu_count()
+    if args.quality_tokens is None:
+        args.quality_tokens = _SYNTHETIC_QUALITY_TOKENS if args.synthetic else _QUALITY_TOKENS
     with tempfile.TemporaryDirectory(prefix="hotcold-bench-") as scratch:
         report = _measure(args, plan, Path(scratch))
     if args.save:
@@ -73,27 +88,59 @@ def run(args: argparse.Namespace) -> int:
 def _measure(args: argparse.Namespace, plan: Plan, scratch: Path) -> Report:
     from dataclasses import replace
 
-    from hotcold.eval import machine, sides, windows
+    from hotcold.eval import machine, sides
     from hotcold.eval.bench import bench, segments
 
-    tokenizer = windows.load_tokenizer(args.bundle)
-    ids = windows.text_ids(args.text, tokenizer, plan.n_tokens + args.quality_tokens)
-    cut = windows.windows(ids[: args.quality_tokens], args.window, tokenizer)
+    modes = sides.checked_modes(args.modes)
+    bundle, ids, windows = _synthetic(args, plan, scratch) if args.synthetic else _real(args, plan)
     n_ctx = max(plan.n_prompt + plan.n_gen, args.window)
-    peers, truth = sides.open_peers(args.bundle, scratch, n_threads=args.threads, n_ctx=n_ctx)
-    ours = {
-        mode: sides.open_side(args.bundle, mode, n_threads=args.threads, n_ctx=n_ctx)
-        for mode in sides.checked_modes(args.modes)
-    }
-    texts = segments(ids[args.quality_tokens :], plan)
-    report = bench(peers, ours, texts, cut, truth=truth, n_threads=args.threads)
+    peers, truth = sides.open_peers(bundle, scratch, n_threads=args.threads, n_ctx=n_ctx)
+    ours = {mode: sides.open_side(bundle, mode, n_threads=args.threads, n_ctx=n_ctx) for mode in modes}
+    report = bench(peers, ours, segments(ids, plan), windows, truth=truth, n_threads=args.threads)
     return replace(report, settings=_settings(args, plan), machine=machine.describe())
 
 
+def _real(args: argparse.Namespace, plan: Plan) -> tuple[Path, np.ndarray, list[np.ndarray]]:
+    """The bundle, the ids to time it on, and the windows of the text before them to judge it on."""
+    from pathlib import Path
+
+    from hotcold.eval import windows
+
+    tokenizer = windows.load_tokenizer(args.bundle)
+    ids = windows.text_ids(args.text, tokenizer, args.quality_tokens + plan.n_tokens)
+    cut = windows.windows(ids[: args.quality_tokens], args.window, tokenizer)
+    return Path(args.bundle), ids[args.quality_tokens :], cut
+
+
+def _synthetic(
+    args: argparse.Namespace, plan: Plan, scratch: Path
+) -> tuple[Path, np.ndarray, list[np.ndarray]]:
+    """The same with random weights and pseudo-text."""
+    from hotcold.eval.planted import pseudo_text
+    from hotcold.eval.synthetic import Synthetic, write_synthetic
+    from hotcold.eval.windows import windows
+
+    synthetic = Synthetic(args.synthetic, args.sparsity, args.quant, args.layers)
+    n_vocab = synthetic.config["vocab_size"]
+    ids = pseudo_text(n_vocab, args.quality_tokens + plan.n_tokens, seed=synthetic.seed + 2)
+    cut = windows(ids[: args.quality_tokens], args.window)
+    return write_synthetic(synthetic, args.cache or scratch), ids[args.quality_tokens :], cut
+
+
 def _settings(args: argparse.Namespace, plan: Plan) -> dict[str, object]:
+    """What the report says about how it was measured."""
+    if args.synthetic:
+        layers = {"layers": args.layers} if args.layers else {}
+        model = {
+            "synthetic": args.synthetic,
+            **layers,
+            "planned_sparsity": args.sparsity,
+            "quant": args.quant,
+        }
+    else:
+        model = {"bundle": args.bundle, "text": args.text}
     return {
-        "bundle": str(args.bundle),
-        "text": args.text,
+        **model,
         "threads": args.threads,
         "rounds": plan.rounds,
         "n_prompt": plan.n_prompt,

@@ -49,23 +49,24 @@ def run(args: argparse.Namespace) -> int:
     """Measure and print one perplexity per mode."""
     from hotcold.eval import windows
     from hotcold.eval.perplexity import perplexity
+    from hotcold.eval.sides import LLAMA_CPP, MODES, checked_modes
     from hotcold.progress import Progress
 
+    modes = checked_modes(args.mode, (*MODES, LLAMA_CPP))
     tokenizer = windows.load_tokenizer(args.bundle)
     ids = windows.text_ids(args.text, tokenizer, args.tokens)
     cut = windows.windows(ids, args.window, tokenizer)
-    for name, side in _sides(args):
+    for name, side in _sides(args, modes):
         with Progress(f"perplexity, {name}", total=len(cut) * args.window, unit="tok") as progress:
             _show(name, perplexity(side, cut, progress.advance), as_json=args.json)
     return 0
 
 
-def _sides(args: argparse.Namespace) -> Iterator[tuple[str, Side]]:
-    """One side after the other, so that only one is in memory; all names are checked before any is loaded."""
+def _sides(args: argparse.Namespace, modes: list[str]) -> Iterator[tuple[str, Side]]:
+    """One side after the other, so that only one is in memory."""
     from hotcold.eval import machine
-    from hotcold.eval.sides import LLAMA_CPP, MODES, checked_modes, open_gguf, open_side
+    from hotcold.eval.sides import open_gguf, open_side
 
-    modes = checked_modes(args.mode, (*MODES, LLAMA_CPP))
     size = {"n_threads": args.threads or machine.cpu_count(), "n_ctx": args.window}
     for mode in modes:
         yield mode, open_side(args.bundle, mode, **size)

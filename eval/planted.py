@@ -16,7 +16,7 @@ again from the seed when it is wanted. No more than one layer's matrices are eve
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Any
@@ -68,13 +68,22 @@ class PlantedModel:
     """A `WeightSource`: a ReLU Llama of the given shape whose neurons fire with mean sparsity `sparsity`.
 
     `rank` is the dimension of the planted subspace and m together, `noise` the norm of a gate row's noise
-    against 1 of its planted part. Norms are ones; matrices are float32.
+    against 1 of its planted part. `stored` gives what is left of a gate matrix when it has been quantised:
+    what fires is decided after that. Norms are ones; matrices are float32.
     """
 
     def __init__(
-        self, config: dict[str, Any], *, sparsity: float, rank: int, noise: float, seed: int = 0
+        self,
+        config: dict[str, Any],
+        *,
+        sparsity: float,
+        rank: int,
+        noise: float,
+        stored: Callable[[np.ndarray], np.ndarray],
+        seed: int = 0,
     ) -> None:
         self.config, self.sparsity, self.rank, self.noise, self.seed = config, sparsity, rank, noise, seed
+        self._stored = stored
         self.spec = ModelSpec.from_config(config, where="synthetic")
         self._pool = np.random.default_rng(seed).standard_normal(_POOL, dtype=np.float32)
         self._layers: list[_Layer] = []
@@ -132,12 +141,10 @@ class PlantedModel:
         h = _rms_norm(x)
         basis = self._basis(name, h)
         matrix = self._gate(f"{name}.mlp.gate_proj.weight", basis)
+        offsets = self._offsets(name, h @ matrix.T, h @ basis[0])
+        matrix = self._stored(matrix + np.outer(offsets, basis[0]))
         gates = h @ matrix.T  # [tokens, d_ff]
-        offsets = self._offsets(name, gates, h @ basis[0])
-        gates += np.outer(h @ basis[0], offsets)
-        factors = matrix @ basis.T
-        factors[:, 0] += offsets
-        activity = LayerActivity(x, gates > 0, basis, factors)
+        activity = LayerActivity(x, gates > 0, basis, matrix @ basis.T)
         added = np.maximum(gates, 0) * (h @ self._unit(f"{name}.mlp.up_proj.weight").T)
         added = added @ self._unit(f"{name}.mlp.down_proj.weight").T
         down_scale = _GROWTH * _rms(x) / _rms(added)
@@ -162,7 +169,8 @@ class PlantedModel:
     def _offsets(self, name: str, gates: np.ndarray, mean: np.ndarray) -> np.ndarray:
         """b [d_ff] such that gate + b·mean is above 0 as often as planned.
 
-        `gates` is [tokens, d_ff], `mean` [tokens]: the input's part along m. Over tokens gate / mean is nearly normal, so that its mean and deviation tell every frequency.
+        `gates` is [tokens, d_ff], `mean` [tokens] the input's part along m. Over tokens their ratio is nearly
+        normal, so that its mean and deviation tell every frequency.
         """
         planned = firing_frequencies(self.spec.d_ff, 1 - self.sparsity)
         planned = np.random.default_rng(_number(name, self.seed + 1)).permutation(planned)
@@ -201,7 +209,7 @@ class PlantedModel:
         return self._pooled(name, self.shape(name))
 
     def _pooled(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
-        """Normal numbers from the pool; the name tells where to begin. Drawing them all would take minutes."""
+        """Normal numbers from the pool; the name tells where to begin. Drawing them would take minutes."""
         out = np.empty(int(np.prod(shape)), np.float32)
         start, done = _number(name, self.seed) % _POOL, 0
         while done < len(out):

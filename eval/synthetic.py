@@ -27,7 +27,7 @@ from hotcold.progress import log
 __all__ = ["SHAPES", "Synthetic", "write_synthetic"]
 
 _HOT = 0.5  # neurons that fire on this share of the tokens are always computed, as `hotcold export` has it
-_MISSED = 0.035  # share of the firing neurons that a predictor may miss on the tokens it is calibrated on
+_MISSED = 0.04  # share of the firing neurons that a predictor may miss on the tokens it is calibrated on
 
 
 def _shape(
@@ -59,7 +59,9 @@ SHAPES = {
 
 @dataclass(frozen=True, slots=True)
 class Synthetic:
-    """Which synthetic model. `n_layers` None means all; `predictor_rank` None an eighth of d_model.
+    """Which synthetic model. `n_layers` None means all; `predictor_rank` None a sixteenth of d_model.
+
+    In Q8_0, such a predictor is as many bytes as one of twice the rank in Q4_0.
 
     `noise` is what no predictor can know of a gate, against 1 for what it can. Raises InputError for an
     unknown shape or an impossible figure.
@@ -69,7 +71,7 @@ class Synthetic:
     sparsity: float = 0.89
     quant: str = "q4_0"
     n_layers: int | None = None
-    predictor_quant: str = "q4_0"
+    predictor_quant: str = "q8_0"
     predictor_rank: int | None = None
     noise: float = 0.36
     seed: int = 0
@@ -92,7 +94,7 @@ class Synthetic:
     @property
     def rank(self) -> int:
         """Rows of fc1: a multiple of 64, so that they are whole blocks and come in pairs of either sign."""
-        return self.predictor_rank or max(64, self.config["hidden_size"] // 8 // 64 * 64)
+        return self.predictor_rank or max(64, self.config["hidden_size"] // 16 // 64 * 64)
 
     @property
     def name(self) -> str:
@@ -118,6 +120,7 @@ def write_synthetic(synthetic: Synthetic, folder: str | Path) -> Path:
         sparsity=synthetic.sparsity,
         rank=synthetic.rank // 2,
         noise=synthetic.noise,
+        stored=lambda gate: _stored(gate, type_of(synthetic.quant)),
         seed=synthetic.seed,
     )
     log(f"{synthetic.name}: making synthetic weights")
@@ -155,7 +158,7 @@ def _write_predictors(synthetic: Synthetic, model: PlantedModel, folder: Path) -
 
 
 def planted_predictor(activity: LayerActivity) -> tuple[np.ndarray, np.ndarray]:
-    """fc1 [2·rank, d_model] and fc2 [d_ff, 2·rank] with fc2·relu(fc1·x) = factors·basis·x, the noiseless gate.
+    """fc1 [2·rank, d_model], fc2 [d_ff, 2·rank] with fc2·relu(fc1·x) = factors·basis·x, the noiseless gate.
 
     Each direction of the basis goes in with both signs, as relu(t) - relu(-t) = t.
     """

@@ -65,11 +65,11 @@ def _join(texts: Iterable[str], n_chars: int) -> str:
     return "".join(parts)
 
 
-def windows(ids: np.ndarray, window: int, tokenizer: Tokenizer) -> list[np.ndarray]:
-    """Cut `ids` into windows of `window` ids, int32 each, the tokenizer's own BOS included."""
+def windows(ids: np.ndarray, window: int, tokenizer: Tokenizer | None = None) -> list[np.ndarray]:
+    """Cut `ids` into windows of `window` ids, int32 each, the BOS that `tokenizer` adds included."""
     if window < 2:
         raise InputError("a window must hold at least 2 tokens", where="--window", got=window)
-    bos = np.array(_prefix(tokenizer), dtype=np.int32)
+    bos = np.array(_prefix(tokenizer) if tokenizer else [], dtype=np.int32)
     length = window - len(bos)
     cut = [ids[at : at + length] for at in range(0, len(ids) - length + 1, length)]
     if not cut:

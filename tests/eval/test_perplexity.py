@@ -128,8 +128,8 @@ def test_command_prints_one_json_object_per_mode(bundle, text_file, capsys):
         (("--window", "1"), "--window: a window must hold at least 2 tokens"),
     ],
 )
-def test_bad_arguments_give_one_line_and_status_2(bundle, capsys, arguments, message):
-    assert run("--bundle", bundle, *arguments) == 2
+def test_bad_arguments_give_one_line_and_status_2(bundle, text_file, capsys, arguments, message):
+    assert run("--bundle", bundle, "--text", text_file, "--tokens", 100, *arguments) == 2
     out, err = capsys.readouterr()
     assert out == ""
     assert len(err.splitlines()) == 1
