@@ -12,7 +12,7 @@ import importlib.util
 import io
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
@@ -288,11 +288,18 @@ def activation_name(model: PreTrainedModel) -> str:
     return model.config.hidden_act
 
 
-def save(model: PreTrainedModel, tokenizer: Tokenizer, path: str | Path, *, like: str | None = None) -> None:
+def save(
+    model: PreTrainedModel,
+    tokenizer: Tokenizer,
+    path: str | Path,
+    *,
+    like: str | None = None,
+    files: Mapping[str, bytes] | None = None,
+) -> None:
     """Write an HF directory with config, safetensors and tokenizer, which appears as a whole or not at all.
 
     `like` names the model that the tokenizer came from: its special tokens and chat template are copied.
-    Raises StorageError where the disk does not take it.
+    `files` go beside them, by name. Raises StorageError where the disk does not take it.
     """
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     config |= {} if like is None else _tokenizer_config(resolve(like))
@@ -303,3 +310,5 @@ def save(model: PreTrainedModel, tokenizer: Tokenizer, path: str | Path, *, like
         storage.write_json(folder / "tokenizer_config.json", config)
         if template:
             storage.write_bytes(folder / "chat_template.jinja", template.encode())
+        for name, content in (files or {}).items():
+            storage.write_bytes(folder / name, content)
