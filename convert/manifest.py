@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
@@ -60,14 +62,17 @@ class Manifest:
         return [path for path, file in self.files.items() if file.role == role]
 
     def to_json(self) -> dict[str, Any]:
-        """The content of the file."""
-        return {"format": FORMAT, "version": VERSION, **asdict(self)}
+        """The content of the file; its own `sha256` is over all the rest of it."""
+        values = {"format": FORMAT, "version": VERSION, **asdict(self)}
+        return values | {"sha256": _digest(values)}
 
     @classmethod
     def read(cls, folder: str | Path) -> Self:
         """Read and check the manifest of a bundle. InputError where there is none, FormatError if broken."""
         path = Path(folder) / MANIFEST
         values = read_json(path)
+        sha256 = values.pop("sha256", None)
+        digest = _digest(values)
         for key, expected in (("format", FORMAT), ("version", VERSION)):
             _check(values.pop(key, None), expected.__class__, path, key, expected)
         kinds = {"hot_frequency": float, "llama_cpp_exact": bool, "files": dict}
@@ -75,8 +80,15 @@ class Manifest:
             _check(values.get(name), kinds.get(name, str), path, name)
         if unknown := set(values) - {field.name for field in fields(cls)}:
             raise FormatError("unknown key", where=path, field=min(unknown))
+        if sha256 != digest:
+            fix = "export the bundle again"
+            raise FormatError("altered", where=path, field="sha256", got=sha256, expected=digest, fix=fix)
         values["files"] = {name: _file(name, entry, path) for name, entry in values["files"].items()}
         return cls(**values)
+
+
+def _digest(values: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def _check(value: object, kind: type, path: Path, field: str, expected: object = None) -> None:

@@ -1,0 +1,29 @@
+"""`hotcold inspect`: what is in a GGUF file, a bundle or a predictor bundle."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+HELP = (
+    "Show what is in a GGUF file, a bundle or a predictor bundle: metadata, tensors, predictors, hot neurons."
+)
+EXAMPLE = "hotcold inspect bundle/ --json"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    parser.add_argument(
+        "path", type=Path, metavar="FILE|DIR", help="a GGUF file, a bundle or a predictor bundle"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object with everything")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the description on stdout."""
+    from hotcold.convert.inspect import describe, render
+
+    described = describe(args.path)
+    print(json.dumps(described, ensure_ascii=False) if args.json else render(described))
+    return 0

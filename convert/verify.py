@@ -1,0 +1,133 @@
+"""Check a bundle: every byte against its manifest, then everything in it against everything else.
+
+The second part works out anew, from the bundle's config, tokenizer and predictors, what the GGUF files must
+hold, with the code that wrote them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+
+from hotcold import storage
+from hotcold.convert.architectures import ModelSpec
+from hotcold.convert.gguf_read import GGUFFile
+from hotcold.convert.layout import ExportOptions, GGUFLayout, ModelFiles
+from hotcold.convert.llama_cpp import is_exact
+from hotcold.convert.manifest import MANIFEST, BundleFile, Manifest
+from hotcold.convert.predictors import Predictors
+from hotcold.convert.safetensors_read import read_json
+from hotcold.convert.tokenizer import tokenizer_files
+from hotcold.errors import FormatError, HotcoldError, MismatchError, ShapeError
+from hotcold.progress import Progress
+
+__all__ = ["verify_bundle"]
+
+
+def verify_bundle(folder: str | Path) -> list[HotcoldError]:
+    """All that is wrong with a bundle: nothing, or damaged files, or the first contradiction between them.
+
+    Raises InputError where there is no manifest, FormatError where it is broken.
+    """
+    folder = Path(folder)
+    manifest = Manifest.read(folder)
+    if damaged := list(_damaged(folder, manifest)):
+        return damaged
+    try:
+        _check_content(folder, manifest)
+    except HotcoldError as error:
+        return [error]
+    return []
+
+
+def _damaged(folder: Path, manifest: Manifest) -> Iterator[HotcoldError]:
+    present = {str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir()}
+    for name in sorted(present - {*manifest.files, MANIFEST}):
+        yield FormatError("a file that the manifest does not list", where=folder / name)
+    total = sum(file.bytes for file in manifest.files.values())
+    with Progress("verify", total >> 20, "MB") as progress:
+        seen = 0
+        for name, file in manifest.files.items():
+            seen += file.bytes
+            yield from _damaged_file(folder / name, file)
+            progress.advance((seen >> 20) - progress.done)
+
+
+def _damaged_file(path: Path, file: BundleFile) -> Iterator[HotcoldError]:
+    if path.is_symlink() or not path.is_file():
+        yield FormatError("missing", where=path)
+        return
+    size = path.stat().st_size
+    if size != file.bytes:
+        yield FormatError("wrong size", where=path, field="bytes", got=size, expected=file.bytes)
+        return
+    digest = storage.sha256_file(path)
+    if digest != file.sha256:
+        yield FormatError("damaged", where=path, field="sha256", got=digest[:12], expected=file.sha256[:12])
+
+
+def _check_content(folder: Path, manifest: Manifest) -> None:
+    config = read_json(folder / "config.json")
+    spec = ModelSpec.from_config(config, folder / "config.json")
+    predictors = Predictors(folder / "predictors") if manifest.of_role("sparse") else None
+    if predictors is not None:
+        predictors.check(spec, manifest.model_fingerprint)
+    tokenizer = tokenizer_files(folder)
+    options = ExportOptions(
+        manifest.quant, manifest.head_quant, manifest.predictor_quant, manifest.hot_frequency
+    )
+    model = ModelFiles(
+        spec,
+        config,
+        options,
+        manifest.name,
+        manifest.model_fingerprint,
+        folder if tokenizer else None,
+        _no_weights,
+    )
+    layouts, _ = model.layouts(predictors)
+    roles = {layout.file: layout.role for layout in layouts}
+    roles |= {f"predictors/{path.name}": "predictor" for path in (predictors.files() if predictors else [])}
+    roles |= {path.name: "tokenizer" for path in tokenizer} | {"config.json": "config"}
+    where = folder / MANIFEST
+    _same({path: file.role for path, file in manifest.files.items()}, roles, where, "files")
+    _same(manifest.activation, spec.activation, where, "activation")
+    _same(manifest.llama_cpp_exact, is_exact(spec), where, "llama_cpp_exact")
+    for layout in layouts:
+        _check_file(GGUFFile(folder / layout.file), layout)
+
+
+def _no_weights(name: str) -> NoReturn:
+    raise RuntimeError(f"{name}: verifying reads no weights")
+
+
+def _check_file(file: GGUFFile, layout: GGUFLayout) -> None:
+    """Compare a file with what it should hold. Further metadata is allowed, further tensors are not."""
+    _same(file.magic, layout.magic, file.path, "magic")
+    for key, expected in layout.metadata.items():
+        if key not in file.metadata:
+            raise FormatError("missing metadata key", where=file.path, field=key)
+        _same(file.metadata[key], expected, file.path, key)
+    _same(sorted(file.tensors), sorted(plan.name for plan in layout.plans), file.path, "tensors")
+    for plan in layout.plans:
+        tensor = file.tensors[plan.name]
+        if (tensor.type, tensor.shape) != (plan.type, plan.shape):
+            got, expected = f"{tensor.type} {tensor.shape}", f"{plan.type} {plan.shape}"
+            raise ShapeError(f"tensor {plan.name}", where=file.path, got=got, expected=expected)
+
+
+def _same(got: Any, expected: Any, path: Path, field: str) -> None:
+    plain = isinstance(expected, str | list | dict)
+    if got == expected if plain else np.array_equal(np.asarray(got), np.asarray(expected)):
+        return
+    raise MismatchError(
+        f"{field} does not agree with the other files", where=path, got=_short(got), expected=_short(expected)
+    )
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
