@@ -70,13 +70,16 @@ nb::ndarray<nb::numpy, float> row_dot(const std::string& isa, int type, Bytes w,
   check_rows(type, w, x.shape(1));
   const Kernels& k = kernels(isa.c_str());
   const int cols = int(x.shape(1));
-  Block<uint8_t> packed(row_bytes(Type(type), cols));
+  const size_t bytes = (row_bytes(Type(type), cols) + 63) / 64 * 64;
+  Block<uint8_t> packed(bytes * w.shape(0));
+  std::vector<const uint8_t*> rows;
+  for (size_t r = 0; r < w.shape(0); ++r) {
+    pack_row(Type(type), w.data() + r * w.shape(1), cols, packed.get() + r * bytes);
+    rows.push_back(packed.get() + r * bytes);
+  }
   ActsBuffer acts = acts_of(k, x);
   auto out = array({w.shape(0), tokens.size()});
-  for (size_t r = 0; r < w.shape(0); ++r) {
-    pack_row(Type(type), w.data() + r * w.shape(1), cols, packed.get());
-    k.row_dot(Type(type), packed.get(), acts.acts, tokens.data(), int(tokens.size()), out.data() + r * tokens.size());
-  }
+  k.row_dot(Type(type), rows.data(), int(rows.size()), acts.acts, tokens.data(), int(tokens.size()), out.data());
   return out;
 }
 

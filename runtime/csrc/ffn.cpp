@@ -49,12 +49,20 @@ class Share {
   int list_ = 0, at_ = 0, left_ = 0;
 };
 
-// Neurons of a chunk that fired, with the tokens they fired for and their intermediate output.
+// The neurons of a chunk that fired, with the tokens they fired for: those of neuron f are [begin[f], begin[f + 1]).
 struct Fired {
   int count = 0;
-  int neuron[kChunk], tokens[kChunk];
-  int token[kChunk][kMaxBlock];
-  float a[kChunk][kMaxBlock];
+  int neuron[kChunk], begin[kChunk + 1] = {};
+  int token[kChunk * kMaxBlock];
+  float a[kChunk * kMaxBlock];  // act(gate), then times up
+
+  int end() const { return begin[count]; }
+  // Closes a neuron whose tokens were written from end() on.
+  void close(int n, int tokens) {
+    neuron[count] = n;
+    begin[count + 1] = begin[count] + tokens;
+    ++count;
+  }
 };
 
 }  // namespace
@@ -166,76 +174,137 @@ void Pass::list_predicted(int thread, int l) {
     list_group(s, g * kLanes, &b.gate[g * kLanes], stride, layer.predictor_threshold, layer.hot.empty() ? 0 : layer.hot[g]);
 }
 
-// The neurons of this thread's share in three phases per chunk - gates, ups, downs - so that every row is asked for
-// one phase before it is used.
-void Pass::ffn_rows(int thread, int l) {
-  const Layer& layer = m.layers[l];
-  ThreadScratch& s = *b.scratch[thread];
-  const Acts& norm = stream(thread).norm.acts;
-  const bool gated = layer.gate_row.bytes > 0, clip_up = c().activation == Activation::Drelu;
-  const float threshold = firing_threshold(layer);
-  const int gate_stride = Model::Buffers::ff_stride(c()), y_stride = round_up(c().d_model, 128);
-  const RowKind& first_row = gated ? layer.gate_row : layer.up_row;
-  std::memset(s.y.get(), 0, sizeof(float) * y_stride * n);
-
-  const auto flush = [&](int t) {
-    DownQueue& q = s.queues[t];
-    if (q.count) m.k.down(layer.down_row.type, q.row, q.a, q.count, c().d_model, &s.y[size_t(t) * y_stride]);
-    q.count = 0;
-  };
-
-  Share share(b.scratch, thread);
-  int current[kChunk], next[kChunk];
-  Fired fired;
-  int n_current = share.take(current);
-  while (n_current) {
-    fired.count = 0;
-    for (int i = 0; i < n_current; ++i) {  // gates
-      const int neuron = current[i], f = fired.count;
-      int* tokens = fired.token[f];
-      float* a = fired.a[f];
-      int count = n == 1 ? (tokens[0] = 0, 1) : set_bits(b.masks[neuron], tokens);
-      s.stats[l].predicted += count;
-      if (gated) {
-        float gate[kMaxBlock];
-        m.k.row_dot(layer.gate_row.type, layer.bundle(neuron) + layer.gate_row.at, norm, tokens, count, gate);
-        int kept = 0;
-        for (int j = 0; j < count; ++j)
-          if (gate[j] >= threshold) a[kept] = gate[j], tokens[kept++] = tokens[j];
-        count = kept;
-      } else {
-        for (int j = 0; j < count; ++j) a[j] = b.gate[size_t(tokens[j]) * gate_stride + neuron];
-      }
-      if (!count) continue;
-      if (gated) prefetch(layer.bundle(neuron) + layer.up_row.at, layer.up_row.bytes);
-      fired.neuron[f] = neuron;
-      fired.tokens[f] = count;
-      s.stats[l].fired += count;
-      ++fired.count;
-    }
-    for (int f = 0; f < fired.count; ++f) {  // ups
-      const uint8_t* bundle = layer.bundle(fired.neuron[f]);
-      float up[kMaxBlock];
-      m.k.row_dot(layer.up_row.type, bundle + layer.up_row.at, norm, fired.token[f], fired.tokens[f], up);
-      for (int j = 0; j < fired.tokens[f]; ++j) fired.a[f][j] *= clip_up ? std::max(up[j], 0.0f) : up[j];
-      prefetch(bundle + layer.down_row.at, layer.down_row.bytes);
-    }
-    const int n_next = share.take(next);
-    int asked = 0;
-    for (int f = 0; f < fired.count; ++f) {  // downs
-      for (; asked < n_next * (f + 1) / fired.count; ++asked)
-        prefetch(layer.bundle(next[asked]) + first_row.at, first_row.bytes);
-      for (int j = 0; j < fired.tokens[f]; ++j) {
-        DownQueue& q = s.queues[fired.token[f][j]];
-        q.row[q.count] = layer.bundle(fired.neuron[f]) + layer.down_row.at;
-        q.a[q.count] = fired.a[f][j];
-        if (++q.count == 16) flush(fired.token[f][j]);
-      }
-    }
-    std::copy(next, next + n_next, current);
-    n_current = n_next;
+// This thread's share of the listed neurons, in three phases per chunk - gates, ups, downs - so that every row is asked
+// for one phase before it is used.
+class RowWork {
+ public:
+  RowWork(Model& m, Model::Buffers& b, int thread, const Layer& layer, const Acts& norm, int n)
+      : m_(m), b_(b), s_(*b.scratch[thread]), layer_(layer), norm_(norm), n_(n), y_stride_(round_up(m.config.d_model, 128)) {
+    std::memset(s_.y.get(), 0, sizeof(float) * y_stride_ * n);
   }
-  for (int t = 0; t < n; ++t) flush(t);
+
+  LayerStats run(int thread) {
+    Share share(b_.scratch, thread);
+    int current[kChunk], next[kChunk];
+    int n_current = share.take(current);
+    while (n_current) {
+      fired_.count = 0;
+      if (predicted()) gates_by_row(current, n_current);
+      else gates_known(current, n_current);
+      stats_.fired += fired_.end();
+      ups();
+      const int n_next = share.take(next);
+      downs(next, n_next);
+      std::copy(next, next + n_next, current);
+      n_current = n_next;
+    }
+    for (int t = 0; t < n_; ++t) flush(t);
+    return stats_;
+  }
+
+ private:
+  bool predicted() const { return layer_.gate_row.bytes > 0; }
+  const uint8_t* row(int neuron, const RowKind& kind) const { return layer_.bundle(neuron) + kind.at; }
+  void ask(int neuron, const RowKind& kind) const { prefetch(row(neuron, kind), kind.bytes); }
+  int tokens_of(int neuron, int* tokens) const {
+    if (n_ > 1) return set_bits(b_.masks[neuron], tokens);
+    tokens[0] = 0;
+    return 1;
+  }
+
+  // Exact mode: only neurons that fired are listed, and their gates were computed before.
+  void gates_known(const int* neurons, int count) {
+    const int stride = Model::Buffers::ff_stride(m_.config);
+    for (int i = 0; i < count; ++i) {
+      int* tokens = fired_.token + fired_.end();
+      const int n = tokens_of(neurons[i], tokens);
+      for (int j = 0; j < n; ++j) fired_.a[fired_.end() + j] = b_.gate[size_t(tokens[j]) * stride + neurons[i]];
+      fired_.close(neurons[i], n);
+    }
+    stats_.predicted += fired_.end();
+  }
+
+  // Predicted mode: a predicted neuron whose gate does not fire costs this row and no other.
+  void gates_by_row(const int* neurons, int count) {
+    const uint8_t* rows[kChunk];
+    float gate[kChunk];
+    for (int i = 0; i < count; ++i) rows[i] = row(neurons[i], layer_.gate_row);
+    const int zero = 0;
+    if (n_ == 1) m_.k.row_dot(layer_.gate_row.type, rows, count, norm_, &zero, 1, gate);
+    const float threshold = firing_threshold(layer_);
+    for (int i = 0; i < count; ++i) {
+      int wanted[kMaxBlock];
+      const int n = tokens_of(neurons[i], wanted);
+      stats_.predicted += n;
+      float many[kMaxBlock];
+      if (n_ > 1) m_.k.row_dot(layer_.gate_row.type, rows + i, 1, norm_, wanted, n, many);
+      const float* values = n_ == 1 ? gate + i : many;
+      const int at = fired_.end();
+      int kept = 0;
+      for (int j = 0; j < n; ++j)
+        if (values[j] >= threshold) {
+          fired_.a[at + kept] = values[j];
+          fired_.token[at + kept++] = wanted[j];
+        }
+      if (!kept) continue;
+      ask(neurons[i], layer_.up_row);
+      fired_.close(neurons[i], kept);
+    }
+  }
+
+  void ups() {
+    const bool clip = m_.config.activation == Activation::Drelu;
+    const uint8_t* rows[kChunk];
+    float up[kChunk * kMaxBlock];
+    for (int f = 0; f < fired_.count; ++f) {
+      rows[f] = row(fired_.neuron[f], layer_.up_row);
+      ask(fired_.neuron[f], layer_.down_row);
+      const int at = fired_.begin[f];
+      if (n_ > 1)
+        m_.k.row_dot(layer_.up_row.type, rows + f, 1, norm_, fired_.token + at, fired_.begin[f + 1] - at, up + at);
+    }
+    if (n_ == 1) m_.k.row_dot(layer_.up_row.type, rows, fired_.count, norm_, fired_.token, 1, up);
+    for (int i = 0; i < fired_.end(); ++i) fired_.a[i] *= clip ? std::max(up[i], 0.0f) : up[i];
+  }
+
+  void downs(const int* next, int n_next) {
+    const RowKind& first = predicted() ? layer_.gate_row : layer_.up_row;
+    int asked = 0;
+    for (int f = 0; f < fired_.count; ++f) {
+      for (; asked < n_next * (f + 1) / fired_.count; ++asked) ask(next[asked], first);
+      const uint8_t* down = row(fired_.neuron[f], layer_.down_row);
+      for (int i = fired_.begin[f]; i < fired_.begin[f + 1]; ++i) {
+        DownQueue& queue = s_.queues[fired_.token[i]];
+        queue.row[queue.count] = down;
+        queue.a[queue.count] = fired_.a[i];
+        if (++queue.count == 16) flush(fired_.token[i]);
+      }
+    }
+  }
+
+  void flush(int t) {
+    DownQueue& queue = s_.queues[t];
+    if (queue.count)
+      m_.k.down(layer_.down_row.type, queue.row, queue.a, queue.count, m_.config.d_model, &s_.y[size_t(t) * y_stride_]);
+    queue.count = 0;
+  }
+
+  Model& m_;
+  Model::Buffers& b_;
+  ThreadScratch& s_;
+  const Layer& layer_;
+  const Acts& norm_;
+  const int n_, y_stride_;
+  LayerStats stats_;
+  Fired fired_;
+};
+
+void Pass::ffn_rows(int thread, int l) {
+  RowWork work(m, b, thread, m.layers[l], stream(thread).norm.acts, n);
+  const LayerStats counts = work.run(thread);
+  LayerStats& stats = b.scratch[thread]->stats[l];
+  stats.fired += counts.fired;
+  stats.predicted += counts.predicted;
 }
 
 // Computes the gates that the predictor left out, only to count those that would have fired.
@@ -247,7 +316,8 @@ void Pass::count_missed(int thread, int l) {
     int tokens[kMaxBlock];
     float gate[kMaxBlock];
     const int count = set_bits(all & ~b.masks[neuron], tokens);
-    m.k.row_dot(layer.gate_row.type, layer.bundle(neuron) + layer.gate_row.at, stream(thread).norm.acts, tokens, count, gate);
+    const uint8_t* row = layer.bundle(neuron) + layer.gate_row.at;
+    m.k.row_dot(layer.gate_row.type, &row, 1, stream(thread).norm.acts, tokens, count, gate);
     for (int j = 0; j < count; ++j) b.scratch[thread]->stats[l].missed += gate[j] >= firing_threshold(layer);
   }
 }

@@ -36,8 +36,9 @@ struct Kernels {
   // out[t * stride + r] = panel row r . token t, for row groups [first, last) and all tokens.
   void (*panel)(Type type, const uint8_t* panel, int cols, int first, int last, const Acts& acts, int tokens,
                 float* out, int stride);
-  // out[i] = row . token tokens[i].
-  void (*row_dot)(Type type, const uint8_t* row, const Acts& acts, const int* tokens, int n_tokens, float* out);
+  // out[r * n_tokens + i] = rows[r] . token tokens[i].
+  void (*row_dot)(Type type, const uint8_t* const* rows, int n_rows, const Acts& acts, const int* tokens, int n_tokens,
+                  float* out);
   // y [round_up(n, 128)] += sum of a[i] * down row i, i < count <= 16.
   void (*down)(Type type, const uint8_t* const* rows, const float* a, int count, int n, float* y);
 

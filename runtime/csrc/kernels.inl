@@ -9,6 +9,7 @@ namespace hotcold::HOTCOLD_ISA {
 namespace {
 
 constexpr int kTokenTile = 4;  // tokens that share one decoding of the weights
+constexpr int kRowTile = 4;    // rows that share the loads of one token
 
 inline F f_exp(F x) {
   x = f_min(f_max(x, f_set1(-87.0f)), f_set1(88.0f));
@@ -190,89 +191,93 @@ void panel(Type type, const uint8_t* p, int cols, int first, int last, const Act
 }
 
 // ---- gate and up rows
-template <class Q, int N>
-void row_dot_quantised(const uint8_t* row, const Acts& acts, const int* tokens, float* out) {
-  F acc[N];
-  for (int i = 0; i < N; ++i) acc[i] = f_zero();
-  const uint8_t* scales = row + quant_bytes(Q::type, acts.width);
-  for (int g = 0; g < acts.groups(); ++g) {
-    B w[8];
-    Q::decode(row + g * Q::loads * 64, w);
-    const F scale = f_load_f16(scales + g * 32);
-    for (int i = 0; i < N; ++i) {
-      const int8_t* a = acts.lane_q + size_t(tokens[i]) * acts.width + g * 512;
-      const size_t lane = size_t(tokens[i]) * acts.lane_width() + g * kLanes;
-      I even = Q::bias(i_load(acts.lane_sum + lane)), odd = i_zero();
-      for (int s = 0; s < 8; s += 2) {
-        even = Q::dot(even, w[s], b_load(a + 64 * s));
-        odd = Q::dot(odd, w[s + 1], b_load(a + 64 * s + 64));
+// R rows times N tokens: rows share the loads of activations, tokens the decoding of weights.
+template <class Q, int R, int N>
+void row_dot_quantised(const uint8_t* const* rows, const Acts& acts, const int* tokens, F acc[R][N]) {
+  const int quants = quant_bytes(Q::type, acts.width), grouped = acts.groups() * kLanes;
+  for (int g = 0; g < acts.groups(); ++g)
+    for (int r = 0; r < R; ++r) {
+      B w[8];
+      Q::decode(rows[r] + g * Q::loads * 64, w);
+      const F scale = f_load_f16(rows[r] + quants + g * 32);
+      for (int i = 0; i < N; ++i) {
+        const int8_t* a = acts.lane_q + size_t(tokens[i]) * acts.width + g * 512;
+        const size_t lane = size_t(tokens[i]) * acts.lane_width() + g * kLanes;
+        I even = Q::bias(i_load(acts.lane_sum + lane)), odd = i_zero();
+        for (int s = 0; s < 8; s += 2) {
+          even = Q::dot(even, w[s], b_load(a + 64 * s));
+          odd = Q::dot(odd, w[s + 1], b_load(a + 64 * s + 64));
+        }
+        acc[r][i] = f_fma(f_from_i(i_add(even, odd)), f_mul(scale, f_load(acts.lane_d + lane)), acc[r][i]);
       }
-      acc[i] = f_fma(f_from_i(i_add(even, odd)), f_mul(scale, f_load(acts.lane_d + lane)), acc[i]);
     }
-  }
-  const int grouped = acts.groups() * kLanes;
-  for (int p = 0; p < acts.pairs(); ++p) {
-    const int b = grouped + 2 * p;
-    const B w = Q::pair(row + quant_bytes(Q::type, b * kBlock));
-    uint16_t h[kLanes] = {};
-    std::memcpy(h, scales + 2 * b, 4);
-    float s[kLanes];
-    f_store(s, f_load_f16(h));
-    const F scale = f_pair(s[0], s[1]);
-    for (int i = 0; i < N; ++i) {
-      const int8_t* a = acts.lane_q + size_t(tokens[i]) * acts.width + b * kBlock;
-      const size_t lane = size_t(tokens[i]) * acts.lane_width() + grouped + p * kLanes;
-      const I sum = Q::dot(Q::bias(i_load(acts.lane_sum + lane)), w, b_load(a));
-      acc[i] = f_fma(f_from_i(sum), f_mul(scale, f_load(acts.lane_d + lane)), acc[i]);
+  for (int p = 0; p < acts.pairs(); ++p)
+    for (int r = 0; r < R; ++r) {
+      const int b = grouped + 2 * p;
+      const B w = Q::pair(rows[r] + quant_bytes(Q::type, b * kBlock));
+      const F scale = f_pair_f16(rows[r] + quants + 2 * b);
+      for (int i = 0; i < N; ++i) {
+        const int8_t* a = acts.lane_q + size_t(tokens[i]) * acts.width + b * kBlock;
+        const size_t lane = size_t(tokens[i]) * acts.lane_width() + grouped + p * kLanes;
+        const I sum = Q::dot(Q::bias(i_load(acts.lane_sum + lane)), w, b_load(a));
+        acc[r][i] = f_fma(f_from_i(sum), f_mul(scale, f_load(acts.lane_d + lane)), acc[r][i]);
+      }
     }
-  }
-  for (int i = 0; i < N; ++i) out[i] = f_sum(acc[i]);
 }
 
-template <class T, int N>
-void row_dot_float(const uint8_t* row, const Acts& acts, const int* tokens, float* out) {
-  constexpr int kWays = N == 1 ? 4 : 1;
-  F acc[N][kWays];
-  for (int i = 0; i < N; ++i)
-    for (int u = 0; u < kWays; ++u) acc[i][u] = f_zero();
-  const int n = round_up(acts.n, kLanes), step = kWays * kLanes;
-  int c = 0;
-  for (; c + step <= n; c += step)
-    for (int u = 0; u < kWays; ++u) {
-      const F w = T::load(row + size_t(c + u * kLanes) * float_size(T::type));
-      for (int i = 0; i < N; ++i)
-        acc[i][u] = f_fma(w, f_load(acts.f + size_t(tokens[i]) * acts.width + c + u * kLanes), acc[i][u]);
+template <class T, int R, int N>
+void row_dot_float(const uint8_t* const* rows, const Acts& acts, const int* tokens, F acc[R][N]) {
+  F odd[R][N];
+  for (int r = 0; r < R; ++r)
+    for (int i = 0; i < N; ++i) odd[r][i] = f_zero();
+  const int n = round_up(acts.n, kLanes);
+  for (int c = 0; c < n; c += 2 * kLanes)
+    for (int r = 0; r < R; ++r) {
+      const F w = T::load(rows[r] + size_t(c) * float_size(T::type));
+      const F w_odd = c + kLanes < n ? T::load(rows[r] + size_t(c + kLanes) * float_size(T::type)) : f_zero();
+      for (int i = 0; i < N; ++i) {
+        const float* x = acts.f + size_t(tokens[i]) * acts.width + c;
+        acc[r][i] = f_fma(w, f_load(x), acc[r][i]);
+        odd[r][i] = f_fma(w_odd, f_load(x + kLanes), odd[r][i]);
+      }
     }
-  for (; c < n; c += kLanes)
-    for (int i = 0; i < N; ++i)
-      acc[i][0] = f_fma(T::load(row + size_t(c) * float_size(T::type)),
-                        f_load(acts.f + size_t(tokens[i]) * acts.width + c), acc[i][0]);
-  for (int i = 0; i < N; ++i) {
-    for (int u = 1; u < kWays; ++u) acc[i][0] = f_add(acc[i][0], acc[i][u]);
-    out[i] = f_sum(acc[i][0]);
-  }
+  for (int r = 0; r < R; ++r)
+    for (int i = 0; i < N; ++i) acc[r][i] = f_add(acc[r][i], odd[r][i]);
 }
 
-template <class T, int N>
-void row_dot_tile(const uint8_t* row, const Acts& acts, const int* tokens, float* out) {
-  if constexpr (is_quantised(T::type)) row_dot_quantised<T, N>(row, acts, tokens, out);
-  else row_dot_float<T, N>(row, acts, tokens, out);
+template <class T, int R, int N>
+void row_dot_tile(const uint8_t* const* rows, const Acts& acts, const int* tokens, float* out, int stride) {
+  F acc[R][N];
+  for (int r = 0; r < R; ++r)
+    for (int i = 0; i < N; ++i) acc[r][i] = f_zero();
+  if constexpr (is_quantised(T::type)) row_dot_quantised<T, R, N>(rows, acts, tokens, acc);
+  else row_dot_float<T, R, N>(rows, acts, tokens, acc);
+  for (int r = 0; r < R; ++r)
+    for (int i = 0; i < N; ++i) out[r * stride + i] = f_sum(acc[r][i]);
 }
 
 template <class T>
-void row_dot_of(const uint8_t* row, const Acts& acts, const int* tokens, int n_tokens, float* out) {
-  int i = 0;
-  for (; i + kTokenTile <= n_tokens; i += kTokenTile) row_dot_tile<T, kTokenTile>(row, acts, tokens + i, out + i);
-  for (; i < n_tokens; ++i) row_dot_tile<T, 1>(row, acts, tokens + i, out + i);
+void row_dot_of(const uint8_t* const* rows, int n_rows, const Acts& acts, const int* tokens, int n_tokens, float* out) {
+  int r = 0;
+  for (; n_tokens == 1 && r + kRowTile <= n_rows; r += kRowTile)
+    row_dot_tile<T, kRowTile, 1>(rows + r, acts, tokens, out + r, 1);
+  for (; r < n_rows; ++r) {
+    float* row_out = out + size_t(r) * n_tokens;
+    int i = 0;
+    for (; i + kTokenTile <= n_tokens; i += kTokenTile)
+      row_dot_tile<T, 1, kTokenTile>(rows + r, acts, tokens + i, row_out + i, kTokenTile);
+    for (; i < n_tokens; ++i) row_dot_tile<T, 1, 1>(rows + r, acts, tokens + i, row_out + i, 1);
+  }
 }
 
-void row_dot(Type type, const uint8_t* row, const Acts& acts, const int* tokens, int n_tokens, float* out) {
+void row_dot(Type type, const uint8_t* const* rows, int n_rows, const Acts& acts, const int* tokens, int n_tokens,
+             float* out) {
   switch (type) {
-    case Type::Q4_0: return row_dot_of<Q4>(row, acts, tokens, n_tokens, out);
-    case Type::Q8_0: return row_dot_of<Q8>(row, acts, tokens, n_tokens, out);
-    case Type::F32: return row_dot_of<Single>(row, acts, tokens, n_tokens, out);
-    case Type::F16: return row_dot_of<Half>(row, acts, tokens, n_tokens, out);
-    case Type::BF16: return row_dot_of<Brain>(row, acts, tokens, n_tokens, out);
+    case Type::Q4_0: return row_dot_of<Q4>(rows, n_rows, acts, tokens, n_tokens, out);
+    case Type::Q8_0: return row_dot_of<Q8>(rows, n_rows, acts, tokens, n_tokens, out);
+    case Type::F32: return row_dot_of<Single>(rows, n_rows, acts, tokens, n_tokens, out);
+    case Type::F16: return row_dot_of<Half>(rows, n_rows, acts, tokens, n_tokens, out);
+    case Type::BF16: return row_dot_of<Brain>(rows, n_rows, acts, tokens, n_tokens, out);
   }
 }
 
@@ -280,9 +285,11 @@ void row_dot(Type type, const uint8_t* row, const Acts& acts, const int* tokens,
 // 16 neurons at a time: per 32-block of outputs the products a_i * scale_i share one int8 scale, so that four neurons
 // meet in one dot4 and all sixteen in one int32 sum. Rows past `count` repeat row 0 with multiplier zero.
 struct Multipliers {
-  uint32_t quad[4][kLanes];   // [4 neurons, block]: four int8 multipliers
-  int32_t bias[kLanes];       // per block
-  float step[kLanes];         // per block
+  alignas(64) uint32_t quads[4][4][4];  // [block / 4][four neurons][block % 4]: four int8 multipliers
+  int32_t bias[kLanes];                 // per block
+  float step[kLanes];                   // per block
+
+  const uint32_t* quad(int g, int block) const { return &quads[block / 4][g][block % 4]; }
 };
 
 void multipliers(const uint8_t* const* scales, const float* a, int count, int offset, Multipliers& out) {
@@ -293,18 +300,17 @@ void multipliers(const uint8_t* const* scales, const float* a, int count, int of
   }
   const F inverse = f_div(f_set1(127.0f), max);
   f_store(out.step, f_mul(max, f_set1(1.0f / 127.0f)));
-  alignas(64) int8_t q[16][kLanes] = {};
+  alignas(64) int8_t q[4][4][kLanes] = {};  // [neuron % 4][neuron / 4][block], as b_interleave4 wants it
   I sum = i_zero();
   for (int i = 0; i < count; ++i) {
     const I v = i_from_f(f_mul(m[i], inverse));
-    i_store_i8(q[i], v);
+    i_store_i8(q[i % 4][i / 4], v);
     sum = i_add(sum, v);
   }
   i_store(out.bias, i_mul(sum, i_set1(-offset)));
-  for (int g = 0; g < (count + 3) / 4; ++g)
-    for (int b = 0; b < kLanes; ++b)
-      out.quad[g][b] = uint32_t(uint8_t(q[4 * g][b])) | uint32_t(uint8_t(q[4 * g + 1][b])) << 8 |
-                       uint32_t(uint8_t(q[4 * g + 2][b])) << 16 | uint32_t(uint8_t(q[4 * g + 3][b])) << 24;
+  B quads[4];
+  b_interleave4(b_load(q[0]), b_load(q[1]), b_load(q[2]), b_load(q[3]), quads);
+  for (int r = 0; r < 4; ++r) b_store(out.quads[r], quads[r]);
 }
 
 // One 64-byte chunk of 16 rows: 4 blocks of outputs for Q4_0, 2 for Q8_0, from block `b` of the multipliers on.
@@ -316,7 +322,7 @@ void down_chunk(Q4, const uint8_t* const* rows, size_t at, int quads, const Mult
     b_interleave4(b_load(rows[4 * g] + at), b_load(rows[4 * g + 1] + at), b_load(rows[4 * g + 2] + at),
                   b_load(rows[4 * g + 3] + at), u);
     for (int r = 0; r < 4; ++r) {
-      const B multiplier = b_set1(&m.quad[g][b + r]);
+      const B multiplier = b_set1(m.quad(g, b + r));
       acc[2 * r] = dot4(acc[2 * r], b_low(u[r]), multiplier);
       acc[2 * r + 1] = dot4(acc[2 * r + 1], b_high(u[r]), multiplier);
     }
@@ -332,7 +338,7 @@ void down_chunk(Q8, const uint8_t* const* rows, size_t at, int quads, const Mult
     B u[4];
     b_interleave4(b_load(rows[4 * g] + at), b_load(rows[4 * g + 1] + at), b_load(rows[4 * g + 2] + at),
                   b_load(rows[4 * g + 3] + at), u);
-    for (int r = 0; r < 4; ++r) acc[r] = dot4_wide(acc[r], u[r], b_set1(&m.quad[g][b + r / 2]));
+    for (int r = 0; r < 4; ++r) acc[r] = dot4_wide(acc[r], u[r], b_set1(m.quad(g, b + r / 2)));
   }
   for (int r = 0; r < 4; ++r)
     f_store(y + kLanes * r, f_fma(f_from_i(acc[r]), f_set1(m.step[b + r / 2]), f_load(y + kLanes * r)));

@@ -59,6 +59,8 @@ struct LayerStats {
 
 class Model {
  public:
+  struct Buffers;  // buffers.h
+
   Model(const Config& config, int threads, size_t weight_bytes, const Kernels& kernels);
   ~Model();
 
@@ -86,8 +88,6 @@ class Model {
   size_t weight_bytes() const { return arena_.used(); }
 
  private:
-  friend struct Pass;
-  struct Buffers;
   Arena arena_;
   std::unique_ptr<Buffers> buffers_;
   std::vector<LayerStats> total_;

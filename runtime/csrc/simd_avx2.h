@@ -32,6 +32,12 @@ inline F f_load_bf16(const void* p) {
   const __m256i a = _mm256_cvtepu16_epi32(_mm_loadu_si128(h)), b = _mm256_cvtepu16_epi32(_mm_loadu_si128(h + 1));
   return {_mm256_castsi256_ps(_mm256_slli_epi32(a, 16)), _mm256_castsi256_ps(_mm256_slli_epi32(b, 16))};
 }
+// Two halves: lanes 0-7 hold the first, 8-15 the second.
+inline F f_pair_f16(const void* p) {
+  uint16_t h[2];
+  std::memcpy(h, p, 4);
+  return {_mm256_cvtph_ps(_mm_set1_epi16(h[0])), _mm256_cvtph_ps(_mm_set1_epi16(h[1]))};
+}
 inline void f_store(float* p, F v) {
   _mm256_storeu_ps(p, v.a);
   _mm256_storeu_ps(p + 8, v.b);
@@ -107,6 +113,7 @@ inline void i_store_i8(int8_t* p, I v) {
 }
 
 inline B b_load(const void* p) { return i_load(p); }
+inline void b_store(void* p, B v) { i_store((int32_t*)p, v); }
 inline B b_set1(const void* p) {
   int32_t v;
   std::memcpy(&v, p, 4);

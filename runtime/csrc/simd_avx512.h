@@ -3,6 +3,7 @@
 #include <immintrin.h>
 
 #include <cstdint>
+#include <cstring>
 
 namespace hotcold::avx512 {
 
@@ -13,6 +14,12 @@ using B = __m512i;  // 64 bytes
 // dot4_wide multiplies unsigned weights, so Q8_0 weights are stored with this offset taken into the bias.
 constexpr int kWideOffset = 128;
 
+inline int32_t dword(const void* p) {
+  int32_t v;
+  std::memcpy(&v, p, 4);
+  return v;
+}
+
 inline F f_zero() { return _mm512_setzero_ps(); }
 inline F f_set1(float v) { return _mm512_set1_ps(v); }
 inline F f_pair(float a, float b) { return _mm512_mask_blend_ps(0xFF00, _mm512_set1_ps(a), _mm512_set1_ps(b)); }
@@ -21,6 +28,13 @@ inline F f_load_f32(const void* p) { return _mm512_loadu_ps(p); }
 inline F f_load_f16(const void* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
 inline F f_load_bf16(const void* p) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16));
+}
+// Two halves: lanes 0-7 hold the first, 8-15 the second.
+inline F f_pair_f16(const void* p) {
+  const __m256i both = _mm256_set1_epi32(dword(p));
+  const __m256i order = _mm256_setr_epi8(0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 0, 1,  //
+                                         2, 3, 2, 3, 2, 3, 2, 3, 2, 3, 2, 3, 2, 3, 2, 3);
+  return _mm512_cvtph_ps(_mm256_shuffle_epi8(both, order));
 }
 inline void f_store(float* p, F v) { _mm512_storeu_ps(p, v); }
 inline void f_store_f16(void* p, F v) {
@@ -54,7 +68,8 @@ inline int32_t i_sum(I v) { return _mm512_reduce_add_epi32(v); }
 inline void i_store_i8(int8_t* p, I v) { _mm_storeu_si128((__m128i*)p, _mm512_cvtsepi32_epi8(v)); }
 
 inline B b_load(const void* p) { return _mm512_loadu_si512(p); }
-inline B b_set1(const void* p) { return _mm512_set1_epi32(*(const int32_t*)p); }
+inline void b_store(void* p, B v) { _mm512_storeu_si512(p, v); }
+inline B b_set1(const void* p) { return _mm512_set1_epi32(dword(p)); }
 inline B b_low(B v) { return _mm512_and_si512(v, _mm512_set1_epi8(15)); }
 inline B b_high(B v) { return _mm512_and_si512(_mm512_srli_epi16(v, 4), _mm512_set1_epi8(15)); }
 // 32 bytes of nibbles -> 32 low nibbles, then 32 high ones.

@@ -53,6 +53,8 @@ inline F f_load(const float* p) { return f_map([&](int i) { return p[i]; }); }
 inline F f_load_f32(const void* p) { return f_map([&](int i) { return at<float>(p, i); }); }
 inline F f_load_f16(const void* p) { return f_map([&](int i) { return f16_to_f32(at<uint16_t>(p, i)); }); }
 inline F f_load_bf16(const void* p) { return f_map([&](int i) { return bf16_to_f32(at<uint16_t>(p, i)); }); }
+// Two halves: lanes 0-7 hold the first, 8-15 the second.
+inline F f_pair_f16(const void* p) { return f_pair(f16_to_f32(at<uint16_t>(p, 0)), f16_to_f32(at<uint16_t>(p, 1))); }
 inline void f_store(float* p, F x) { std::memcpy(p, x.v, sizeof x.v); }
 inline void f_store_f16(void* p, F x) {
   for (int i = 0; i < 16; ++i) {
@@ -109,6 +111,7 @@ inline B b_load(const void* p) {
   std::memcpy(r.v, p, 64);
   return r;
 }
+inline void b_store(void* p, const B& x) { std::memcpy(p, x.v, 64); }
 inline B b_set1(const void* p) { return b_map([&](int i) { return static_cast<const uint8_t*>(p)[i % 4]; }); }
 inline B b_low(B x) { return b_map([&](int i) { return uint8_t(x.v[i] & 15); }); }
 inline B b_high(B x) { return b_map([&](int i) { return uint8_t(x.v[i] >> 4); }); }
