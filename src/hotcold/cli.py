@@ -25,11 +25,15 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "collect-traces": ("hotcold.predictor.collect_command", "record which neurons fire, and on what input"),
     "train-predictors": ("hotcold.predictor.train_command", "learn to predict which neurons will fire"),
     "export": ("hotcold.convert.export_command", "write GGUF files and the predictor bundle"),
+    "inspect": ("hotcold.convert.inspect_command", "show what is in a GGUF file or bundle"),
+    "verify": ("hotcold.convert.verify_command", "check every hash, shape and reference of a bundle"),
     "run": ("hotcold.runtime.command", "generate text"),
     "bench": ("hotcold.eval.bench_command", "measure tokens/s against llama.cpp, and quality beside it"),
     "perplexity": ("hotcold.eval.perplexity_command", "measure perplexity in any mode"),
     "demo": ("hotcold.eval.demo_command", "all of the above on SmolLM2-135M"),
 }
+
+EXAMPLE = "hotcold demo --out demo"
 
 _UNEXPECTED, _USER_ERROR, _INTERRUPTED, _BROKEN_PIPE = 1, 2, 130, 141
 
@@ -46,11 +50,11 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser() -> _Parser:
-    lines = "\n".join(f"  {name:<18}{text}" for name, (_, text) in COMMANDS.items())
+    commands = "\n".join(f"  {name:<18}{text}" for name, (_, text) in COMMANDS.items())
     parser = _Parser(
         prog="hotcold",
         description="Make LLMs sparsely activated, predict which neurons fire, and run only those.",
-        epilog=f"commands:\n{lines}\n\n`hotcold COMMAND --help` has more.\n\nexample:\n  hotcold demo --out demo",
+        epilog=f"commands:\n{commands}\n\n`hotcold COMMAND --help` has more.\n\nexample:\n  {EXAMPLE}",
     )
     parser.add_argument("--version", action="version", version=f"hotcold {__version__}")
     parser.add_argument("command", metavar="COMMAND", help="one of those below; its own options follow it")

@@ -1,0 +1,152 @@
+"""The command line as a user meets it: help, one-line errors, exit statuses."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from hotcold import cli
+from hotcold.errors import InputError
+
+BIN = Path(sys.executable).parent
+
+
+def installed(*command: str, **options: object) -> subprocess.CompletedProcess[str]:
+    """Run an installed entry point."""
+    return subprocess.run([BIN / command[0], *command[1:]], capture_output=True, text=True, **options)
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    """A sub-command `run` that does whatever the test says."""
+
+    def put(function):
+        module = SimpleNamespace(
+            HELP="does it", EXAMPLE="hotcold run", add_arguments=lambda parser: None, run=function
+        )
+        monkeypatch.setitem(sys.modules, "hotcold.runtime.command", module)
+
+    return put
+
+
+def test_help_names_every_command_and_an_example():
+    result = installed("hotcold", "--help")
+    assert result.returncode == 0 and result.stderr == ""
+    for name, (_, text) in cli.COMMANDS.items():
+        assert name in result.stdout and text in result.stdout
+    assert "example:\n  hotcold demo --out demo\n" in result.stdout
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_each_help_shows_an_example_that_its_own_parser_takes(name, capsys):
+    with pytest.raises(SystemExit) as end:
+        cli.main([name, "--help"])
+    out = capsys.readouterr().out
+    example = out.split("example:\n  ")[1].splitlines()[0]
+    assert end.value.code == 0 and example.split()[:2] == ["hotcold", name]
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_examples_parse(name):
+    import argparse
+    import importlib
+    import shlex
+
+    module = importlib.import_module(cli.COMMANDS[name][0])
+    parser = argparse.ArgumentParser(exit_on_error=False)
+    module.add_arguments(parser)
+    parser.parse_args(shlex.split(module.EXAMPLE)[2:])
+
+
+@pytest.mark.parametrize("name", ["collect-traces", "train-predictors"])
+def test_the_names_of_their_own(name):
+    result = installed(name, "--help")
+    assert result.returncode == 0 and result.stdout.startswith(f"usage: {name} ")
+
+
+@pytest.mark.parametrize("name", ["collect-traces", "train-predictors"])
+def test_errors_under_the_names_of_their_own(name):
+    result = installed(name)
+    assert result.returncode == 2 and result.stdout == ""
+    assert result.stderr.startswith(f"{name}: error: ") and result.stderr.count("\n") == 1
+
+
+def test_version():
+    import hotcold
+
+    assert installed("hotcold", "--version").stdout == f"hotcold {hotcold.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    "arguments,message",
+    [
+        (
+            ["benhc"],
+            "hotcold: error: unknown command 'benhc', did you mean 'bench'?; `hotcold --help` explains",
+        ),
+        (["colect-trace"], "did you mean 'collect-traces'?"),
+        (["zzz"], "hotcold: error: unknown command 'zzz'; `hotcold --help` explains"),
+        ([], "the following arguments are required: COMMAND"),
+        (["run", "--bundle", "b", "-p", "x", "--foo"], "hotcold run: error: unrecognized arguments: --foo"),
+        (["run", "--bundle", "b", "-p", "x", "--top-k", "many"], "--top-k: invalid int value: 'many'"),
+    ],
+)
+def test_wrong_command_lines_are_one_line_and_exit_2(arguments, message):
+    result = installed("hotcold", *arguments)
+    assert result.returncode == 2 and result.stdout == ""
+    assert message in result.stderr and result.stderr.count("\n") == 1
+
+
+def test_a_hotcold_error(fake, capsys):
+    fake(lambda args: (_ for _ in ()).throw(InputError("empty", where="a.txt", fix="write to it")))
+    assert cli.main(["run"]) == 2
+    assert capsys.readouterr() == ("", "hotcold run: error: a.txt: empty; write to it\n")
+    with pytest.raises(InputError):
+        cli.main(["run", "--debug"])
+
+
+def test_an_unexpected_error_is_one_line_too(fake, capsys):
+    def run(args):
+        raise RuntimeError("two\nlines")
+
+    fake(run)
+    assert cli.main(["run"]) == 1
+    assert capsys.readouterr().err == "hotcold run: unexpected RuntimeError: two lines; --debug shows where\n"
+    with pytest.raises(RuntimeError):
+        cli.main(["run", "--debug"])
+
+
+def test_ctrl_c(fake, capsys):
+    def run(args):
+        raise KeyboardInterrupt
+
+    fake(run)
+    assert cli.main(["run"]) == 130
+    assert "interrupted; what was committed stays" in capsys.readouterr().err
+
+
+def test_the_status_of_a_command_is_that_of_the_process(fake):
+    fake(lambda args: 3)
+    assert cli.main(["run"]) == 3
+
+
+def test_a_reader_that_has_enough_is_no_error(tmp_path):
+    """`hotcold … | head -1`: the pipe breaks, and nobody is told."""
+    code = (
+        "import sys, types\nfrom hotcold import cli\n"
+        "def run(args):\n    for i in range(100_000): print('line', i)\n    return 0\n"
+        "sys.modules['hotcold.runtime.command'] = types.SimpleNamespace(\n"
+        "    HELP='', EXAMPLE='', add_arguments=lambda p: None, run=run)\n"
+        "sys.exit(cli.main(['run']))\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as child:
+        first = child.stdout.readline()
+        child.stdout.close()
+        complaints = child.stderr.read()
+    assert (first, complaints, child.returncode) == (b"line 0\n", b"", 141)

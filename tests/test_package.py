@@ -1,0 +1,128 @@
+"""What holds for the whole package: cheap imports, no second copies, nothing that runs code from files."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import hotcold
+from hotcold.cli import COMMANDS
+
+ROOT = Path(__file__).parents[1]
+FOLDERS = ("predictor", "runtime", "convert", "eval", "sparsify")
+SOURCES = sorted(
+    [*(ROOT / "src/hotcold").rglob("*.py"), *(p for f in FOLDERS for p in (ROOT / f).rglob("*.py"))]
+)
+HEAVY = ("torch", "transformers", "numpy", "sklearn", "llama_cpp")
+
+
+def modules_after(code: str) -> set[str]:
+    """Top-level modules that a fresh interpreter holds once `code` has run there."""
+    report = "\nimport sys; print('MODULES', *sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code + report], capture_output=True, text=True, check=True)
+    return {name.split(".")[0] for name in result.stdout.split("MODULES", 1)[1].split()}
+
+
+def test_importing_the_package_loads_nothing_heavy():
+    assert not modules_after("import hotcold, hotcold.cli").intersection(HEAVY)
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_importing_a_folder_loads_no_torch(folder):
+    assert not modules_after(f"import hotcold.{folder}").intersection(("torch", "transformers"))
+
+
+@pytest.mark.parametrize("name", ["runtime", "convert"])
+def test_runtime_and_convert_need_no_torch(name):
+    """Every module of theirs but the reference engine, whose very purpose is to be plain torch."""
+    modules = [p.stem for p in (ROOT / name).glob("*.py") if p.stem not in ("__init__", "reference")]
+    imports = "\n".join(f"import hotcold.{name}.{module}" for module in modules)
+    assert not modules_after(imports).intersection(("torch", "transformers"))
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], *([name, "--help"] for name in COMMANDS)])
+def test_help_loads_no_torch(arguments):
+    call = f"try: main({arguments})\nexcept SystemExit as end: assert end.code == 0"
+    assert not modules_after(f"from hotcold.cli import main\n{call}").intersection(HEAVY)
+
+
+def test_the_folders_are_no_top_level_modules():
+    """`import runtime` would make a second copy of `hotcold.runtime`, with classes of its own."""
+    code = "".join(f"import hotcold.{folder}\n" for folder in FOLDERS)
+    assert not modules_after(code).intersection(FOLDERS)
+    assert not set(FOLDERS).intersection(sys.modules)
+
+
+def test_version_is_that_of_the_distribution():
+    assert hotcold.__version__ == tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+
+
+def _called(node: ast.Call) -> str:
+    return ast.unparse(node.func)
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_file_can_run_code(path):
+    """Pickles, `eval` and remote code are how model files attack their readers; none of it is ever called."""
+    forbidden = re.compile(
+        r"(eval|exec|compile|__import__|(torch|joblib|yaml|marshal|shelve|dill)\.(load|unsafe_load)"
+        r"|(_|c)?[pP]ickle\..*|os\.system|pd\.read_pickle)"
+    )
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call):
+            assert not forbidden.fullmatch(_called(node)), f"line {node.lineno}: {_called(node)}"
+            for keyword in node.keywords:
+                risky = keyword.arg in ("allow_pickle", "trust_remote_code", "shell")
+                assert not risky or ast.unparse(keyword.value) == "False", (
+                    f"line {node.lineno}: {keyword.arg}"
+                )
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            names = [alias.name for alias in node.names] + [getattr(node, "module", None) or ""]
+            assert not {"pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}.intersection(names)
+
+
+def test_the_grep_above_would_find_something(tmp_path):
+    for number, line in enumerate(
+        ["import pickle", "torch.load(f)", "np.load(f, allow_pickle=True)", "eval(x)"]
+    ):
+        path = tmp_path / f"{number}.py"
+        path.write_text(line)
+        with pytest.raises(AssertionError):
+            test_no_file_can_run_code(path)
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_go_one_way(path):
+    """cli → eval → runtime → convert → src/hotcold; predictor and sparsify know src/hotcold alone."""
+    allowed = {
+        "src": {"errors", "storage", "progress", "text"},
+        "convert": {"convert", "predictor"},
+        "runtime": {"runtime", "convert"},
+        "predictor": {"predictor"},
+        "sparsify": {"sparsify"},
+        "eval": {*FOLDERS},
+    }[path.relative_to(ROOT).parts[0]]
+    for node in ast.walk(ast.parse(path.read_text())):
+        module = getattr(node, "module", None) or ""
+        parts = module.split(".")
+        if (
+            isinstance(node, ast.ImportFrom)
+            and parts[0] == "hotcold"
+            and len(parts) > 1
+            and parts[1] in FOLDERS
+        ):
+            assert parts[1] in allowed, f"line {node.lineno}: from {module}"
+
+
+def test_no_path_of_the_machine_it_was_written_on():
+    """A checkout elsewhere does not notice; where a path slipped in, it is found."""
+    places = [f"{ROOT.parent}/", f"{Path.home()}/", "/tmp/", "/home/", "/Users/"]
+    for path in [*SOURCES, *(ROOT / "docs").glob("*.md"), *ROOT.glob("*.md")]:
+        text = path.read_text()
+        assert not [place for place in places if len(place) > 2 and place in text], path
