@@ -9,6 +9,7 @@ computing is timed (`Side.seconds`), and one run of each side before the first r
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -169,8 +170,12 @@ def _activity(side: EngineSide, texts: Sequence[Segment]) -> Activity:
             _time(side, segment)
     stats = engine.stats()
     engine.audit = False
-    parts = engine.bytes_per_token(texts[0].middle)
-    return Activity(stats.sparsity, stats.predicted_sparsity, stats.recall, parts)
+    return Activity(
+        sparsity=math.nan if engine.mode == "dense" else stats.sparsity,
+        predicted_sparsity=stats.predicted_sparsity if engine.mode == "predicted" else math.nan,
+        recall=stats.recall,
+        parts=engine.bytes_per_token(texts[0].middle),
+    )
 
 
 def _quality(sides: Mapping[str, Side], windows: Sequence[np.ndarray], truth: str) -> dict[str, Quality]:

@@ -88,7 +88,7 @@ def as_json_object(report: Report) -> dict[str, object]:
     for peer in report.rows:
         if peer.activity is None and peer.quality is not None:  # its fastest file may compute something else
             flat |= {"ppl_llama_cpp": peer.quality.ppl, "ppl_stderr_llama_cpp": peer.quality.stderr}
-    flat["sparsity"] = _first(rows, "sparsity", ("exact", "predicted", "dense", "auto"))
+    flat["sparsity"] = _first(rows, "sparsity", ("exact", "predicted", "auto"))
     flat["predicted_sparsity"] = _first(rows, "predicted_sparsity", ("predicted", "auto"))
     flat["recall"] = _first(rows, "recall", ("predicted", "auto"))
     return {

@@ -29,7 +29,7 @@ class Spread:
 class Activity:
     """What one of our modes computed on the benchmark's tokens; `parts` are bytes per token.
 
-    `recall` is NaN in modes that predict nothing.
+    What a mode does not tell is NaN: a dense one has no sparsity, and only predicted mode predicts.
     """
 
     sparsity: float

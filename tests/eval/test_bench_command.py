@@ -1,0 +1,107 @@
+"""`hotcold bench` with the real engines on a tiny bundle: every promised figure is there and hangs together."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+
+from hotcold.cli import main
+
+SMALL = ("-t", 1, "-r", 2, "-p", 8, "-n", 6, "--quality-tokens", 96, "--window", 32)
+SIDES = ("llama_cpp", "dense", "exact", "predicted")
+
+
+def run(*arguments):
+    return main(["bench", *map(str, arguments)])
+
+
+@pytest.fixture(scope="module")
+def measured(bundle, text_file, tmp_path_factory):
+    path = tmp_path_factory.mktemp("bench") / "bench.json"
+    assert run("--bundle", bundle, "--text", text_file, *SMALL, "--save", path) == 0
+    return json.loads(path.read_text())
+
+
+def test_the_last_line_of_stdout_is_one_json_object(bundle, text_file, capsys):
+    assert run("--bundle", bundle, "--text", text_file, *SMALL, "-m", "exact", "-o", "json") == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found["tok_s_exact"] > 0
+    assert "tok_s_dense" not in found
+
+
+def test_every_side_has_speed_ratio_bytes_and_perplexity(measured):
+    for side in SIDES:
+        for metric in (
+            "tok_s",
+            "pp_tok_s",
+            "ratio",
+            "ratio_pp",
+            "bytes_per_token",
+            "gb_s",
+            "bandwidth_share",
+        ):
+            assert measured[f"{metric}_{side}"] > 0, (metric, side)
+        assert measured[f"tok_s_low_{side}"] <= measured[f"tok_s_{side}"] <= measured[f"tok_s_high_{side}"]
+        assert math.isfinite(measured[f"ppl_{side}"])
+
+
+def test_llama_cpp_runs_on_both_forms_and_the_faster_counts(measured):
+    speeds = [measured[f"tok_s_llama_cpp_{form}"] for form in ("smallthinker", "llama")]
+    assert measured["tok_s_llama_cpp"] == max(speeds)
+    assert measured["ratio_llama_cpp"] == 1.0
+
+
+def test_all_modes_compute_what_llama_cpp_computes(measured):
+    """F16 weights, and predictors that miss nothing."""
+    for side in ("dense", "exact", "predicted"):
+        assert measured[f"ppl_{side}"] == pytest.approx(measured["ppl_llama_cpp"], rel=1e-3)
+        assert measured[f"kl_{side}"] < 1e-4
+        assert measured[f"same_top_{side}"] > 0.95
+
+
+def test_activity_is_real(measured):
+    assert 0.2 < measured["sparsity"] < 0.8
+    assert measured["recall"] == pytest.approx(1.0)
+    assert measured["predicted_sparsity"] == pytest.approx(measured["sparsity"], abs=0.02)
+    assert measured["recall_exact"] is None
+    assert measured["bytes_per_token_exact"] < measured["bytes_per_token_dense"]
+
+
+def test_recall_of_predictors_that_miss_neurons(lossy_bundle, text_file, tmp_path):
+    arguments = ("--bundle", lossy_bundle, "--text", text_file, *SMALL, "-m", "predicted")
+    assert run(*arguments, "--save", tmp_path / "bench.json") == 0
+    found = json.loads((tmp_path / "bench.json").read_text())
+    assert 0.1 < found["recall"] < 0.99
+    assert found["kl_predicted"] > 1e-4
+
+
+def test_synthetic_models_say_so_and_fire_as_asked(tmp_path, capsys):
+    shape = ("--synthetic", "smollm2-135m", "--layers", 2, "--sparsity", 0.8, "--cache", tmp_path)
+    assert run(*shape, *SMALL, "-o", "json") == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found["synthetic"] == "smollm2-135m"
+    assert found["sparsity"] == pytest.approx(0.8, abs=0.04)
+    assert found["recall"] > 0.9
+    assert 0.5 < found["predicted_sparsity"] < found["sparsity"]
+    assert [path.name.startswith("synthetic-") for path in tmp_path.iterdir()] == [True]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--bundle", "nowhere"), "nowhere"),
+        (("--synthetic", "gpt-5"), "unknown synthetic shape (got gpt-5, expected llama-2-7b | llama-2-13b"),
+        (("--synthetic", "smollm2-135m", "--sparsity", "2"), "--sparsity out of range (got 2.0"),
+        (("--synthetic", "smollm2-135m", "--quant", "q2"), "unknown quantisation (got q2"),
+        (("--synthetic", "smollm2-135m", "--modes", "fast"), "unknown mode (got fast, expected dense"),
+        (("--synthetic", "smollm2-135m", "-r", "0"), "rounds: must be at least 1"),
+    ],
+)
+def test_bad_arguments_give_one_line_and_status_2(capsys, arguments, message):
+    assert run(*arguments) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert message in err
+    assert len(err.splitlines()) == 1

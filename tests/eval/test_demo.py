@@ -1,0 +1,90 @@
+"""The demo's commands are ones that the command line takes, and its report holds what they measured."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+
+import pytest
+
+from hotcold.cli import COMMANDS
+from hotcold.eval.demo import build_report, demo_steps, summary
+from hotcold.eval.machine import describe
+from hotcold.eval.pipeline import Done
+
+PERPLEXITY = """\
+{"mode": "dense", "ppl": 34.0, "stderr": 0.5, "tokens": 8176}
+{"mode": "exact", "ppl": 33.9, "stderr": 0.5, "tokens": 8176}
+{"mode": "predicted", "ppl": 34.4, "stderr": 0.5, "tokens": 8176}
+{"mode": "llama.cpp", "ppl": 34.1, "stderr": 0.5, "tokens": 8176}
+{"mode": "smollm2", "ppl": 28.6, "stderr": 0.4, "tokens": 8176}
+"""
+SIDES = ("llama_cpp", "dense", "exact", "predicted")
+BENCH = {
+    "sparsity": 0.7,
+    "predicted_sparsity": 0.6,
+    "recall": 0.97,
+    "ppl_exact": 99.0,
+    "machine": {"cores": 2},
+}
+BENCH |= {f"tok_s_{side}": 100.0 + i for i, side in enumerate(SIDES)}
+BENCH |= {f"ratio_{side}": 1.0 + i for i, side in enumerate(SIDES)}
+
+
+@pytest.fixture
+def steps(tmp_path):
+    return demo_steps(tmp_path, model="smollm2", quant="q4_0", n_threads=2)
+
+
+def test_every_step_is_a_valid_command_line(steps):
+    for step in steps:
+        name, *arguments = step.arguments
+        module = importlib.import_module(COMMANDS[name][0])
+        parser = argparse.ArgumentParser(exit_on_error=False)
+        module.add_arguments(parser)
+        parser.parse_args(arguments)
+
+
+def test_each_step_takes_what_the_one_before_made(steps):
+    made = set()
+    for step in steps:
+        inputs = {
+            value
+            for option, value in zip(step.arguments, step.arguments[1:], strict=False)
+            if option in ("--model", "--traces", "--predictors", "--bundle") and value != "smollm2"
+        }
+        assert inputs <= made
+        made |= {str(step.output)} if step.output else set()
+
+
+@pytest.fixture
+def report():
+    done = {"run": Done("run", "", 3.0, "A text.\n"), "perplexity": Done("perplexity", "", 57.0, PERPLEXITY)}
+    return build_report(done, BENCH, model="smollm2", quant="q4_0")
+
+
+def test_report_has_every_promised_figure(report):
+    assert report["ppl_teacher"] == 28.6
+    assert (report["ppl_dense"], report["ppl_exact"], report["ppl_predicted"]) == (34.0, 33.9, 34.4)
+    assert report["ppl_llama_cpp"] == 34.1
+    assert {"sparsity", "recall", "predicted_sparsity", "machine"} <= set(report)
+    assert {f"{metric}_{side}" for metric in ("tok_s", "ratio") for side in SIDES} <= set(report)
+    assert report["seconds"] == {"run": 3.0, "perplexity": 57.0}
+    assert report["seconds_total"] == 60.0
+    assert json.loads(json.dumps(report)) == report
+
+
+def test_summary_shows_quality_beside_speed(report):
+    text = summary(report)
+    assert "| smollm2 as it came, llama.cpp | 28.60 ± 0.40 |" in text
+    assert "| sparse, hotcold predicted | 34.40 ± 0.50 | 103.0 | 4.00x |" in text
+    assert "sparsity 70.0%, predicted sparsity 60.0%, recall 97.0%" in text
+    assert "in all 1.0 minutes" in text
+
+
+def test_machine_description_is_of_plain_values():
+    found = describe()
+    assert found["cores"] >= 1
+    assert found["versions"]["torch"]
+    assert json.loads(json.dumps(found)) == found
