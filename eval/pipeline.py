@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -23,6 +24,7 @@ from hotcold.progress import log
 
 __all__ = ["Done", "Step", "StepError", "run_steps"]
 
+_PATIENCE_S = 5.0
 _RUN = "import sys; from hotcold.cli import main; sys.exit(main())"
 
 
@@ -87,13 +89,25 @@ def _run(step: Step, key: str) -> Done:
     command = [sys.executable, "-c", _RUN, *step.arguments]
     kept: list[str] = []
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, encoding="utf-8") as child:
-        if child.stdout is not None:
-            for line in child.stdout:
+        try:
+            for line in child.stdout or ():
                 print(line, end="", flush=True)
                 kept.append(line)
+        except KeyboardInterrupt:
+            _end(child)
+            raise
     if child.returncode != 0:
         raise StepError(
             "a step failed", where=step.name, got=f"exit status {child.returncode}", expected=0,
             fix="see above; run the same command again to go on from there",
         )  # fmt: skip
     return Done(step.name, key, time.monotonic() - start, "".join(kept))
+
+
+def _end(child: subprocess.Popen[str]) -> None:
+    """Wait till the child has cleaned up; a terminal has sent it the Ctrl-C too, `kill -INT` has not."""
+    try:
+        child.wait(timeout=_PATIENCE_S)
+    except subprocess.TimeoutExpired:
+        child.send_signal(signal.SIGINT)
+        child.wait()

@@ -29,6 +29,7 @@ DRIVER = """
 import sys
 from pathlib import Path
 from hotcold.eval import pipeline
+pipeline._PATIENCE_S = 0.5
 pipeline._RUN, folder = sys.argv[1], Path(sys.argv[2])
 seconds = {"a": "0", "b": "60"}
 steps = [pipeline.Step(name, (str(folder / name), s), folder / name) for name, s in seconds.items()]
@@ -93,15 +94,16 @@ def test_a_journal_cut_in_the_middle_of_a_line_is_read(steps, tmp_path):
         assert list(pipeline._read(tmp_path / "journal")) == [json.loads(whole[:first])["key"]]
 
 
-def test_ctrl_c_ends_the_child_and_keeps_what_is_done(tmp_path):
-    """Both processes get SIGINT while the second step runs, as a terminal sends it to a group."""
+@pytest.mark.parametrize("send", [os.killpg, os.kill], ids=["to the group", "to the parent alone"])
+def test_ctrl_c_ends_the_child_and_keeps_what_is_done(send, tmp_path):
+    """SIGINT comes while the second step runs: from a terminal, or from `kill -INT`."""
     command = [sys.executable, "-c", DRIVER, WAIT, tmp_path]
     process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.DEVNULL)
     child = tmp_path / "b"
     while not (child.exists() and child.read_text()):
         assert process.poll() is None
         time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGINT)
+    send(process.pid, signal.SIGINT)
     assert process.wait(timeout=20) != 0
     assert not Path(f"/proc/{child.read_text()}").exists()
     assert [json.loads(line)["name"] for line in (tmp_path / "journal").read_text().splitlines()] == ["a"]

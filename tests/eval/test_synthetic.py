@@ -146,9 +146,8 @@ def test_files_say_that_they_are_synthetic(shape, tmp_path):
 
 
 def test_shapes_are_those_of_the_models():
-    sizes = {
-        name: (s["hidden_size"], s["intermediate_size"], s["num_hidden_layers"]) for name, s in SHAPES.items()
-    }
+    keys = ("hidden_size", "intermediate_size", "num_hidden_layers")
+    sizes = {name: tuple(shape[key] for key in keys) for name, shape in SHAPES.items()}
     assert sizes == {
         "llama-2-7b": (4096, 11008, 32),
         "llama-2-13b": (5120, 13824, 40),
