@@ -49,7 +49,8 @@ LAYER_NAMES = {
 class ModelSpec:
     """What `config.json` says about a model, checked, in hotcold's terms.
 
-    `activation_thresholds` holds one t per layer: a gate fires iff it is above t (0 for a plain ReLU).
+    `activation_thresholds` holds one t per layer: a gate fires iff it is positive and reaches t
+    (0 for a plain ReLU).
     `rope_scale` is the linear position scale (1 for none).
     """
 

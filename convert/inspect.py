@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from hotcold.convert.gguf_read import GGUFFile
+from hotcold.convert.gguf_split import open_gguf
 from hotcold.convert.manifest import MANIFEST, Manifest
 from hotcold.convert.predictors import Predictors
 from hotcold.convert.safetensors_read import read_json
@@ -24,7 +25,7 @@ def describe(path: str | Path) -> dict[str, Any]:
     """What is in a file or folder, ready for JSON. InputError for others, FormatError for broken ones."""
     path = Path(path)
     if path.is_file():
-        return _describe_gguf(GGUFFile(path))
+        return _describe_gguf(open_gguf(path))
     if (path / MANIFEST).is_file():
         return _describe_bundle(path)
     if (path / "config.json").is_file() and "thresholds" in read_json(path / "config.json"):

@@ -11,12 +11,15 @@ import struct
 import tracemalloc
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from hotcold.convert.gguf_read import GGUFFile
 from hotcold.errors import FormatError, InputError
 
 U8, I8, U16, I16, U32, I32, F32, BOOL, STRING, ARRAY, U64, I64, F64 = range(13)
 MAX64 = 2**64 - 1
+SIZES = [struct.pack("<Q", n) for n in (0, 1, 2**31, 2**32 - 1, 2**40, 2**61, 2**63 - 1, 2**63, MAX64)]
 
 
 def text(value: str | bytes) -> bytes:
@@ -212,6 +215,28 @@ def test_every_prefix_of_a_good_file_is_refused_or_good(tmp_path):
     for n in range(len(ONE) - 16, len(ONE) + 1):
         path.write_bytes(ONE[:n])
         assert GGUFFile(path).tensors["t"].data.size == 16
+
+
+@settings(deadline=None, max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_mixture_of_the_files_above_is_refused_or_read(data, tmp_path):
+    seeds = [*GOOD.values(), *(bad for bad, _ in BAD.values())]
+    content = bytearray(data.draw(st.sampled_from(seeds)))
+    for _ in range(data.draw(st.integers(1, 4))):
+        start = data.draw(st.integers(0, len(content)))
+        length = data.draw(st.integers(0, 16))
+        piece = st.sampled_from(
+            [*SIZES, data.draw(st.binary(max_size=16)), data.draw(st.sampled_from(seeds))[start:]]
+        )
+        content[start : start + length] = data.draw(piece)
+    path = tmp_path / "mixed.gguf"
+    path.write_bytes(content)
+    try:
+        file = GGUFFile(path)
+    except FormatError as error:
+        assert str(error).isprintable()
+    else:
+        assert all(tensor.data.nbytes <= len(content) for tensor in file.tensors.values())
 
 
 def test_every_single_bit_flip_is_refused_or_read_without_another_error(tmp_path):

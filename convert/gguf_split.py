@@ -1,0 +1,59 @@
+"""Models split into several GGUF files, as llama.cpp's `gguf-split` does: `X-00001-of-00003.gguf` and so on.
+
+Each part is a GGUF file of its own; the first has the model's metadata. All parts must agree on how
+many they are, and together they must hold as many tensors as they say.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from hotcold.convert.gguf_read import GGUFFile
+from hotcold.errors import FormatError, InputError
+
+__all__ = ["open_gguf"]
+
+_NAME = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
+
+
+def open_gguf(path: str | Path) -> GGUFFile:
+    """Read a GGUF file or, given its first part, a split model, whose tensors are then all in one dictionary.
+
+    Raises InputError where a part is missing or `path` is not the first, FormatError where parts do not
+    agree.
+    """
+    first = GGUFFile(path)
+    if first.metadata.get("split.count", 1) == 1:
+        return first
+    match = _NAME.fullmatch(first.path.name)
+    count = first.require("split.count", int)
+    if match is None or int(match[3]) != count:
+        expected = f"NAME-00001-of-{count:05d}.gguf"
+        raise InputError("not the name of a part", where=first.path, got=first.path.name, expected=expected)
+    if first.require("split.no", int) != 0:
+        raise InputError(
+            "not the first part of the model", where=first.path, fix="give the one that ends in -00001"
+        )
+    for number in range(1, count):
+        _add(first, GGUFFile(first.path.with_name(f"{match[1]}-{number + 1:05d}-of-{match[3]}.gguf")), number)
+    total = first.require("split.tensors.count", int)
+    if len(first.tensors) != total:
+        got = len(first.tensors)
+        raise FormatError(
+            "tensors of all parts", where=path, field="split.tensors.count", got=got, expected=total
+        )
+    return first
+
+
+def _add(first: GGUFFile, part: GGUFFile, number: int) -> None:
+    count = first.metadata["split.count"]
+    for key, expected in (("split.no", number), ("split.count", count)):
+        if part.require(key, int) != expected:
+            got = part.metadata[key]
+            raise FormatError(
+                "a part of another model", where=part.path, field=key, got=got, expected=expected
+            )
+    if twice := sorted(first.tensors.keys() & part.tensors.keys()):
+        raise FormatError("a tensor that another part has too", where=part.path, field=twice[0])
+    first.tensors.update(part.tensors)
