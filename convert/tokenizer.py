@@ -14,6 +14,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from hotcold.convert.safetensors_read import read_json
+from hotcold.convert.sentencepiece import is_sentencepiece, sentencepiece_metadata
 from hotcold.errors import FormatError, UnsupportedError
 
 __all__ = ["tokenizer_files", "tokenizer_metadata"]
@@ -45,35 +46,41 @@ def tokenizer_files(folder: Path) -> list[Path]:
 def tokenizer_metadata(folder: Path, n_vocab: int, config: dict[str, Any]) -> dict[str, Any]:
     """The `tokenizer.*` metadata for a model of `n_vocab` embeddings, whose `config.json` is `config`.
 
-    Raises InputError or FormatError for missing or broken files, UnsupportedError for a tokenizer that
-    is not a byte-level BPE which llama.cpp has too.
+    Raises InputError or FormatError for missing or broken files, UnsupportedError for a tokenizer that is
+    not a BPE which llama.cpp has too.
     """
     path = folder / "tokenizer.json"
     data = read_json(path)
     tokens, types = _vocabulary(data, n_vocab, path)
     settings = _settings(folder)
-    metadata: dict[str, Any] = {
-        "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.pre": _pre_tokenizer(data, path),
-        "tokenizer.ggml.tokens": tokens,
-        # PowerInfer insists on scores; a byte-level BPE has none
-        "tokenizer.ggml.scores": np.zeros(n_vocab, np.float32),
-        "tokenizer.ggml.token_type": np.asarray(types, np.int32),
-        "tokenizer.ggml.merges": [m if isinstance(m, str) else " ".join(m) for m in data["model"]["merges"]],
-        "tokenizer.ggml.add_space_prefix": False,
-    }
+    convert = sentencepiece_metadata if is_sentencepiece(data) else _byte_level_metadata
+    metadata = convert(data, tokens, types, path)
     ids = {token: i for i, token in enumerate(tokens)}
-    metadata |= _special_ids(settings, config, ids) | _added_ends(path, tokens)
+    metadata |= _special_ids(settings, config, ids) | _added_ends(path)
     if template := settings.get("chat_template"):
         metadata["tokenizer.chat_template"] = template
     return metadata
 
 
+def _byte_level_metadata(
+    data: dict[str, Any], tokens: list[str], types: list[int], path: Path
+) -> dict[str, Any]:
+    return {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": _pre_tokenizer(data, path),
+        "tokenizer.ggml.tokens": tokens,
+        # PowerInfer insists on scores; a byte-level BPE has none
+        "tokenizer.ggml.scores": np.zeros(len(tokens), np.float32),
+        "tokenizer.ggml.token_type": np.asarray(types, np.int32),
+        "tokenizer.ggml.merges": [m if isinstance(m, str) else " ".join(m) for m in data["model"]["merges"]],
+        "tokenizer.ggml.add_space_prefix": False,
+    }
+
+
 def _vocabulary(data: dict[str, Any], n_vocab: int, path: Path) -> tuple[list[str], list[int]]:
     model = data.get("model") or {}
-    if model.get("type") != "BPE" or model.get("byte_fallback"):
-        got = "byte-fallback BPE" if model.get("byte_fallback") else model.get("type")
-        raise UnsupportedError("unknown tokenizer model", where=path, got=got, expected="byte-level BPE")
+    if model.get("type") != "BPE":
+        raise UnsupportedError("unknown tokenizer model", where=path, got=model.get("type"), expected="BPE")
     added = {entry["id"]: entry for entry in data.get("added_tokens", [])}
     names = {i: token for token, i in model["vocab"].items()}
     names |= {i: entry["content"] for i, entry in added.items()}
@@ -146,7 +153,7 @@ def _special_ids(settings: dict[str, Any], config: dict[str, Any], ids: dict[str
     return found
 
 
-def _added_ends(path: Path, tokens: list[str]) -> dict[str, bool]:
+def _added_ends(path: Path) -> dict[str, bool]:
     """Whether encoding puts a token before the text or after it, as seen by doing it."""
     try:
         tokenizer = Tokenizer.from_file(str(path))

@@ -112,9 +112,13 @@ def test_more_tokens_than_embeddings(folder):
     "content, error, message",
     [
         (None, InputError, "cannot read the file"),
-        ("{}", UnsupportedError, r"unknown tokenizer model \(expected byte-level BPE\)"),
+        ("{}", UnsupportedError, r"unknown tokenizer model \(expected BPE\)"),
         ('{"model": {"type": "WordPiece"}}', UnsupportedError, "got WordPiece"),
-        ('{"model": {"type": "BPE", "byte_fallback": true}}', UnsupportedError, "got byte-fallback BPE"),
+        (
+            '{"model": {"type": "BPE", "byte_fallback": true, "vocab": {}, "merges": []}}',
+            UnsupportedError,
+            "a byte-fallback tokenizer of an unknown kind",
+        ),
     ],
 )
 def test_a_tokenizer_of_another_kind(folder, content, error, message):
