@@ -35,11 +35,12 @@ def demo_steps(out: Path, *, model: str, quant: str, n_threads: int) -> list[Ste
     modes = ("--mode", ",".join(_PPL_MODES), "--gguf", model)
     return [
         _step("sparsify", "--model", model, "--method", "relu", "--out", sparse, output=sparse),
-        _step("collect-traces", "--model", sparse, "--tokens", _TRACE_TOKENS, "--out", traces, output=traces),
-        _step("train-predictors", "--traces", traces, "--out", predictors, output=predictors),
+        _step("collect-traces", "--model", sparse, "--tokens", _TRACE_TOKENS, "--out", traces, *threads,
+              output=traces),
+        _step("train-predictors", "--traces", traces, "--out", predictors, *threads, output=predictors),
         _step(
             "export", "--model", sparse, "--predictors", predictors, "--quant", quant, "--out", bundle,
-            output=bundle,
+            "--name", f"{Path(model).stem}-relu", output=bundle,
         ),
         _step("run", "--bundle", bundle, "-p", _PROMPT, "-n", _SAMPLE_TOKENS, "--temp", 0, *threads),
         _step("perplexity", "--bundle", bundle, *modes, *threads, "--json"),

@@ -25,33 +25,34 @@ def make_text(n_words: int, seed: int = 0) -> str:
     return "\n\n".join(" ".join(words[at : at + 40]) for at in range(0, n_words, 40)) + "\n"
 
 
-def make_tokenizer() -> Tokenizer:
+def make_tokenizer(text: str | None = None, vocab_size: int = 300) -> Tokenizer:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=300,
+        vocab_size=vocab_size,
         special_tokens=["<|endoftext|>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator([make_text(400)], trainer)
+    tokenizer.train_from_iterator([text or make_text(400)], trainer)
     return tokenizer
 
 
-def make_model(vocab_size: int) -> LlamaForCausalLM:
-    config = LlamaConfig(
-        vocab_size=vocab_size,
-        hidden_size=D_MODEL,
-        intermediate_size=D_FF,
-        num_hidden_layers=N_LAYERS,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        hidden_act="relu",
-        tie_word_embeddings=True,
-        initializer_range=0.1,
-    )
+def make_model(vocab_size: int, **changes: object) -> LlamaForCausalLM:
+    config = {
+        "vocab_size": vocab_size,
+        "hidden_size": D_MODEL,
+        "intermediate_size": D_FF,
+        "num_hidden_layers": N_LAYERS,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "hidden_act": "relu",
+        "tie_word_embeddings": True,
+        "initializer_range": 0.1,
+    }
+    config = LlamaConfig(**config | changes)
     torch.manual_seed(0)
     return LlamaForCausalLM(config).eval()
 

@@ -5,13 +5,18 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+from itertools import islice
 
 import pytest
 
-from hotcold.cli import COMMANDS
+from hotcold import checkpoint
+from hotcold.cli import COMMANDS, main
 from hotcold.eval.demo import build_report, demo_steps, summary
 from hotcold.eval.machine import describe
 from hotcold.eval.pipeline import Done
+from hotcold.text import documents
+
+from .conftest import make_model, make_tokenizer
 
 PERPLEXITY = """\
 {"mode": "dense", "ppl": 34.0, "stderr": 0.5, "tokens": 8176}
@@ -81,6 +86,41 @@ def test_summary_shows_quality_beside_speed(report):
     assert "| sparse, hotcold predicted | 34.40 ± 0.50 | 103.0 | 4.00x |" in text
     assert "sparsity 70.0%, predicted sparsity 60.0%, recall 97.0%" in text
     assert "in all 1.0 minutes" in text
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    """A GGUF file of a tiny random SiLU model."""
+    folder = tmp_path_factory.mktemp("teacher")
+    prose = "".join(document.text for document in islice(documents("stdlib"), 100))
+    tokenizer = make_tokenizer(prose, vocab_size=1000)
+    model = make_model(tokenizer.get_vocab_size(), hidden_act="silu", max_position_embeddings=1024)
+    checkpoint.save(model, tokenizer, folder / "model")
+    export = ["export", "--model", folder / "model", "--quant", "f16", "--out", folder / "bundle"]
+    assert main([*map(str, export), "--name", "tiny"]) == 0
+    return folder / "bundle" / "tiny.gguf"
+
+
+@pytest.mark.slow
+def test_the_whole_demo_on_a_tiny_model(teacher, tmp_path, capfd):
+    arguments = ["demo", "--model", str(teacher), "--out", str(tmp_path / "demo"), "-t", "1"]
+    assert main(arguments) == 0
+    report = json.loads((tmp_path / "demo" / "report.json").read_text())
+    for side in SIDES:
+        assert report[f"tok_s_{side}"] > 0
+        assert report[f"ppl_{side}"] > 1
+    assert report["ppl_teacher"] > 1
+    assert report["recall"] > 0.9
+    assert report["ppl_exact"] == pytest.approx(report["ppl_dense"], rel=0.05)
+    assert set(report["seconds"]) <= set(COMMANDS)
+    first = capfd.readouterr()
+    assert "[7/7] hotcold bench" in first.err
+    assert "| sparse, hotcold predicted |" in first.out
+
+    assert main(arguments) == 0  # all is there: nothing runs again
+    again = capfd.readouterr()
+    assert again.err.count("done before") == 7
+    assert json.loads((tmp_path / "demo" / "report.json").read_text()) == report
 
 
 def test_machine_description_is_of_plain_values():
