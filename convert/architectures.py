@@ -51,7 +51,6 @@ class ModelSpec:
 
     `activation_thresholds` holds one t per layer: a gate fires iff it is positive and reaches t
     (0 for a plain ReLU).
-    `rope_scale` is the linear position scale (1 for none).
     """
 
     model_type: str
@@ -65,7 +64,6 @@ class ModelSpec:
     n_vocab: int
     rms_eps: float
     rope_theta: float
-    rope_scale: float
     tied: bool
     activation: str
     activation_thresholds: tuple[float, ...]
@@ -79,7 +77,6 @@ class ModelSpec:
             read.count(key) for key in ("num_hidden_layers", "hidden_size", "num_attention_heads")
         )
         activation, thresholds = read.activation(n_layers)
-        rope_theta, rope_scale = read.rope()
         n_ctx = read.count("max_position_embeddings")
         read.refuse_window(n_ctx)
         return cls(
@@ -93,8 +90,7 @@ class ModelSpec:
             n_ctx=n_ctx,
             n_vocab=read.count("vocab_size"),
             rms_eps=read.number("rms_norm_eps"),
-            rope_theta=rope_theta,
-            rope_scale=rope_scale,
+            rope_theta=read.rope_theta(),
             tied=bool(config.get("tie_word_embeddings", False)),
             activation=activation,
             activation_thresholds=thresholds,
@@ -163,20 +159,20 @@ class _Fields:
             )
         return tuple(map(float, values))
 
-    def rope(self) -> tuple[float, float]:
-        """Base and linear scale. transformers 5 keeps them in `rope_parameters`, older ones in two places."""
+    def rope_theta(self) -> float:
+        """The base. transformers 5 keeps it in `rope_parameters`, older ones beside `rope_scaling`."""
         rope = self.config.get("rope_parameters") or self.config.get("rope_scaling") or {}
         if not isinstance(rope, dict):
             raise FormatError(
                 "bad value", where=self.where, field="rope_parameters", got=rope, expected="object"
             )
+        both = _Fields({**self.config, **rope}, self.where)
         kind = rope.get("rope_type", rope.get("type", "default"))
-        if kind not in ("default", "linear"):
+        if kind != "default" or both.number("partial_rotary_factor", 1.0) != 1.0:
             raise UnsupportedError(
-                "unknown rope scaling", where=self.where, got=kind, expected="default | linear"
+                "rope scaling or partial rope", where=self.where, got=rope, expected="none"
             )
-        inner = _Fields({**self.config, **rope}, self.where)
-        return inner.number("rope_theta", 10000.0), inner.number("factor", 1.0) if kind == "linear" else 1.0
+        return both.number("rope_theta", 10000.0)
 
     def refuse_window(self, n_ctx: int) -> None:
         window = self.config.get("sliding_window")
@@ -227,9 +223,6 @@ def hyper_parameters(spec: ModelSpec, architecture: str) -> dict[str, Any]:
     metadata: dict[str, Any] = {f"{architecture}.{key}": np.uint32(value) for key, value in numbers.items()}
     metadata[f"{architecture}.attention.layer_norm_rms_epsilon"] = np.float32(spec.rms_eps)
     metadata[f"{architecture}.rope.freq_base"] = np.float32(spec.rope_theta)
-    if spec.rope_scale != 1.0:
-        metadata[f"{architecture}.rope.scaling.type"] = "linear"
-        metadata[f"{architecture}.rope.scaling.factor"] = np.float32(spec.rope_scale)
     return metadata
 
 

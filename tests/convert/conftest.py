@@ -35,18 +35,19 @@ def _tokenizer():
     return tokenizer
 
 
-def _model(activation: str, *, tied: bool, seed: int):
+def _model(activation: str, *, seed: int = 0, **config: object):
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=N_VOCAB, hidden_size=D_MODEL, intermediate_size=D_FF, num_hidden_layers=N_LAYERS,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128, hidden_act=activation,
-        tie_word_embeddings=tied, bos_token_id=0, eos_token_id=2, initializer_range=0.2, rms_norm_eps=1e-5,
-        rope_parameters={"rope_type": "default", "rope_theta": 5000.0},
-    )  # fmt: skip
-    model = LlamaForCausalLM(config)
+    values = {
+        "model_type": "llama", "vocab_size": N_VOCAB, "hidden_size": D_MODEL, "intermediate_size": D_FF,
+        "num_hidden_layers": N_LAYERS, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
+        "max_position_embeddings": 128, "hidden_act": activation, "tie_word_embeddings": True,
+        "bos_token_id": 0, "eos_token_id": 2, "initializer_range": 0.2, "rms_norm_eps": 1e-5,
+        "sliding_window": None, "rope_parameters": {"rope_type": "default", "rope_theta": 5000.0},
+    }  # fmt: skip
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**values | config))
     for name, weight in model.named_parameters():
         if "norm" in name:
             torch.nn.init.uniform_(weight, 0.5, 1.5)
@@ -55,14 +56,14 @@ def _model(activation: str, *, tied: bool, seed: int):
 
 @pytest.fixture(scope="session")
 def make_model(tmp_path_factory):
-    """make_model("relu", tied=True) -> the HF directory of a tiny Llama, made once per set of arguments."""
+    """make_model("relu", head_dim=32) -> the HF directory of a tiny Llama, made once per set of arguments."""
     made: dict[tuple, Path] = {}
 
-    def make(activation: str = "relu", *, tied: bool = True, seed: int = 0) -> Path:
-        key = (activation, tied, seed)
+    def make(activation: str = "relu", **config: object) -> Path:
+        key = (activation, *sorted(config.items()))
         if key not in made:
             folder = tmp_path_factory.mktemp("model")
-            _model(activation, tied=tied, seed=seed).save_pretrained(folder)
+            _model(activation, **config).save_pretrained(folder)
             (folder / "tokenizer.json").write_text(_tokenizer().to_str())
             settings = {"eos_token": "<|im_end|>", "chat_template": "{{ messages[0].content }}"}
             (folder / "tokenizer_config.json").write_text(json.dumps(settings))

@@ -19,7 +19,7 @@ LLAMA = {
 
 def test_defaults():
     spec = ModelSpec.from_config(LLAMA)
-    assert (spec.n_kv_heads, spec.head_dim, spec.tied, spec.rope_scale) == (4, 16, False, 1.0)
+    assert (spec.n_kv_heads, spec.head_dim, spec.tied) == (4, 16, False)
     assert (spec.activation, spec.activation_thresholds, spec.rope_theta) == ("relu", (0.0, 0.0), 5000.0)
 
 
@@ -41,19 +41,17 @@ def test_activations_and_their_spellings(changes, activation, thresholds):
 
 
 @pytest.mark.parametrize(
-    "rope, theta, scale",
+    "rope, theta",
     [
-        ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e5}}, 1e5, 1.0),
-        ({"rope_scaling": {"type": "linear", "factor": 4.0}}, 5000.0, 4.0),
-        ({"rope_scaling": None}, 5000.0, 1.0),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e5}}, 1e5),
+        ({"rope_scaling": {"rope_type": "default"}}, 5000.0),
+        ({"rope_scaling": None}, 5000.0),
+        ({"rope_theta": None}, 10000.0),
     ],
 )
-def test_rope_in_old_and_new_places(rope, theta, scale):
+def test_rope_in_old_and_new_places(rope, theta):
     spec = ModelSpec.from_config(LLAMA | rope)
-    assert (spec.rope_theta, spec.rope_scale) == (theta, scale)
-    metadata = hyper_parameters(spec, "llama")
-    assert metadata["llama.rope.freq_base"] == np.float32(theta)
-    assert metadata.get("llama.rope.scaling.factor", 1.0) == scale
+    assert hyper_parameters(spec, "llama")["llama.rope.freq_base"] == np.float32(spec.rope_theta) == theta
 
 
 @pytest.mark.parametrize(
@@ -68,7 +66,9 @@ def test_rope_in_old_and_new_places(rope, theta, scale):
         ({"hidden_act": "gelu"}, UnsupportedError, r"got gelu, expected relu \| fatrelu \| drelu \| silu"),
         ({"hidden_act": "fatrelu", "activation_thresholds": [0.1]}, FormatError, r"2 of them"),
         ({"hidden_act": "fatrelu", "hidden_act_param": -1}, FormatError, r"bad thresholds"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 2}}, UnsupportedError, r"rope scaling \(got yarn"),
+        ({"rope_scaling": {"rope_type": "yarn"}}, UnsupportedError, "rope scaling or partial rope"),
+        ({"rope_scaling": {"type": "linear", "factor": 2}}, UnsupportedError, "rope scaling or partial rope"),
+        ({"partial_rotary_factor": 0.5}, UnsupportedError, "rope scaling or partial rope"),
         ({"rope_parameters": [1]}, FormatError, r"rope_parameters: bad value"),
         ({"sliding_window": 128}, UnsupportedError, r"sliding-window attention \(got 128"),
     ],

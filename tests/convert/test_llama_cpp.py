@@ -20,8 +20,8 @@ llama_cpp = pytest.importorskip("llama_cpp")
 
 @pytest.fixture(scope="module")
 def dense_file(make_model, tmp_path_factory):
-    def export(activation: str, quant: str = "f16", *, tied: bool = True):
-        model = make_model(activation, tied=tied)
+    def export(activation: str, quant: str = "f16", **kind: object):
+        model = make_model(activation, **kind)
         out = tmp_path_factory.mktemp("bundle")
         export_bundle(
             HFCheckpoint(model), out, name="m", fingerprint=fingerprint(str(model)), folder=model,
@@ -56,10 +56,17 @@ IDS = np.random.default_rng(3).integers(3, 390, 32).tolist()
 @pytest.mark.parametrize("activation, tied", [("relu", True), ("relu", False), ("silu", True)])
 @pytest.mark.parametrize("quant", ["f16", "f32"])
 def test_logits_equal_those_of_transformers(dense_file, activation, tied, quant):
-    model, path = dense_file(activation, quant, tied=tied)
+    model, path = dense_file(activation, quant, tie_word_embeddings=tied)
     assert GGUFFile(path).metadata["general.architecture"] == (
         "llama" if activation == "silu" else "smallthinker"
     )
+    assert difference(llama_logits(path, IDS), torch_logits(model, IDS)) < 0.01
+
+
+@pytest.mark.parametrize("activation", ["relu", "silu"])
+@pytest.mark.parametrize("config", [{"head_dim": 32}, {"model_type": "mistral"}])
+def test_other_heads_and_another_model_type(dense_file, activation, config):
+    model, path = dense_file(activation, "f32", **config)
     assert difference(llama_logits(path, IDS), torch_logits(model, IDS)) < 0.01
 
 

@@ -107,7 +107,7 @@ def test_a_gpu_index_has_the_type_ids_of_its_time(tmp_path):
 @pytest.fixture(scope="module")
 def exported(make_model, make_predictors, tmp_path_factory):
     def export(quant: str, *, tied: bool = True, hot: float = 0.5):
-        model = make_model("relu", tied=tied)
+        model = make_model("relu", tie_word_embeddings=tied)
         predictors = Predictors(make_predictors(model))
         out = tmp_path_factory.mktemp("bundle")
         export_bundle(
