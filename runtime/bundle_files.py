@@ -1,51 +1,27 @@
-"""Find the files of a bundle by their role in its manifest.json."""
+"""Find the files of a bundle by their role in its manifest."""
 
 from __future__ import annotations
 
-import json
-from pathlib import Path, PurePosixPath
-from typing import Any
+from pathlib import Path
 
-from hotcold.errors import FormatError, InputError
+from hotcold.convert.manifest import MANIFEST, Manifest
+from hotcold.errors import InputError
 
-__all__ = ["file_of_role", "read_manifest"]
-
-FORMAT, VERSION = "hotcold-bundle", 1
+__all__ = ["file_of_role"]
 
 
-def read_manifest(bundle: str | Path) -> dict[str, Any]:
-    """The manifest of a bundle folder, its format, version and file list checked.
+def file_of_role(bundle: str | Path, *roles: str) -> Path:
+    """The file that has the first of these roles that the bundle has at all.
 
-    Raises InputError where there is no bundle, FormatError where the manifest is not one.
+    Raises InputError where there is no bundle or no such file, FormatError where its manifest is broken.
     """
-    path = Path(bundle) / "manifest.json"
-    try:
-        manifest = json.loads(path.read_bytes())
-    except (FileNotFoundError, NotADirectoryError):
+    if not (Path(bundle) / MANIFEST).is_file():
         fix = "`hotcold export` writes one"
-        raise InputError("not a bundle: no manifest.json", where=bundle, fix=fix) from None
-    except ValueError as error:
-        raise FormatError(f"not JSON: {error}", where=path) from error
-    kind = manifest.get("format") if isinstance(manifest, dict) else type(manifest).__name__
-    if kind != FORMAT:
-        raise FormatError("not a bundle's manifest", where=path, field="format", got=kind, expected=FORMAT)
-    if manifest.get("version") != VERSION:
-        got, fix = manifest.get("version"), "export the bundle again with this hotcold"
-        raise FormatError("unknown version", where=path, field="version", got=got, expected=VERSION, fix=fix)
-    files = manifest.get("files")
-    if not isinstance(files, dict) or not all(isinstance(entry, dict) for entry in files.values()):
-        raise FormatError("no list of files", where=path, field="files", expected='{name: {"role": …}, …}')
-    for name in files:
-        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
-            raise FormatError("a file outside of the bundle", where=path, field="files", got=name)
-    return manifest
-
-
-def file_of_role(bundle: str | Path, role: str) -> Path:
-    """The first file with this role; InputError if the bundle has none or it is missing."""
-    names = [name for name, entry in read_manifest(bundle)["files"].items() if entry.get("role") == role]
+        raise InputError(f"not a bundle: no {MANIFEST}", where=bundle, fix=fix)
+    manifest = Manifest.read(bundle)
+    names = [name for role in roles for name in manifest.of_role(role)]
     if not names:
-        raise InputError(f"the bundle has no {role} file", where=bundle)
+        raise InputError(f"the bundle has no {' or '.join(roles)} file", where=bundle)
     path = Path(bundle) / names[0]
     if not path.is_file():
         raise InputError(

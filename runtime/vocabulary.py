@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 
 from hotcold.convert.gguf_read import GGUFFile
 from hotcold.errors import FormatError, InputError, UnsupportedError
-from hotcold.runtime.bundle_files import file_of_role, read_manifest
+from hotcold.runtime.bundle_files import file_of_role
 
 __all__ = ["TextStream", "Vocabulary"]
 
@@ -46,8 +46,7 @@ class Vocabulary:
         Raises InputError or FormatError where one of them is missing or broken.
         """
         path = Path(bundle) / "tokenizer.json"
-        roles = {entry.get("role") for entry in read_manifest(bundle)["files"].values()}
-        metadata = GGUFFile(file_of_role(bundle, "dense" if "dense" in roles else "sparse")).metadata
+        metadata = GGUFFile(file_of_role(bundle, "dense", "sparse")).metadata
         if not path.is_file():
             raise InputError("the bundle has no tokenizer", where=path, fix="export the bundle again")
         try:

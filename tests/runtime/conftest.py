@@ -17,6 +17,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from hotcold.convert.manifest import MANIFEST, BundleFile, Manifest
+
 TEXT = "The quick brown fox jumps over the lazy dog. Größe, naïve café, 東京 and 🦊🐶! 0123456789\n"
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
@@ -217,21 +219,36 @@ class TinyBundle:
     predictors: list[tuple[np.ndarray, np.ndarray]]
 
 
+def write_manifest(path: Path, recipe: Recipe, roles: dict[str, str]) -> None:
+    """The bundle's manifest.json, which says what each file is for."""
+    quant = recipe.quant.lower()
+    manifest = Manifest(
+        name="tiny",
+        quant=quant,
+        head_quant=quant,
+        predictor_quant=quant,
+        hot_frequency=0.5,
+        activation=recipe.activation,
+        model_fingerprint="0" * 64,
+        llama_cpp_exact=recipe.activation in ("relu", "silu"),
+        files={name: BundleFile.of(path / name, role) for name, role in roles.items()},
+    )
+    (path / MANIFEST).write_text(json.dumps(manifest.to_json()))
+
+
 def write_bundle(path: Path, recipe: Recipe) -> TinyBundle:
-    """A bundle folder as docs/architecture.md describes it, without checksums."""
+    """A bundle folder as docs/architecture.md describes it."""
     path.mkdir()
     tokenizer = tiny_tokenizer()
     model = tiny_model(recipe, tokenizer.get_vocab_size())
-    files = {"tiny.gguf": "dense", "tokenizer.json": "tokenizer"}
+    roles = {"tiny.gguf": "dense", "tokenizer.json": "tokenizer"}
     write_dense(path / "tiny.gguf", model, tokenizer, recipe)
     predictors = []
     if recipe.activation != "silu":
-        files["tiny.powerinfer.gguf"] = "sparse"
+        roles["tiny.powerinfer.gguf"] = "sparse"
         predictors = write_sparse(path / "tiny.powerinfer.gguf", model, tokenizer, recipe)
     tokenizer.save(str(path / "tokenizer.json"))
-    manifest = {"format": "hotcold-bundle", "version": 1, "name": "tiny", "quant": recipe.quant.lower()}
-    manifest["files"] = {name: {"role": role} for name, role in files.items()}
-    (path / "manifest.json").write_text(json.dumps(manifest))
+    write_manifest(path, recipe, roles)
     return TinyBundle(path, recipe, model, tokenizer, predictors)
 
 

@@ -1,57 +1,42 @@
-"""A manifest that is missing, broken or hostile is refused by name."""
+"""Finding a bundle's files. What a manifest may not hold is tested with `hotcold.convert.manifest`."""
 
 from __future__ import annotations
 
-import json
+import shutil
 
 import pytest
 
 from hotcold.errors import FormatError, InputError
-from hotcold.runtime.bundle_files import file_of_role, read_manifest
-
-GOOD = {"format": "hotcold-bundle", "version": 1, "files": {"a.gguf": {"role": "dense"}}}
+from hotcold.runtime.bundle_files import file_of_role
 
 
-def test_good(tmp_path):
-    (tmp_path / "manifest.json").write_text(json.dumps(GOOD))
-    (tmp_path / "a.gguf").touch()
-    assert read_manifest(tmp_path) == GOOD
-    assert file_of_role(tmp_path, "dense") == tmp_path / "a.gguf"
-
-
-@pytest.mark.parametrize(
-    "content,field,message",
-    [
-        ("{", None, "not JSON"),
-        (b"\xff\xfe\xfd", None, "not JSON"),
-        ("[]", "format", "got list, expected hotcold-bundle"),
-        ("{}", "format", "not a bundle's manifest"),
-        (GOOD | {"version": 2}, "version", "unknown version (got 2, expected 1); export the bundle again"),
-        (GOOD | {"files": ["a.gguf"]}, "files", "no list of files"),
-        (GOOD | {"files": {"a.gguf": "dense"}}, "files", "no list of files"),
-        (
-            GOOD | {"files": {"../a.gguf": {"role": "dense"}}},
-            "files",
-            "outside of the bundle (got ../a.gguf)",
-        ),
-        (GOOD | {"files": {"/etc/a": {"role": "dense"}}}, "files", "outside of the bundle (got /etc/a)"),
-    ],
-)
-def test_broken(tmp_path, content, field, message):
-    content = json.dumps(content) if isinstance(content, dict) else content
-    content = content.encode() if isinstance(content, str) else content
-    (tmp_path / "manifest.json").write_bytes(content)
-    with pytest.raises(FormatError) as error:
-        read_manifest(tmp_path)
-    assert error.value.field == field and message in str(error.value)
-
-
-def test_missing(tmp_path):
-    for path in (tmp_path, tmp_path / "nowhere"):
-        with pytest.raises(InputError, match=r"not a bundle: no manifest\.json; `hotcold export` writes one"):
-            read_manifest(path)
-    (tmp_path / "manifest.json").write_text(json.dumps(GOOD))
-    with pytest.raises(InputError, match="the manifest names a file that is missing"):
-        file_of_role(tmp_path, "dense")
+def test_the_first_role_that_is_there(bundle, make_bundle):
+    assert file_of_role(bundle.path, "sparse") == bundle.path / "tiny.powerinfer.gguf"
+    assert file_of_role(bundle.path, "dense", "sparse") == bundle.path / "tiny.gguf"
+    silu = make_bundle(activation="silu")
+    assert file_of_role(silu.path, "sparse", "dense") == silu.path / "tiny.gguf"
     with pytest.raises(InputError, match="the bundle has no sparse file"):
-        file_of_role(tmp_path, "sparse")
+        file_of_role(silu.path, "sparse")
+    with pytest.raises(InputError, match="the bundle has no sparse or predictor file"):
+        file_of_role(silu.path, "sparse", "predictor")
+
+
+@pytest.mark.parametrize("place", [".", "nowhere"])
+def test_no_bundle(tmp_path, place):
+    with pytest.raises(InputError, match=r"not a bundle: no manifest\.json; `hotcold export` writes one"):
+        file_of_role(tmp_path / place, "dense")
+
+
+def test_a_file_that_is_missing(bundle, tmp_path):
+    folder = shutil.copytree(bundle.path, tmp_path / "copy")
+    (folder / "tiny.gguf").unlink()
+    with pytest.raises(InputError, match=r"tiny\.gguf: the manifest names a file that is missing"):
+        file_of_role(folder, "dense")
+
+
+def test_a_broken_manifest(bundle, tmp_path):
+    folder = shutil.copytree(bundle.path, tmp_path / "copy")
+    path = folder / "manifest.json"
+    path.write_text(path.read_text().replace("tiny.gguf", "../tiny.gguf"))
+    with pytest.raises(FormatError, match=r"manifest\.json, (sha256|files)"):
+        file_of_role(folder, "dense")

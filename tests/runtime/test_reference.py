@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import shutil
 import struct
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
+from hotcold.convert.manifest import MANIFEST, BundleFile, Manifest
 from hotcold.errors import FormatError, InputError, UnsupportedError
 from hotcold.runtime.reference import ReferenceEngine
 
@@ -169,9 +171,12 @@ def test_refused_bundles(bundle, make_bundle, tmp_path):
 def broken_copy(bundle, folder, **changes):
     """A copy of the bundle whose manifest points to the wrong file, or whose file lacks something."""
     shutil.copytree(bundle.path, folder)
-    manifest = json.loads((folder / "manifest.json").read_text())
-    manifest["files"] |= {name: {"role": role} for name, role in changes.items()}
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    manifest = Manifest.read(folder)
+    files = {
+        name: BundleFile.of(folder / name, changes.get(name, old.role))
+        for name, old in manifest.files.items()
+    }
+    (folder / MANIFEST).write_text(json.dumps(replace(manifest, files=files).to_json()))
     return folder
 
 
