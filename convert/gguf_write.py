@@ -92,9 +92,11 @@ def write_gguf(
     total = sum(plan.n_bytes for plan in plans)
     with storage.atomic_file(path) as file, Progress(Path(path).name, total >> 20, "MB") as progress:
         _write_padded(file, b"".join(header))
+        written = 0
         for plan in plans:
             _write_padded(file, _checked_bytes(plan))
-            progress.advance((file.tell() >> 20) - progress.done)
+            written += plan.n_bytes
+            progress.advance((written >> 20) - progress.done)
 
 
 def _tensor_infos(plans: Sequence[TensorPlan]) -> list[bytes]:

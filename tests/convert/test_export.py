@@ -17,6 +17,7 @@ from hotcold.convert.gguf_read import GGUFFile
 from hotcold.convert.hf_checkpoint import HFCheckpoint
 from hotcold.convert.predictors import Predictors
 from hotcold.convert.quantize import QUANTS, dequantize
+from hotcold.convert.verify import verify_bundle
 from hotcold.errors import FormatError, InputError, MismatchError, ShapeError, StorageError, UnsupportedError
 
 
@@ -245,6 +246,52 @@ def test_a_full_disk_leaves_nothing(model, make_predictors, tmp_path, monkeypatc
     with pytest.raises(StorageError, match="No space left on device; free some space"):
         export(model, tmp_path / "b", predictors)
     assert list(tmp_path.iterdir()) == []
+
+
+class Failing(storage.FileSystem):
+    """Counts operations; the one numbered `fail_at` fails."""
+
+    def __init__(self, fail_at: int = -1) -> None:
+        self.fail_at, self.count = fail_at, 0
+
+    def step(self) -> None:
+        self.count += 1
+        if self.count == self.fail_at:
+            raise OSError(5, "Input/output error")
+
+    def open(self, path, mode):
+        self.step()
+        return super().open(path, mode)
+
+    def write(self, file, data):
+        self.step()
+        super().write(file, data)
+
+    def fsync(self, file):
+        self.step()
+        super().fsync(file)
+
+    def replace(self, source, target):
+        self.step()
+        super().replace(source, target)
+
+
+def test_whichever_operation_fails_the_old_bundle_is_there(model, make_predictors, tmp_path, monkeypatch):
+    predictors, out = make_predictors(model), tmp_path / "b"
+    old = export(model, out, options=ExportOptions("f16"))
+    counting = Failing()
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "fs", counting)
+        export(model, tmp_path / "other", predictors)
+    shutil.rmtree(tmp_path / "other")
+    for fail_at in [*range(1, counting.count, 11), counting.count - 1]:
+        with monkeypatch.context() as patch:
+            patch.setattr(storage, "fs", Failing(fail_at))
+            with pytest.raises(StorageError, match="Input/output error"):
+                export(model, out, predictors)
+        assert list(tmp_path.iterdir()) == [out]
+        assert json.loads((out / "manifest.json").read_text()) == old
+        assert verify_bundle(out) == []
 
 
 @pytest.mark.parametrize("name", ["", "a/b", ".."])
