@@ -120,6 +120,8 @@ class GGUFFile:
 
 
 def _map(path: Path) -> mmap.mmap | bytes:
+    if path.exists() and not path.is_file():  # opening a pipe would wait for ever
+        raise InputError("not a regular file", where=path)
     try:
         with path.open("rb") as file:
             if file.seek(0, 2) == 0:

@@ -7,6 +7,7 @@ struct, not with our writer.
 
 from __future__ import annotations
 
+import os
 import struct
 import tracemalloc
 
@@ -303,11 +304,13 @@ def test_values_have_python_types(tmp_path):
     assert all(type(metadata[f"k{kind}"]) is wanted for kind, wanted in kinds.items())
 
 
-def test_a_missing_file_and_a_folder_are_input_errors(tmp_path):
+def test_a_missing_file_a_folder_and_a_pipe_are_input_errors(tmp_path):
     with pytest.raises(InputError, match="No such file"):
         GGUFFile(tmp_path / "none.gguf")
-    with pytest.raises(InputError, match="directory"):
-        GGUFFile(tmp_path)
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path, tmp_path / "pipe"):
+        with pytest.raises(InputError, match="not a regular file"):
+            GGUFFile(path)
 
 
 def test_require_says_what_is_missing_or_of_another_type(tmp_path):
