@@ -12,7 +12,8 @@ from hotcold.progress import log
 if TYPE_CHECKING:
     from hotcold.runtime.engine import Engine
     from hotcold.runtime.generate import Generation
-    from hotcold.runtime.sampling import SamplingParams
+    from hotcold.runtime.sampling import Sampler, SamplingParams
+    from hotcold.runtime.stats import Stats
     from hotcold.runtime.vocabulary import Vocabulary
 
 __all__ = ["EXAMPLE", "HELP", "add_arguments", "run"]
@@ -81,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
     if not (args.chat or args.no_display_prompt):
         _print(text)
     interrupted = _stream(generation, vocabulary)
-    _report(generation, engine, sampler.seed)
+    _report(generation, engine, sampler)
     return _INTERRUPTED if interrupted else 0
 
 
@@ -146,19 +147,24 @@ def _stream(generation: Generation, vocabulary: Vocabulary) -> bool:
     return interrupted
 
 
-def _report(generation: Generation, engine: Engine, seed: int) -> None:
+def _report(generation: Generation, engine: Engine, sampler: Sampler) -> None:
     if generation.stopped_by == "context":
         log(f"stopped: the context of {engine.n_ctx} tokens is full; -c raises it")
     prompt = f"{generation.n_prompt} tokens{_rate(generation.n_prompt, generation.prompt_seconds)}"
     generated = f"{generation.n_generated} tokens{_rate(generation.n_decoded, generation.decode_seconds)}"
+    seed = f", seed {sampler.seed}" if sampler.params.temp > 0 else ""
     log(f"prompt:     {prompt}")
-    log(f"generation: {generated}, seed {seed}")
-    stats = engine.stats()
-    if stats.tokens:
-        fired, predicted = 1 - stats.sparsity, 1 - stats.predicted_sparsity
-        how = f"{engine.mode}, {engine.n_threads} threads"
-        log(f"neurons:    {fired:.1%} fired, {predicted:.1%} predicted ({how})")
+    log(f"generation: {generated}{seed}")
+    log(f"neurons:    {_neurons(engine.stats(), engine.mode)} ({engine.mode} mode, -t {engine.n_threads})")
 
 
 def _rate(n_tokens: int, seconds: float) -> str:
     return f", {n_tokens / seconds:.1f} tokens/s" if seconds > 0 else ""
+
+
+def _neurons(stats: Stats, mode: str) -> str:
+    """What was really computed, over prompt and generation, of all layers' neurons."""
+    if mode == "dense" or not stats.tokens:
+        return "all computed"
+    fired = f"{1 - stats.sparsity:.1%} fired"
+    return f"{fired}, {1 - stats.predicted_sparsity:.1%} predicted" if mode == "predicted" else fired

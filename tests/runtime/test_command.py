@@ -8,19 +8,11 @@ import pytest
 
 from hotcold import cli
 from hotcold.runtime import command
-from hotcold.runtime.reference import ReferenceEngine
+from hotcold.runtime.engine import Engine
 
 
-@pytest.fixture(autouse=True)
-def reference_engine(monkeypatch):
-    def load(args):
-        return ReferenceEngine.load(args.bundle, args.mode, n_ctx=args.ctx_size)
-
-    monkeypatch.setattr(command, "_load_engine", load)
-
-
-def hotcold_run(bundle, *arguments):
-    return cli.main(["run", "--bundle", str(bundle.path), *arguments])
+def hotcold_run(bundle, *arguments, mode="predicted"):
+    return cli.main(["run", "--bundle", str(bundle.path), "-t", "1", "--mode", mode, *arguments])
 
 
 def test_text_to_stdout_and_figures_to_stderr(bundle, capsys):
@@ -29,8 +21,8 @@ def test_text_to_stdout_and_figures_to_stderr(bundle, capsys):
     assert out.startswith("The quick") and out.endswith("\n") and len(out) > len("The quick\n")
     lines = err.splitlines()
     assert re.fullmatch(r"prompt:     \d+ tokens, [\d.]+ tokens/s", lines[0])
-    assert re.fullmatch(r"generation: 8 tokens, [\d.]+ tokens/s, seed \d+", lines[1])
-    assert re.fullmatch(r"neurons:    [\d.]+% fired, [\d.]+% predicted \(predicted, \d+ threads\)", lines[2])
+    assert re.fullmatch(r"generation: 8 tokens, [\d.]+ tokens/s", lines[1])
+    assert re.fullmatch(r"neurons:    [\d.]+% fired, [\d.]+% predicted \(predicted mode, -t 1\)", lines[2])
     assert len(lines) == 3
 
 
@@ -52,10 +44,21 @@ def test_same_seed_same_text(bundle, capsys):
     assert texts[0] == texts[1] != texts[2]
 
 
-@pytest.mark.parametrize("mode", ["exact", "dense", "predicted"])
-def test_modes(bundle, capsys, mode):
-    assert hotcold_run(bundle, "-p", "fox", "-n", "3", "--mode", mode) == 0
-    assert f"({mode}, " in capsys.readouterr().err
+@pytest.mark.parametrize(
+    "mode,neurons", [("exact", r"[\d.]+% fired"), ("dense", "all computed"), ("predicted", ".* predicted")]
+)
+def test_modes(bundle, capsys, mode, neurons):
+    assert hotcold_run(bundle, "-p", "fox", "-n", "3", mode=mode) == 0
+    assert re.search(rf"^neurons:    {neurons} \({mode} mode, -t 1\)$", capsys.readouterr().err, re.MULTILINE)
+
+
+def test_auto_mode_is_measured_once(bundle, capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for told in (True, False):
+        assert hotcold_run(bundle, "-p", "fox", "-n", "3", mode="auto") == 0
+        err = capsys.readouterr().err
+        assert ("auto mode: " in err) == told
+        assert "(exact mode, " in err or "(predicted mode, " in err
 
 
 def test_prompt_from_a_file_without_its_last_newline(bundle, capsys, tmp_path):
@@ -82,9 +85,9 @@ def test_a_full_context_is_said_in_one_line(bundle, capsys):
 def test_stops_at_the_end_of_text(make_bundle, capsys, monkeypatch):
     """The token that greedy decoding gives third becomes <|im_end|>: the text must stop before it."""
     bundle = make_bundle(seed=3)
-    hotcold_run(bundle, "-p", "fox", "-n", "3", "--temp", "0", "--ignore-eos", "--mode", "exact")
+    hotcold_run(bundle, "-p", "fox", "-n", "3", "--temp", "0", "--ignore-eos", mode="exact")
     whole = capsys.readouterr()
-    engine = ReferenceEngine.load(bundle.path, "exact")
+    engine = Engine.load(bundle.path, "exact", n_threads=1)
     ids = bundle.tokenizer.encode("fox").ids
     logits = engine.prefill(ids)
     for _ in range(2):
@@ -94,13 +97,13 @@ def test_stops_at_the_end_of_text(make_bundle, capsys, monkeypatch):
     loaded = Vocabulary.load(bundle.path)
     stops_early = Vocabulary(loaded.tokenizer, frozenset({int(logits.argmax())}), "", "", None)
     monkeypatch.setattr(Vocabulary, "load", lambda _: stops_early)
-    assert hotcold_run(bundle, "-p", "fox", "--temp", "0", "--mode", "exact") == 0
+    assert hotcold_run(bundle, "-p", "fox", "--temp", "0", mode="exact") == 0
     stopped = capsys.readouterr()
     assert whole.out.startswith(stopped.out.removesuffix("\n")) and "generation: 2 tokens" in stopped.err
 
 
 def test_ctrl_c_shows_the_figures_and_exits_with_130(bundle, capsys, monkeypatch):
-    decode, calls = ReferenceEngine.decode, []
+    decode, calls = Engine.decode, []
 
     def interrupted(self, token):
         calls.append(token)
@@ -108,7 +111,7 @@ def test_ctrl_c_shows_the_figures_and_exits_with_130(bundle, capsys, monkeypatch
             raise KeyboardInterrupt
         return decode(self, token)
 
-    monkeypatch.setattr(ReferenceEngine, "decode", interrupted)
+    monkeypatch.setattr(Engine, "decode", interrupted)
     assert hotcold_run(bundle, "-p", "fox", "--ignore-eos") == 130
     out, err = capsys.readouterr()
     assert out.startswith("fox") and out.endswith("\n")
