@@ -1,8 +1,8 @@
 """Phase two: the whole ReLU model learns the dense model's next-token distributions, ever more sparsely.
 
 loss = KL(dense ‖ sparse) + λ(step) · Σ over layers of ‖act(gate)·up‖₁, with λ on ProSparse's sine stages.
-FFNs and norms are trained, attention and embeddings stay. In the last part of the run weights are rounded as Q4_0
-rounds them, so that what is trained is what will be run.
+FFNs and norms are trained, attention and embeddings stay. In the last part of the run weights are rounded as
+Q4_0 rounds them, so that what is trained is what will be run.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Text written by the dense model itself, to distil on: it covers what the model knows, whatever is at hand.
 
 Each sequence begins with a random word of the vocabulary and is then sampled freely at temperature 1, so
-a batch spreads over all that the model was trained on. LLM-QAT (arXiv 2305.17888) found such data as good as the
-original corpus for distillation.
+a batch spreads over all that the model was trained on. LLM-QAT (arXiv 2305.17888) found such data as good as
+the original corpus for distillation.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from hotcold.progress import Progress
 
 __all__ = ["write_text"]
 
-_BATCH = 96
+_BATCH = 128
 _TOP_K = 256  # cuts the tail, in which a small model's sampling goes astray
 _MIN_LETTERS = 3
 

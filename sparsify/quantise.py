@@ -1,8 +1,8 @@
 """Training with the rounding of Q4_0 in the loop, so that the model is good after quantisation.
 
 Each weight is used as Q4_0 would store it (ggml's reference rounding), while gradients reach the float weight
-as if there were no rounding (straight-through estimator, Bengio et al. 2013). At the end the rounded values take
-the place of the float weights, and Q4_0 stores them without any further loss.
+as if there were no rounding (straight-through estimator, Bengio et al. 2013). At the end the rounded values
+take the place of the float weights, and Q4_0 stores them without any further loss.
 """
 
 from __future__ import annotations

@@ -21,20 +21,20 @@ class Recipe:
     """
 
     tokens: int = 240_000
-    layerwise_share: float = 0.1
+    layerwise_share: float = 0.14
     generated_share: float = 0.5
     generated_passes: int = 2
     heldout_tokens: int = 8_192
     sequence: int = 256
     batch: int = 4
     layerwise_lr: float = 1e-3
-    distill_lr: float = 1e-3
+    distill_lr: float = 1.5e-3
     warmup_steps: int = 10
-    l1_peak: float = 0.3
+    l1_peak: float = 0.2
     l1_start: float = 0.1
     l1_full: float = 0.6
     l1_reduction: Reduction = "mean"
-    quantise_from: float = 0.6
+    quantise_from: float = 0.65
     seed: int = 0
 
     def __post_init__(self) -> None:
