@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hotcold.convert import quantize as module
-from hotcold.convert.gguf_read import Tensor
+from hotcold.convert.gguf_read import Tensor, row_bytes
 from hotcold.convert.quantize import QUANTS, dequantize, quantize, row_type, type_of
 from hotcold.errors import UnsupportedError
 
@@ -34,22 +34,42 @@ def odd_rows() -> np.ndarray:
     return rows
 
 
+def ggml() -> ctypes.CDLL:
+    """llama-cpp-python's shared library; names are also looked up in the ggml that it links to."""
+    return pytest.importorskip("llama_cpp").llama_cpp._lib
+
+
+def ggml_bytes(rows: np.ndarray, kind: str, n_bytes: int) -> np.ndarray:
+    """What ggml's own quantiser makes of float32 rows."""
+    reference = ggml()["ggml_quantize_chunk"]
+    pointer, long = ctypes.c_void_p, ctypes.c_int64
+    reference.argtypes = [ctypes.c_int, pointer, pointer, long, long, long, pointer]
+    reference.restype = ctypes.c_size_t
+    out = np.zeros(n_bytes, np.uint8)
+    type_id = int(GGMLQuantizationType[kind])
+    assert reference(type_id, rows.ctypes.data, out.ctypes.data, 0, *rows.shape, None) == n_bytes
+    return out
+
+
 @pytest.mark.parametrize("kind", ["F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1"])
 def test_bytes_equal_the_ggml_reference(kind):
-    llama_cpp = pytest.importorskip("llama_cpp")
-    reference = llama_cpp.llama_cpp._lib.ggml_quantize_chunk
-    pointer, long = ctypes.c_void_p, ctypes.c_int64
-    reference.argtypes, reference.restype = (
-        [ctypes.c_int, pointer, pointer, long, long, long, pointer],
-        ctypes.c_size_t,
-    )
     rows = odd_rows()
     ours = quantize(rows, kind)
-    theirs = np.zeros_like(ours)
-    type_id = int(GGMLQuantizationType[kind])
-    written = reference(type_id, rows.ctypes.data, theirs.ctypes.data, 0, len(rows), rows.shape[1], None)
-    assert written == ours.nbytes
-    np.testing.assert_array_equal(ours, theirs)
+    np.testing.assert_array_equal(ours.reshape(-1), ggml_bytes(rows, kind, ours.nbytes))
+
+
+@pytest.mark.parametrize("kind", ["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"])
+def test_k_quants_of_ggml_are_read_as_ggml_reads_them(kind):
+    rows = np.random.default_rng(0).standard_normal((8, 512)).astype(np.float32)
+    data = ggml_bytes(rows, kind, 8 * row_bytes(kind, 512))
+    expected = np.zeros_like(rows)
+    reference = ggml()[f"dequantize_row_{kind[:2].lower()}_K"]
+    reference.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
+    reference.restype = None
+    reference(data.ctypes.data, expected.ctypes.data, rows.size)
+    np.testing.assert_allclose(
+        dequantize(Tensor("t", rows.shape, kind, data)), expected, rtol=1e-6, atol=1e-6
+    )
 
 
 # largest error of a value, as a share of the largest value in its block of 32
