@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
             options=options,
         )
     for name, file in manifest["files"].items():
-        print(f"{file['bytes'] / 1e6:10.1f} MB  {file['role']:<10}{args.out / name}")
+        print(f"{file['bytes']:15,} bytes  {file['role']:<10}{args.out / name}")
     return 0
 
 

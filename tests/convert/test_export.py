@@ -74,9 +74,10 @@ def test_the_command_writes_a_whole_bundle(model, make_predictors, tmp_path, cap
     for path, file in manifest["files"].items():
         assert file["sha256"] == storage.sha256_file(out / path)
         assert file["bytes"] == (out / path).stat().st_size
+    size = manifest["files"]["tiny.gguf"]["bytes"]
     stdout = capsys.readouterr().out.splitlines()
     assert len(stdout) == len(manifest["files"])
-    assert stdout[0].split()[1:] == ["MB", "dense", str(out / "tiny.gguf")]
+    assert stdout[0].split() == [f"{size:,}", "bytes", "dense", str(out / "tiny.gguf")]
 
 
 def test_the_same_input_gives_the_same_bytes(model, make_predictors, tmp_path):
