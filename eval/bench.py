@@ -114,7 +114,7 @@ def bench(
         )
         for name in (*peers, *ours)
     ]
-    return Report(rows, baseline["generation"], bandwidth)
+    return Report(rows, baseline["generation"], baseline["prompt"], bandwidth)
 
 
 def _warm_up(sides: Mapping[str, Side], text: Segment) -> None:

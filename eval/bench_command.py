@@ -57,10 +57,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_synthetic_arguments(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--layers", type=int, metavar="N", help="layers (default: all of the shape)")
-    group.add_argument("--sparsity", type=float, default=0.89, metavar="S", help="mean share of idle neurons")
-    group.add_argument("--quant", default="q4_0", metavar="Q", help="q4_0 (default), q8_0, f16 or bf16")
-    group.add_argument("--cache", metavar="DIR", help="keep the synthetic files here for the next time")
+    add = group.add_argument
+    add("--layers", type=int, metavar="N", help="layers (default: all of the shape)")
+    add("--sparsity", type=float, default=0.89, metavar="S", help="mean share of idle neurons (default 0.89)")
+    add("--quant", default="q4_0", metavar="Q", help="q4_0 (default), q8_0, f16 or bf16")
+    add("--predictor-quant", default="q8_0", metavar="Q", help="of the predictors (default q8_0)")
+    add("--predictor-rank", type=int, metavar="R", help="multiple of 64 (default: d_model / 16)")
+    add(
+        "--noise", type=float, default=0.36, metavar="X",
+        help="part of a gate that no predictor can know, to 1 that it can (default 0.36)",
+    )  # fmt: skip
+    add("--cache", metavar="DIR", help="keep the synthetic files here for the next time")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -74,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
     from hotcold.eval.report import as_json_object, render
 
     plan = Plan(args.repetitions, args.n_prompt, args.n_gen)
-    args.threads = args.threads or machine.cpu_count()
+    args.threads = machine.thread_count(args.threads)
     if args.quality_tokens is None:
         args.quality_tokens = _SYNTHETIC_QUALITY_TOKENS if args.synthetic else _QUALITY_TOKENS
     with tempfile.TemporaryDirectory(prefix="hotcold-bench-") as scratch:
@@ -120,7 +127,15 @@ def _synthetic(
     from hotcold.eval.synthetic import Synthetic, write_synthetic
     from hotcold.eval.windows import windows
 
-    synthetic = Synthetic(args.synthetic, args.sparsity, args.quant, args.layers)
+    synthetic = Synthetic(
+        shape=args.synthetic,
+        sparsity=args.sparsity,
+        quant=args.quant,
+        n_layers=args.layers,
+        predictor_quant=args.predictor_quant,
+        predictor_rank=args.predictor_rank,
+        noise=args.noise,
+    )
     n_vocab = synthetic.config["vocab_size"]
     ids = pseudo_text(n_vocab, args.quality_tokens + plan.n_tokens, seed=synthetic.seed + 2)
     cut = windows(ids[: args.quality_tokens], args.window)
@@ -129,16 +144,17 @@ def _synthetic(
 
 def _settings(args: argparse.Namespace, plan: Plan) -> dict[str, object]:
     """What the report says about how it was measured."""
+    from hotcold.convert.manifest import Manifest
+
     if args.synthetic:
-        layers = {"layers": args.layers} if args.layers else {}
-        model = {
-            "synthetic": args.synthetic,
-            **layers,
-            "planned_sparsity": args.sparsity,
-            "quant": args.quant,
-        }
+        names = ("synthetic", "layers", "sparsity", "quant", "predictor_quant", "predictor_rank", "noise")
+        figures = {name: getattr(args, name) for name in names}
+        model = {name: figure for name, figure in figures.items() if figure is not None}
+        model["planned_sparsity"] = model.pop("sparsity")  # the measured one has this name
     else:
         model = {"bundle": args.bundle, "text": args.text}
+        if not Manifest.read(args.bundle).llama_cpp_exact:
+            model["llama_cpp"] = "computes another function: it has no such activation"
     return {
         **model,
         "threads": args.threads,

@@ -30,6 +30,6 @@ def run(args: argparse.Namespace) -> int:
     from hotcold.eval.demo import demo, summary
 
     out = Path(args.out)
-    report = demo(out, model=args.model, quant=args.quant, n_threads=args.threads or machine.cpu_count())
+    report = demo(out, model=args.model, quant=args.quant, n_threads=machine.thread_count(args.threads))
     print(f"\n{summary(report)}\n\n{out / 'report.json'}", flush=True)
     return 0

@@ -8,8 +8,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from hotcold import __version__
+from hotcold.errors import InputError
 
-__all__ = ["cpu_count", "describe"]
+__all__ = ["cpu_count", "describe", "thread_count"]
 
 # of the many flags a CPU lists, those that decide which kernels run
 _ISA_FLAGS = ("avx2", "fma", "f16c", "avx_vnni", "avx512f", "avx512bw", "avx512_vnni", "avx512_bf16", "asimd")
@@ -19,6 +20,15 @@ _PACKAGES = ("torch", "transformers", "numpy", "gguf", "tokenizers", "llama-cpp-
 def cpu_count() -> int:
     """CPUs that this process may use, which in a container are often fewer than the machine has."""
     return len(os.sched_getaffinity(0))
+
+
+def thread_count(asked: int | None) -> int:
+    """As many threads as asked for, or one per CPU. InputError for fewer than one."""
+    if asked is None:
+        return cpu_count()
+    if asked < 1:
+        raise InputError("must be at least 1", where="--threads", got=asked)
+    return asked
 
 
 def describe() -> dict[str, object]:

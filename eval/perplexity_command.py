@@ -47,12 +47,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measure and print one perplexity per mode."""
-    from hotcold.eval import windows
+    from hotcold.eval import machine, windows
     from hotcold.eval.perplexity import perplexity
     from hotcold.eval.sides import LLAMA_CPP, MODES, checked_modes
     from hotcold.progress import Progress
 
     modes = checked_modes(args.mode, (*MODES, LLAMA_CPP))
+    args.threads = machine.thread_count(args.threads)
     tokenizer = windows.load_tokenizer(args.bundle)
     ids = windows.text_ids(args.text, tokenizer, args.tokens)
     cut = windows.windows(ids, args.window, tokenizer)
@@ -64,10 +65,9 @@ def run(args: argparse.Namespace) -> int:
 
 def _sides(args: argparse.Namespace, modes: list[str]) -> Iterator[tuple[str, Side]]:
     """One side after the other, so that only one is in memory."""
-    from hotcold.eval import machine
     from hotcold.eval.sides import open_gguf, open_side
 
-    size = {"n_threads": args.threads or machine.cpu_count(), "n_ctx": args.window}
+    size = {"n_threads": args.threads, "n_ctx": args.window}
     for mode in modes:
         yield mode, open_side(args.bundle, mode, **size)
     if args.gguf:

@@ -83,11 +83,8 @@ def as_json_object(report: Report) -> dict[str, object]:
     """
     rows = {row.side: _flat(row) for row in report.rows}
     flat: dict[str, object] = {}
-    for side, row in [*rows.items(), ("llama_cpp", rows[report.baseline])]:
+    for side, row in [*rows.items(), ("llama_cpp", _llama_cpp(report, rows))]:
         flat |= {f"{metric}_{_key(side)}": value for metric, value in row.items() if metric != "side"}
-    for peer in report.rows:
-        if peer.activity is None and peer.quality is not None:  # its fastest file may compute something else
-            flat |= {"ppl_llama_cpp": peer.quality.ppl, "ppl_stderr_llama_cpp": peer.quality.stderr}
     flat["sparsity"] = _first(rows, "sparsity", ("exact", "predicted", "auto"))
     flat["predicted_sparsity"] = _first(rows, "predicted_sparsity", ("predicted", "auto"))
     flat["recall"] = _first(rows, "recall", ("predicted", "auto"))
@@ -95,9 +92,21 @@ def as_json_object(report: Report) -> dict[str, object]:
         **flat,
         **report.settings,
         "baseline": report.baseline,
+        "baseline_prompt": report.baseline_prompt,
         "bandwidth_gb_s": report.bandwidth.median,
         "rows": list(rows.values()),
         "machine": dict(report.machine),
+    }
+
+
+def _llama_cpp(report: Report, rows: Mapping[str, dict[str, object]]) -> dict[str, object]:
+    """llama.cpp at its best: speeds of its fastest files, perplexity of the one that is like ours."""
+    prompt = rows[report.baseline_prompt]
+    judged = (rows[row.side] for row in report.rows if row.activity is None and row.quality is not None)
+    return {
+        **rows[report.baseline],
+        **{metric: prompt[metric] for metric in prompt if metric.startswith(("pp_tok_s", "ratio_pp"))},
+        **{metric: row[metric] for row in judged for metric in ("ppl", "ppl_stderr")},
     }
 
 
@@ -113,7 +122,8 @@ def markdown(report: Report) -> str:
     lines = [
         _table(_SPEED, report.rows),
         "",
-        f"t/s: median (smallest–largest) of the rounds; ratio to {report.baseline}: median of paired rounds.",
+        "t/s: median (smallest–largest) of the rounds. Ratios: medians of the rounds' own, of prompts to "
+        f"{report.baseline_prompt}, of generation to {report.baseline}.",
         "",
         _table(_BYTES, report.rows),
         "",
@@ -162,6 +172,7 @@ def _megabytes(part: str) -> Callable[[Row], str]:
 _SPEED: list[_Column] = [
     ("side", lambda row: row.side),
     ("prompt t/s", lambda row: _show_spread(row.prompt)),
+    ("ratio", lambda row: f"{row.ratio_prompt.median:.2f}x"),
     ("generate t/s", lambda row: _show_spread(row.generation)),
     ("ratio", lambda row: f"{row.ratio.median:.2f}x"),
     ("MB/token", lambda row: _number(row.roofline.bytes_per_token / 1e6, ".1f")),

@@ -40,7 +40,7 @@ class Activity:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One side. Speeds in tokens/s; ratios are to the fastest llama.cpp, from paired rounds."""
+    """One side. Speeds in tokens/s; ratios are to the fastest llama.cpp of each kind, from paired rounds."""
 
     side: str
     prompt: Spread
@@ -56,12 +56,13 @@ class Row:
 class Report:
     """All rows of one benchmark, with what they were measured on.
 
-    `baseline` names the row that ratios of generation are taken to. `settings` and `machine` are shown as
-    they are.
+    `baseline` and `baseline_prompt` name the rows that the ratios of generation and of prompts are taken to;
+    `bandwidth` is the machine's read bandwidth in GB/s. `settings` and `machine` are shown as they are.
     """
 
     rows: Sequence[Row]
     baseline: str
+    baseline_prompt: str
     bandwidth: Spread
     settings: Mapping[str, object] = field(default_factory=dict)
     machine: Mapping[str, object] = field(default_factory=dict)

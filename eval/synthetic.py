@@ -15,9 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from hotcold import storage
-from hotcold.convert.export import MANIFEST, ExportOptions, export_bundle
+from hotcold import __version__, storage
+from hotcold.convert.export import ExportOptions, export_bundle
 from hotcold.convert.gguf_read import Tensor
+from hotcold.convert.manifest import MANIFEST
 from hotcold.convert.predictors import Predictors
 from hotcold.convert.quantize import dequantize, quantize, type_of
 from hotcold.errors import InputError
@@ -61,10 +62,9 @@ SHAPES = {
 class Synthetic:
     """Which synthetic model. `n_layers` None means all; `predictor_rank` None a sixteenth of d_model.
 
-    In Q8_0, such a predictor is as many bytes as one of twice the rank in Q4_0.
-
-    `noise` is what no predictor can know of a gate, against 1 for what it can. Raises InputError for an
-    unknown shape or an impossible figure.
+    In Q8_0 such a predictor is as many bytes as one of twice the rank in Q4_0, and is hardly rounded: the great
+    mean of its input would multiply what Q4_0 rounds off. `noise` is what no predictor can know of a gate,
+    against 1 for what it can. Raises InputError for an unknown shape or an impossible figure.
     """
 
     shape: str
@@ -83,6 +83,11 @@ class Synthetic:
             raise InputError("--sparsity out of range", got=self.sparsity, expected="0.05 to 0.995")
         if self.n_layers is not None and self.n_layers < 1:
             raise InputError("--layers must be at least 1", got=self.n_layers)
+        rank = self.predictor_rank
+        if rank is not None and (rank < 64 or rank % 64):
+            raise InputError("--predictor-rank out of range", got=rank, expected="a multiple of 64")
+        if not 0 <= self.noise <= 10:
+            raise InputError("--noise out of range", got=self.noise, expected="0 to 10")
         type_of(self.quant), type_of(self.predictor_quant)
 
     @property
@@ -103,8 +108,9 @@ class Synthetic:
 
     @property
     def fingerprint(self) -> str:
-        """64 hex digits over all that the weights depend on."""
-        return hashlib.sha256(repr(sorted(asdict(self).items())).encode()).hexdigest()
+        """64 hex digits over all that the files depend on."""
+        made_by = {**asdict(self), "hotcold": __version__}
+        return hashlib.sha256(repr(sorted(made_by.items())).encode()).hexdigest()
 
 
 def write_synthetic(synthetic: Synthetic, folder: str | Path) -> Path:

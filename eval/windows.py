@@ -43,6 +43,8 @@ def text_ids(source: str, tokenizer: Tokenizer, n_tokens: int) -> np.ndarray:
     `stdlib` means its held-out part, which no predictor was trained on; anything else is taken whole.
     Raises InputError where the text is too short.
     """
+    if n_tokens < 1:
+        raise InputError("the number of tokens must be positive", got=n_tokens)
     documents = text.documents(source)
     if source == "stdlib":
         documents = text.split(documents, "heldout")

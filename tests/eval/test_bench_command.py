@@ -90,6 +90,7 @@ def test_synthetic_models_say_so_and_fire_as_asked(tmp_path, capsys):
         (("--synthetic", "smollm2-135m", "--quant", "q2"), "unknown quantisation (got q2"),
         (("--synthetic", "smollm2-135m", "--modes", "fast"), "unknown mode (got fast, expected dense"),
         (("--synthetic", "smollm2-135m", "-r", "0"), "rounds: must be at least 1"),
+        (("--synthetic", "smollm2-135m", "-t", "0"), "--threads: must be at least 1"),
     ],
 )
 def test_bad_arguments_give_one_line_and_status_2(capsys, arguments, message):

@@ -125,6 +125,8 @@ def test_command_prints_one_json_object_per_mode(bundle, text_file, capsys):
     [
         (("--mode", "exakt"), r"unknown mode \(got exakt, expected dense \| exact"),
         (("--text", "nowhere.txt"), "nowhere.txt: no such file"),
+        (("--tokens", "-5"), "the number of tokens must be positive"),
+        (("--threads", "0"), "--threads: must be at least 1"),
         (("--window", "1"), "--window: a window must hold at least 2 tokens"),
     ],
 )

@@ -20,6 +20,7 @@ PREDICTED = Activity(0.71, 0.55, 0.97, PARTS)
 
 
 def make_row(side, speed, ratio, activity=None, quality=None):
+    """A side that is ten times as fast on prompts."""
     spread = Spread(speed, speed - 1, speed + 1)
     return Row(
         side, Spread(10 * speed, 9 * speed, 11 * speed), spread, Spread(1, 1, 1), Spread(ratio, ratio, ratio),
@@ -37,6 +38,7 @@ def report():
             make_row("predicted", 440.0, 2.2, PREDICTED, Quality(35.0, 0.9, 8176, 0.95, 0.01)),
         ],
         baseline="llama.cpp (llama)",
+        baseline_prompt="llama.cpp (smallthinker)",
         bandwidth=Spread(40.0, 38.0, 41.0),
         settings={"threads": 2, "rounds": 7},
         machine={"cpu": "A CPU", "system": "Linux", "isa": ["avx2"]},
@@ -49,6 +51,7 @@ def test_json_is_one_line_with_flat_keys(report):
     found = json.loads(text)
     assert found["tok_s_llama_cpp"] == 200.0
     assert found["tok_s_llama_cpp_smallthinker"] == 190.0
+    assert found["pp_tok_s_llama_cpp"] == 1900.0  # the other file is the faster one there
     speeds = [found[f"{metric}_exact"] for metric in ("tok_s", "tok_s_low", "tok_s_high")]
     assert speeds == [400.0, 399.0, 401.0]
     assert (found["ratio_exact"], found["ratio_predicted"]) == (2.0, 2.2)

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hotcold.convert.gguf_read import GGUFFile
-from hotcold.convert.plans import Planner, TensorTypes
+from hotcold.convert.plans import check_weights
 from hotcold.errors import InputError, UnsupportedError
 from hotcold.eval import planted
 from hotcold.eval.planted import PlantedModel, firing_frequencies, pseudo_text
@@ -92,7 +92,7 @@ def test_names_and_shapes_are_those_of_a_whole_model():
     model = make_model()
     for _ in model.calibrate():
         pass
-    Planner(model, model.spec, TensorTypes("F16", "F16"))  # refuses names that it does not know
+    check_weights(model, model.spec)
     for name in model.names():
         assert model.load(name).shape == model.shape(name)
 
@@ -162,6 +162,8 @@ def test_shapes_are_those_of_the_models():
         ({"shape": "gpt-5"}, InputError, "unknown synthetic shape"),
         ({"sparsity": 1.0}, InputError, "out of range"),
         ({"n_layers": 0}, InputError, "at least 1"),
+        ({"predictor_rank": 96}, InputError, "multiple of 64"),
+        ({"noise": -1.0}, InputError, "--noise out of range"),
         ({"quant": "q1"}, UnsupportedError, "unknown quantisation"),
     ],
 )
