@@ -3,7 +3,8 @@
 namespace hotcold {
 namespace {
 
-constexpr int kSpinsBeforeYield = 20000;   // about a millisecond: longer than any phase of a balanced token
+constexpr int kSpinsBeforeYield = 20000;   // under a millisecond: longer than a balanced team ever waits
+constexpr int kSpinsIfCrowded = 20;        // more threads than cores: whoever is waited for needs this core
 constexpr int kSpinsBeforeSleep = 100000;  // between tokens, so that sampling in Python does not cost a wake-up
 
 inline void pause() {
@@ -16,7 +17,8 @@ inline void pause() {
 
 }  // namespace
 
-Team::Team(int threads) : size_(threads) {
+Team::Team(int threads)
+    : size_(threads), spins_(threads > int(std::thread::hardware_concurrency()) ? kSpinsIfCrowded : kSpinsBeforeYield) {
   for (int t = 1; t < threads; ++t) threads_.emplace_back([this, t] { serve(t); });
 }
 
@@ -60,7 +62,7 @@ void Team::barrier() {
     return;
   }
   for (int spins = 0; phase_.load(std::memory_order_acquire) == phase;) {
-    if (++spins < kSpinsBeforeYield) pause();
+    if (++spins < spins_) pause();
     else std::this_thread::yield();
   }
 }

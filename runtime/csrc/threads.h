@@ -33,7 +33,7 @@ class Team {
  private:
   void serve(int thread);
 
-  const int size_;
+  const int size_, spins_;
   const std::function<void(int)>* work_ = nullptr;
   std::atomic<bool> stop_{false};
   alignas(64) std::atomic<uint32_t> region_{0};

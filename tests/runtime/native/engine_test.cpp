@@ -1,0 +1,173 @@
+// The engine without Python, for the sanitizers: random models of every type and mode on 1 to 4 threads, in blocks and
+// token by token, every ISA that the machine runs; and the thread team on its own, started and stopped many times.
+// Prints one line per case; exits with 1 if any fails.
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "half.h"
+#include "model.h"
+
+using namespace hotcold;
+
+namespace {
+
+std::mt19937 rng(7);
+int failures = 0;
+
+void expect(bool ok, const std::string& what) {
+  if (!ok) ++failures;
+  std::printf("%s %s\n", ok ? "ok  " : "FAIL", what.c_str());
+}
+
+// Random GGUF bytes of a matrix: scales of a fixed size, random quants.
+std::vector<uint8_t> random_matrix(Type type, int rows, int cols) {
+  std::vector<uint8_t> bytes(gguf_row_bytes(type, cols) * rows);
+  std::normal_distribution<float> normal(0, 1 / std::sqrt(float(cols)));
+  if (is_quantised(type)) {
+    const int block = type == Type::Q4_0 ? 18 : 34;
+    const uint16_t scale = f32_to_f16((type == Type::Q4_0 ? 0.22f : 0.014f) / std::sqrt(float(cols)));
+    for (size_t i = 0; i < bytes.size(); ++i) bytes[i] = uint8_t(rng());
+    for (size_t at = 0; at < bytes.size(); at += block) std::memcpy(&bytes[at], &scale, 2);
+    return bytes;
+  }
+  for (int i = 0; i < rows * cols; ++i) {
+    const float value = normal(rng);
+    const uint16_t half = type == Type::F16 ? f32_to_f16(value) : uint16_t(std::bit_cast<uint32_t>(value) >> 16);
+    if (type == Type::F32) std::memcpy(&bytes[size_t(i) * 4], &value, 4);
+    else std::memcpy(&bytes[size_t(i) * 2], &half, 2);
+  }
+  return bytes;
+}
+
+constexpr int kLayers = 2, kModel = 96, kFf = 200, kHeads = 6, kKvHeads = 2, kDim = 16, kVocab = 70, kRank = 32;
+
+struct Weights {
+  Type type;
+  std::vector<uint8_t> embedding, q, k, v, o, gate, up, down, down_t, fc1, fc2;
+  explicit Weights(Type t) : type(t) {
+    // d_ff need not be a multiple of 32 where down is stored by neurons; the dense form then falls back to F16.
+    embedding = random_matrix(t, kVocab, kModel);
+    q = random_matrix(t, kHeads * kDim, kModel);
+    k = random_matrix(t, kKvHeads * kDim, kModel);
+    v = random_matrix(t, kKvHeads * kDim, kModel);
+    o = random_matrix(t, kModel, kHeads * kDim);
+    gate = random_matrix(t, kFf, kModel);
+    up = random_matrix(t, kFf, kModel);
+    down = random_matrix(Type::F16, kModel, kFf);
+    down_t = random_matrix(t, kFf, kModel);
+    fc1 = random_matrix(t, kRank, kModel);
+    fc2 = random_matrix(t, kFf, kRank);
+  }
+};
+
+std::unique_ptr<Model> make(const Weights& w, Mode mode, int threads, const Kernels& k, float threshold) {
+  const Config c{kLayers, kModel, kFf, kHeads, kKvHeads, kDim, kVocab, 200, 1e-5f, Activation::Relu, mode};
+  auto m = std::make_unique<Model>(c, threads, size_t(8) << 20, k);
+  m->embedding = m->head = m->add_panel(w.type, w.embedding.data(), kVocab, kModel, nullptr);
+  m->output_norm.assign(kModel, 1.0f);
+  for (int i = 0; i < kDim / 2; ++i) m->rope_frequency.push_back(std::pow(10000.0f, -float(i) / (kDim / 2)));
+  for (Layer& l : m->layers) {
+    l.attn_norm.assign(kModel, 1.0f);
+    l.ffn_norm.assign(kModel, 1.0f);
+    l.q = m->add_panel(w.type, w.q.data(), kHeads * kDim, kModel, nullptr);
+    l.k = m->add_panel(w.type, w.k.data(), kKvHeads * kDim, kModel, nullptr);
+    l.v = m->add_panel(w.type, w.v.data(), kKvHeads * kDim, kModel, nullptr);
+    l.o = m->add_panel(w.type, w.o.data(), kModel, kHeads * kDim, nullptr);
+    if (mode != Mode::Predicted) l.gate = m->add_panel(w.type, w.gate.data(), kFf, kModel, nullptr);
+    if (mode == Mode::Dense) {
+      l.up = m->add_panel(w.type, w.up.data(), kFf, kModel, nullptr);
+      l.down = m->add_panel(Type::F16, w.down.data(), kModel, kFf, nullptr);
+    } else {
+      m->add_bundles(l, mode == Mode::Predicted ? w.gate.data() : nullptr, w.type, w.up.data(), w.type, w.down_t.data(), w.type);
+    }
+    if (mode == Mode::Predicted) {
+      l.fc1 = m->add_panel(w.type, w.fc1.data(), kRank, kModel, nullptr);
+      l.fc2 = m->add_panel(w.type, w.fc2.data(), kFf, kRank, nullptr);
+      l.predictor_threshold = threshold;
+      l.hot.assign(round_up(kFf, kLanes) / kLanes, 0x0101);
+    }
+  }
+  return m;
+}
+
+std::vector<float> run(Model& m, const std::vector<int32_t>& tokens, bool by_token) {
+  std::vector<float> logits(tokens.size() * kVocab);
+  if (!by_token) m.forward(tokens.data(), int(tokens.size()), true, logits.data());
+  else for (size_t i = 0; i < tokens.size(); ++i) m.forward(&tokens[i], 1, false, &logits[i * kVocab]);
+  return logits;
+}
+
+double error(const std::vector<float>& got, const std::vector<float>& expected) {
+  double difference = 0, size = 0;
+  for (size_t i = 0; i < got.size(); ++i) {
+    difference += (got[i] - expected[i]) * (got[i] - expected[i]);
+    size += expected[i] * expected[i];
+  }
+  return std::sqrt(difference / size);
+}
+
+void test_models() {
+  const char* types[] = {"F32", "F16", "BF16", "Q8_0", "Q4_0"};
+  const char* modes[] = {"dense", "exact", "predicted"};
+  std::vector<int32_t> tokens;
+  for (int i = 0; i < 70; ++i) tokens.push_back(int32_t(rng() % kVocab));
+  const std::vector<int32_t> few(tokens.begin(), tokens.begin() + 18);  // one by one: across a tile of the cache
+  for (Type type : {Type::F32, Type::F16, Type::BF16, Type::Q8_0, Type::Q4_0}) {
+    const Weights w(type);
+    for (Mode mode : {Mode::Dense, Mode::Exact, Mode::Predicted})
+      for (const char* const* isa = available_isas(); *isa; ++isa) {
+        // Above every logit or below: no token sits at the threshold, where rounding decides.
+        const float threshold = mode == Mode::Predicted ? -1e9f : 0;
+        const auto one = make(w, mode, 1, kernels(*isa), threshold);
+        const std::vector<float> expected = run(*one, tokens, false);
+        for (int threads : {1, 3})
+          for (bool by_token : {false, true}) {
+            const auto m = make(w, mode, threads, kernels(*isa), threshold);
+            m->audit = mode == Mode::Predicted && threads == 3;
+            const double e = error(run(*m, by_token ? few : tokens, by_token), expected);
+            expect(e < (is_quantised(type) ? 0.05 : 1e-3),
+                   std::string(types[int(type)]) + " " + modes[int(mode)] + " " + *isa + " threads " + std::to_string(threads) +
+                       (by_token ? " by token" : " block") + ": " + std::to_string(e));
+          }
+      }
+    const auto none = make(w, Mode::Predicted, 2, kernels(), 1e9f);
+    run(*none, tokens, false);
+    const int64_t hot = 2 * (kFf / kLanes) + 1;  // 0x0101 in every full group; the last group has 8 neurons
+    expect(none->stats()[0].predicted == hot * int64_t(tokens.size()), "only hot neurons are computed");
+  }
+}
+
+void test_team() {
+  for (int threads : {1, 2, 3, 8})
+    for (int round = 0; round < 4; ++round) {
+      Team team(threads);
+      std::vector<int> counts(threads * 64);
+      for (int region = 0; region < 10; ++region)
+        team.run([&](int t) {
+          for (int step = 0; step < 5; ++step) {
+            ++counts[t * 64];
+            team.barrier();
+            // Everyone has done this step, and nobody the next one.
+            for (int other = 0; other < threads; ++other)
+              if (counts[other * 64] != region * 5 + step + 1) std::abort();
+            team.barrier();
+          }
+        });
+    }
+  expect(true, "teams of 1 to 8 threads stay in step");
+}
+
+}  // namespace
+
+int main() {
+  std::setvbuf(stdout, nullptr, _IOLBF, 0);
+  test_team();
+  test_models();
+  std::printf("%d failed\n", failures);
+  return failures ? 1 : 0;
+}
