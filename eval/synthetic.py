@@ -62,7 +62,7 @@ SHAPES = {
 class Synthetic:
     """Which synthetic model. `n_layers` None means all; `predictor_rank` None a sixteenth of d_model.
 
-    In Q8_0 such a predictor is as many bytes as one of twice the rank in Q4_0, and is hardly rounded: the great
+    In Q8_0 such a predictor is as many bytes as one of twice the rank in Q4_0, and hardly rounded: the great
     mean of its input would multiply what Q4_0 rounds off. `noise` is what no predictor can know of a gate,
     against 1 for what it can. Raises InputError for an unknown shape or an impossible figure.
     """
