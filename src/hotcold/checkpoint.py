@@ -15,15 +15,15 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hotcold import storage
 from hotcold.errors import FormatError, HotcoldError, InputError, UnsupportedError
-from hotcold.gguf_tokenizer import build_tokenizer, gguf_value
+from hotcold.gguf_tokenizer import build_tokenizer
 
 if TYPE_CHECKING:
-    import gguf
     from tokenizers import Tokenizer
     from torch import nn
     from transformers import PreTrainedModel
@@ -126,12 +126,18 @@ def _download(model: str) -> Path:
         ) from error  # fmt: skip
 
 
-def _gguf_reader(path: Path) -> gguf.GGUFReader:
-    """Open a GGUF file whose tensors all lie inside it."""
+def _gguf_metadata(path: Path) -> dict[str, Any]:
+    """All key-value pairs of a GGUF file whose tensors all lie inside it."""
+    status = path.stat()
+    return _parse_gguf(path, status.st_mtime_ns, status.st_size)
+
+
+@lru_cache(maxsize=2)  # parsing a vocabulary takes seconds, and several functions need it
+def _parse_gguf(path: Path, _mtime_ns: int, _size: int) -> dict[str, Any]:
     from gguf import GGUFReader
 
     try:
-        return GGUFReader(path)
+        return {name: field.contents() for name, field in GGUFReader(path).fields.items()}
     except Exception as error:  # the reader meets a cut file with IndexError, ValueError, KeyError, …
         raise FormatError(
             f"truncated or damaged GGUF file: {error}", where=path, fix="download or export it again"
@@ -189,7 +195,7 @@ def _gguf_source(path: Path) -> dict[str, Any]:
     """The arguments that tell `from_pretrained` where to read."""
     if path.is_dir():
         return {"pretrained_model_name_or_path": str(path)}
-    architecture = gguf_value(_gguf_reader(path), "general.architecture")
+    architecture = _gguf_metadata(path).get("general.architecture")
     _check_architecture(architecture, path)
     return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
 
@@ -225,7 +231,7 @@ def load_tokenizer(model: str) -> Tokenizer:
 
     path = resolve(model)
     if path.is_file():
-        return build_tokenizer(_gguf_reader(path), path)
+        return build_tokenizer(_gguf_metadata(path), path)
     file = path / "tokenizer.json"
     if not file.is_file():
         raise InputError("no tokenizer.json in this folder", where=path, fix="save the fast tokenizer there")
@@ -246,13 +252,11 @@ def _tokenizer_config(path: Path) -> dict[str, Any]:
         file, template = path / "tokenizer_config.json", path / "chat_template.jinja"
         config = json.loads(file.read_text("utf-8")) if file.is_file() else {}
         return config | ({"chat_template": template.read_text("utf-8")} if template.is_file() else {})
-    reader = _gguf_reader(path)
-    tokens = gguf_value(reader, "tokenizer.ggml.tokens", [])
-    numbers = {
-        name: gguf_value(reader, f"tokenizer.ggml.{key}_token_id") for name, key in _SPECIAL_TOKENS.items()
-    }
+    metadata = _gguf_metadata(path)
+    tokens = metadata.get("tokenizer.ggml.tokens", [])
+    numbers = {name: metadata.get(f"tokenizer.ggml.{key}_token_id") for name, key in _SPECIAL_TOKENS.items()}
     config = {name: tokens[number] for name, number in numbers.items() if number is not None}
-    template = gguf_value(reader, "tokenizer.chat_template")
+    template = metadata.get("tokenizer.chat_template")
     return config | ({"chat_template": template} if template else {})
 
 

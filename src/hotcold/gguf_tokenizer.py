@@ -7,18 +7,17 @@ falls back to GPT-2's, which splits digits and white space otherwise. The patter
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hotcold.errors import FormatError, UnsupportedError
 
 if TYPE_CHECKING:
-    import gguf
     from tokenizers import AddedToken, Tokenizer
     from tokenizers.pre_tokenizers import PreTokenizer
 
-__all__ = ["build_tokenizer", "gguf_value"]
+__all__ = ["build_tokenizer"]
 
 _CONTROL, _USER_DEFINED = 3, 4  # GGUF `tokenizer.ggml.token_type`
 
@@ -34,12 +33,6 @@ _LLAMA3 = "|".join(
     ]
 )
 _QWEN2 = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
-
-
-def gguf_value(reader: gguf.GGUFReader, key: str, default: Any = None) -> Any:
-    """The value of a GGUF metadata key as a Python object, or `default` where the file has no such key."""
-    field = reader.get_field(key)
-    return default if field is None else field.contents()
 
 
 def _gpt2() -> PreTokenizer:
@@ -72,8 +65,8 @@ _PRE_TOKENIZERS: dict[str, Callable[[], PreTokenizer]] = {
 _WHOLE_WORDS_FIRST = {"llama-bpe", "llama3"}
 
 
-def build_tokenizer(reader: gguf.GGUFReader, path: Path) -> Tokenizer:
-    """Build the byte-level BPE tokenizer that the GGUF file `path` describes.
+def build_tokenizer(metadata: Mapping[str, Any], path: Path) -> Tokenizer:
+    """Build the byte-level BPE tokenizer that the metadata of the GGUF file `path` describes.
 
     Raises UnsupportedError for a vocabulary type or pre-tokenizer that is not known here, FormatError where
     the file holds no vocabulary.
@@ -81,7 +74,7 @@ def build_tokenizer(reader: gguf.GGUFReader, path: Path) -> Tokenizer:
     from tokenizers import Tokenizer, decoders
     from tokenizers.models import BPE
 
-    kind, pre = gguf_value(reader, "tokenizer.ggml.model"), gguf_value(reader, "tokenizer.ggml.pre", "gpt-2")
+    kind, pre = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre", "gpt-2")
     if kind is None:
         raise FormatError("no vocabulary in this file", where=path, field="tokenizer.ggml.model")
     if kind != "gpt2":
@@ -91,22 +84,22 @@ def build_tokenizer(reader: gguf.GGUFReader, path: Path) -> Tokenizer:
             "unknown pre-tokenizer", where=path, got=pre, expected=" | ".join(_PRE_TOKENIZERS)
         )
 
-    tokens: list[str] = gguf_value(reader, "tokenizer.ggml.tokens", [])
-    merges = [tuple(merge.split(" ", 1)) for merge in gguf_value(reader, "tokenizer.ggml.merges", [])]
+    tokens: list[str] = metadata.get("tokenizer.ggml.tokens", [])
+    merges = [tuple(merge.split(" ", 1)) for merge in metadata.get("tokenizer.ggml.merges", [])]
     vocabulary = {token: number for number, token in enumerate(tokens)}
     tokenizer = Tokenizer(BPE(vocabulary, merges, ignore_merges=pre in _WHOLE_WORDS_FIRST))
     tokenizer.pre_tokenizer = _PRE_TOKENIZERS[pre]()
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_tokens(_added_tokens(reader, tokens))
-    _add_bos(tokenizer, reader, tokens)
+    tokenizer.add_tokens(_added_tokens(metadata, tokens))
+    _add_bos(tokenizer, metadata, tokens)
     return tokenizer
 
 
-def _added_tokens(reader: gguf.GGUFReader, tokens: list[str]) -> list[AddedToken]:
+def _added_tokens(metadata: Mapping[str, Any], tokens: list[str]) -> list[AddedToken]:
     """Tokens that are matched as they stand, before any splitting; control tokens are the special ones."""
     from tokenizers import AddedToken
 
-    types = gguf_value(reader, "tokenizer.ggml.token_type", [])
+    types = metadata.get("tokenizer.ggml.token_type", [])
     return [
         AddedToken(token, special=kind == _CONTROL, normalized=False)
         for token, kind in zip(tokens, types, strict=False)
@@ -114,10 +107,10 @@ def _added_tokens(reader: gguf.GGUFReader, tokens: list[str]) -> list[AddedToken
     ]
 
 
-def _add_bos(tokenizer: Tokenizer, reader: gguf.GGUFReader, tokens: list[str]) -> None:
+def _add_bos(tokenizer: Tokenizer, metadata: Mapping[str, Any], tokens: list[str]) -> None:
     from tokenizers.processors import TemplateProcessing
 
-    number = gguf_value(reader, "tokenizer.ggml.bos_token_id")
-    if number is not None and gguf_value(reader, "tokenizer.ggml.add_bos_token", False):
+    number = metadata.get("tokenizer.ggml.bos_token_id")
+    if number is not None and metadata.get("tokenizer.ggml.add_bos_token", False):
         bos = tokens[number]
         tokenizer.post_processor = TemplateProcessing(single=[bos, "$A"], special_tokens=[(bos, number)])

@@ -1,4 +1,4 @@
-"""Activations, training data, the teacher's text, evaluation: the pieces between the losses and the command."""
+"""Activations, training data, the teacher's text, evaluation: the pieces around the training loops."""
 
 import math
 

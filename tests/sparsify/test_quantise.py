@@ -1,4 +1,4 @@
-"""Fake quantisation is ggml's Q4_0, leaves gradients alone, and bakes into weights that Q4_0 stores exactly."""
+"""Fake quantisation is ggml's Q4_0, leaves gradients alone, and bakes weights that Q4_0 stores exactly."""
 
 import gguf
 import numpy as np

@@ -1,6 +1,7 @@
-"""The L1 schedule has the properties of ProSparse's Algorithm 1; the learning rate rises, then falls to its floor."""
+"""The L1 schedule has the properties of ProSparse's Algorithm 1; the learning rate rises, then falls."""
 
 import math
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -11,8 +12,13 @@ from hotcold.sparsify.schedule import ProgressiveL1, Stage, cosine
 
 # ProSparse, appendix L, LLaMA2-7B
 PROSPARSE_7B = [
-    Stage(0, 5000), Stage(5e-3, 6000), Stage(5e-2, 10000), Stage(5e-2, 12000), Stage(2e-1, 16000), Stage(2e-1, 16500),
-]  # fmt: skip
+    Stage(0, 5000),
+    Stage(5e-3, 6000),
+    Stage(5e-2, 10000),
+    Stage(5e-2, 12000),
+    Stage(2e-1, 16000),
+    Stage(2e-1, 16500),
+]
 
 
 @st.composite
@@ -34,7 +40,7 @@ def test_each_stage_ends_at_its_peak(table):
 def test_it_never_falls_and_stays_after_the_last_stage(table):
     l1 = ProgressiveL1(table)
     values = [l1(step) for step in range(1, table[-1].end + 10)]
-    assert all(a <= b + 1e-12 for a, b in zip(values, values[1:], strict=False))
+    assert all(a <= b + 1e-12 for a, b in pairwise(values))
     assert values[-1] == table[-1].peak
 
 
@@ -75,4 +81,4 @@ def test_learning_rate():
     factors = [cosine(step, 100, 10) for step in range(1, 101)]
     assert factors[0] < factors[4] < factors[9] == max(factors)
     assert factors[-1] == pytest.approx(0.05)
-    assert all(a >= b for a, b in zip(factors[10:], factors[11:], strict=False))
+    assert all(a >= b for a, b in pairwise(factors[10:]))
