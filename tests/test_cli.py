@@ -120,6 +120,12 @@ def test_an_unexpected_error_is_one_line_too(fake, capsys):
         cli.main(["run", "--debug"])
 
 
+def test_out_of_memory(fake, capsys):
+    fake(lambda args: bytearray(1 << 62))
+    assert cli.main(["run"]) == 1
+    assert capsys.readouterr().err.startswith("hotcold run: error: out of memory; ")
+
+
 def test_ctrl_c(fake, capsys):
     def run(args):
         raise KeyboardInterrupt

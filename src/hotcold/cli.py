@@ -88,6 +88,8 @@ def _explain(error: BaseException) -> tuple[str, int]:
             return f"error: {error}", _USER_ERROR
         case KeyboardInterrupt():
             return "interrupted; what was committed stays, run the same command again to go on", _INTERRUPTED
+        case MemoryError():
+            return "error: out of memory; a smaller model, batch or context takes less", _UNEXPECTED
     what = " ".join(f"{type(error).__name__}: {error}".split())
     return f"unexpected {what}; --debug shows where", _UNEXPECTED
 
