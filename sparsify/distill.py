@@ -17,6 +17,7 @@ from hotcold.checkpoint import ffn_layers
 from hotcold.progress import Progress
 from hotcold.sparsify.activations import recorded_intermediates
 from hotcold.sparsify.data import Windows
+from hotcold.sparsify.evaluate import zero_share
 from hotcold.sparsify.losses import kl_from_hidden, l1_norm
 from hotcold.sparsify.quantise import bake, quantise_while_training
 from hotcold.sparsify.recipe import Recipe
@@ -87,6 +88,5 @@ def _divergence(student: PreTrainedModel, teacher: PreTrainedModel, ids: Tensor)
 
 
 def _sparsity(intermediates: Iterable[Tensor]) -> float:
-    """Share of exact zeros in act(gate)·up, mean over layers, as ProSparse counts it."""
-    shares = [(intermediate == 0).float().mean() for intermediate in intermediates]
-    return float(torch.stack(shares).mean())
+    """Mean over layers of the share of exact zeros."""
+    return float(torch.stack([zero_share(intermediate) for intermediate in intermediates]).mean())

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from hotcold.sparsify.activations import recorded_intermediates
 
-__all__ = ["Quality", "measure", "table"]
+__all__ = ["Quality", "measure", "table", "zero_share"]
 
 _CHUNK = 256  # tokens whose logits exist at a time
 _BATCH = 4
@@ -40,10 +40,15 @@ def measure(model: PreTrainedModel, windows: Tensor) -> Quality:
             with torch.autocast("cpu", dtype=torch.bfloat16):
                 hidden = model.model(ids, use_cache=False).last_hidden_state
             loss += _loss(model, hidden[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
-            zeros.append(torch.stack([(layer == 0).float().mean() for layer in seen]) * len(ids))
+            zeros.append(torch.stack([zero_share(layer) for layer in seen]) * len(ids))
     tokens = windows[:, 1:].numel()
     sparsity = torch.stack(zeros).sum(0) / len(windows)
     return Quality(math.exp(loss / tokens), sparsity.tolist(), tokens)
+
+
+def zero_share(intermediate: Tensor) -> Tensor:
+    """Share of exact zeros in act(gate)·up [..., d_ff]: the sparsity of ProSparse, appendix C."""
+    return 1 - intermediate.count_nonzero() / intermediate.numel()
 
 
 def _loss(model: PreTrainedModel, hidden: Tensor, targets: Tensor) -> float:
