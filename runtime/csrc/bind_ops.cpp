@@ -117,6 +117,14 @@ nb::ndarray<nb::numpy, float> silu_mul(const std::string& isa, Vector gate, Vect
   return out;
 }
 
+nb::ndarray<nb::numpy, float> relu_mul(const std::string& isa, Vector gate, Vector up, float threshold, bool clip) {
+  if (gate.size() != up.size() || gate.size() % kLanes) throw std::invalid_argument("equal lengths, a multiple of 16");
+  auto out = array({gate.size()});
+  std::memcpy(out.data(), gate.data(), gate.size() * sizeof(float));
+  kernels(isa.c_str()).relu_mul(out.data(), up.data(), int(gate.size()), threshold, clip);
+  return out;
+}
+
 // softmax(q k^T) v of one key-value head over all positions: q [heads, dim], keys and values [positions, dim] in f16.
 nb::ndarray<nb::numpy, float> attention(const std::string& isa, Matrix q, Matrix keys, Matrix values) {
   const Kernels& k = kernels(isa.c_str());
@@ -153,5 +161,6 @@ void bind_ops(nb::module_& m) {
   ops.def("down", &down, "isa"_a, "type"_a, "w"_a, "a"_a, "n"_a);
   ops.def("rms_norm", &rms_norm, "isa"_a, "x"_a, "weight"_a, "eps"_a);
   ops.def("silu_mul", &silu_mul, "isa"_a, "gate"_a, "up"_a);
+  ops.def("relu_mul", &relu_mul, "isa"_a, "gate"_a, "up"_a, "threshold"_a, "clip"_a);
   ops.def("attention", &attention, "isa"_a, "q"_a, "keys"_a, "values"_a);
 }

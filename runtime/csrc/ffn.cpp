@@ -78,7 +78,7 @@ void Pass::ffn(int thread, int l) {
     if (c().mode != Mode::Dense) m.k.arrange(norm, t);
     if (c().mode == Mode::Predicted) m.k.quantise(x, t, 0, x.blocks());
   });
-  if (c().mode == Mode::Dense) return ffn_dense(thread, layer);
+  if (c().mode == Mode::Dense) return ffn_dense(thread, l);
   if (c().mode == Mode::Exact) list_fired(thread, l);
   else list_predicted(thread, l);
   m.team.barrier();
@@ -91,7 +91,8 @@ void Pass::ffn(int thread, int l) {
   });
 }
 
-void Pass::ffn_dense(int thread, const Layer& layer) {
+void Pass::ffn_dense(int thread, int l) {
+  const Layer& layer = m.layers[l];
   Stream& s = stream(thread);
   const Acts& a = b.intermediate.acts;
   const int stride = Model::Buffers::ff_stride(c()), per_block = kBlock / kLanes;
@@ -101,19 +102,20 @@ void Pass::ffn_dense(int thread, const Layer& layer) {
   m.k.panel(layer.gate.type, layer.gate.data, c().d_model, first, last, s.norm.acts, n, b.gate.get(), stride);
   m.k.panel(layer.up.type, layer.up.data, c().d_model, first, last, s.norm.acts, n, b.up.get(), stride);
   const float threshold = firing_threshold(layer);
+  LayerStats& stats = b.scratch[thread]->stats[l];
+  int64_t fired = 0;
   for (int t = 0; t < n; ++t) {
     float *gate = &b.gate[size_t(t) * stride], *up = &b.up[size_t(t) * stride];
     const int from = first * kLanes, to = last * kLanes;
-    if (c().activation == Activation::Silu) {
-      m.k.silu_mul(gate + from, up + from, to - from);
-      std::copy(gate + from, gate + to, a.f + size_t(t) * a.width + from);
-    } else {
-      const bool clip_up = c().activation == Activation::Drelu;
-      for (int i = from; i < to; ++i)
-        a.f[size_t(t) * a.width + i] = gate[i] >= threshold ? gate[i] * (clip_up ? std::max(up[i], 0.0f) : up[i]) : 0.0f;
-    }
+    if (c().activation == Activation::Silu) m.k.silu_mul(gate + from, up + from, to - from);
+    else fired += m.k.relu_mul(gate + from, up + from, to - from, threshold, c().activation == Activation::Drelu);
+    std::copy(gate + from, gate + to, a.f + size_t(t) * a.width + from);
     m.k.quantise(a, t, blocks.first, blocks.last);
   }
+  // SiLU is never zero: all fire. Every neuron is computed here, which is what `predicted` counts.
+  const int64_t all = int64_t(n) * (std::min(last * kLanes, c().d_ff) - std::min(first * kLanes, c().d_ff));
+  stats.fired += c().activation == Activation::Silu ? all : fired;
+  stats.predicted += all;
   m.team.barrier();
   const int out_stride = round_up(c().d_model, kLanes);
   multiply(thread, layer.down, a, b.out.get(), out_stride);
@@ -153,6 +155,8 @@ void Pass::list_fired(int thread, int l) {
   s.listed = 0;
   for (int g = groups.first; g < groups.last; ++g)
     list_group(s, g * kLanes, &b.gate[g * kLanes], stride, firing_threshold(layer), 0);
+  const int mine = std::min(groups.last * kLanes, c().d_ff) - std::min(groups.first * kLanes, c().d_ff);
+  s.stats[l].predicted += int64_t(n) * mine;  // no neuron is left out unseen
 }
 
 void Pass::list_predicted(int thread, int l) {
@@ -221,7 +225,6 @@ class RowWork {
       for (int j = 0; j < n; ++j) fired_.a[fired_.end() + j] = b_.gate[size_t(tokens[j]) * stride + neurons[i]];
       fired_.close(neurons[i], n);
     }
-    stats_.predicted += fired_.end();
   }
 
   // Predicted mode: a predicted neuron whose gate does not fire costs this row and no other.

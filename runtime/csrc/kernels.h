@@ -44,6 +44,9 @@ struct Kernels {
 
   // gate[i] = act(gate[i]) * up[i] with SiLU.
   void (*silu_mul)(float* gate, const float* up, int n);
+  // gate[i] = gate[i] * up[i] where gate[i] >= threshold, else 0; clip: up[i] is rectified too. Returns how many
+  // reached the threshold.
+  int (*relu_mul)(float* gate, const float* up, int n, float threshold, bool clip);
   // Scores of `heads` queries [heads, dim] against key tiles [first, last); keys: [tile][dim][16] f16.
   // score[h * stride + position]
   void (*scores)(const float* q, int heads, int dim, const uint16_t* keys, int first, int last, float* scores, int stride);

@@ -392,6 +392,17 @@ void silu_mul(float* gate, const float* up, int n) {
   }
 }
 
+int relu_mul(float* gate, const float* up, int n, float threshold, bool clip) {
+  const F limit = f_set1(threshold);
+  int fired = 0;
+  for (int i = 0; i < n; i += kLanes) {
+    const F g = f_load(gate + i), u = f_load(up + i);
+    fired += __builtin_popcount(f_ge_mask(g, limit));
+    f_store(gate + i, f_keep(f_mul(g, clip ? f_max(u, f_zero()) : u), g, limit));
+  }
+  return fired;
+}
+
 template <int H>
 void scores_of(const float* q, int dim, const uint16_t* keys, int first, int last, float* out, int stride) {
   for (int tile = first; tile < last; ++tile) {
@@ -485,6 +496,6 @@ uint32_t at_least(const float* x, float threshold) { return f_ge_mask(f_load(x),
 
 extern const Kernels table;
 const Kernels table = {HOTCOLD_STRING(HOTCOLD_ISA), rms_norm, quantise, arrange, panel,  row_dot, down,
-                       silu_mul,                    scores,   softmax,  values,  to_f16, add,     at_least};
+                       silu_mul,                    relu_mul, scores,   softmax, values, to_f16,  add,   at_least};
 
 }  // namespace hotcold::HOTCOLD_ISA

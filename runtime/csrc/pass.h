@@ -37,7 +37,7 @@ struct Pass {
   uint16_t* values(int l, int kv_head) const;
 
   void ffn(int thread, int l);
-  void ffn_dense(int thread, const Layer& layer);
+  void ffn_dense(int thread, int l);
   void list_fired(int thread, int l);
   void list_predicted(int thread, int l);
   void list_group(ThreadScratch& s, int first_neuron, const float* scores, int stride, float threshold, uint32_t always);

@@ -74,6 +74,9 @@ inline uint32_t f_ge_mask(F x, F y) {
   return uint32_t(_mm256_movemask_ps(_mm256_cmp_ps(x.a, y.a, _CMP_GE_OQ))) |
          uint32_t(_mm256_movemask_ps(_mm256_cmp_ps(x.b, y.b, _CMP_GE_OQ))) << 8;
 }
+inline F f_keep(F v, F x, F y) {  // v where x >= y, else 0
+  return {_mm256_and_ps(v.a, _mm256_cmp_ps(x.a, y.a, _CMP_GE_OQ)), _mm256_and_ps(v.b, _mm256_cmp_ps(x.b, y.b, _CMP_GE_OQ))};
+}
 inline F f_round(F v) {
   constexpr int mode = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
   return {_mm256_round_ps(v.a, mode), _mm256_round_ps(v.b, mode)};

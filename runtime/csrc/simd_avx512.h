@@ -51,6 +51,9 @@ inline F f_abs(F a) { return _mm512_abs_ps(a); }
 inline float f_sum(F v) { return _mm512_reduce_add_ps(v); }
 inline float f_hmax(F v) { return _mm512_reduce_max_ps(v); }
 inline uint32_t f_ge_mask(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ); }
+inline F f_keep(F v, F a, F b) {  // v where a >= b, else 0
+  return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a, b, _CMP_GE_OQ), v);
+}
 inline F f_round(F v) { return _mm512_roundscale_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 inline F f_scale2(F v, F n) { return _mm512_scalef_ps(v, n); }  // v * 2^n
 

@@ -81,6 +81,9 @@ inline uint32_t f_ge_mask(F x, F y) {
   for (int i = 0; i < 16; ++i) m |= uint32_t(x.v[i] >= y.v[i]) << i;
   return m;
 }
+inline F f_keep(F v, F x, F y) {  // v where x >= y, else 0
+  return f_map([&](int i) { return x.v[i] >= y.v[i] ? v.v[i] : 0.0f; });
+}
 inline F f_round(F x) { return f_map([&](int i) { return std::nearbyint(x.v[i]); }); }
 inline F f_scale2(F x, F n) { return f_map([&](int i) { return std::ldexp(x.v[i], int(n.v[i])); }); }
 

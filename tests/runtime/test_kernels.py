@@ -138,6 +138,15 @@ def test_silu_mul(isa, rng):
 
 
 @isas
+@pytest.mark.parametrize("clip", [False, True])
+def test_relu_mul(isa, clip, rng):
+    gate, up = rng.standard_normal((2, 64)).astype(np.float32)
+    gate[:4], threshold = [0.5, np.nextafter(np.float32(0.5), np.float32(0)), 0, np.nan], 0.5
+    expected = np.where(gate >= threshold, gate * (np.maximum(up, 0) if clip else up), 0)
+    np.testing.assert_array_equal(ops.relu_mul(isa, gate, up, threshold, clip), expected)
+
+
+@isas
 @pytest.mark.parametrize("heads", [1, 2, 3, 4, 7, 8])
 @pytest.mark.parametrize("dim", [16, 64, 80, 128])
 @pytest.mark.parametrize("positions", [1, 15, 16, 33, 200])
