@@ -29,8 +29,9 @@ will fire: neuron `j` is predicted active iff `(fc2 · relu(fc1 · x))[j] >= thr
 - threshold and metrics from {heldout_tokens} tokens of other documents
 - recall {recall:.4f} (target {target}), predicted sparsity {predicted:.4f}, true sparsity {true:.4f}
 
-Recall is the share of firing neurons that are predicted, predicted sparsity the share of neurons that are not
-computed. Each layer's threshold is the greatest that reaches the target recall on these held-out tokens.
+Recall is the share of firing neurons that are predicted, predicted sparsity the share of neurons that are
+not computed. Each layer's threshold is the greatest that reaches the target recall on these held-out
+tokens, in the first layer also nearly full recall on the first tokens of a context.
 
 {table}
 

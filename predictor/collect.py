@@ -6,7 +6,6 @@ meet the same matrix shapes, so that a shard comes out byte for byte the same wh
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
@@ -16,6 +15,7 @@ import numpy as np
 from hotcold import text
 from hotcold.errors import InputError
 from hotcold.predictor.trace_writer import TraceWriter
+from hotcold.predictor.traces import windows
 from hotcold.progress import Progress
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from hotcold.checkpoint import FfnLayer
 
-__all__ = ["collect", "gather_tokens", "windows"]
+__all__ = ["collect", "gather_tokens"]
 
 _FLOAT16_MAX = float(np.finfo(np.float16).max)
 
@@ -59,14 +59,6 @@ def _part(source: str, part: str, tokenizer: Tokenizer, n_tokens: int) -> list[n
             raise
         what = f"{error.what} for its {part} part"
         raise InputError(what, where=source, got=error.got, expected=error.expected, fix=error.fix) from error
-
-
-def windows(document: np.ndarray, window: int) -> Iterator[slice]:
-    """Cut a shard, `document` [tokens], into runs of at most `window` tokens of one document."""
-    changes = np.flatnonzero(np.diff(document)) + 1
-    for start, stop in zip([0, *changes], [*changes, len(document)], strict=True):
-        for begin in range(start, stop, window):
-            yield slice(begin, min(begin + window, stop))
 
 
 def collect(

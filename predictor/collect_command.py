@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--tokens", type=int, default=40_000, help="tokens to run over, of which 5%% held out"
     )
     parser.add_argument("--out", required=True, help="folder of the traces; run again to resume")
-    parser.add_argument("--window", type=int, default=512, help="tokens of context at most (default 512)")
+    parser.add_argument("--window", type=int, default=256, help="tokens of context at most (default 256)")
     parser.add_argument("--shard-tokens", type=int, default=4096, help="tokens per shard (default 4096)")
     parser.add_argument("-t", "--threads", type=int, help="CPU threads (default: as torch chooses)")
     parser.add_argument("--json", action="store_true", help="print the sparsity table as one JSON object")

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ __all__ = [
     "read_manifest",
     "sparsity",
     "tokens_digest",
+    "windows",
 ]
 
 _FORMAT, _VERSION = "hotcold-traces", 1
@@ -158,9 +159,25 @@ class Traces:
                     target[rows] = tensors[name]
         return x, active
 
+    def starts(self) -> np.ndarray:
+        """Which tokens had no context, being the first of a window, bool [n_tokens]."""
+        starts = np.zeros(self.run.n_tokens, bool)
+        for shard in range(self.run.n_shards):
+            rows = self.run.shard_slice(shard)
+            starts[[rows.start + cut.start for cut in windows(self.document[rows], self.run.window)]] = True
+        return starts
+
     def sparsity(self) -> np.ndarray:
         """Share of neurons that did not fire, float64 [n_layers]."""
         return sparsity(self.run, self.shards)
+
+
+def windows(document: np.ndarray, window: int) -> Iterator[slice]:
+    """Cut a shard, `document` [tokens], into runs of at most `window` tokens of one document."""
+    changes = np.flatnonzero(np.diff(document)) + 1
+    for start, stop in zip([0, *changes], [*changes, len(document)], strict=True):
+        for begin in range(start, stop, window):
+            yield slice(begin, min(begin + window, stop))
 
 
 def sparsity(run: TraceRun, shards: list[TraceShard]) -> np.ndarray:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from hotcold.errors import InputError
 from hotcold.predictor.bundle import LayerPredictor, raw_logits
-from hotcold.predictor.calibrate import threshold_for_recall
+from hotcold.predictor.calibrate import choose_threshold
 from hotcold.predictor.metrics import measure
 from hotcold.predictor.network import (
     PredictorNetwork,
@@ -70,6 +70,7 @@ class LayerData:
     active: np.ndarray  # uint8 [tokens, ceil(d_ff / 8)]
     heldout: np.ndarray  # bool [tokens]
     d_ff: int
+    starts: np.ndarray | None = None  # bool [tokens]: see `choose_threshold`
 
     def __post_init__(self) -> None:
         for part, rows in (("train", ~self.heldout), ("held-out", self.heldout)):
@@ -180,7 +181,8 @@ def _calibrated(
     rows = np.flatnonzero(data.heldout)
     active = data.labels(rows).astype(bool)
     logits = raw_logits(fc1, fc2, data.x[rows])
-    threshold = threshold_for_recall(logits, active, target_recall)
+    starts = np.zeros(len(rows), bool) if data.starts is None else data.starts[rows]
+    threshold = choose_threshold(logits, active, starts, target_recall)
     return LayerPredictor(fc1, fc2, frequency, threshold, measure(logits, active, threshold))
 
 

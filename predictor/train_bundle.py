@@ -63,7 +63,8 @@ def _train_layers(traces: Traces, partial: Path, options: TrainOptions) -> list[
         for number in range(run.n_layers):
             file = partial / f"layer-{number:03d}.safetensors"
             if not file.exists():
-                data = LayerData(*traces.layer(number), traces.heldout, run.d_ff)
+                starts = traces.starts() if number == 0 else None
+                data = LayerData(*traces.layer(number), traces.heldout, run.d_ff, starts)
                 layer = train_layer(
                     data, options, lambda loss, n=number: progress.advance(1, layer=str(n), loss=loss)
                 )

@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from hotcold import checkpoint
 from hotcold.cli import main
 from hotcold.errors import InputError
-from hotcold.predictor.collect import collect, gather_tokens, windows
+from hotcold.predictor.collect import collect, gather_tokens
 from hotcold.predictor.trace_writer import TraceWriter
-from hotcold.predictor.traces import TraceRun, Traces, tokens_digest
+from hotcold.predictor.traces import TraceRun, Traces, tokens_digest, windows
 
 D_MODEL, D_FF, N_LAYERS = 32, 44, 2  # of the fixture `model`
 

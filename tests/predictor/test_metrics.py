@@ -10,7 +10,7 @@ from hypothesis.extra import numpy as hnp
 from sklearn.metrics import precision_score, recall_score
 
 from hotcold.errors import InputError
-from hotcold.predictor.calibrate import threshold_for_recall
+from hotcold.predictor.calibrate import choose_threshold, threshold_for_recall
 from hotcold.predictor.metrics import LayerMetrics, mean_metrics, measure, table
 
 SHAPE = st.tuples(st.integers(1, 6), st.integers(1, 6))
@@ -73,6 +73,20 @@ def test_a_higher_target_is_never_sparser(
 ) -> None:
     low, high = (threshold_for_recall(*pair, target) for target in sorted((one, other)))
     assert high <= low
+
+
+@given(logits_and_active(), st.data(), st.floats(0.01, 1))
+def test_starts_are_served_nearly_in_full(
+    pair: tuple[np.ndarray, np.ndarray], data: st.DataObject, target: float
+) -> None:
+    logits, active = pair
+    starts = data.draw(hnp.arrays(bool, len(logits)))
+    threshold = choose_threshold(logits, active, starts, target)
+    assert measure(logits, active, threshold).recall >= target - 1e-9
+    if starts.any():
+        assert measure(logits[starts], active[starts], threshold).recall >= 0.999
+    else:
+        assert threshold == threshold_for_recall(logits, active, target)
 
 
 def test_where_nothing_fires_nothing_is_predicted() -> None:

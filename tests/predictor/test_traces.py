@@ -143,5 +143,14 @@ def test_shards_tile_the_tokens(traces: Path) -> None:
     assert [i for part in slices for i in range(part.start, part.stop)] == list(range(run.n_tokens))
 
 
+def test_starts_are_the_first_tokens_of_windows(traces: Path) -> None:
+    opened = Traces(traces)
+    run, starts = opened.run, opened.starts()
+    lengths = np.diff([*np.flatnonzero(starts), run.n_tokens])
+    assert starts[0] and lengths.max() == run.window and lengths.sum() == run.n_tokens
+    assert starts[np.flatnonzero(np.diff(opened.document)) + 1].all()  # every document begins without context
+    assert starts[:: run.shard_tokens].all()
+
+
 def test_errors_are_of_the_one_family() -> None:
     assert all(issubclass(error, HotcoldError) for _, error, _ in BROKEN.values())
