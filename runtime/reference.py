@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
 
 import numpy as np
 import torch
@@ -22,58 +21,12 @@ from torch import Tensor
 from hotcold.convert.gguf_read import GGUFFile
 from hotcold.errors import FormatError, InputError, UnsupportedError
 from hotcold.runtime.bundle_files import file_of_role
+from hotcold.runtime.shape import ModelShape, activation_thresholds, read_predictors
 from hotcold.runtime.stats import Stats
 
 __all__ = ["ReferenceEngine"]
 
 MODES = ("auto", "dense", "exact", "predicted")
-
-
-@dataclass(frozen=True, slots=True)
-class _Shape:
-    """The sizes and constants of a model, from the GGUF metadata."""
-
-    n_layers: int
-    n_heads: int
-    n_kv_heads: int
-    head_dim: int
-    rope_base: float
-    norm_eps: float
-    interleaved_rope: bool
-    activation: str
-
-    @classmethod
-    def read(cls, file: GGUFFile, path: Path) -> Self:
-        arch = file.require("general.architecture", str)
-        if arch not in ("llama", "smallthinker"):
-            raise UnsupportedError(
-                "unknown model architecture", where=path, got=arch, expected="llama, smallthinker"
-            )
-
-        def key(name: str, default: float | None = None) -> Any:
-            return file.metadata.get(f"{arch}.{name}", default)
-
-        def required(name: str) -> Any:
-            return file.require(f"{arch}.{name}", (int, float))
-
-        n_heads = required("attention.head_count")
-        return cls(
-            n_layers=required("block_count"),
-            n_heads=n_heads,
-            n_kv_heads=key("attention.head_count_kv", n_heads),
-            head_dim=key("attention.key_length", required("embedding_length") // n_heads),
-            rope_base=key("rope.freq_base", 10000.0),
-            norm_eps=required("attention.layer_norm_rms_epsilon"),
-            # llama.cpp permutes q and k of `llama` files so that pairs to be rotated are neighbours.
-            interleaved_rope=arch == "llama",
-            activation=_activation_name(file, arch),
-        )
-
-
-def _activation_name(file: GGUFFile, arch: str) -> str:
-    """Stock llama.cpp hard-codes SiLU in `llama` and ReLU in `smallthinker`; PowerInfer hard-codes ReLU."""
-    implied = "relu" if arch == "smallthinker" or "blk.0.ffn_down_t.weight" in file.tensors else "silu"
-    return file.metadata.get("hotcold.activation", implied)
 
 
 class _Weights:
@@ -147,28 +100,24 @@ def _read_ffn(weights: _Weights, block: str) -> dict[str, Tensor]:
     return {"gate": gate, "up": up, "down": down.T.contiguous()}
 
 
-def _read_predictors(file: GGUFFile, weights: _Weights, n_layers: int, d_ff: int) -> list[_Predictor | None]:
-    """None for every layer of a dense file. PowerInfer's own files have one threshold and no hot neurons."""
+def _predictors(file: GGUFFile, weights: _Weights, shape: ModelShape) -> list[_Predictor | None]:
+    """None for every layer of a dense file."""
     if "blk.0.fc1.weight" not in weights:
-        return [None] * n_layers
-    one_for_all = file.metadata.get("powerinfer.sparse_threshold", 0.0)
-    thresholds = file.metadata.get("hotcold.predictor.thresholds", [one_for_all] * n_layers)
-    counts = file.metadata.get("hotcold.hot.counts", [0] * n_layers)
-    indices = np.asarray(file.metadata.get("hotcold.hot.neurons", []), np.int64)
-    hot_of_layer = np.split(indices, np.cumsum(counts))  # and what is left over, which nobody asks for
-    predictors = []
-    for i in range(n_layers):
-        hot = torch.zeros(d_ff, dtype=torch.bool)
-        hot[torch.from_numpy(hot_of_layer[i])] = True
-        fc1, fc2 = weights(f"blk.{i}.fc1.weight"), weights(f"blk.{i}.fc2.weight")
-        predictors.append(_Predictor(fc1, fc2, float(thresholds[i]), hot))
-    return predictors
+        return [None] * shape.n_layers
+    return [
+        _Predictor(
+            fc1=weights(f"blk.{i}.fc1.weight"),
+            fc2=weights(f"blk.{i}.fc2.weight"),
+            threshold=predictor.threshold,
+            hot=torch.from_numpy(predictor.hot),
+        )
+        for i, predictor in enumerate(read_predictors(file, shape))
+    ]
 
 
-def _read_layers(file: GGUFFile, weights: _Weights, n_layers: int) -> list[_Layer]:
-    ffns = [_read_ffn(weights, f"blk.{i}") for i in range(n_layers)]
-    predictors = _read_predictors(file, weights, n_layers, d_ff=len(ffns[0]["up"]))
-    thresholds = file.metadata.get("hotcold.activation_thresholds", [0.0] * n_layers)
+def _read_layers(file: GGUFFile, weights: _Weights, shape: ModelShape) -> list[_Layer]:
+    predictors = _predictors(file, weights, shape)
+    thresholds = activation_thresholds(file, shape.n_layers)
     return [
         _Layer(
             attn_norm=weights(f"blk.{i}.attn_norm.weight"),
@@ -177,11 +126,11 @@ def _read_layers(file: GGUFFile, weights: _Weights, n_layers: int) -> list[_Laye
             v=weights(f"blk.{i}.attn_v.weight"),
             o=weights(f"blk.{i}.attn_output.weight"),
             ffn_norm=weights(f"blk.{i}.ffn_norm.weight"),
-            **ffns[i],
-            activation_threshold=float(thresholds[i]),
+            **_read_ffn(weights, f"blk.{i}"),
+            activation_threshold=thresholds[i],
             predictor=predictors[i],
         )
-        for i in range(n_layers)
+        for i in range(shape.n_layers)
     ]
 
 
@@ -189,7 +138,7 @@ def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps) * weight
 
 
-def _gated(activation: str, gate: Tensor, up: Tensor, threshold: float, where: Path) -> Tensor:
+def _gated(activation: str, gate: Tensor, up: Tensor, threshold: float) -> Tensor:
     """act(gate)·up, the neuron's value; a neuron fires iff this is not zero."""
     match activation:
         case "relu":
@@ -198,11 +147,8 @@ def _gated(activation: str, gate: Tensor, up: Tensor, threshold: float, where: P
             return torch.where(gate >= threshold, gate, 0.0) * up
         case "drelu":  # TurboSparse: both branches are rectified
             return torch.relu(gate) * torch.relu(up)
-        case "silu":
+        case _:  # ModelShape knows no other activation than these and SiLU
             return torch.nn.functional.silu(gate) * up
-    raise UnsupportedError(
-        "unknown activation", where=where, got=activation, expected="relu, fatrelu, drelu, silu"
-    )
 
 
 def _rope(x: Tensor, positions: Tensor, base: float, interleaved: bool) -> Tensor:
@@ -225,11 +171,11 @@ class ReferenceEngine:
         """Read the GGUF file `path`; `mode` is `dense`, `exact` or `predicted`."""
         file = GGUFFile(path)
         weights = _Weights(file, path)
-        self._path, self._shape = path, _Shape.read(file, path)
+        self._path, self._shape = path, ModelShape.read(file)
         self._embedding = weights("token_embd.weight")  # [n_vocab, d_model]
         self._head = weights("output.weight") if "output.weight" in weights else self._embedding
         self._output_norm = weights("output_norm.weight")
-        self._layers = _read_layers(file, weights, self._shape.n_layers)
+        self._layers = _read_layers(file, weights, self._shape)
         weights.check_all_read()
         if mode == "predicted" and self._layers[0].predictor is None:
             raise UnsupportedError("no predictors in this file", where=path, fix="use --mode exact")
@@ -330,7 +276,7 @@ class ReferenceEngine:
         layer, shape = self._layers[i], self._shape
         h = _rms_norm(x, layer.ffn_norm, shape.norm_eps)
         gate, up = h @ layer.gate.T, h @ layer.up.T
-        a = _gated(shape.activation, gate, up, layer.activation_threshold, self._path)  # [tokens, d_ff]
+        a = _gated(shape.activation, gate, up, layer.activation_threshold)  # [tokens, d_ff]
         computed = torch.ones_like(a, dtype=torch.bool)
         if self.mode == "predicted":
             computed = layer.predictor(x)
