@@ -164,7 +164,5 @@ def _rate(n_tokens: int, seconds: float) -> str:
 
 def _neurons(stats: Stats, mode: str) -> str:
     """What was really computed, over prompt and generation, of all layers' neurons."""
-    if mode == "dense" or not stats.tokens:
-        return "all computed"
     fired = f"{1 - stats.sparsity:.1%} fired"
     return f"{fired}, {1 - stats.predicted_sparsity:.1%} predicted" if mode == "predicted" else fired
