@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
-from transformers import PreTrainedModel, StaticCache
+from transformers import DynamicCache, PreTrainedModel
 
 from hotcold.errors import InputError
 from hotcold.progress import Progress
@@ -57,7 +57,7 @@ def _continue(
     teacher: PreTrainedModel, first: Tensor, length: int, generator: torch.Generator, progress: Progress
 ) -> Tensor:
     """Sample on from `first` [batch]; int64 [batch, length]."""
-    cache = StaticCache(config=teacher.config, max_cache_len=length)
+    cache = DynamicCache(config=teacher.config)
     tokens = [first[:, None]]
     for _ in range(length - 1):
         hidden = teacher.model(tokens[-1], past_key_values=cache, use_cache=True).last_hidden_state[:, -1]

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from hotcold import text
 from hotcold.sparsify.activations import set_activation
+from hotcold.sparsify.attention import use_grouped_attention
 from hotcold.sparsify.data import Windows, read_windows
 from hotcold.sparsify.distill import distill
 from hotcold.sparsify.evaluate import Quality, measure
@@ -47,8 +48,7 @@ def sparsify_relu(
     `log` gets a record per training step. Raises InputError where `source` has too little text.
     """
     heldout = _text_windows(tokenizer, source, "heldout", recipe, recipe.heldout_tokens)
-    # eager attention: at training lengths its backward pass takes half as long as the fused CPU kernel's
-    model.set_attn_implementation("eager")
+    use_grouped_attention(model)
     model.requires_grad_(False)
     teacher = copy.deepcopy(model).to(torch.bfloat16)
     windows = Windows(_training_windows(teacher, tokenizer, source, recipe), recipe.seed)

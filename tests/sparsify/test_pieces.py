@@ -9,6 +9,7 @@ from torch.nn import functional
 from hotcold.checkpoint import activation_name, ffn_layers
 from hotcold.errors import InputError, UnsupportedError
 from hotcold.sparsify.activations import recorded_intermediates, set_activation
+from hotcold.sparsify.attention import use_grouped_attention
 from hotcold.sparsify.data import Windows, read_windows
 from hotcold.sparsify.evaluate import Quality, measure, table
 from hotcold.sparsify.generate import write_text
@@ -99,6 +100,15 @@ def test_the_table_says_what_was_measured():
     assert "dense 20.00  sparse 25.00  (1.250x, 500 held-out tokens)" in printed
     assert "60.0%" in printed
     assert printed.splitlines()[-1].split() == ["1", "70.0%"]
+
+
+def test_grouped_attention_is_attention(dense, tmp_path):
+    ids = torch.randint(0, 400, (3, 20), generator=torch.Generator().manual_seed(0))
+    expected = dense(ids).logits
+    use_grouped_attention(dense)
+    torch.testing.assert_close(dense(ids).logits, expected, rtol=1e-4, atol=1e-5)
+    dense.save_pretrained(tmp_path)
+    assert "grouped" not in (tmp_path / "config.json").read_text()
 
 
 def test_glibc_takes_the_settings():
