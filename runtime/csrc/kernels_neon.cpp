@@ -1,0 +1,4 @@
+#include "simd_neon.h"
+
+#define HOTCOLD_ISA neon
+#include "kernels.inl"
