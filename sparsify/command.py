@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 
 from hotcold.errors import InputError, StorageError
 from hotcold.sparsify.methods import METHODS, load_method
+from hotcold.sparsify.recipe import REDUCTIONS, Recipe
 
 if TYPE_CHECKING:
-    from hotcold.sparsify.recipe import Recipe
     from hotcold.sparsify.relu import Result
 
 HELP = "Replace the FFN activation by a sparse one and repair the model by distillation from its dense self."
@@ -22,42 +22,38 @@ EXAMPLE = "hotcold sparsify --model smollm2 --method relu --out sparse-smollm2"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options; those left out keep the recipe's defaults."""
-    add = parser.add_argument
+    add, default = parser.add_argument, Recipe()
     add("--model", required=True, metavar="M", help="HF directory, .gguf file, hub id, or smollm2")
-    add(
-        "--method",
-        default="relu",
-        metavar="NAME",
-        help=f"one of: {', '.join(METHODS)} (default: %(default)s)",
-    )
+    add("--method", default="relu", metavar="NAME", help=f"{' | '.join(METHODS)} (default: %(default)s)")
     add("--out", required=True, type=Path, metavar="DIR", help="where the HF checkpoint goes")
     add(
-        "--text",
-        default="stdlib",
-        metavar="SRC",
-        help="file, glob, data set id or stdlib (default: %(default)s)",
-    )
+        "--text", default="stdlib", metavar="SRC",
+        help="file, glob, data set id, or stdlib, the text that Python carries (default: %(default)s)",
+    )  # fmt: skip
     add(
-        "--tokens",
+        "--tokens", type=int, default=default.tokens, metavar="N",
+        help="tokens to train on, in all phases together; the time goes with it (default: %(default)s)",
+    )  # fmt: skip
+    add(
+        "--generated", type=float, default=default.generated_share, metavar="SHARE",
+        help="share of them from text that the dense model writes itself (default: %(default)s)",
+    )  # fmt: skip
+    add(
+        "--l1", type=float, default=default.l1_peak, metavar="PEAK",
+        help="final factor of the L1 term: higher is sparser and less exact (default: %(default)s)",
+    )  # fmt: skip
+    add(
+        "--l1-reduction", default=default.l1_reduction, metavar="R",
+        help=f"over what the L1 norm is averaged: {' | '.join(REDUCTIONS)} (default: %(default)s)",
+    )  # fmt: skip
+    add("--no-quantise", action="store_true", help="do not train for the rounding of Q4_0")
+    add(
+        "--seed",
         type=int,
-        metavar="N",
-        help="tokens to train on, over all phases; fixes the result and the time",
+        default=default.seed,
+        metavar="S",
+        help="of sampling and shuffling (default: %(default)s)",
     )
-    add(
-        "--generated",
-        type=float,
-        metavar="SHARE",
-        help="share of them from text that the dense model writes, 0 to 1",
-    )
-    add(
-        "--l1",
-        type=float,
-        metavar="PEAK",
-        help="final factor of the L1 term: higher is sparser and less exact",
-    )
-    add("--l1-reduction", metavar="R", help="mean | token_sum | sum: over what the L1 norm is averaged")
-    add("--no-quantise", action="store_true", help="do not train for Q4_0 rounding")
-    add("--seed", type=int, metavar="S", help="of sampling and shuffling")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -91,19 +87,14 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _recipe(args: argparse.Namespace) -> Recipe:
-    from hotcold.sparsify.recipe import Recipe
-
-    recipe = Recipe()
-    if args.tokens is not None:
-        recipe = recipe.with_tokens(args.tokens)
-    given = {
-        "generated_share": args.generated,
-        "l1_peak": args.l1,
-        "l1_reduction": args.l1_reduction,
-        "seed": args.seed,
-    }
-    given["quantise_from"] = 1.0 if args.no_quantise else None
-    return replace(recipe, **{name: value for name, value in given.items() if value is not None})
+    chosen = Recipe(
+        tokens=args.tokens,
+        generated_share=args.generated,
+        l1_peak=args.l1,
+        l1_reduction=args.l1_reduction,
+        seed=args.seed,
+    )
+    return replace(chosen, quantise_from=1.0) if args.no_quantise else chosen
 
 
 def _check_out(out: Path) -> None:

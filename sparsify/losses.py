@@ -5,18 +5,14 @@ Kept apart from the training loops so that each can be checked against its defin
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from hotcold.errors import InputError
+from hotcold.sparsify.recipe import REDUCTIONS, Reduction
 
-__all__ = ["REDUCTIONS", "Reduction", "kl_from_hidden", "l1_norm", "relative_error"]
-
-Reduction = Literal["mean", "token_sum", "sum"]
-REDUCTIONS: tuple[Reduction, ...] = ("mean", "token_sum", "sum")
+__all__ = ["kl_from_hidden", "l1_norm", "relative_error"]
 
 _CHUNK = 256  # tokens whose logits exist at a time
 

@@ -1,15 +1,20 @@
-"""Every number of the `relu` method in one place, with the defaults that were tuned on SmolLM2-135M."""
+"""Every number of the `relu` method in one place, with the defaults that were tuned on SmolLM2-135M.
+
+No torch in here: the command line shows these defaults.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Self
+from dataclasses import dataclass
+from typing import Literal
 
 from hotcold.errors import InputError
-from hotcold.sparsify.losses import REDUCTIONS, Reduction
 from hotcold.sparsify.schedule import ProgressiveL1, Stage
 
-__all__ = ["Recipe"]
+__all__ = ["REDUCTIONS", "Recipe", "Reduction"]
+
+Reduction = Literal["mean", "token_sum", "sum"]
+REDUCTIONS: tuple[Reduction, ...] = ("mean", "token_sum", "sum")
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +25,7 @@ class Recipe:
     `quantise_from` are points of the end-to-end phase, from 0 to 1.
     """
 
-    tokens: int = 240_000
+    tokens: int = 220_000
     layerwise_share: float = 0.14
     generated_share: float = 0.5
     generated_passes: int = 2
@@ -65,10 +70,6 @@ class Recipe:
     @property
     def distill_steps(self) -> int:
         return max(1, self.tokens // self.step_tokens - self.layerwise_steps)
-
-    def with_tokens(self, tokens: int) -> Self:
-        """The same recipe for another length of training."""
-        return replace(self, tokens=tokens)
 
     def l1_schedule(self) -> ProgressiveL1:
         """Stage 0 until `l1_start`, a short warm-up at a tenth of the peak, then one ramp until `l1_full`."""

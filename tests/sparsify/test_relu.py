@@ -147,7 +147,7 @@ def test_unknown_method_names_the_known_ones():
 
 
 def test_the_phases_share_all_tokens():
-    recipe = Recipe().with_tokens(100_000)
+    recipe = Recipe(tokens=100_000)
     steps = recipe.layerwise_steps + recipe.distill_steps
     assert steps == 100_000 // recipe.step_tokens
     assert recipe.l1_schedule()(recipe.distill_steps) == recipe.l1_peak
