@@ -235,7 +235,7 @@ class ReferenceEngine:
         positions = torch.arange(self.position, self.position + len(tokens))
         for i in range(len(self._layers)):
             x = x + self._attention(i, x, positions)
-            x = x + self._ffn(i, x)
+            x = x + self._ffn(i, x, positions)
         self._tokens += len(tokens)
         x = _rms_norm(x if all_logits else x[-1], self._output_norm, self._shape.norm_eps)
         return (x @ self._head.T).numpy()
@@ -271,7 +271,7 @@ class ReferenceEngine:
         weights = scores.masked_fill(future, float("-inf")).softmax(-1)
         return torch.einsum("hts,shd->thd", weights, values).flatten(1) @ layer.o.T
 
-    def _ffn(self, i: int, x: Tensor) -> Tensor:
+    def _ffn(self, i: int, x: Tensor, positions: Tensor) -> Tensor:
         """The FFN of layer i on the residual x [tokens, d_model], with the neurons of this mode."""
         layer, shape = self._layers[i], self._shape
         h = _rms_norm(x, layer.ffn_norm, shape.norm_eps)
@@ -280,6 +280,9 @@ class ReferenceEngine:
         computed = torch.ones_like(a, dtype=torch.bool)
         if self.mode == "predicted":
             computed = layer.predictor(x)
+            # The first token of a context becomes the attention sink of all others (arXiv 2402.17762):
+            # a neuron missed there costs every later token, so it is computed in full.
+            computed[positions == 0] = True
         fires = a != 0
         self._fired[i] += int((fires & computed).sum())
         self._predicted[i] += int(computed.sum())

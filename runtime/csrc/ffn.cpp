@@ -124,11 +124,13 @@ void Pass::ffn_dense(int thread, int l) {
   each_token(thread, [&](int t) { m.k.add(x.f + size_t(t) * x.width, &b.out[size_t(t) * out_stride], c().d_model); });
 }
 
-// Lists the neurons of one group of 16 whose score reaches the threshold for any token, and for which.
-void Pass::list_group(ThreadScratch& s, int first, const float* scores, int stride, float threshold, uint32_t always) {
+// Lists the neurons of one group of 16 whose score reaches the threshold for any token, and for which. `always` and, for
+// the first token of the block, `always_first` are bits of neurons that are listed whatever their score.
+void Pass::list_group(ThreadScratch& s, int first, const float* scores, int stride, float threshold, uint32_t always,
+                      uint32_t always_first) {
   const uint32_t valid = first + kLanes <= c().d_ff ? 0xFFFF : (1u << (c().d_ff - first)) - 1;
   if (n == 1) {
-    uint32_t on = (m.k.at_least(scores, threshold) | always) & valid;
+    uint32_t on = (m.k.at_least(scores, threshold) | always | always_first) & valid;
     if (m.audit)
       for (int i = 0; i < kLanes; ++i) b.masks[first + i] = on >> i & 1;
     for (; on; on &= on - 1) s.list[s.listed++] = first + std::countr_zero(on);
@@ -137,7 +139,7 @@ void Pass::list_group(ThreadScratch& s, int first, const float* scores, int stri
   uint64_t masks[kLanes] = {};
   uint32_t any = 0;
   for (int t = 0; t < n; ++t) {
-    uint32_t on = (m.k.at_least(scores + size_t(t) * stride, threshold) | always) & valid;
+    uint32_t on = (m.k.at_least(scores + size_t(t) * stride, threshold) | always | (t ? 0 : always_first)) & valid;
     any |= on;
     for (; on; on &= on - 1) masks[std::countr_zero(on)] |= uint64_t(1) << t;
   }
@@ -154,7 +156,7 @@ void Pass::list_fired(int thread, int l) {
             b.gate.get(), stride);
   s.listed = 0;
   for (int g = groups.first; g < groups.last; ++g)
-    list_group(s, g * kLanes, &b.gate[g * kLanes], stride, firing_threshold(layer), 0);
+    list_group(s, g * kLanes, &b.gate[g * kLanes], stride, firing_threshold(layer), 0, 0);
   const int mine = std::min(groups.last * kLanes, c().d_ff) - std::min(groups.first * kLanes, c().d_ff);
   s.stats[l].predicted += int64_t(n) * mine;  // no neuron is left out unseen
 }
@@ -174,8 +176,12 @@ void Pass::list_predicted(int thread, int l) {
   const Range groups = split(round_up(c().d_ff, kLanes) / kLanes, thread, threads());
   m.k.panel(layer.fc2.type, layer.fc2.data, rank, groups.first, groups.last, hidden, n, b.gate.get(), stride);
   s.listed = 0;
+  // The first token of a context becomes the attention sink of all others (arXiv 2402.17762): a neuron missed there
+  // costs every later token, and computing all of it costs one token.
+  const uint32_t sink = position == 0 ? 0xFFFF : 0;
   for (int g = groups.first; g < groups.last; ++g)
-    list_group(s, g * kLanes, &b.gate[g * kLanes], stride, layer.predictor_threshold, layer.hot.empty() ? 0 : layer.hot[g]);
+    list_group(s, g * kLanes, &b.gate[g * kLanes], stride, layer.predictor_threshold,
+               layer.hot.empty() ? 0 : layer.hot[g], sink);
 }
 
 // This thread's share of the listed neurons, in three phases per chunk - gates, ups, downs - so that every row is asked

@@ -40,7 +40,8 @@ struct Pass {
   void ffn_dense(int thread, int l);
   void list_fired(int thread, int l);
   void list_predicted(int thread, int l);
-  void list_group(ThreadScratch& s, int first_neuron, const float* scores, int stride, float threshold, uint32_t always);
+  void list_group(ThreadScratch& s, int first_neuron, const float* scores, int stride, float threshold, uint32_t always,
+                  uint32_t always_first);
   void ffn_rows(int thread, int l);
   void count_missed(int thread, int l);
 

@@ -149,11 +149,16 @@ def test_threshold_of_minus_infinity_equals_exact(make_bundle, quant):
     np.testing.assert_allclose(predicted.stats().fired, exact.stats().fired, atol=3)
 
 
-def test_threshold_of_infinity_leaves_the_hot_neurons(make_bundle):
+@pytest.mark.parametrize("block", [True, False])
+def test_threshold_of_infinity_leaves_the_first_token_and_the_hot_neurons(make_bundle, block):
     bundle = make_bundle(predictor_threshold=float("inf"), hot=((1, 5, 9), ()))
     engine = Engine.load(bundle.path, "predicted", 2)
-    engine.prefill(IDS[:10])
-    np.testing.assert_array_equal(engine.stats().predicted, [30, 0])
+    if block:
+        engine.prefill(IDS[:10])
+    else:
+        for token in IDS[:10]:
+            engine.decode(token)
+    np.testing.assert_array_equal(engine.stats().predicted, [96 + 9 * 3, 96])
 
 
 @pytest.mark.parametrize("block", [True, False])
@@ -204,16 +209,20 @@ def test_rows_of_inactive_neurons_are_not_used(make_bundle, tmp_path, mode, n):
 
 @pytest.mark.parametrize("n", [1, 40])
 def test_rows_of_unpredicted_neurons_are_not_used(make_bundle, tmp_path, n):
-    """A zero row of fc2 stays below a positive threshold: all three rows of that neuron may hold anything."""
+    """A zero row of fc2 stays below a positive threshold: the neuron is left out, though its gate would fire."""
     bundle = make_bundle(predictor_threshold=1e-3, hot=((), ()))
     folder = tmp_path / "poisoned"
     shutil.copytree(bundle.path, folder)
     path, cold = folder / "tiny.powerinfer.gguf", [0, 13, 17, 64, 95]
     for layer in range(2):
         _edit_rows(path, f"blk.{layer}.fc2.weight", cold, 0.0)
-        for part in ("gate", "up", "down_t"):
+        for part in ("up", "down_t"):
             _edit_rows(path, f"blk.{layer}.ffn_{part}.weight", cold, np.nan)
-    assert np.isfinite(Engine.load(folder, "predicted", 2).prefill(IDS[:n], all_logits=True)).all()
+    engine = Engine.load(folder, "predicted", 2)
+    engine._model.position = 1  # position 0 is computed in full
+    assert np.isfinite(engine.prefill(IDS[:n], all_logits=True)).all()
+    engine.reset()
+    assert np.isnan(engine.prefill(IDS[:n], all_logits=True)).any()
 
 
 def test_a_full_context_and_bad_tokens_are_refused(bundle):
