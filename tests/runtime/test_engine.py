@@ -209,7 +209,7 @@ def test_rows_of_inactive_neurons_are_not_used(make_bundle, tmp_path, mode, n):
 
 @pytest.mark.parametrize("n", [1, 40])
 def test_rows_of_unpredicted_neurons_are_not_used(make_bundle, tmp_path, n):
-    """A zero row of fc2 stays below a positive threshold: the neuron is left out, though its gate would fire."""
+    """A zero row of fc2 stays below a positive threshold: the neuron is left out, though its gate fires."""
     bundle = make_bundle(predictor_threshold=1e-3, hot=((), ()))
     folder = tmp_path / "poisoned"
     shutil.copytree(bundle.path, folder)
