@@ -31,15 +31,15 @@ class Recipe:
     generated_passes: int = 2
     heldout_tokens: int = 8_192
     sequence: int = 256
-    batch: int = 4
+    batch: int = 2
     layerwise_lr: float = 1e-3
-    distill_lr: float = 1.5e-3
-    warmup_steps: int = 10
-    l1_peak: float = 0.2
+    distill_lr: float = 1.4e-3
+    warmup_steps: int = 20
+    l1_peak: float = 0.03
     l1_start: float = 0.1
     l1_full: float = 0.6
     l1_reduction: Reduction = "mean"
-    quantise_from: float = 0.65
+    quantise_from: float = 0.75
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -83,7 +83,7 @@ def test_the_command_writes_a_checkpoint_that_transformers_loads(model_folder, t
     assert model.config.hidden_act == "relu"
     assert isinstance(model.model.layers[0].mlp.act_fn, torch.nn.ReLU)
     records = [json.loads(line) for line in (out / "training.jsonl").read_text().splitlines()]
-    assert len(records) == 4
+    assert len(records) == 8
     summary = json.loads((out / "sparsify.json").read_text())
     assert summary["recipe"]["tokens"] == 4096
     assert f"{summary['perplexity_sparse']:.2f}" in printed
@@ -93,7 +93,7 @@ def test_the_command_writes_a_checkpoint_that_transformers_loads(model_folder, t
     ("arguments", "message"),
     [
         (["--method", "prosparse"], "--method: unknown method (got prosparse, expected relu)"),
-        (["--tokens", "7"], "tokens: too few tokens to train on (got 7, expected >= 2048)"),
+        (["--tokens", "7"], "tokens: too few tokens to train on (got 7, expected >= 1024)"),
         (["--generated", "1.5"], "generated_share: out of range (got 1.5, expected 0 to 1)"),
         (["--l1", "-1"], "l1_peak: the L1 factor must not be negative (got -1.0)"),
         (
