@@ -25,7 +25,7 @@ class Recipe:
     `quantise_from` are points of the end-to-end phase, from 0 to 1.
     """
 
-    tokens: int = 220_000
+    tokens: int = 180_000
     layerwise_share: float = 0.14
     generated_share: float = 0.5
     generated_passes: int = 2
