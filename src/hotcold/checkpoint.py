@@ -310,6 +310,8 @@ def save(
     template = config.pop("chat_template", None)
     with storage.atomic_directory(path) as folder, _quiet():
         model.save_pretrained(folder)
+        for weights in folder.glob("*.safetensors"):  # written for the owner alone, unlike all other files
+            weights.chmod((folder / "config.json").stat().st_mode & 0o777)
         storage.write_bytes(folder / "tokenizer.json", tokenizer.to_str(pretty=True).encode())
         storage.write_json(folder / "tokenizer_config.json", config)
         if template:
