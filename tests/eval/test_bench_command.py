@@ -57,7 +57,8 @@ def test_all_modes_compute_what_llama_cpp_computes(measured):
 def test_activity_is_real(measured):
     assert 0.2 < measured["sparsity"] < 0.8
     assert measured["recall"] == pytest.approx(1.0)
-    assert measured["predicted_sparsity"] == pytest.approx(measured["sparsity"], abs=0.02)
+    # These predictors are perfect, but position 0 of the 8 + 6 tokens is computed in full.
+    assert measured["predicted_sparsity"] == pytest.approx(measured["sparsity"] * 13 / 14, abs=0.02)
     assert measured["recall_exact"] is None
     assert measured["bytes_per_token_exact"] < measured["bytes_per_token_dense"]
 
