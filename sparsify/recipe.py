@@ -25,9 +25,9 @@ class Recipe:
     `quantise_from` are points of the end-to-end phase, from 0 to 1.
     """
 
-    tokens: int = 180_000
+    tokens: int = 220_000
     layerwise_share: float = 0.14
-    generated_share: float = 0.5
+    generated_share: float = 0.65
     generated_passes: int = 2
     heldout_tokens: int = 8_192
     sequence: int = 256
