@@ -9,9 +9,9 @@ from __future__ import annotations
 import mmap
 
 import numpy as np
-from gguf import GGMLQuantizationType, quants
 
 from hotcold.convert.gguf_read import GGUFFile, Tensor
+from hotcold.convert.quantize import dequantize
 from hotcold.errors import FormatError, ShapeError, UnsupportedError
 from hotcold.runtime import _cpu
 from hotcold.runtime.shape import ModelShape, activation_thresholds, read_predictors
@@ -27,7 +27,7 @@ class _Source:
     """Tensors of a file as the bytes that the engine packs."""
 
     def __init__(self, file: GGUFFile) -> None:
-        self._file = file
+        self._file, self.path = file, file.path
         self._unread = set(file.tensors)
 
     def __contains__(self, name: str) -> bool:
@@ -47,17 +47,14 @@ class _Source:
         return tensor
 
     def vector(self, name: str, n: int) -> np.ndarray:
-        tensor = self.tensor(name, n)
-        return np.array(
-            quants.dequantize(tensor.data, GGMLQuantizationType[tensor.type]), np.float32
-        ).reshape(n)
+        return dequantize(self.tensor(name, n)).reshape(n)
 
     def packable(self, name: str, rows: int, cols: int) -> tuple[int, np.ndarray]:
         """Type id and bytes; types that the engine has no kernels for become F16."""
         tensor = self.tensor(name, rows, cols)
         if tensor.type in TYPES:
             return TYPES[tensor.type], tensor.data.reshape(-1)
-        values = quants.dequantize(tensor.data, GGMLQuantizationType[tensor.type])
+        values = dequantize(tensor).reshape(rows, cols)
         return TYPES["F16"], np.ascontiguousarray(values.astype(np.float16)).view(np.uint8).reshape(-1)
 
     def check_all_read(self, ignored: tuple[str, ...]) -> None:
@@ -159,9 +156,7 @@ def _load_ffn(model: _cpu.Model, source: _Source, shape: ModelShape, layer: int,
     sparse_form = f"{block}.ffn_down_t.weight" in source
     if sparse_form == (mode == "dense"):
         form = "neuron rows" if sparse_form else "a dense down matrix"
-        raise UnsupportedError(
-            f"{mode} mode cannot run a file with {form}", where=source.tensor.__self__._file.path
-        )
+        raise UnsupportedError(f"{mode} mode cannot run a file with {form}", where=source.path)
     suffix = "_exps" if f"{block}.ffn_down_exps.weight" in source else ""
     gate = source.packable(f"{block}.ffn_gate{suffix}.weight", d_ff, d)
     up = source.packable(f"{block}.ffn_up{suffix}.weight", d_ff, d)

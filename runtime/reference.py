@@ -15,10 +15,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from gguf import GGMLQuantizationType, quants
 from torch import Tensor
 
 from hotcold.convert.gguf_read import GGUFFile
+from hotcold.convert.quantize import dequantize
 from hotcold.errors import FormatError, InputError, UnsupportedError
 from hotcold.runtime.bundle_files import file_of_role
 from hotcold.runtime.shape import ModelShape, activation_thresholds, read_predictors
@@ -42,9 +42,7 @@ class _Weights:
         if name not in self:
             raise FormatError("missing tensor", where=self._path, field=name)
         self._unread.discard(name)
-        stored = self._file.tensors[name]
-        values = quants.dequantize(stored.data, GGMLQuantizationType[stored.type])
-        return torch.from_numpy(np.array(values, np.float32).reshape(stored.shape))
+        return torch.from_numpy(np.array(dequantize(self._file.tensors[name])))
 
     def check_all_read(self) -> None:
         """An unused tensor (a bias, a rope table) means another function than the one computed here."""

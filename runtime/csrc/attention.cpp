@@ -19,11 +19,7 @@ void Pass::attention(int thread, int l) {
   const Layer& layer = m.layers[l];
   Stream& s = stream(thread);
   const Acts &x = s.x.acts, &norm = s.norm.acts;
-  each_token(thread, [&](int t) {
-    m.k.rms_norm(x.f + size_t(t) * x.width, layer.attn_norm.data(), c().d_model, c().norm_eps,
-                 norm.f + size_t(t) * norm.width);
-    m.k.quantise(norm, t, 0, norm.blocks());
-  });
+  each_token(thread, [&](int t) { norm_token(s, t, layer.attn_norm, t); });
   multiply(thread, layer.q, norm, b.q.get(), layer.q.rows);
   multiply(thread, layer.k, norm, b.kk.get(), layer.k.rows);
   multiply(thread, layer.v, norm, b.v.get(), layer.v.rows);

@@ -72,9 +72,7 @@ void Pass::ffn(int thread, int l) {
   Stream& s = stream(thread);
   const Acts &x = s.x.acts, &norm = s.norm.acts;
   each_token(thread, [&](int t) {
-    m.k.rms_norm(x.f + size_t(t) * x.width, layer.ffn_norm.data(), c().d_model, c().norm_eps,
-                 norm.f + size_t(t) * norm.width);
-    m.k.quantise(norm, t, 0, norm.blocks());
+    norm_token(s, t, layer.ffn_norm, t);
     if (c().mode != Mode::Dense) m.k.arrange(norm, t);
     if (c().mode == Mode::Predicted) m.k.quantise(x, t, 0, x.blocks());
   });

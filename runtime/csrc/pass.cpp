@@ -36,14 +36,18 @@ void Pass::embed(int thread) {
   });
 }
 
+void Pass::norm_token(Stream& s, int t, const std::vector<float>& weight, int to) {
+  const Acts &x = s.x.acts, &norm = s.norm.acts;
+  m.k.rms_norm(x.f + size_t(t) * x.width, weight.data(), c().d_model, c().norm_eps, norm.f + size_t(to) * norm.width);
+  m.k.quantise(norm, to, 0, norm.blocks());
+}
+
 void Pass::logits(int thread) {
   Stream& s = stream(thread);
   const int first = n - wanted, stride = round_up(c().n_vocab, kLanes);
   each_token(thread, [&](int t) {
     if (t < first) return;
-    const float* x = s.x.acts.f + size_t(t) * s.x.acts.width;
-    m.k.rms_norm(x, m.output_norm.data(), c().d_model, c().norm_eps, s.norm.acts.f + size_t(t - first) * s.norm.acts.width);
-    m.k.quantise(s.norm.acts, t - first, 0, s.norm.acts.blocks());
+    norm_token(s, t, m.output_norm, t - first);
   });
   const Range groups = split(stride / kLanes, thread, threads());
   m.k.panel(m.head.type, m.head.data, c().d_model, groups.first, groups.last, s.norm.acts, wanted, b.logits.get(), stride);

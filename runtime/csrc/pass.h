@@ -27,6 +27,8 @@ struct Pass {
   // This thread's rows of a panel, for all tokens; other rows may still be missing until the next barrier.
   void multiply(int thread, const Panel& panel, const Acts& acts, float* out, int stride);
 
+  // Norms the residual stream of token t into place `to` of the normed activations, and quantises it.
+  void norm_token(Stream& s, int t, const std::vector<float>& weight, int to);
   void embed(int thread);
   void attention(int thread, int l);
   void rope_and_store(int thread, int l);
