@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from hotcold.checkpoint import ffn_layers
 
-__all__ = ["bake", "quantisable", "quantise_while_training", "round_q4_0"]
+__all__ = ["bake", "prepare_rounding", "quantisable", "round_q4_0", "start_rounding"]
 
 _BLOCK = 32
 
@@ -48,10 +48,10 @@ class _Straight(torch.autograd.Function):
 class _FakeQuantise(nn.Module):
     def __init__(self, transposed: bool) -> None:
         super().__init__()
-        self.transposed = transposed
+        self.transposed, self.on = transposed, False
 
     def forward(self, weight: Tensor) -> Tensor:
-        return _Straight.apply(weight, self.transposed)
+        return _Straight.apply(weight, self.transposed) if self.on else weight
 
 
 def quantisable(model: PreTrainedModel) -> Iterator[tuple[nn.Module, bool]]:
@@ -67,11 +67,21 @@ def quantisable(model: PreTrainedModel) -> Iterator[tuple[nn.Module, bool]]:
                 yield module, transposed
 
 
-def quantise_while_training(model: PreTrainedModel) -> None:
-    """Make each linear layer compute with its weight rounded to Q4_0; frozen ones are rounded here, once."""
+def prepare_rounding(model: PreTrainedModel) -> None:
+    """Give each linear layer that learns a switch for rounding, off at first.
+
+    The switches are there from the start, so that parameters keep their names for optimisers and wrappers.
+    """
     for module, transposed in list(quantisable(model)):
         if module.weight.requires_grad:
             parametrize.register_parametrization(module, "weight", _FakeQuantise(transposed), unsafe=True)
+
+
+def start_rounding(model: PreTrainedModel) -> None:
+    """Make each linear layer compute with its weight rounded to Q4_0; frozen ones are rounded here, once."""
+    for module, transposed in list(quantisable(model)):
+        if parametrize.is_parametrized(module, "weight"):
+            module.parametrizations.weight[0].on = True
         else:
             with torch.no_grad():
                 module.weight.copy_(_Straight.apply(module.weight, transposed))

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hotcold.checkpoint import ffn_layers
-from hotcold.sparsify.quantise import bake, quantisable, quantise_while_training, round_q4_0
+from hotcold.sparsify.quantise import bake, prepare_rounding, quantisable, round_q4_0, start_rounding
 
 Q4_0 = gguf.GGMLQuantizationType.Q4_0
 
@@ -39,7 +39,8 @@ def test_gradients_pass_straight_through(dense):
     layer.gate(x).sum().backward()
     expected = layer.gate.weight.grad.clone()
     layer.gate.weight.grad = None
-    quantise_while_training(dense)
+    prepare_rounding(dense)
+    start_rounding(dense)
     layer.gate(x).sum().backward()
     torch.testing.assert_close(layer.gate.parametrizations.weight.original.grad, expected)
 
@@ -50,7 +51,9 @@ def test_baking_keeps_the_function_and_q4_0_stores_it(dense):
         layer.mlp.requires_grad_(True)
     ids = torch.arange(40)[None]
     before = dense(ids).logits
-    quantise_while_training(dense)
+    prepare_rounding(dense)
+    torch.testing.assert_close(dense(ids).logits, before)
+    start_rounding(dense)
     rounded = dense(ids).logits
     bake(dense)
     torch.testing.assert_close(dense(ids).logits, rounded)
