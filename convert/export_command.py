@@ -50,13 +50,13 @@ def run(args: argparse.Namespace) -> int:
     """Write the bundle and list its files on stdout."""
     from hotcold.checkpoint import fingerprint, resolve
     from hotcold.convert.export import ExportOptions, export_bundle
-    from hotcold.convert.predictors import Predictors
+    from hotcold.predictor.bundle import PredictorBundle
 
     if not 0 < args.hot_frequency < math.inf:
         raise InputError("a share is above 0", where="--hot-frequency", got=args.hot_frequency)
     path = Path(resolve(args.model))
     options = ExportOptions(args.quant, args.head_quant, args.predictor_quant, args.hot_frequency)
-    predictors = Predictors(args.predictors) if args.predictors else None
+    predictors = PredictorBundle.load(args.predictors) if args.predictors else None
     with _source(args.model, path) as (source, folder):
         manifest = export_bundle(
             source,

@@ -124,7 +124,7 @@ def _load(model: _cpu.Model, source: _Source, file: GGUFFile, shape: ModelShape,
         model.tie_head()
     else:
         model.set_panel(0, "head", *source.packable("output.weight", vocab, d), vocab, d)
-    model.set_output_norm(source.vector("output_norm.weight", d))
+    model.set_vector(0, "output_norm", source.vector("output_norm.weight", d))
     half = shape.head_dim // 2
     model.set_rope((float(shape.rope_base) ** (-np.arange(half, dtype=np.float64) / half)).astype(np.float32))
     for layer, threshold in enumerate(activation_thresholds(file, shape.n_layers)):
@@ -154,9 +154,8 @@ def _load_attention(model: _cpu.Model, source: _Source, shape: ModelShape, layer
         model.set_panel(layer, slot, *source.packable(f"{block}.attn_{slot}.weight", rows, d), rows, d, order)
     cols = shape.n_heads * shape.head_dim
     model.set_panel(layer, "o", *source.packable(f"{block}.attn_output.weight", d, cols), d, cols)
-    model.set_norms(
-        layer, source.vector(f"{block}.attn_norm.weight", d), source.vector(f"{block}.ffn_norm.weight", d)
-    )
+    for norm in ("attn_norm", "ffn_norm"):
+        model.set_vector(layer, norm, source.vector(f"{block}.{norm}.weight", d))
 
 
 def _load_ffn(model: _cpu.Model, source: _Source, shape: ModelShape, layer: int, mode: str) -> None:
