@@ -16,7 +16,7 @@ import numpy as np
 from hotcold.convert.architectures import ModelSpec, hyper_parameters
 from hotcold.convert.gguf_write import TensorPlan
 from hotcold.convert.plans import Planner
-from hotcold.convert.predictors import Predictors
+from hotcold.predictor.bundle import PredictorBundle
 
 __all__ = ["ARCHITECTURE", "MAGIC", "runs_in_powerinfer", "sparse_metadata", "sparse_plans"]
 
@@ -25,7 +25,7 @@ ARCHITECTURE = "llama"
 _DOWN_TYPES = ("F16", "Q4_0")  # PowerInfer's axpy kernels read any other type as F16: NaN or zero logits
 
 
-def sparse_metadata(spec: ModelSpec, predictors: Predictors, hot: list[np.ndarray]) -> dict[str, Any]:
+def sparse_metadata(spec: ModelSpec, predictors: PredictorBundle, hot: list[np.ndarray]) -> dict[str, Any]:
     """Architecture, hyper-parameters, predictor thresholds and hot neurons (`hot[layer]`: ascending indices).
 
     PowerInfer knows one threshold for all layers; the least one keeps every neuron that ours keep.
@@ -41,7 +41,7 @@ def sparse_metadata(spec: ModelSpec, predictors: Predictors, hot: list[np.ndarra
     }
 
 
-def sparse_plans(planner: Planner, predictors: Predictors) -> list[TensorPlan]:
+def sparse_plans(planner: Planner, predictors: PredictorBundle) -> list[TensorPlan]:
     """All tensors of the sparse form."""
     plans = planner.embeddings(copy_tied=True)
     for layer in range(planner.spec.n_layers):
@@ -59,11 +59,11 @@ def _ffn(planner: Planner, layer: int) -> list[TensorPlan]:
     ]
 
 
-def _predictor(planner: Planner, predictors: Predictors, layer: int) -> list[TensorPlan]:
-    spec, kind, rank = planner.spec, planner.types.predictor, predictors.ranks[layer]
+def _predictor(planner: Planner, predictors: PredictorBundle, layer: int) -> list[TensorPlan]:
+    kind, predictor = planner.types.predictor, predictors.layers[layer]
     return [
-        planner.floats(f"blk.{layer}.fc1", (rank, spec.d_model), kind, lambda: predictors.fc1(layer)),
-        planner.floats(f"blk.{layer}.fc2", (spec.d_ff, rank), kind, lambda: predictors.fc2(layer)),
+        planner.floats(f"blk.{layer}.fc1", predictor.fc1.shape, kind, lambda: predictor.fc1),
+        planner.floats(f"blk.{layer}.fc2", predictor.fc2.shape, kind, lambda: predictor.fc2),
     ]
 
 

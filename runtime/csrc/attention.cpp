@@ -18,7 +18,7 @@ uint16_t* Pass::values(int l, int kv_head) const {
 void Pass::attention(int thread, int l) {
   const Layer& layer = m.layers[l];
   Stream& s = stream(thread);
-  const Acts &x = s.x.acts, &norm = s.norm.acts;
+  const Acts& norm = s.norm.acts;
   each_token(thread, [&](int t) { norm_token(s, t, layer.attn_norm, t); });
   multiply(thread, layer.q, norm, b.q.get(), layer.q.rows);
   multiply(thread, layer.k, norm, b.kk.get(), layer.k.rows);
@@ -29,9 +29,11 @@ void Pass::attention(int thread, int l) {
   if (n == 1) attend_one(thread, l);
   else attend_block(thread, l);
   const int stride = round_up(c().d_model, kLanes);
-  multiply(thread, layer.o, s.heads.acts, b.out.get(), stride);
+  // In a parallel block the FFN still has to read the stream as it is.
+  float* out = c().parallel ? b.attention.get() : b.out.get();
+  multiply(thread, layer.o, s.heads.acts, out, stride);
   m.team.barrier();
-  each_token(thread, [&](int t) { m.k.add(x.f + size_t(t) * x.width, &b.out[size_t(t) * stride], c().d_model); });
+  if (!c().parallel) add_to_stream(thread, out, stride, layer.o_bias);
 }
 
 // Rotates the pairs (i, i + half) of a head: the NEOX order, to which all models are brought at load.
@@ -45,7 +47,16 @@ void Pass::rope(float* head, int t) const {
   }
 }
 
+// Bias, norm and rotation of one query or key head; `h` is its number among those of its kind.
+void Pass::finish_head(float* head, int t, int h, const std::vector<float>& bias, const std::vector<float>& norm) const {
+  const int dim = c().head_dim;
+  if (!bias.empty()) m.k.add(head, &bias[size_t(h) * dim], dim);
+  if (!norm.empty()) m.k.rms_norm(head, norm.data(), dim, c().norm_eps, head);
+  rope(head, t);
+}
+
 void Pass::rope_and_store(int thread, int l) {
+  const Layer& layer = m.layers[l];
   const int heads = c().n_heads, kv = c().n_kv_heads, dim = c().head_dim, units = heads + 2 * kv;
   const float scale = 1.0f / std::sqrt(float(dim));
   alignas(64) uint16_t half[512];
@@ -54,26 +65,37 @@ void Pass::rope_and_store(int thread, int l) {
     const int t = u / units, h = u % units, p = position + t;
     if (h < heads) {
       float* q = &b.q[(size_t(t) * heads + h) * dim];
-      rope(q, t);
+      finish_head(q, t, h, layer.q_bias, layer.q_norm);
       for (int i = 0; i < dim; ++i) q[i] *= scale;
     } else if (h < heads + kv) {
       float* key = &b.kk[(size_t(t) * kv + h - heads) * dim];
-      rope(key, t);
+      finish_head(key, t, h - heads, layer.k_bias, layer.k_norm);
       m.k.to_f16(key, dim, half);
       uint16_t* tile = keys(l, h - heads) + size_t(p / kLanes) * dim * kLanes + p % kLanes;
       for (int i = 0; i < dim; ++i) tile[i * kLanes] = half[i];
     } else {
-      m.k.to_f16(&b.v[(size_t(t) * kv + h - heads - kv) * dim], dim, values(l, h - heads - kv) + size_t(p) * dim);
+      const int v = h - heads - kv;
+      float* value = &b.v[(size_t(t) * kv + v) * dim];
+      if (!layer.v_bias.empty()) m.k.add(value, &layer.v_bias[size_t(v) * dim], dim);
+      m.k.to_f16(value, dim, values(l, v) + size_t(p) * dim);
     }
   }
+}
+
+// The first position that a query at `position` sees.
+int Pass::first_seen(int l, int position) const {
+  const int window = m.layers[l].window;
+  return window ? std::max(0, position + 1 - window) : 0;
 }
 
 // One token: every thread takes all heads over its share of the positions; the shares are then merged by their maxima.
 void Pass::attend_one(int thread, int l) {
   const int group = c().n_heads / c().n_kv_heads, dim = c().head_dim, stride = round_up(c().n_ctx, kLanes);
   ThreadScratch& mine = *b.scratch[thread];
-  const Range tiles = split(position / kLanes + 1, thread, threads());
-  const int first = tiles.first * kLanes, last = std::min(tiles.last * kLanes, position + 1);
+  const int from = first_seen(l, position), skipped = from / kLanes;
+  Range tiles = split(position / kLanes + 1 - skipped, thread, threads());
+  tiles = {tiles.first + skipped, tiles.last + skipped};
+  const int first = std::max(tiles.first * kLanes, from), last = std::min(tiles.last * kLanes, position + 1);
   for (int h = 0; h < c().n_heads; ++h) mine.partial_sum[h] = 0;
   for (int kv = 0; kv < c().n_kv_heads && first < last; ++kv) {
     const int h0 = kv * group;
@@ -111,11 +133,13 @@ void Pass::attend_block(int thread, int l) {
   // Strided, so that the later tokens, which see more positions, are shared out evenly.
   for (int u = thread; u < n * kv_heads; u += threads()) {
     const int t = u / kv_heads, kv = u % kv_heads, last = position + t + 1, h0 = kv * group;
+    const int first = first_seen(l, last - 1);
     float* out = heads.f + size_t(t) * heads.width + size_t(h0) * dim;
-    m.k.scores(&b.q[(size_t(t) * c().n_heads + h0) * dim], group, dim, keys(l, kv), 0, (last + kLanes - 1) / kLanes, scores, stride);
-    float sum[64], max;
-    for (int g = 0; g < group; ++g) sum[g] = m.k.softmax(scores + size_t(g) * stride, 0, last, &max);
-    m.k.values(scores, stride, group, dim, values(l, kv), 0, last, out);
+    m.k.scores(&b.q[(size_t(t) * c().n_heads + h0) * dim], group, dim, keys(l, kv), first / kLanes, (last + kLanes - 1) / kLanes, scores,
+               stride);
+    float sum[kMaxGroup], max;
+    for (int g = 0; g < group; ++g) sum[g] = m.k.softmax(scores + size_t(g) * stride, first, last, &max);
+    m.k.values(scores, stride, group, dim, values(l, kv), first, last, out);
     for (int i = 0; i < group * dim; ++i) out[i] /= sum[i / dim];
   }
   m.team.barrier();

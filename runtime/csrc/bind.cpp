@@ -60,10 +60,11 @@ nb::ndarray<nb::numpy, float> logits_array(std::vector<size_t> shape) {
 void check(const Config& c, int threads) {
   require(c.n_layers > 0 && c.d_model > 0 && c.d_ff > 0 && c.n_vocab > 0 && c.n_ctx > 0, "sizes must be positive");
   require(c.n_kv_heads > 0 && c.n_heads % c.n_kv_heads == 0, "heads must be a multiple of key-value heads");
-  require(c.n_heads / c.n_kv_heads <= 64, "at most 64 query heads per key-value head");
+  require(c.n_heads / c.n_kv_heads <= kMaxGroup, "at most 128 query heads per key-value head");
   require(c.head_dim % kLanes == 0 && c.head_dim <= 512, "head_dim must be a multiple of 16, at most 512");
   require(c.d_model <= 1 << 16 && c.d_ff <= 1 << 20, "d_model or d_ff too large");
-  require(c.activation != Activation::Silu || c.mode == Mode::Dense, "SiLU models run in dense mode only");
+  require(can_be_zero(c.activation) || c.mode == Mode::Dense, "SiLU and GELU models run in dense mode only");
+  require(c.gated || c.activation != Activation::Drelu, "dReLU needs a gate");
   require(threads >= 1 && threads <= 256, "1 to 256 threads");
 }
 
@@ -75,6 +76,7 @@ Layer& layer_of(Model& m, int l) {
 Panel* panel_slot(Model& m, int l, const std::string& slot) {
   if (slot == "embedding") return &m.embedding;
   if (slot == "head") return &m.head;
+  if (slot == "positions") return &m.positions;
   Layer& y = layer_of(m, l);
   if (slot == "q") return &y.q;
   if (slot == "k") return &y.k;
@@ -100,18 +102,57 @@ void set_panel(Model& m, int l, const std::string& slot, int type, Bytes data, i
   *panel = m.add_panel(Type(type), data.data(), rows, cols, order ? order->data() : nullptr);
 }
 
-void set_bundles(Model& m, int l, std::optional<Bytes> gate, int gate_type, Bytes up, int up_type, Bytes down, int down_type) {
+// The place of a vector and how many values belong there.
+struct VectorSlot {
+  std::vector<float>* values;
+  int size;
+};
+
+VectorSlot vector_slot(Model& m, int l, const std::string& slot) {
+  const int d = m.config.d_model, dim = m.config.head_dim, q = m.config.n_heads * dim, kv = m.config.n_kv_heads * dim;
+  if (slot == "output_norm") return {&m.output_norm.weight, d};
+  if (slot == "output_norm_bias") return {&m.output_norm.bias, d};
+  Layer& y = layer_of(m, l);
+  if (slot == "attn_norm") return {&y.attn_norm.weight, d};
+  if (slot == "attn_norm_bias") return {&y.attn_norm.bias, d};
+  if (slot == "ffn_norm") return {&y.ffn_norm.weight, d};
+  if (slot == "ffn_norm_bias") return {&y.ffn_norm.bias, d};
+  if (slot == "q_bias") return {&y.q_bias, q};
+  if (slot == "k_bias") return {&y.k_bias, kv};
+  if (slot == "v_bias") return {&y.v_bias, kv};
+  if (slot == "o_bias") return {&y.o_bias, d};
+  if (slot == "q_norm") return {&y.q_norm, dim};
+  if (slot == "k_norm") return {&y.k_norm, dim};
+  if (slot == "gate_bias") return {&y.gate_bias, m.config.d_ff};
+  if (slot == "down_bias") return {&y.down_bias, d};
+  throw std::invalid_argument("no vector '" + slot + "'");
+}
+
+void set_vector(Model& m, int l, const std::string& slot, Floats data) {
+  const VectorSlot place = vector_slot(m, l, slot);
+  *place.values = to_vector(data, place.size, slot);
+  if (slot == "gate_bias") place.values->resize(round_up(place.size, kLanes));
+}
+
+void set_bundles(Model& m, int l, std::optional<Bytes> gate, int gate_type, std::optional<Bytes> up, int up_type, Bytes down,
+                 int down_type) {
   Layer& layer = layer_of(m, l);
   const int n = m.config.d_ff, d = m.config.d_model;
   if (gate) require_bytes(*gate, Type(gate_type), n, d, "gate");
-  require_bytes(up, Type(up_type), n, d, "up");
+  if (up) require_bytes(*up, Type(up_type), n, d, "up");
   require_bytes(down, Type(down_type), n, d, "down");
   nb::gil_scoped_release release;
-  m.add_bundles(layer, gate ? gate->data() : nullptr, Type(gate_type), up.data(), Type(up_type), down.data(), Type(down_type));
+  m.add_bundles(layer, gate ? gate->data() : nullptr, Type(gate_type), up ? up->data() : nullptr, Type(up_type), down.data(),
+                Type(down_type));
 }
 
 void check_panel(const Panel& p, int rows, int cols, const char* what) {
   require(p.data && p.rows == rows && p.cols == cols, std::string(what) + ": missing or of the wrong shape");
+}
+
+void check_norm(const Model& m, const NormWeights& norm, const char* what) {
+  const bool bias = !m.config.layer_norm || int(norm.bias.size()) == m.config.d_model;
+  require(int(norm.weight.size()) == m.config.d_model && bias, std::string(what) + " missing");
 }
 
 // Every tensor that forward() will read is there and has the right shape.
@@ -120,20 +161,26 @@ void check_complete(const Model& m) {
   const int q = c.n_heads * c.head_dim, kv = c.n_kv_heads * c.head_dim;
   check_panel(m.embedding, c.n_vocab, c.d_model, "embedding");
   check_panel(m.head, c.n_vocab, c.d_model, "head");
-  require(int(m.output_norm.size()) == c.d_model, "output_norm missing");
+  check_norm(m, m.output_norm, "output_norm");
+  if (m.positions.data) {
+    check_panel(m.positions, m.positions.rows, c.d_model, "positions");
+    require(c.n_ctx <= m.positions.rows, "the model has learned positions for " + std::to_string(m.positions.rows) + " tokens only");
+  }
   require(int(m.rope_frequency.size()) * 2 <= c.head_dim, "more rope frequencies than pairs in a head");
   for (const Layer& l : m.layers) {
     check_panel(l.q, q, c.d_model, "q");
     check_panel(l.k, kv, c.d_model, "k");
     check_panel(l.v, kv, c.d_model, "v");
     check_panel(l.o, c.d_model, q, "o");
-    require(int(l.attn_norm.size()) == c.d_model && int(l.ffn_norm.size()) == c.d_model, "norms missing");
+    check_norm(m, l.attn_norm, "attn_norm");
+    check_norm(m, l.ffn_norm, "ffn_norm");
     if (c.mode != Mode::Predicted) check_panel(l.gate, c.d_ff, c.d_model, "gate");
     if (c.mode == Mode::Dense) {
-      check_panel(l.up, c.d_ff, c.d_model, "up");
+      if (c.gated) check_panel(l.up, c.d_ff, c.d_model, "up");
       check_panel(l.down, c.d_model, c.d_ff, "down");
     } else {
       require(l.bundles && (l.gate_row.bytes > 0) == (c.mode == Mode::Predicted), "neuron rows missing");
+      require((l.up_row.bytes > 0) == c.gated, "up rows missing");
     }
     if (c.mode == Mode::Predicted) {
       check_panel(l.fc1, l.fc1.rows, c.d_model, "fc1");
@@ -214,23 +261,25 @@ NB_MODULE(_cpu, m) {
       .def("__init__",
            [](Model* self, int n_layers, int d_model, int d_ff, int n_heads, int n_kv_heads, int head_dim, int n_vocab,
               int n_ctx, float norm_eps, int activation, int mode, int threads, size_t weight_bytes,
-              std::optional<std::string> isa) {
-             const Config c{n_layers, d_model, d_ff,     n_heads,  n_kv_heads, head_dim,
-                            n_vocab,  n_ctx,   norm_eps, Activation(activation), Mode(mode)};
+              std::optional<std::string> isa, bool layer_norm, bool parallel, bool gated) {
+             const Config c{n_layers, d_model,  d_ff,       n_heads,  n_kv_heads, head_dim, n_vocab, n_ctx, norm_eps,
+                            Activation(activation), Mode(mode), layer_norm, parallel, gated};
              check(c, threads);
              new (self) Model(c, threads, weight_bytes, kernels(isa ? isa->c_str() : nullptr));
            },
            nb::kw_only(), "n_layers"_a, "d_model"_a, "d_ff"_a, "n_heads"_a, "n_kv_heads"_a, "head_dim"_a, "n_vocab"_a,
-           "n_ctx"_a, "norm_eps"_a, "activation"_a, "mode"_a, "threads"_a, "weight_bytes"_a, "isa"_a = nb::none())
+           "n_ctx"_a, "norm_eps"_a, "activation"_a, "mode"_a, "threads"_a, "weight_bytes"_a, "isa"_a = nb::none(),
+           "layer_norm"_a = false, "parallel"_a = false, "gated"_a = true)
       .def("set_panel", &set_panel, "layer"_a, "slot"_a, "type"_a, "data"_a, "rows"_a, "cols"_a, "order"_a = nb::none())
       .def("tie_head", [](Model& m) { m.head = m.embedding; })
-      .def("set_bundles", &set_bundles, "layer"_a, "gate"_a.none(), "gate_type"_a, "up"_a, "up_type"_a, "down"_a, "down_type"_a)
-      .def("set_norms", [](Model& m, int l, Floats attn, Floats ffn) {
-        layer_of(m, l).attn_norm = to_vector(attn, m.config.d_model, "attn_norm");
-        layer_of(m, l).ffn_norm = to_vector(ffn, m.config.d_model, "ffn_norm");
-      })
-      .def("set_output_norm", [](Model& m, Floats w) { m.output_norm = to_vector(w, m.config.d_model, "output_norm"); })
-      .def("set_rope", [](Model& m, Floats f) { m.rope_frequency = to_vector(f, f.size(), "rope"); })
+      .def("set_bundles", &set_bundles, "layer"_a, "gate"_a.none(), "gate_type"_a, "up"_a.none(), "up_type"_a, "down"_a,
+           "down_type"_a)
+      .def("set_vector", &set_vector, "layer"_a, "slot"_a, "values"_a)
+      .def("set_rope", [](Model& m, Floats f, float scale) {
+        m.rope_frequency = to_vector(f, f.size(), "rope");
+        m.rope_scale = scale;
+      }, "frequencies"_a, "scale"_a = 1.0f)
+      .def("set_window", [](Model& m, int l, int window) { layer_of(m, l).window = std::max(window, 0); })
       .def("set_activation_threshold", [](Model& m, int l, float t) { layer_of(m, l).activation_threshold = t; })
       .def("set_predictor_threshold", [](Model& m, int l, float t) { layer_of(m, l).predictor_threshold = t; })
       .def("set_hot", [](Model& m, int l, Masks hot) {

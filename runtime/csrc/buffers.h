@@ -1,5 +1,6 @@
 // Working memory of a model, allocated once.
 #pragma once
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
@@ -103,6 +104,7 @@ struct Model::Buffers {
         kk(size_t(c.n_kv_heads) * c.head_dim * kMaxBlock),
         v(size_t(c.n_kv_heads) * c.head_dim * kMaxBlock),
         out(size_t(round_up(c.d_model, kLanes)) * kMaxBlock),
+        attention(c.parallel ? size_t(round_up(c.d_model, kLanes)) * kMaxBlock : 0),
         gate(size_t(ff_stride(c)) * kMaxBlock),
         up(size_t(ff_stride(c)) * kMaxBlock),
         hidden(size_t(round_up(rank, kLanes)) * kMaxBlock),
@@ -116,6 +118,8 @@ struct Model::Buffers {
     streams.emplace_back(c, rank, kMaxBlock);
     for (int t = 1; t < threads; ++t) streams.emplace_back(c, rank, 1);
     for (int t = 0; t < threads; ++t) scratch.emplace_back(std::make_unique<ThreadScratch>(c, kMaxBlock));
+    // An FFN without up is one whose up gives 1; the dense mode reads it so.
+    if (!c.gated) std::fill_n(up.get(), size_t(ff_stride(c)) * kMaxBlock, 1.0f);
   }
   static int ff_stride(const Config& c) { return round_up(c.d_ff, 64); }
   static int tiles(const Config& c) { return round_up(c.n_ctx, kLanes) / kLanes; }
@@ -123,7 +127,7 @@ struct Model::Buffers {
   std::vector<Stream> streams;
   std::vector<std::unique_ptr<ThreadScratch>> scratch;
   ActsBuffer intermediate;  // dense mode: act(gate) * up
-  Block<float> q, kk, v, out, gate, up, hidden, logits;
+  Block<float> q, kk, v, out, attention, gate, up, hidden, logits;
   Block<uint64_t> masks;  // per neuron: bits of the tokens it is computed for
   Block<float> cosine, sine;
   Block<uint16_t> keys;    // [layer][kv head][tile][dim][16]

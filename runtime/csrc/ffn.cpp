@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <bit>
 #include <cfloat>
+#include <cmath>
 
 #include "pass.h"
 
@@ -17,6 +18,11 @@ void prefetch(const uint8_t* p, size_t bytes) {
 
 // ReLU passes what is positive, FATReLU what reaches its threshold.
 float firing_threshold(const Layer& layer) { return std::max(layer.activation_threshold, FLT_MIN); }
+
+// gate = gelu(gate) * up, the exact GELU. Plain C++: such a model runs in dense mode only.
+void gelu_mul(float* gate, const float* up, int n) {
+  for (int i = 0; i < n; ++i) gate[i] = 0.5f * gate[i] * (1 + std::erf(gate[i] * 0.70710678f)) * up[i];
+}
 
 int set_bits(uint64_t mask, int* out) {
   int n = 0;
@@ -86,6 +92,7 @@ void Pass::ffn(int thread, int l) {
   const int stride = round_up(c().d_model, 128);
   each_token(thread, [&](int t) {
     for (const auto& other : b.scratch) m.k.add(x.f + size_t(t) * x.width, &other->y[size_t(t) * stride], c().d_model);
+    if (!layer.down_bias.empty()) m.k.add(x.f + size_t(t) * x.width, layer.down_bias.data(), c().d_model);
   });
 }
 
@@ -98,7 +105,8 @@ void Pass::ffn_dense(int thread, int l) {
   const int groups = round_up(c().d_ff, kLanes) / kLanes;
   const int first = blocks.first * per_block, last = std::min(blocks.last * per_block, groups);
   m.k.panel(layer.gate.type, layer.gate.data, c().d_model, first, last, s.norm.acts, n, b.gate.get(), stride);
-  m.k.panel(layer.up.type, layer.up.data, c().d_model, first, last, s.norm.acts, n, b.up.get(), stride);
+  if (c().gated) m.k.panel(layer.up.type, layer.up.data, c().d_model, first, last, s.norm.acts, n, b.up.get(), stride);
+  add_gate_bias(layer, first, last);
   const float threshold = firing_threshold(layer);
   LayerStats& stats = b.scratch[thread]->stats[l];
   int64_t fired = 0;
@@ -106,20 +114,27 @@ void Pass::ffn_dense(int thread, int l) {
     float *gate = &b.gate[size_t(t) * stride], *up = &b.up[size_t(t) * stride];
     const int from = first * kLanes, to = last * kLanes;
     if (c().activation == Activation::Silu) m.k.silu_mul(gate + from, up + from, to - from);
+    else if (c().activation == Activation::Gelu) gelu_mul(gate + from, up + from, to - from);
     else fired += m.k.relu_mul(gate + from, up + from, to - from, threshold, c().activation == Activation::Drelu);
     std::copy(gate + from, gate + to, a.f + size_t(t) * a.width + from);
     m.k.quantise(a, t, blocks.first, blocks.last);
   }
-  // SiLU is never zero: all fire. Every neuron is computed here, which is what `predicted` counts.
+  // SiLU and GELU are never zero: all fire. Every neuron is computed here, which is what `predicted` counts.
   const int64_t all = int64_t(n) * (std::min(last * kLanes, c().d_ff) - std::min(first * kLanes, c().d_ff));
-  stats.fired += c().activation == Activation::Silu ? all : fired;
+  stats.fired += can_be_zero(c().activation) ? fired : all;
   stats.predicted += all;
   m.team.barrier();
   const int out_stride = round_up(c().d_model, kLanes);
   multiply(thread, layer.down, a, b.out.get(), out_stride);
   m.team.barrier();
-  const Acts& x = s.x.acts;
-  each_token(thread, [&](int t) { m.k.add(x.f + size_t(t) * x.width, &b.out[size_t(t) * out_stride], c().d_model); });
+  add_to_stream(thread, b.out.get(), out_stride, layer.down_bias);
+}
+
+// Adds the bias to the gates of the row groups [first, last), all tokens.
+void Pass::add_gate_bias(const Layer& layer, int first, int last) {
+  if (layer.gate_bias.empty()) return;
+  const int from = first * kLanes, count = (last - first) * kLanes;
+  for (int t = 0; t < n; ++t) m.k.add(&b.gate[size_t(t) * Model::Buffers::ff_stride(c()) + from], &layer.gate_bias[from], count);
 }
 
 // Lists the neurons of one group of 16 whose score reaches the threshold for any token, and for which. `always` and, for
@@ -152,6 +167,7 @@ void Pass::list_fired(int thread, int l) {
   const Range groups = split(round_up(c().d_ff, kLanes) / kLanes, thread, threads());
   m.k.panel(layer.gate.type, layer.gate.data, c().d_model, groups.first, groups.last, stream(thread).norm.acts, n,
             b.gate.get(), stride);
+  add_gate_bias(layer, groups.first, groups.last);
   s.listed = 0;
   for (int g = groups.first; g < groups.last; ++g)
     list_group(s, g * kLanes, &b.gate[g * kLanes], stride, firing_threshold(layer), 0, 0);
@@ -239,12 +255,15 @@ class RowWork {
     const int zero = 0;
     if (n_ == 1) m_.k.row_dot(layer_.gate_row.type, rows, count, norm_, &zero, 1, gate);
     const float threshold = firing_threshold(layer_);
+    const float* bias = layer_.gate_bias.empty() ? nullptr : layer_.gate_bias.data();
+    for (int i = 0; bias && n_ == 1 && i < count; ++i) gate[i] += bias[neurons[i]];
     for (int i = 0; i < count; ++i) {
       int wanted[kMaxBlock];
       const int n = tokens_of(neurons[i], wanted);
       stats_.predicted += n;
       float many[kMaxBlock];
       if (n_ > 1) m_.k.row_dot(layer_.gate_row.type, rows + i, 1, norm_, wanted, n, many);
+      for (int j = 0; bias && n_ > 1 && j < n; ++j) many[j] += bias[neurons[i]];
       const float* values = n_ == 1 ? gate + i : many;
       const int at = fired_.end();
       int kept = 0;
@@ -254,12 +273,13 @@ class RowWork {
           fired_.token[at + kept++] = wanted[j];
         }
       if (!kept) continue;
-      ask(neurons[i], layer_.up_row);
+      ask(neurons[i], layer_.after_gate());
       fired_.close(neurons[i], kept);
     }
   }
 
   void ups() {
+    if (!m_.config.gated) return;
     const bool clip = m_.config.activation == Activation::Drelu;
     const uint8_t* rows[kChunk];
     float up[kChunk * kMaxBlock];
@@ -275,7 +295,7 @@ class RowWork {
   }
 
   void downs(const int* next, int n_next) {
-    const RowKind& first = predicted() ? layer_.gate_row : layer_.up_row;
+    const RowKind& first = predicted() ? layer_.gate_row : layer_.after_gate();
     int asked = 0;
     for (int f = 0; f < fired_.count; ++f) {
       for (; asked < n_next * (f + 1) / fired_.count; ++asked) ask(next[asked], first);
@@ -325,7 +345,8 @@ void Pass::count_missed(int thread, int l) {
     const int count = set_bits(all & ~b.masks[neuron], tokens);
     const uint8_t* row = layer.bundle(neuron) + layer.gate_row.at;
     m.k.row_dot(layer.gate_row.type, &row, 1, stream(thread).norm.acts, tokens, count, gate);
-    for (int j = 0; j < count; ++j) b.scratch[thread]->stats[l].missed += gate[j] >= firing_threshold(layer);
+    const float bias = layer.gate_bias.empty() ? 0 : layer.gate_bias[neuron];
+    for (int j = 0; j < count; ++j) b.scratch[thread]->stats[l].missed += gate[j] + bias >= firing_threshold(layer);
   }
 }
 

@@ -26,7 +26,7 @@ void Model::add_bundles(Layer& layer, const uint8_t* gate, Type gate_type, const
                         const uint8_t* down, Type down_type) {
   const int n = config.d_model;
   layer.gate_row = {gate_type, 0, gate ? row_bytes(gate_type, n) : 0};
-  layer.up_row = {up_type, layer.gate_row.bytes, row_bytes(up_type, n)};
+  layer.up_row = {up_type, layer.gate_row.bytes, up ? row_bytes(up_type, n) : 0};
   layer.down_row = {down_type, layer.up_row.at + layer.up_row.bytes, down_bytes(down_type, n)};
   layer.bundle_stride = (layer.down_row.at + layer.down_row.bytes + 63) / 64 * 64;
   uint8_t* data = arena_.take(layer.bundle_stride * config.d_ff);
@@ -35,7 +35,7 @@ void Model::add_bundles(Layer& layer, const uint8_t* gate, Type gate_type, const
     for (int i = r.first; i < r.last; ++i) {
       uint8_t* bundle = data + size_t(i) * layer.bundle_stride;
       if (gate) pack_row(gate_type, gate + i * gguf_row_bytes(gate_type, n), n, bundle);
-      pack_row(up_type, up + i * gguf_row_bytes(up_type, n), n, bundle + layer.up_row.at);
+      if (up) pack_row(up_type, up + i * gguf_row_bytes(up_type, n), n, bundle + layer.up_row.at);
       pack_down(down_type, down + i * gguf_row_bytes(down_type, n), n, bundle + layer.down_row.at);
     }
   });

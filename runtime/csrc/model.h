@@ -1,4 +1,4 @@
-// A Llama-like model bound to its packed weights, and the steps that a block of tokens goes through.
+// A decoder-only model bound to its packed weights, and the steps that a block of tokens goes through.
 //
 // Every thread of the team runs the same function; what it owns is a contiguous share of rows, heads or neurons. With
 // one token, what all threads need (norms, quantised activations, the residual stream) is computed by each on its own
@@ -14,8 +14,9 @@
 namespace hotcold {
 
 enum class Mode : int { Dense, Exact, Predicted };
-enum class Activation : int { Silu, Relu, Drelu };  // Relu with a threshold > 0 is FATReLU
+enum class Activation : int { Silu, Relu, Drelu, Gelu };  // Relu with a threshold > 0 is FATReLU
 
+constexpr int kMaxGroup = 128;  // query heads per key-value head
 constexpr int kMaxBlock = 64;  // tokens per pass over the weights; one bit each in a neuron's token mask
 
 struct Config {
@@ -23,6 +24,15 @@ struct Config {
   float norm_eps;
   Activation activation;
   Mode mode;
+  bool layer_norm = false;  // LayerNorm with bias instead of RMSNorm
+  bool parallel = false;    // attention and FFN both read the layer's input (Falcon)
+  bool gated = true;        // else an FFN is act(gate x + bias), without up (OPT, Falcon)
+};
+
+constexpr bool can_be_zero(Activation a) { return a == Activation::Relu || a == Activation::Drelu; }
+
+struct NormWeights {
+  std::vector<float> weight, bias;  // bias: LayerNorm only
 };
 
 struct Panel {
@@ -40,17 +50,24 @@ struct RowKind {
 };
 
 struct Layer {
-  std::vector<float> attn_norm, ffn_norm;
+  NormWeights attn_norm, ffn_norm;
   Panel q, k, v, o;
+  std::vector<float> q_bias, k_bias, v_bias, o_bias;  // empty: none
+  std::vector<float> q_norm, k_norm;                  // [head_dim], RMSNorm of each head before the rotation; empty: none
+  int window = 0;                                     // positions that a query sees, its own included; 0: all
   Panel gate, up, down;            // dense mode; gate alone in exact mode
   const uint8_t* bundles = nullptr;
   size_t bundle_stride = 0;
   RowKind gate_row, up_row, down_row;
+  std::vector<float> gate_bias;    // [round_up(d_ff, 16)]; empty: none
+  std::vector<float> down_bias;
   Panel fc1, fc2;                  // predictor
   std::vector<uint16_t> hot;       // per 16 neurons: bits of those that are always computed
   float predictor_threshold = 0, activation_threshold = 0;
 
   const uint8_t* bundle(int neuron) const { return bundles + size_t(neuron) * bundle_stride; }
+  // What a neuron whose gate fired is read from next.
+  const RowKind& after_gate() const { return up_row.bytes ? up_row : down_row; }
 };
 
 struct LayerStats {
@@ -69,13 +86,15 @@ class Model {
   Team team;
   std::vector<Layer> layers;
   Panel embedding, head;
-  std::vector<float> output_norm;
+  Panel positions;  // learned positions [n_positions, d_model], or none
+  NormWeights output_norm;
   std::vector<float> rope_frequency;  // [rope_dim / 2], radians per position
+  float rope_scale = 1;               // of sine and cosine (YaRN's attention factor)
   bool audit = false;                 // predicted mode: also count what the predictor missed
 
   // Packs a GGUF matrix [rows, cols] on all threads; `order` as in pack_panel.
   Panel add_panel(Type type, const uint8_t* src, int rows, int cols, const int32_t* order);
-  // Packs the rows of all neurons of a layer; gate may be null (exact mode keeps gates in a panel).
+  // Packs the rows of all neurons of a layer; gate may be null (exact mode keeps gates in a panel), and so may up.
   void add_bundles(Layer& layer, const uint8_t* gate, Type gate_type, const uint8_t* up, Type up_type,
                    const uint8_t* down, Type down_type);
 

@@ -4,14 +4,28 @@
 #include <cstring>
 
 namespace hotcold {
+namespace {
+
+// x [n] -> y = (x - mean) / sqrt(variance + eps) * weight + bias. Not one of the kernels: no Llama has it, and it is a
+// thousandth of a layer's work.
+void layer_norm(const float* x, const NormWeights& w, int n, float eps, float* y) {
+  double sum = 0, squares = 0;
+  for (int i = 0; i < n; ++i) sum += x[i];
+  const float mean = float(sum / n);
+  for (int i = 0; i < n; ++i) squares += (x[i] - mean) * (x[i] - mean);
+  const float scale = 1.0f / std::sqrt(float(squares / n) + eps);
+  for (int i = 0; i < n; ++i) y[i] = (x[i] - mean) * scale * w.weight[i] + w.bias[i];
+}
+
+}  // namespace
 
 void Pass::prepare() {
   const int half = int(m.rope_frequency.size());
   for (int t = 0; t < n; ++t)
     for (int i = 0; i < half; ++i) {
       const double angle = double(position + t) * m.rope_frequency[i];
-      b.cosine[t * half + i] = float(std::cos(angle));
-      b.sine[t * half + i] = float(std::sin(angle));
+      b.cosine[t * half + i] = m.rope_scale * float(std::cos(angle));
+      b.sine[t * half + i] = m.rope_scale * float(std::sin(angle));
     }
 }
 
@@ -20,6 +34,7 @@ void Pass::run(int thread) {
   for (int l = 0; l < c().n_layers; ++l) {
     attention(thread, l);
     ffn(thread, l);
+    if (c().parallel) add_to_stream(thread, b.attention.get(), round_up(c().d_model, kLanes), m.layers[l].o_bias);
   }
   if (wanted) logits(thread);
 }
@@ -32,14 +47,29 @@ void Pass::multiply(int thread, const Panel& p, const Acts& acts, float* out, in
 void Pass::embed(int thread) {
   Stream& s = stream(thread);
   each_token(thread, [&](int t) {
-    panel_row(m.embedding.type, m.embedding.data, c().d_model, tokens[t], s.x.acts.f + size_t(t) * s.x.acts.width);
+    float *x = s.x.acts.f + size_t(t) * s.x.acts.width, *learned = s.norm.acts.f + size_t(t) * s.norm.acts.width;
+    panel_row(m.embedding.type, m.embedding.data, c().d_model, tokens[t], x);
+    if (!m.positions.data) return;
+    panel_row(m.positions.type, m.positions.data, c().d_model, position + t, learned);
+    m.k.add(x, learned, c().d_model);
   });
 }
 
-void Pass::norm_token(Stream& s, int t, const std::vector<float>& weight, int to) {
+void Pass::norm_token(Stream& s, int t, const NormWeights& weights, int to) {
   const Acts &x = s.x.acts, &norm = s.norm.acts;
-  m.k.rms_norm(x.f + size_t(t) * x.width, weight.data(), c().d_model, c().norm_eps, norm.f + size_t(to) * norm.width);
+  const float* from = x.f + size_t(t) * x.width;
+  float* normed = norm.f + size_t(to) * norm.width;
+  if (c().layer_norm) layer_norm(from, weights, c().d_model, c().norm_eps, normed);
+  else m.k.rms_norm(from, weights.weight.data(), c().d_model, c().norm_eps, normed);
   m.k.quantise(norm, to, 0, norm.blocks());
+}
+
+void Pass::add_to_stream(int thread, const float* out, int stride, const std::vector<float>& bias) {
+  const Acts& x = stream(thread).x.acts;
+  each_token(thread, [&](int t) {
+    m.k.add(x.f + size_t(t) * x.width, out + size_t(t) * stride, c().d_model);
+    if (!bias.empty()) m.k.add(x.f + size_t(t) * x.width, bias.data(), c().d_model);
+  });
 }
 
 void Pass::logits(int thread) {

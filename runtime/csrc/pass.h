@@ -28,18 +28,23 @@ struct Pass {
   void multiply(int thread, const Panel& panel, const Acts& acts, float* out, int stride);
 
   // Norms the residual stream of token t into place `to` of the normed activations, and quantises it.
-  void norm_token(Stream& s, int t, const std::vector<float>& weight, int to);
+  void norm_token(Stream& s, int t, const NormWeights& weights, int to);
+  // Adds rows of `out`, and a bias if there is one, to the residual stream of this thread's tokens.
+  void add_to_stream(int thread, const float* out, int stride, const std::vector<float>& bias);
   void embed(int thread);
   void attention(int thread, int l);
   void rope_and_store(int thread, int l);
   void attend_one(int thread, int l);
   void attend_block(int thread, int l);
   void rope(float* head, int t) const;
+  void finish_head(float* head, int t, int h, const std::vector<float>& bias, const std::vector<float>& norm) const;
+  int first_seen(int l, int position) const;
   uint16_t* keys(int l, int kv_head) const;
   uint16_t* values(int l, int kv_head) const;
 
   void ffn(int thread, int l);
   void ffn_dense(int thread, int l);
+  void add_gate_bias(const Layer& layer, int first, int last);
   void list_fired(int thread, int l);
   void list_predicted(int thread, int l);
   void list_group(ThreadScratch& s, int first_neuron, const float* scores, int stride, float threshold, uint32_t always,

@@ -69,11 +69,11 @@ std::unique_ptr<Model> make(const Weights& w, Mode mode, int threads, const Kern
   const Config c{kLayers, kModel, kFf, kHeads, kKvHeads, kDim, kVocab, 200, 1e-5f, Activation::Relu, mode};
   auto m = std::make_unique<Model>(c, threads, size_t(8) << 20, k);
   m->embedding = m->head = m->add_panel(w.type, w.embedding.data(), kVocab, kModel, nullptr);
-  m->output_norm.assign(kModel, 1.0f);
+  m->output_norm.weight.assign(kModel, 1.0f);
   for (int i = 0; i < kDim / 2; ++i) m->rope_frequency.push_back(std::pow(10000.0f, -float(i) / (kDim / 2)));
   for (Layer& l : m->layers) {
-    l.attn_norm.assign(kModel, 1.0f);
-    l.ffn_norm.assign(kModel, 1.0f);
+    l.attn_norm.weight.assign(kModel, 1.0f);
+    l.ffn_norm.weight.assign(kModel, 1.0f);
     l.q = m->add_panel(w.type, w.q.data(), kHeads * kDim, kModel, nullptr);
     l.k = m->add_panel(w.type, w.k.data(), kKvHeads * kDim, kModel, nullptr);
     l.v = m->add_panel(w.type, w.v.data(), kKvHeads * kDim, kModel, nullptr);
