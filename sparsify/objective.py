@@ -5,7 +5,7 @@ They are modules so that DDP and FSDP can wrap them: all that touches a trained 
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -52,11 +52,23 @@ class _Objective(nn.Module):
         return torch.autocast(ids.device.type, dtype=torch.bfloat16, enabled=self._bf16)
 
 
+@dataclass(slots=True)
+class _Pass:
+    """What one forward pass collects, by layer. `where` is None where there is no padding."""
+
+    where: Tensor | None
+    with_l1: bool
+    wanted: list[Tensor]
+    l1: list[Tensor]
+    zeros: list[Tensor]
+    errors: list[Tensor]
+
+
 class EndToEnd(_Objective):
     """The whole model: language modelling, KL from the dense model, output errors of FFNs, L1.
 
     `spread` [n_layers] is what an FFN's error is divided by, see `output_spread`. Terms of `loss` whose
-    factor is 0 are not computed.
+    factor is 0 are not computed. `close` takes its hooks off the model.
     """
 
     def __init__(
@@ -71,32 +83,40 @@ class EndToEnd(_Objective):
         super().__init__(student, teacher, bf16=bf16)
         self._loss, self._spread = loss, spread
         self._layers = len(ffn_layers(student))
+        self._pass: _Pass | None = None
+        # They stay until `close`: activation checkpointing computes layers again in the backward pass, and
+        # must then find what it found before.
+        self._hooks = ExitStack()
+        self._hooks.enter_context(on_intermediates(student, self._see_intermediate))
+        self._hooks.enter_context(on_ffns(student, self._see_output))
+
+    def close(self) -> None:
+        """Take the hooks off the model."""
+        self._hooks.close()
 
     def forward(self, ids: Tensor, mask: Tensor, with_l1: bool) -> Sums:
         """`ids` and `mask` [rows, tokens]; without `with_l1` the L1 term has no gradient."""
         where = None if bool(mask.all()) else mask
-        l1: list[Tensor] = [ids.new_zeros(())] * self._layers
-        zeros, errors = list(l1), [ids.new_zeros((), dtype=torch.float32)] * self._layers
         goal, wanted = self._teacher_pass(ids)
-
-        def intermediate(layer: int, x: Tensor) -> None:
-            with nullcontext() if with_l1 else torch.no_grad():
-                l1[layer] = l1_sum(x, where)
-            seen = x.detach() if where is None else x.detach()[where]
-            zeros[layer] = seen.numel() - seen.count_nonzero()
-
-        def ffn(layer: int, _: Tensor, output: Tensor) -> None:
-            if wanted:
-                errors[layer] = squared_error(output, wanted[layer], where) / self._spread[layer]
-
-        with self._autocast(ids), on_intermediates(self.student, intermediate), on_ffns(self.student, ffn):
+        nothing = torch.zeros(self._layers, device=ids.device)
+        seen = _Pass(where, with_l1, wanted, *(list(nothing) for _ in range(3)))
+        self._pass = seen
+        with self._autocast(ids):
             hidden = self.student.model(ids, use_cache=False).last_hidden_state
-        terms = [
-            *self._output_terms(hidden, goal, ids, mask),
-            torch.stack(errors).mean(),
-            torch.stack(l1).sum(),
-        ]
-        return Sums(torch.stack(terms), torch.stack(zeros))
+        outputs = self._output_terms(hidden, goal, ids, mask)
+        terms = [*outputs, torch.stack(seen.errors).mean(), torch.stack(seen.l1).sum()]
+        return Sums(torch.stack(terms), torch.stack(seen.zeros))
+
+    def _see_intermediate(self, layer: int, x: Tensor) -> None:
+        if (seen := self._pass) is not None:
+            with nullcontext() if seen.with_l1 else torch.no_grad():
+                seen.l1[layer] = l1_sum(x, seen.where)
+            seen.zeros[layer] = _zeros(x, seen.where)
+
+    def _see_output(self, layer: int, _: Tensor, output: Tensor) -> None:
+        if (seen := self._pass) is not None and seen.wanted:
+            error = squared_error(output, seen.wanted[layer], seen.where)
+            seen.errors[layer] = error / self._spread[layer]
 
     @torch.no_grad()
     def _teacher_pass(self, ids: Tensor) -> tuple[Tensor | None, list[Tensor]]:
@@ -144,8 +164,7 @@ class LayerWise(_Objective):
         zeros = [ids.new_zeros(())] * len(self._spread)
 
         def count(layer: int, x: Tensor) -> None:
-            x = x.detach() if where is None else x.detach()[where]
-            zeros[layer] = x.numel() - x.count_nonzero()
+            zeros[layer] = _zeros(x, where)
 
         with torch.no_grad(), on_ffns(self.teacher, lambda _, x, y: seen.append((x, y))):
             self.teacher.model(ids, use_cache=False)
@@ -157,6 +176,12 @@ class LayerWise(_Objective):
         error = (torch.stack(errors) / self._spread).mean()
         nothing = torch.zeros_like(error)
         return Sums(torch.stack([nothing, nothing, error, nothing]), torch.stack(zeros))
+
+
+def _zeros(intermediate: Tensor, where: Tensor | None) -> Tensor:
+    """How many entries are zero, padding aside."""
+    seen = intermediate.detach() if where is None else intermediate.detach()[where]
+    return seen.numel() - seen.count_nonzero()
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -135,7 +136,7 @@ def _train(
     """Both phases, as far as they are not done."""
     _prepare(student, config)
     if config.activation_checkpointing:
-        student.gradient_checkpointing_enable({"use_reentrant": False})
+        student.activation_checkpointing_enable({"use_reentrant": False})
         student.train()  # transformers recomputes in training mode only; nothing is dropped in these models
     first, second = _warm_start(config), _end_to_end(config, student)
     if first.steps and not trainer.is_done(first):
@@ -143,7 +144,8 @@ def _train(
         trainer.run(first, LayerWise(student, teacher, spread, bf16=_bf16(config)))
     if not trainer.is_done(second):
         _learn(student, config)
-        trainer.run(second, EndToEnd(student, teacher, config.loss, spread, bf16=_bf16(config)))
+        with closing(EndToEnd(student, teacher, config.loss, spread, bf16=_bf16(config))) as objective:
+            trainer.run(second, objective)
 
 
 def _prepare(student: PreTrainedModel, config: Config) -> None:

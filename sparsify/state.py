@@ -89,7 +89,7 @@ class WorkFolder:
     ) -> None:
         """Write a state, then delete those that are too old."""
         with storage.atomic_directory(self.path / f"state-{phase}-{step:06d}") as folder:
-            save_file(dict(model), folder / _MODEL)
+            save_file(_once(model), folder / _MODEL)
             save_file(dict(optimizer), folder / _OPTIMIZER)
             storage.write_json(folder / _STATE, {"phase": phase, "step": step, "extra": dict(extra)})
         for old in self.states()[: -self._keep]:
@@ -108,7 +108,7 @@ class WorkFolder:
     def keep_stage(self, name: str, model: Mapping[str, Tensor]) -> None:
         """Keep the trained parameters as they are at the end of a stage of the method."""
         with storage.atomic_file(self.stage(name)) as file:
-            storage.fs.write(file, save(dict(model)))
+            storage.fs.write(file, save(_once(model)))
 
     def stage(self, name: str) -> Path:
         """The file of a stage."""
@@ -124,6 +124,16 @@ class WorkFolder:
         storage.write_bytes(self.log_path, "".join(json.dumps(r) + "\n" for r in kept).encode())
 
 
+def _once(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous tensors, those that share memory (a head tied to the embedding) under their first name."""
+    owners: dict[int, str] = {}
+    return {
+        name: tensor.contiguous()
+        for name, tensor in tensors.items()
+        if owners.setdefault(tensor.data_ptr(), name) == name
+    }
+
+
 def flat_optimizer(state: Mapping[str, Any]) -> dict[str, Tensor]:
     """An optimiser's state by parameter and key as one level of tensors, `PARAMETER/KEY`."""
     return {
@@ -134,9 +144,9 @@ def flat_optimizer(state: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def nested_optimizer(flat: Mapping[str, Tensor], groups: list[dict[str, Any]]) -> dict[str, Any]:
-    """The inverse of `flat_optimizer`, with the parameter groups of the running optimiser."""
+    """The inverse of `flat_optimizer`, with the settings of the running optimiser's one group."""
     state: dict[str, dict[str, Tensor]] = {}
     for name, value in flat.items():
         parameter, _, key = name.rpartition("/")
         state.setdefault(parameter, {})[key] = value
-    return {"state": state, "param_groups": groups}
+    return {"state": state, "param_groups": [{**groups[0], "params": list(state)}]}

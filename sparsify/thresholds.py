@@ -1,12 +1,12 @@
 """Activation threshold shifting, ProSparse's third step: after training, small gates are made zero too.
 
-ReLU becomes FATReLU (arXiv 2402.13516, eq. 3), which keeps x where x >= t and gives 0 elsewhere. One t for all
-layers is what the paper does. A t per layer spreads the damage evenly: each layer gets the largest one that
-changes its FFN's output by no more than a given share (the idea of CETT, arXiv 2402.03804).
+ReLU becomes FATReLU (arXiv 2402.13516, eq. 3), which keeps x where x >= t and gives 0 elsewhere. One t for
+all layers is what the paper does. A t per layer spreads the damage evenly: each layer gets the largest one
+that changes its FFN's output by no more than a given share (the idea of CETT, arXiv 2402.03804).
 
-Thresholds per layer are multiples of one t by powers of two, and are folded into the weights: gate rows times
-2^k and up rows times 2^-k, exact in floating point, leave the function as it is and make all thresholds equal.
-So the checkpoint says `fatrelu_t` either way, which every program that reads such models knows.
+Thresholds per layer are multiples of one t by powers of two, and are folded into the weights: gate rows
+times 2^k and up rows times 2^-k, exact in floating point, leave the function as it is and make all
+thresholds equal. So the checkpoint says `fatrelu_t` either way, which programs that read such models know.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ def tail_errors(model: PreTrainedModel, windows: Tensor, top: float) -> Tensor:
 
 
 def per_layer(errors: Tensor, top: float, share: float) -> list[float]:
-    """The largest candidate of each layer that changes its output by at most `share`; the least one if none does."""
+    """The largest candidate of each layer that changes its output by at most `share`, else the least one."""
     chosen = (errors <= share).int().argmax(1)
     chosen = torch.where((errors <= share).any(1), chosen, STEPS - 1)
     return [top * 2.0**-k for k in chosen.tolist()]
@@ -131,8 +131,8 @@ def per_layer(errors: Tensor, top: float, share: float) -> list[float]:
 def fold(model: PreTrainedModel, thresholds: Sequence[float]) -> float:
     """Scale gates and ups of `model` in place so that one threshold stands for all; returns it.
 
-    The thresholds must be equal up to powers of two; ValueError else. The middle one is taken for all, so that
-    weights stay within what float16 can hold.
+    The thresholds must be equal up to powers of two; ValueError else. The middle one is taken for all, so
+    that weights stay within what float16 can hold.
     """
     common = sorted(thresholds)[len(thresholds) // 2]
     if common == 0:

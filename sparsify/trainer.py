@@ -207,8 +207,7 @@ class Trainer:
         if optimizer is None:
             set_model_state_dict(model, weights, options=options)
             return
-        _, running = get_state_dict(model, optimizer, options=_WHOLE)
-        state = nested_optimizer(moments, running["param_groups"])
+        state = nested_optimizer(moments, optimizer.param_groups)
         set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=state, options=options)
 
     def _save(self, phase: Phase, step: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -216,7 +215,6 @@ class Trainer:
         if self.accelerator.is_main_process:
             factor = phase.l1.factor if isinstance(phase.l1, TargetSparsity) else None
             extra = {"data": self.data.state(), "l1": factor}
-            weights = {name: value.contiguous() for name, value in weights.items()}
             if step in phase.milestones:
                 self.work.keep_stage(phase.milestones[step], weights)
             self.work.save(phase.name, step, weights, flat_optimizer(moments), extra)

@@ -1,8 +1,8 @@
 """Activations that give exact zeros, known to transformers by name as soon as hotcold is imported.
 
-`config.json` of a sparse checkpoint says `"hidden_act": "fatrelu_0.01"`, and transformers looks that name up in its
-table when it builds the model. `import hotcold` arranges that these names are in the table once transformers
-is imported, without importing it; no code comes out of a checkpoint.
+`config.json` of a sparse checkpoint says `"hidden_act": "fatrelu_0.01"`, and transformers looks that name up
+in its table when it builds the model. `import hotcold` arranges that these names are in the table once
+transformers is imported, without importing it; no code comes out of a checkpoint.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Configs are typed and complete: what is not understood is refused by name, and the recipes are what they say."""
+"""Configs are typed and complete: what is not understood is refused by name; recipes are what they say."""
 
 import dataclasses
 

@@ -140,6 +140,6 @@ def test_a_local_data_set_is_streamed(tmp_path, tokenizer):
     load.Dataset.from_dict({"text": [f"Carol wrote {n} letters." for n in range(50)]}).to_parquet(
         folder / "train.parquet"
     )
-    found = list(documents(f"parquet:{folder}"))
+    found = list(documents(str(folder)))
     assert len(found) == 50
     assert found[3].text == "Carol wrote 3 letters."
