@@ -136,7 +136,11 @@ def _train(
     """Both phases, as far as they are not done."""
     _prepare(student, config)
     if config.activation_checkpointing:
-        student.activation_checkpointing_enable({"use_reentrant": False})
+        # transformers 5.2x renamed it
+        enable = (
+            getattr(student, "activation_checkpointing_enable", None) or student.gradient_checkpointing_enable
+        )
+        enable({"use_reentrant": False})
         student.train()  # transformers recomputes in training mode only; nothing is dropped in these models
     first, second = _warm_start(config), _end_to_end(config, student)
     if first.steps and not trainer.is_done(first):

@@ -221,7 +221,7 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(model_folder, tokenizer, con
 
 @pytest.mark.parametrize("gone", range(4))
 def test_any_of_the_last_states_is_good_to_go_on_from(model_folder, tokenizer, config, tmp_path, gone):
-    """Whatever was lost from the end, the curve is the same: on both sides of the warm start and of rounding."""
+    """Whatever was lost from the end, the curve is the same, on both sides of the warm start's end."""
     config = dataclasses.replace(config, checkpoints=Checkpoints(every=6, keep=9))
     _, records = train(model_folder, tokenizer, config, tmp_path)
     work = work_folder(tmp_path, config)
