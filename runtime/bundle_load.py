@@ -6,6 +6,7 @@ down rows by neuron, `predicted` all three rows by neuron. Only one of these is 
 
 from __future__ import annotations
 
+import math
 import mmap
 
 import numpy as np
@@ -13,6 +14,7 @@ import numpy as np
 from hotcold.convert.gguf_read import GGUFFile, Tensor
 from hotcold.convert.quantize import dequantize
 from hotcold.errors import FormatError, ShapeError, UnsupportedError
+from hotcold.progress import log
 from hotcold.runtime import _cpu
 from hotcold.runtime.shape import ModelShape, activation_thresholds, read_predictors
 
@@ -29,6 +31,7 @@ class _Source:
     def __init__(self, file: GGUFFile) -> None:
         self._file, self.path = file, file.path
         self._unread = set(file.tensors)
+        self.converted: set[str] = set()  # types that became F16
 
     def __contains__(self, name: str) -> bool:
         return name in self._file.tensors
@@ -54,6 +57,7 @@ class _Source:
         tensor = self.tensor(name, rows, cols)
         if tensor.type in TYPES:
             return TYPES[tensor.type], tensor.data.reshape(-1)
+        self.converted.add(tensor.type)
         values = dequantize(tensor).reshape(rows, cols)
         return TYPES["F16"], np.ascontiguousarray(values.astype(np.float16)).view(np.uint8).reshape(-1)
 
@@ -82,7 +86,6 @@ def load_model(
     """
     shape = ModelShape.read(file)
     source = _Source(file)
-    weight_bytes = sum(tensor.data.nbytes for tensor in file.tensors.values())
     try:
         model = _cpu.Model(
             n_layers=shape.n_layers,
@@ -97,16 +100,21 @@ def load_model(
             activation=ACTIVATIONS[shape.activation],
             mode=MODES[mode],
             threads=n_threads,
-            # Address space, not memory: padding of narrow rows and types turned into F16 can quadruple a
-            # tensor.
-            weight_bytes=4 * weight_bytes + (64 << 20),
+            # Address space, not memory: padding of narrow rows can quadruple a tensor.
+            weight_bytes=4 * sum(map(_engine_bytes, file.tensors.values())) + (64 << 20),
             isa=isa,
         )
         _load(model, source, file, shape, mode)
         model.check()
     except ValueError as error:
         raise UnsupportedError(str(error), where=file.path) from error
+    if source.converted:
+        log(f"{file.path.name}: {', '.join(sorted(source.converted))} became F16, for want of kernels")
     return model, shape
+
+
+def _engine_bytes(tensor: Tensor) -> int:
+    return tensor.data.nbytes if tensor.type in TYPES else 2 * math.prod(tensor.shape)
 
 
 def _load(model: _cpu.Model, source: _Source, file: GGUFFile, shape: ModelShape, mode: str) -> None:
