@@ -14,19 +14,18 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hotcold import storage
 from hotcold.errors import FormatError, HotcoldError, InputError, UnsupportedError
+from hotcold.families import FfnLayer, activation_name, as_transformers, ffn_layers, install_activation
 from hotcold.gguf_tokenizer import build_tokenizer
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
-    from torch import nn
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
 __all__ = [
     "FfnLayer",
@@ -44,24 +43,7 @@ _SMOLLM2 = "smollm2"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _HUB_FILES = ["*.json", "*.safetensors", "*.jinja"]
 _GGUF_MAGIC = b"GGUF"
-# model types whose modules bear Llama's names
-_LLAMA_LIKE = ("llama", "mistral", "qwen2", "qwen3")
 _SPECIAL_TOKENS = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
-
-
-@dataclass(frozen=True, slots=True)
-class FfnLayer:
-    """The modules of one gated FFN: `down(activation(gate(norm(x))) * up(norm(x)))`, x [..., d_model].
-
-    `mlp` holds the last four; to replace the activation set `mlp.act_fn`.
-    """
-
-    norm: nn.Module
-    gate: nn.Linear
-    up: nn.Linear
-    down: nn.Linear
-    activation: nn.Module
-    mlp: nn.Module
 
 
 def resolve(model: str) -> Path:
@@ -162,7 +144,7 @@ def load_model(model: str, dtype: str = "float32") -> PreTrainedModel:
     Raises InputError, FormatError (damaged files) or UnsupportedError (not a Llama-like architecture).
     """
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     path = resolve(model)
     torch_dtype = getattr(torch, dtype, None)
@@ -170,12 +152,28 @@ def load_model(model: str, dtype: str = "float32") -> PreTrainedModel:
         raise InputError("unknown dtype", where="dtype", got=dtype, expected="float32 | float16 | bfloat16")
     source = _gguf_source(path)
     with _loading(path), _quiet():
-        config = AutoConfig.from_pretrained(**source)
-        _check_architecture(config.model_type, path)
+        config, activation = _config_of(path)
         loaded = AutoModelForCausalLM.from_pretrained(
             **source, config=config, dtype=torch_dtype, use_safetensors=True
         )
+    if activation is not None:
+        install_activation(loaded, activation)
     return _forget_origin(loaded).eval()
+
+
+def _config_of(path: Path) -> tuple[PretrainedConfig, str | None]:
+    """The config that transformers loads a model by, and the activation to be installed after that."""
+    from transformers import AutoConfig
+    from transformers.activations import ACT2FN
+
+    if path.is_file():
+        config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+        return config, None
+    values = as_transformers(json.loads((path / "config.json").read_text("utf-8")))
+    for key in ("hidden_act", "activation_function", "activation"):
+        if key in values and values[key] not in ACT2FN:
+            return AutoConfig.for_model(**(values | {key: "relu"})), values[key]
+    return AutoConfig.for_model(**values), None
 
 
 def _forget_origin(model: PreTrainedModel) -> PreTrainedModel:
@@ -201,8 +199,9 @@ def _gguf_source(path: Path) -> dict[str, Any]:
 
 
 def _check_architecture(name: str | None, path: Path) -> None:
-    if name not in _LLAMA_LIKE:
-        raise UnsupportedError("unknown architecture", where=path, got=name, expected=" | ".join(_LLAMA_LIKE))
+    known = ("llama", "mistral", "qwen2", "qwen3")
+    if name not in known:
+        raise UnsupportedError("unknown architecture", where=path, got=name, expected=" | ".join(known))
 
 
 @contextmanager
@@ -269,27 +268,6 @@ def fingerprint(model: str) -> str:
     for file in [path / "config.json", *sorted(path.glob("*.safetensors"))]:
         digest.update(f"{file.name} {storage.sha256_file(file)}\n".encode())
     return digest.hexdigest()
-
-
-def ffn_layers(model: PreTrainedModel) -> list[FfnLayer]:
-    """The FFN modules of each layer, first to last. Raises UnsupportedError for other architectures."""
-    _check_architecture(model.config.model_type, Path(type(model).__name__))
-    return [
-        FfnLayer(
-            norm=layer.post_attention_layernorm,
-            gate=layer.mlp.gate_proj,
-            up=layer.mlp.up_proj,
-            down=layer.mlp.down_proj,
-            activation=layer.mlp.act_fn,
-            mlp=layer.mlp,
-        )
-        for layer in model.model.layers
-    ]
-
-
-def activation_name(model: PreTrainedModel) -> str:
-    """The FFN activation as `config.json` names it: `silu`, `relu`, …"""
-    return model.config.hidden_act
 
 
 def save(
