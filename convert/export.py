@@ -18,12 +18,13 @@ from hotcold.convert.layout import ExportOptions, GGUFLayout, ModelFiles
 from hotcold.convert.llama_cpp import differences, is_exact
 from hotcold.convert.manifest import FORMAT, MANIFEST, BundleFile, Manifest
 from hotcold.convert.powerinfer import runs_in_powerinfer
-from hotcold.convert.predictors import Predictors
-from hotcold.convert.safetensors_read import read_json
+from hotcold.convert.predictors import check_predictors
 from hotcold.convert.tokenizer import tokenizer_files
 from hotcold.convert.weights import check_weights
 from hotcold.errors import HotcoldError, InputError, UnsupportedError
+from hotcold.predictor.bundle import FILES, PredictorBundle
 from hotcold.progress import log
+from hotcold.safetensors_read import read_json
 
 __all__ = ["ExportOptions", "export_bundle"]
 
@@ -38,7 +39,7 @@ def export_bundle(
     name: str,
     fingerprint: str,
     folder: Path | None = None,
-    predictors: Predictors | None = None,
+    predictors: PredictorBundle | None = None,
     options: ExportOptions | None = None,
 ) -> dict[str, Any]:
     """Write the bundle `out` and return its manifest.
@@ -79,12 +80,12 @@ def _refuse_foreign_folder(out: Path) -> None:
         raise InputError("exists and is not a bundle", where=out, fix="give a folder that does not exist yet")
 
 
-def _check_predictors(predictors: Predictors, spec: ModelSpec, fingerprint: str) -> None:
+def _check_predictors(predictors: PredictorBundle, spec: ModelSpec, fingerprint: str) -> None:
     if not spec.is_sparse:
         what = "this activation never gives zero, so that there is nothing to predict"
         expected = "relu | fatrelu | drelu"
         raise UnsupportedError(what, got=spec.activation, expected=expected, fix="sparsify it first")
-    predictors.check(spec, fingerprint)
+    check_predictors(predictors, spec, fingerprint)
 
 
 def _limits(model: ModelFiles, layouts: list[GGUFLayout]) -> list[str]:
@@ -102,14 +103,15 @@ def _limits(model: ModelFiles, layouts: list[GGUFLayout]) -> list[str]:
 
 
 def _write(
-    model: ModelFiles, layouts: list[GGUFLayout], predictors: Predictors | None, target: Path
+    model: ModelFiles, layouts: list[GGUFLayout], predictors: PredictorBundle | None, target: Path
 ) -> Manifest:
     roles = {}
     for layout in layouts:
         write_gguf(target / layout.file, layout.metadata, layout.plans, magic=layout.magic)
         roles[layout.file] = layout.role
     if predictors is not None:
-        roles |= _copy(predictors.files(), target / "predictors", "predictor", "predictors/")
+        predictors.save(target / "predictors")
+        roles |= {f"predictors/{name}": "predictor" for name in FILES}
     if model.folder is not None:
         roles |= _copy(tokenizer_files(model.folder), target, "tokenizer")
     storage.write_json(target / "config.json", model.config)
@@ -127,10 +129,10 @@ def _write(
     )
 
 
-def _copy(files: list[Path], folder: Path, role: str, inside: str = "") -> dict[str, str]:
-    """Copy files durably into `folder` of a bundle; returns their paths in the bundle with their role."""
+def _copy(files: list[Path], folder: Path, role: str) -> dict[str, str]:
+    """Copy files durably into a bundle; returns their names with their role."""
     for file in files:
         with storage.atomic_file(folder / file.name) as target, file.open("rb") as content:
             while chunk := content.read(_CHUNK):
                 storage.fs.write(target, chunk)
-    return {f"{inside}{file.name}": role for file in files}
+    return {file.name: role for file in files}

@@ -47,13 +47,13 @@ def run(args: argparse.Namespace) -> int:
     from hotcold.checkpoint import fingerprint, resolve
     from hotcold.convert.export import ExportOptions, export_bundle
     from hotcold.convert.hf_checkpoint import HFCheckpoint
-    from hotcold.convert.predictors import Predictors
+    from hotcold.predictor.bundle import PredictorBundle
 
     if not 0 < args.hot_frequency < math.inf:
         raise InputError("a share is above 0", where="--hot-frequency", got=args.hot_frequency)
     path = Path(resolve(args.model))
     options = ExportOptions(args.quant, args.head_quant, args.predictor_quant, args.hot_frequency)
-    predictors = Predictors(args.predictors) if args.predictors else None
+    predictors = PredictorBundle.load(args.predictors) if args.predictors else None
     with _hf_directory(args.model, path) as folder:
         manifest = export_bundle(
             HFCheckpoint(folder),

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any, Self
 
 from hotcold import storage
-from hotcold.convert.safetensors_read import read_json
 from hotcold.errors import FormatError
+from hotcold.safetensors_read import read_json
 
 __all__ = ["MANIFEST", "BundleFile", "Manifest"]
 

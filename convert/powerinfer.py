@@ -17,7 +17,7 @@ from hotcold.convert.architectures import ModelSpec
 from hotcold.convert.forms import FORMS, hyper_parameters
 from hotcold.convert.gguf_write import TensorPlan
 from hotcold.convert.plans import Planner
-from hotcold.convert.predictors import Predictors
+from hotcold.predictor.bundle import PredictorBundle
 
 __all__ = ["MAGIC", "architecture_of", "runs_in_powerinfer", "sparse_metadata", "sparse_plans"]
 
@@ -31,7 +31,7 @@ def architecture_of(spec: ModelSpec) -> str:
     return "bamboo" if llama and spec.activation == "drelu" and not spec.biases else spec.family.sparse
 
 
-def sparse_metadata(spec: ModelSpec, predictors: Predictors, hot: list[np.ndarray]) -> dict[str, Any]:
+def sparse_metadata(spec: ModelSpec, predictors: PredictorBundle, hot: list[np.ndarray]) -> dict[str, Any]:
     """Architecture, hyper-parameters, predictor thresholds and hot neurons (`hot[layer]`: ascending indices).
 
     PowerInfer knows one threshold for all layers; the least one keeps every neuron that ours keep.
@@ -48,7 +48,7 @@ def sparse_metadata(spec: ModelSpec, predictors: Predictors, hot: list[np.ndarra
     }
 
 
-def sparse_plans(planner: Planner, predictors: Predictors) -> list[TensorPlan]:
+def sparse_plans(planner: Planner, predictors: PredictorBundle) -> list[TensorPlan]:
     """All tensors of the sparse form."""
     architecture = architecture_of(planner.spec)
     form = FORMS[architecture]
@@ -67,11 +67,11 @@ def _ffn(planner: Planner, layer: int) -> list[TensorPlan]:
     )
 
 
-def _predictor(planner: Planner, predictors: Predictors, layer: int) -> list[TensorPlan]:
-    spec, kind, rank = planner.spec, planner.types.predictor, predictors.ranks[layer]
+def _predictor(planner: Planner, predictors: PredictorBundle, layer: int) -> list[TensorPlan]:
+    kind, predictor = planner.types.predictor, predictors.layers[layer]
     return [
-        planner.floats(f"blk.{layer}.fc1", (rank, spec.d_model), kind, lambda: predictors.fc1(layer)),
-        planner.floats(f"blk.{layer}.fc2", (spec.d_ff, rank), kind, lambda: predictors.fc2(layer)),
+        planner.floats(f"blk.{layer}.fc1", predictor.fc1.shape, kind, lambda: predictor.fc1),
+        planner.floats(f"blk.{layer}.fc2", predictor.fc2.shape, kind, lambda: predictor.fc2),
     ]
 
 

@@ -22,8 +22,8 @@ from hotcold.convert.export import ExportOptions, export_bundle
 from hotcold.convert.gguf_read import GGUFFile
 from hotcold.convert.hf_checkpoint import HFCheckpoint
 from hotcold.convert.llama_cpp import is_exact
-from hotcold.convert.predictors import Predictors
 from hotcold.convert.verify import verify_bundle
+from hotcold.predictor.bundle import PredictorBundle
 from hotcold.runtime.engine import Engine
 from hotcold.runtime.reference import ReferenceEngine
 
@@ -153,7 +153,7 @@ def make_family(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pat
     return make
 
 
-def random_predictors(model: Path, folder: Path) -> Predictors:
+def random_predictors(model: Path, folder: Path) -> PredictorBundle:
     """Predictors that know nothing, whose thresholds let about half of the neurons through."""
     rng, tensors = np.random.default_rng(0), {}
     for layer in range(N_LAYERS):
@@ -168,7 +168,7 @@ def random_predictors(model: Path, folder: Path) -> Predictors:
     folder.mkdir()
     storage.write_tensors(folder / "model.safetensors", {k: v.astype(np.float32) for k, v in tensors.items()})
     storage.write_json(folder / "config.json", config)
-    return Predictors(folder)
+    return PredictorBundle.load(folder)
 
 
 @pytest.fixture(scope="session")
