@@ -60,10 +60,12 @@ def export_bundle(
         _check_predictors(predictors, spec, fingerprint)
     model = ModelFiles(spec, source.config, options, name, fingerprint, folder, source.load)
     layouts, fallbacks = model.layouts(predictors)
+    if types := source.quantised_types:
+        log(f"the source is quantised ({', '.join(types)}): its loss stays in what is written")
     for line in [*fallbacks, *_limits(model, layouts)]:
         log(line)
     with storage.atomic_directory(out) as target:
-        manifest = _write(model, layouts, predictors, target)
+        manifest = _write(model, layouts, predictors, target, source.quantised_types)
         storage.write_json(target / MANIFEST, manifest.to_json())
     return manifest.to_json()
 
@@ -103,7 +105,11 @@ def _limits(model: ModelFiles, layouts: list[GGUFLayout]) -> list[str]:
 
 
 def _write(
-    model: ModelFiles, layouts: list[GGUFLayout], predictors: PredictorBundle | None, target: Path
+    model: ModelFiles,
+    layouts: list[GGUFLayout],
+    predictors: PredictorBundle | None,
+    target: Path,
+    source_types: list[str],
 ) -> Manifest:
     roles = {}
     for layout in layouts:
@@ -125,6 +131,7 @@ def _write(
         activation=model.spec.activation,
         model_fingerprint=model.fingerprint,
         llama_cpp_exact=is_exact(model.spec),
+        source_quantised=source_types,
         files={path: BundleFile.of(target / path, role) for path, role in roles.items()},
     )
 

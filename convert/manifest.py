@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Self
 
@@ -44,7 +44,7 @@ class Manifest:
 
     `head_quant`, `predictor_quant` and `hot_frequency` are those of `layout.ExportOptions`;
     `llama_cpp_exact` tells whether stock llama.cpp computes this model's own function from the dense
-    file.
+    file; `source_quantised` names the quantised types that the weights came in, if any.
     """
 
     name: str
@@ -56,6 +56,7 @@ class Manifest:
     model_fingerprint: str
     llama_cpp_exact: bool
     files: Mapping[str, BundleFile]
+    source_quantised: list[str] = field(default_factory=list)
 
     def of_role(self, role: str) -> list[str]:
         """The paths of the files of one role."""
@@ -75,10 +76,14 @@ class Manifest:
         digest = _digest(values)
         for key, expected in (("format", FORMAT), ("version", VERSION)):
             _check(values.pop(key, None), expected.__class__, path, key, expected)
-        kinds = {"hot_frequency": float, "llama_cpp_exact": bool, "files": dict}
-        for name in (field.name for field in fields(cls)):
+        values.setdefault("source_quantised", [])
+        kinds = {"hot_frequency": float, "llama_cpp_exact": bool, "files": dict, "source_quantised": list}
+        names = [field.name for field in fields(cls)]
+        for name in names:
             _check(values.get(name), kinds.get(name, str), path, name)
-        if unknown := set(values) - {field.name for field in fields(cls)}:
+        for kind in values["source_quantised"]:
+            _check(kind, str, path, "source_quantised")
+        if unknown := set(values) - set(names):
             raise FormatError("unknown key", where=path, field=min(unknown))
         if sha256 != digest:
             fix = "export the bundle again"

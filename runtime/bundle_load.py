@@ -9,6 +9,7 @@ gets it in the gate's place.
 
 from __future__ import annotations
 
+import math
 import mmap
 
 import numpy as np
@@ -16,6 +17,7 @@ import numpy as np
 from hotcold.convert.gguf_read import GGUFFile, Tensor
 from hotcold.convert.quantize import dequantize
 from hotcold.errors import FormatError, ShapeError, UnsupportedError
+from hotcold.progress import log
 from hotcold.runtime import _cpu
 from hotcold.runtime.shape import ModelShape, activation_thresholds, read_predictors
 
@@ -33,6 +35,7 @@ class _Source:
     def __init__(self, file: GGUFFile) -> None:
         self._file, self.path = file, file.path
         self._unread = set(file.tensors)
+        self.converted: set[str] = set()  # types that became F16
 
     def __contains__(self, name: str) -> bool:
         return name in self._file.tensors
@@ -58,6 +61,7 @@ class _Source:
         tensor = self.tensor(name, rows, cols)
         if tensor.type in TYPES:
             return TYPES[tensor.type], tensor.data.reshape(rows, -1)[part].reshape(-1)
+        self.converted.add(tensor.type)
         values = dequantize(tensor).reshape(rows, cols)[part]
         return TYPES["F16"], np.ascontiguousarray(values.astype(np.float16)).view(np.uint8).reshape(-1)
 
@@ -90,7 +94,6 @@ def load_model(
     """
     shape = ModelShape.read(file)
     source = _Source(file)
-    weight_bytes = sum(tensor.data.nbytes for tensor in file.tensors.values())
     try:
         model = _cpu.Model(
             n_layers=shape.n_layers,
@@ -105,9 +108,8 @@ def load_model(
             activation=ACTIVATIONS[shape.activation],
             mode=MODES[mode],
             threads=n_threads,
-            # Address space, not memory: padding of narrow rows and types turned into F16 can quadruple a
-            # tensor.
-            weight_bytes=4 * weight_bytes + (64 << 20),
+            # Address space, not memory: padding of narrow rows can quadruple a tensor.
+            weight_bytes=4 * sum(map(_engine_bytes, file.tensors.values())) + (64 << 20),
             isa=isa,
             layer_norm=shape.form.layer_norm,
             parallel=shape.form.parallel,
@@ -117,7 +119,13 @@ def load_model(
         model.check()
     except ValueError as error:
         raise UnsupportedError(str(error), where=file.path) from error
+    if source.converted:
+        log(f"{file.path.name}: {', '.join(sorted(source.converted))} became F16, for want of kernels")
     return model, shape
+
+
+def _engine_bytes(tensor: Tensor) -> int:
+    return tensor.data.nbytes if tensor.type in TYPES else 2 * math.prod(tensor.shape)
 
 
 def _load(model: _cpu.Model, source: _Source, file: GGUFFile, shape: ModelShape, mode: str) -> None:

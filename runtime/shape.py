@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any, Self
 
 import numpy as np
 
-from hotcold.convert.forms import FORMS, ROPE_FACTORS, WINDOWS, Form
+from hotcold.convert.forms import FORMS, WINDOWS, Form
 from hotcold.convert.gguf_read import GGUFFile
-from hotcold.convert.quantize import dequantize
 from hotcold.convert.rope import Rope
+from hotcold.convert.rope_factors import read_rope, rope_divisors
 from hotcold.errors import FormatError, UnsupportedError
 
 __all__ = ["ModelShape", "Predictor", "activation_thresholds", "read_predictors"]
@@ -55,8 +54,9 @@ class ModelShape:
         head_dim = key("attention.key_length", d_model // max(n_heads, 1))
         rope, frequencies = Rope(), np.empty(0, np.float32)
         if not form.positions:
-            rope = _rope(file, key)
-            frequencies = _frequencies(file, rope, head_dim)
+            rope, divisors = read_rope(file, arch), rope_divisors(file, head_dim)
+            frequencies = rope.frequencies(head_dim)
+            frequencies = frequencies if divisors is None else frequencies / divisors
         return cls(
             form=form,
             n_layers=n_layers,
@@ -80,41 +80,11 @@ class _Keys:
     def __init__(self, file: GGUFFile, arch: str) -> None:
         self._file, self._arch = file, arch
 
-    def __contains__(self, name: str) -> bool:
-        return f"{self._arch}.{name}" in self._file.metadata
-
-    def __call__(self, name: str, default: Any = None, kind: Any = (int, float)) -> Any:
-        if default is not None and name not in self:
+    def __call__(self, name: str, default: Any = None) -> Any:
+        key = f"{self._arch}.{name}"
+        if default is not None and key not in self._file.metadata:
             return default
-        return self._file.require(f"{self._arch}.{name}", kind)
-
-
-def _rope(file: GGUFFile, key: _Keys) -> Rope:
-    """llama.cpp's keys for the base, and for linear and YaRN scaling."""
-    base, kind = key("rope.freq_base", 10000.0), key("rope.scaling.type", "none", str)
-    factor = key("rope.scaling.factor", 1.0)
-    if kind == "none" or (kind == "linear" and factor == 1):
-        return Rope(base)
-    if kind == "linear":
-        return Rope(base, "linear", factor)
-    if kind != "yarn":
-        raise UnsupportedError("unknown rope scaling", where=file.path, got=kind, expected="linear, yarn")
-    low, high = key("rope.scaling.yarn_beta_slow", 1.0), key("rope.scaling.yarn_beta_fast", 32.0)
-    attention = key("rope.scaling.attn_factor", 1.0) * (1 + 0.1 * math.log(factor) if factor > 1 else 1.0)
-    return Rope(base, "yarn", factor, key("rope.scaling.original_context_length"), low, high, attention)
-
-
-def _frequencies(file: GGUFFile, rope: Rope, head_dim: int) -> np.ndarray:
-    """With the divisors that llama.cpp keeps in a tensor, and hotcold in metadata where there is none."""
-    frequencies = rope.frequencies(head_dim)
-    divisors = np.ones_like(frequencies)
-    if "rope_freqs.weight" in file.tensors:
-        divisors = dequantize(file.tensors["rope_freqs.weight"]).reshape(-1)
-    elif ROPE_FACTORS in file.metadata:
-        divisors = np.asarray(file.metadata[ROPE_FACTORS], np.float32)
-    if divisors.shape != frequencies.shape or not (divisors > 0).all():
-        raise FormatError("rope factors do not fit the heads", where=file.path, field="rope_freqs")
-    return frequencies / divisors
+        return self._file.require(key, (int, float))
 
 
 def _activation(file: GGUFFile, form: Form) -> str:

@@ -149,8 +149,8 @@ def _as_granite(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def install_activation(model: PreTrainedModel, name: str) -> None:
-    """Give every FFN of a ReLU model the activation `name` that transformers lacks, and its config the name.
+def install_activation(model: PreTrainedModel, name: str) -> PreTrainedModel:
+    """Give a ReLU model the activation `name` that transformers lacks, and its config the name; returns it.
 
     `fatrelu` takes its threshold from the name (`fatrelu_0.01`) or the config (`hidden_act_param`, or per
     layer `activation_thresholds`). UnsupportedError for other names, and for dReLU without gates.
@@ -167,6 +167,7 @@ def install_activation(model: PreTrainedModel, name: str) -> None:
     else:
         raise UnsupportedError("unknown activation", where=model.config.model_type, got=name)
     setattr(model.config, _family(model.config).key, name)
+    return model
 
 
 def _thresholds(model: PreTrainedModel, name: str, n_layers: int) -> list[float]:

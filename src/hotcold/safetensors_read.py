@@ -16,23 +16,11 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from hotcold.errors import FormatError, InputError, UnsupportedError
+from hotcold.json_file import read_json
 
 __all__ = ["SafetensorsFile", "read_json"]
 
 _DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; InputError where there is none, FormatError where it is not JSON."""
-    try:
-        value = json.loads(path.read_text("utf-8"))
-    except OSError as error:
-        raise InputError(f"cannot read the file: {error.strerror}", where=path) from error
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise FormatError(f"not JSON: {error}", where=path) from error
-    if not isinstance(value, dict):
-        raise FormatError("not a JSON object", where=path, got=type(value).__name__, expected="object")
-    return value
 
 
 class SafetensorsFile:
