@@ -68,8 +68,8 @@ class Telemetry:
             f"hybrid:     {self.hot_hit_rate:.1%} of firing neurons were hot, {self.cold_per_token:.1f} cold "
             f"neurons per token, {self.skipped_handovers} of {self.skipped_handovers + self.handovers} "
             f"hand-overs skipped, {self.bus_bytes_per_token / 1024:.1f} KiB over the bus per token",
-            f"per token:  {self.decode_s * ms:.2f} ms: wait {self.wait_s * ms:.2f}, hot {self.hot_s * ms:.2f}, "
-            f"cold {self.cold_s * ms:.2f} ({self.overlap:.0%} overlapped), "
+            f"per token:  {self.decode_s * ms:.2f} ms: wait {self.wait_s * ms:.2f}, "
+            f"hot {self.hot_s * ms:.2f}, cold {self.cold_s * ms:.2f} ({self.overlap:.0%} overlapped), "
             f"CPU layers {self.cpu_layers_s * ms:.2f}",
         ]
 
