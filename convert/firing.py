@@ -12,16 +12,17 @@ __all__ = ["firing_frequencies"]
 
 
 def firing_frequencies(
-    source: str | Path, n_layers: int, d_ff: int, *, allow_pickle: bool = False
+    source: str | Path, n_layers: int, d_ff: int, *, pickles: bool = False
 ) -> list[np.ndarray]:
     """Per layer float32 [d_ff], the share of tokens that each neuron fires on.
 
     `source` is a bundle (its `predictors/`), a predictor bundle, a trace folder, or a folder of
-    `activation_N.pt`, whose counts are taken relative to the greatest. Raises InputError for a folder of
+    `activation_N.pt`, whose counts are taken relative to the greatest; those are pickles, read in a sandbox and
+    only where `pickles` allows it. Raises InputError for a folder of
     another kind, ShapeError for another model's, and what the readers raise.
     """
     folder = Path(source)
-    found = _read(folder / "predictors" if (folder / "predictors").is_dir() else folder, allow_pickle)
+    found = _read(folder / "predictors" if (folder / "predictors").is_dir() else folder, pickles)
     got = [len(layer) for layer in found]
     if got != [d_ff] * n_layers:
         shape = (len(found), *sorted(set(got)))
@@ -31,13 +32,13 @@ def firing_frequencies(
     return found
 
 
-def _read(folder: Path, allow_pickle: bool) -> list[np.ndarray]:
+def _read(folder: Path, pickles: bool) -> list[np.ndarray]:
     if (folder / "run.json").is_file():
         return _of_traces(folder)
     if (folder / "model.safetensors").is_file():
         return _of_predictors(folder)
     if (folder / "activation_0.pt").is_file():
-        return _of_activation_files(folder, allow_pickle)
+        return _of_activation_files(folder, pickles)
     fix = "give a bundle with predictors, a trace folder, or a folder of activation_N.pt"
     raise InputError("nothing here tells how often neurons fire", where=folder, fix=fix)
 
@@ -59,9 +60,11 @@ def _of_traces(folder: Path) -> list[np.ndarray]:
     return [counts / np.float32(traces.run.n_tokens) for counts in counts_of_traces(traces)]
 
 
-def _of_activation_files(folder: Path, allow_pickle: bool) -> list[np.ndarray]:
-    from hotcold.convert.activation import read_activation
+def _of_activation_files(folder: Path, pickles: bool) -> list[np.ndarray]:
+    from hotcold.convert.activation import firing_vectors
+    from hotcold.convert.model_pt import numbered_files
+    from hotcold.convert.pickles import read_pickles
 
-    counts = read_activation(folder, allow_pickle=allow_pickle)
+    counts = firing_vectors(read_pickles(numbered_files(folder, "activation"), allowed=pickles), folder)
     most = max(float(layer.max(initial=0)) for layer in counts)
     return [layer / np.float32(most or 1) for layer in counts]
