@@ -56,7 +56,7 @@ def _write_predictors(parts: Parts, out: Path, options: Options) -> None:
 
 def _read_model_pt(path: Path, parts: Parts, options: Options, stack: ExitStack) -> None:
     fingerprint = parts.model.fingerprint if parts.model else None
-    parts.bundle = read_model_pt(path, fingerprint, allow_pickle=options.allow_pickle)
+    parts.bundle = read_model_pt(path, fingerprint, pickles_allowed=options.pickles_allowed)
 
 
 def _write_model_pt(parts: Parts, out: Path, options: Options) -> None:
@@ -64,7 +64,7 @@ def _write_model_pt(parts: Parts, out: Path, options: Options) -> None:
 
 
 def _read_activation(path: Path, parts: Parts, options: Options, stack: ExitStack) -> None:
-    parts.firing, parts.firing_tokens = read_activation(path, allow_pickle=options.allow_pickle), None
+    parts.firing, parts.firing_tokens = read_activation(path, pickles_allowed=options.pickles_allowed), None
 
 
 def _write_activation(parts: Parts, out: Path, options: Options) -> None:

@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
         if value is not None and not 0 < value < float("inf"):
             raise InputError("must be above 0", where=option, got=value)
     options = Options(
-        allow_pickle=args.allow_pickle, counted_tokens=args.counted_tokens,
+        pickles_allowed=args.allow_pickle, counted_tokens=args.counted_tokens,
         vram_budget=None if args.vram_budget is None else args.vram_budget * _GIB,
         quant=args.quant, head_quant=args.head_quant, predictor_quant=args.predictor_quant,
         hot_frequency=args.hot_frequency, name=args.name,

@@ -15,12 +15,12 @@ from hotcold.convert.architectures import ModelSpec
 from hotcold.convert.gguf_write import write_gguf
 from hotcold.convert.hf_checkpoint import WeightSource
 from hotcold.convert.layout import ExportOptions, GGUFLayout, ModelFiles
-from hotcold.convert.llama_cpp import is_exact
+from hotcold.convert.llama_cpp import differences, is_exact
 from hotcold.convert.manifest import FORMAT, MANIFEST, BundleFile, Manifest
-from hotcold.convert.plans import check_weights
 from hotcold.convert.powerinfer import runs_in_powerinfer
 from hotcold.convert.predictors import check_predictors
 from hotcold.convert.tokenizer import tokenizer_files
+from hotcold.convert.weights import check_weights
 from hotcold.errors import HotcoldError, InputError, UnsupportedError
 from hotcold.predictor.bundle import FILES, PredictorBundle
 from hotcold.progress import log
@@ -118,9 +118,10 @@ def _refuse_foreign_folder(out: Path) -> None:
 
 
 def _check_predictors(predictors: PredictorBundle, spec: ModelSpec, fingerprint: str) -> None:
-    if spec.activation == "silu":
-        what = "a SiLU never gives zero, so that there is nothing to predict"
-        raise UnsupportedError(what, got="silu", expected="relu | fatrelu | drelu", fix="sparsify it first")
+    if not spec.is_sparse:
+        what = "this activation never gives zero, so that there is nothing to predict"
+        expected = "relu | fatrelu | drelu"
+        raise UnsupportedError(what, got=spec.activation, expected=expected, fix="sparsify it first")
     check_predictors(predictors, spec, fingerprint)
 
 
@@ -128,12 +129,14 @@ def _limits(model: ModelFiles, layouts: list[GGUFLayout]) -> list[str]:
     """What other programs cannot do with these files."""
     spec, lines = model.spec, []
     files = {layout.role: layout.file for layout in layouts}
-    if "dense" in files and not is_exact(spec):
-        lines.append(f"{files['dense']}: llama.cpp has no such {spec.activation}, it will compute relu")
-    if list(files) == ["dense"] and spec.activation != "silu":
+    if "dense" in files and (found := differences(spec)):
+        what = f"llama.cpp will compute another function, with {' and '.join(found)}"
+        measure = "`hotcold perplexity --mode llama.cpp --reference dense` says how far off that is"
+        lines.append(f"{files['dense']}: {what}; {measure}")
+    if list(files) == ["dense"] and spec.is_sparse:
         lines.append("no predictors given: the dense file only")
     if "sparse" in files and not runs_in_powerinfer(spec, model.options.types().body):
-        lines.append(f"{files['sparse']}: PowerInfer itself runs only ReLU models in f16 or q4_0")
+        lines.append(f"{files['sparse']}: PowerInfer itself runs only its own ReLU models in f16 or q4_0")
     return lines
 
 

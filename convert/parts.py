@@ -22,7 +22,7 @@ __all__ = ["Model", "Options", "Parts"]
 class Options:
     """What the command line says besides sources and target; None is what the sources have."""
 
-    allow_pickle: bool = False
+    pickles_allowed: bool = False
     counted_tokens: int | None = None
     vram_budget: float | None = None  # bytes
     quant: str | None = None

@@ -47,6 +47,7 @@ def convert(tmp_path, capsys):
 
     def run(to: str, *sources: Path, error: bool = False, options: tuple[str, ...] = ()) -> Path | str:
         out = tmp_path / f"{to}-{len(list(tmp_path.iterdir()))}"
+        capsys.readouterr()
         status = main(["convert", *map(str, sources), "--to", to, "--out", str(out), *options])
         captured = capsys.readouterr()
         if error:
