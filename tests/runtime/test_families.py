@@ -17,6 +17,7 @@ from safetensors.numpy import load_file
 
 from hotcold import checkpoint, storage
 from hotcold.checkpoint import fingerprint
+from hotcold.cli import main
 from hotcold.convert.architectures import ModelSpec
 from hotcold.convert.export import ExportOptions, export_bundle
 from hotcold.convert.gguf_read import GGUFFile
@@ -27,7 +28,7 @@ from hotcold.predictor.bundle import PredictorBundle
 from hotcold.runtime.engine import Engine
 from hotcold.runtime.reference import ReferenceEngine
 
-N_LAYERS, D_MODEL, D_FF, N_VOCAB, RANK = 2, 64, 128, 96, 32
+N_LAYERS, D_MODEL, D_FF, N_VOCAB, RANK = 2, 64, 128, 320, 32
 IDS = np.random.default_rng(5).integers(3, N_VOCAB, 32)
 
 _BASE = {
@@ -285,3 +286,61 @@ def test_the_measure_sees_what_is_left_out(name, tensor, make_family, logits_of,
     )
     engine = Engine.load(tmp_path / "b", "dense", 1, n_ctx=64)
     assert difference(engine.prefill(IDS, all_logits=True), logits_of(name)) > 0.01
+
+
+@pytest.fixture(scope="module")
+def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path, rng = tmp_path_factory.mktemp("text") / "text.jsonl", np.random.default_rng(0)
+    words = [
+        "quick",
+        "brown",
+        "fox",
+        "jumps",
+        "over",
+        "the",
+        "lazy",
+        "dog",
+        "東京",
+        "naïve",
+        "café",
+        "0123",
+        "🦊",
+    ]
+    path.write_text("\n".join(json.dumps({"text": " ".join(rng.choice(words, 20))}) for _ in range(300)))
+    return path
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "llama-3-rope",
+        "prosparse",
+        "bamboo",
+        "qwen2",
+        "qwen3",
+        "opt",
+        "falcon-7b-relu",
+        "falcon-40b-relu",
+        "minicpm-s",
+    ],
+)
+def test_the_commands_from_traces_to_perplexity(name, make_family, bundle, text_file, tmp_path, capsys):
+    """collect-traces → train-predictors → export → perplexity: what the predictors cost stays small."""
+    model = tmp_path / "model"
+    write_model(model, FAMILIES[name])
+    bundle.tokenizer.save(str(model / "tokenizer.json"))
+    paths = {part: str(tmp_path / part) for part in ("model", "traces", "predictors", "bundle")}
+    commands = [
+        ["collect-traces", "--model", paths["model"], "--text", str(text_file), "--tokens", "1500",
+         "--window", "32", "--out", paths["traces"], "-t", "1"],
+        ["train-predictors", "--traces", paths["traces"], "--out", paths["predictors"], "--epochs", "2"],
+        ["export", "--model", paths["model"], "--predictors", paths["predictors"], "--out", paths["bundle"],
+         "--quant", "f16"],
+        ["perplexity", "--bundle", paths["bundle"], "--mode", "exact,predicted", "--reference", "dense",
+         "--text", str(text_file), "--tokens", "128", "--window", "32", "-t", "1", "--json"],
+    ]  # fmt: skip
+    for command in commands:
+        assert main(command) == 0, capsys.readouterr().err
+    exact, predicted = (json.loads(line) for line in capsys.readouterr().out.splitlines()[-2:])
+    assert exact["kl"] < 1e-3 and exact["same_top"] > 0.97
+    assert predicted["kl"] < 0.5
