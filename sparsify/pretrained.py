@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-import gguf
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -24,14 +23,13 @@ from hotcold import storage
 from hotcold.checkpoint import ffn_layers
 from hotcold.errors import FormatError, MismatchError, ShapeError
 from hotcold.sparsify.activations import set_activation
-from hotcold.sparsify.quantise import start_rounding
+from hotcold.sparsify.quantise import pack_q4_0, start_rounding, unpack_q4_0
 
 __all__ = ["BASE", "FILE", "pack", "unpack"]
 
 FILE = Path(__file__).parent / "models" / "smollm2-135m-sparse.safetensors"
 BASE = "smollm2"  # the model that it belongs to
 _FORMAT, _VERSION = "hotcold-ffn", "1"
-_Q4_0 = gguf.GGMLQuantizationType.Q4_0
 
 
 def pack(sparse: PreTrainedModel, base_fingerprint: str, path: Path) -> None:
@@ -39,7 +37,7 @@ def pack(sparse: PreTrainedModel, base_fingerprint: str, path: Path) -> None:
     tensors = {}
     for name, weight, transposed in _matrices(sparse):
         rows = weight.detach().float().T if transposed else weight.detach().float()
-        tensors[name] = gguf.quants.quantize(rows.contiguous().numpy(), _Q4_0)
+        tensors[name] = pack_q4_0(rows.contiguous()).numpy()
     tensors |= {name: weight.detach().half().numpy() for name, weight in _norms(sparse)}
     metadata = {"base": base_fingerprint, "activation": sparse.config.hidden_act}
     metadata |= {"format": _FORMAT, "version": _VERSION}
@@ -59,7 +57,7 @@ def unpack(dense: PreTrainedModel, base_fingerprint: str, path: Path = FILE) -> 
         )
     dense.requires_grad_(False)
     for name, weight, transposed in list(_matrices(dense)):
-        rows = torch.from_numpy(gguf.quants.dequantize(_tensor(tensors, name, path), _Q4_0))
+        rows = unpack_q4_0(torch.from_numpy(_tensor(tensors, name, path)))
         _put(weight, rows.T if transposed else rows, name, path)
     for name, weight in _norms(dense):
         _put(weight, torch.from_numpy(_tensor(tensors, name, path).astype(np.float32)), name, path)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hotcold.activations import make_activation
+from hotcold.activations import FATReLU
 from hotcold.checkpoint import ffn_layers
 from hotcold.errors import UnsupportedError
 from hotcold.sparsify.evaluate import Quality, measure
@@ -60,15 +60,14 @@ def thresholded(model: PreTrainedModel, thresholds: Sequence[float]):  # noqa: A
             "thresholds can be shifted in ReLU models only", got=name, expected="relu | fatrelu_T",
             fix="make the model sparse first: hotcold sparsify",
         )  # fmt: skip
-    blocks = [layer.mlp for layer in ffn_layers(model)]
-    before = [block.act_fn for block in blocks]
-    for block, t in zip(blocks, thresholds, strict=True):
-        block.act_fn = make_activation("fatrelu", t)
+    layers = ffn_layers(model)
+    for layer, t in zip(layers, thresholds, strict=True):
+        setattr(layer.mlp, layer.act, FATReLU(t))
     try:
         yield
     finally:
-        for block, act in zip(blocks, before, strict=True):
-            block.act_fn = act
+        for layer in layers:
+            setattr(layer.mlp, layer.act, layer.activation)
 
 
 def curve(

@@ -1,136 +1,70 @@
-"""Activations that give exact zeros, known to transformers by name as soon as hotcold is imported.
-
-`config.json` of a sparse checkpoint says `"hidden_act": "fatrelu_0.01"`, and transformers looks that name up
-in its table when it builds the model. `import hotcold` arranges that these names are in the table once
-transformers is imported, without importing it; no code comes out of a checkpoint.
-"""
+"""FFN activations that transformers lacks. They give exact zeros, which is what the runtime skips."""
 
 from __future__ import annotations
 
-import importlib.abc
-import importlib.machinery
-import re
-import sys
-from collections.abc import Callable, Sequence
-from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from torch import Tensor, nn, relu, where
 
-if TYPE_CHECKING:
-    from torch import Tensor, nn
-
-__all__ = ["NAMES", "install", "make_activation", "parse"]
-
-# What a name may be; a threshold or shift is a number after the underscore.
-NAMES = ("relu", "relu2", "drelu", "fatrelu_T", "shifted_relu_B")
-_PARAMETRISED = re.compile(r"(fatrelu|shifted_relu)_(\d+(?:\.\d+)?(?:e-?\d+)?)")
-_ACTIVATIONS = "transformers.activations"
-# The gated FFNs of transformers that `drelu` needs to change: there, an activation only sees the gate.
-_GATED = {
-    f"transformers.models.{name}.modeling_{name}": f"{name.capitalize()}MLP"
-    for name in ("llama", "mistral", "qwen2", "qwen3")
-}
+__all__ = ["DReLU", "FATReLU", "ReLU2", "ShiftedReLU", "make_activation", "rectify_output"]
 
 
-def parse(name: str) -> tuple[str, float] | None:
-    """Kind and parameter of an activation of ours, or None: `fatrelu_0.01` is `("fatrelu", 0.01)`."""
-    if name in ("relu2", "drelu"):
-        return name, 0.0
-    match = _PARAMETRISED.fullmatch(name)
-    return (match[1], float(match[2])) if match else None
+class FATReLU(nn.Module):
+    """x where it is positive and reaches `threshold`, else 0; not shifted (arXiv 2402.13516, equation 3)."""
+
+    def __init__(self, threshold: float) -> None:
+        super().__init__()
+        self.threshold = threshold
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Any shape."""
+        return where((x > 0) & (x >= self.threshold), x, 0.0)
+
+    def extra_repr(self) -> str:
+        """What `print(model)` shows."""
+        return f"threshold={self.threshold:g}"
+
+
+class ShiftedReLU(nn.Module):
+    """max(x - shift, 0) (arXiv 2310.04564)."""
+
+    def __init__(self, shift: float) -> None:
+        super().__init__()
+        self.shift = shift
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Any shape."""
+        return relu(x - self.shift)
+
+    def extra_repr(self) -> str:
+        """What `print(model)` shows."""
+        return f"shift={self.shift:g}"
+
+
+class ReLU2(nn.Module):
+    """max(x, 0)² (arXiv 2402.03804)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Any shape."""
+        return relu(x).square()
+
+
+class DReLU(nn.ReLU):
+    """ReLU that wants to be applied to the up projection too (arXiv 2406.05955)."""
+
+    rectifies_up = True
 
 
 def make_activation(kind: str, parameter: float) -> nn.Module:
-    """The module of an activation as `parse` names it.
-
-    fatrelu: x where x >= t, else 0 (ProSparse, eq. 3): the value is kept, not shifted. shifted_relu:
-    max(x - b, 0) (arXiv 2310.04564). relu2: max(x, 0)² (arXiv 2402.03804). drelu: max(x, 0) on gate and up
-    (TurboSparse, arXiv 2406.05955).
-    """
-    import torch
-    from torch import nn
-    from torch.nn import functional
-
-    class FATReLU(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            # At t = 0 this is ReLU, also in its sign of zero.
-            return torch.where((x >= parameter) & (x > 0), x, 0.0)
-
-    class ShiftedReLU(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            return functional.relu(x - parameter)
-
-    class ReLU2(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            return functional.relu(x).square()
-
-    class DReLU(nn.Module):
-        rectifies_up = True
-
-        def forward(self, x: Tensor) -> Tensor:
-            return functional.relu(x)
-
-    return {"fatrelu": FATReLU, "shifted_relu": ShiftedReLU, "relu2": ReLU2, "drelu": DReLU}[kind]()
+    """The module of an activation whose name `hotcold.activation_names.parse` has taken apart."""
+    match kind:
+        case "fatrelu":
+            return FATReLU(parameter)
+        case "shifted_relu":
+            return ShiftedReLU(parameter)
+        case "relu2":
+            return ReLU2()
+    return DReLU()
 
 
-def _extend_table(module: ModuleType) -> None:
-    """Make transformers' table of activations give ours for names that it does not know itself."""
-    table = module.ACT2FN
-
-    class Extended(type(table)):
-        def __missing__(self, name: str) -> tuple[Callable[..., nn.Module], dict[str, Any]]:
-            found = parse(name) if isinstance(name, str) else None
-            if found is None:
-                raise KeyError(name)
-            return make_activation, {"kind": found[0], "parameter": found[1]}
-
-        def __contains__(self, name: object) -> bool:
-            return super().__contains__(name) or (isinstance(name, str) and parse(name) is not None)
-
-    table.__class__ = Extended
-
-
-def _rectify_up(module: ModuleType) -> None:
-    """Make a gated FFN of transformers apply ReLU to `up` too where its activation asks for that."""
-    ffn = getattr(module, _GATED[module.__name__])
-    plain = ffn.forward
-
-    def forward(self: Any, x: Tensor) -> Tensor:
-        if getattr(self.act_fn, "rectifies_up", False):
-            return self.down_proj(self.act_fn(self.gate_proj(x)) * self.act_fn(self.up_proj(x)))
-        return plain(self, x)
-
-    ffn.forward = forward
-
-
-_CHANGES: dict[str, Callable[[ModuleType], None]] = {_ACTIVATIONS: _extend_table}
-_CHANGES |= dict.fromkeys(_GATED, _rectify_up)
-
-
-class _AfterImport(importlib.abc.MetaPathFinder):
-    """Changes each module of `_CHANGES` right after it is imported."""
-
-    def find_spec(
-        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> importlib.machinery.ModuleSpec | None:
-        if name not in _CHANGES:
-            return None
-        spec = importlib.machinery.PathFinder.find_spec(name, path, target)
-        if spec is not None and spec.loader is not None:
-            load = spec.loader.exec_module
-
-            def load_and_change(module: ModuleType) -> None:
-                load(module)
-                _CHANGES[name](module)
-
-            spec.loader.exec_module = load_and_change
-        return spec
-
-
-def install() -> None:
-    """Change what is imported already, and the rest when it is. Once per process."""
-    if any(isinstance(finder, _AfterImport) for finder in sys.meta_path):
-        return
-    sys.meta_path.insert(0, _AfterImport())
-    for name, change in _CHANGES.items():
-        if name in sys.modules:
-            change(sys.modules[name])
+def rectify_output(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    """A forward hook for up projections: with ReLU on the gate this makes dReLU (arXiv 2406.05955)."""
+    return output.relu()

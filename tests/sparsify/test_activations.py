@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
-from hotcold.activations import make_activation, parse
+from hotcold.activation_names import parse
+from hotcold.activations import make_activation
 from hotcold.checkpoint import activation_name, ffn_layers
 from hotcold.errors import UnsupportedError
 from hotcold.sparsify.activations import set_activation

@@ -6,7 +6,7 @@ import torch
 from hotcold import checkpoint, storage
 from hotcold.errors import FormatError, MismatchError, ShapeError
 from hotcold.sparsify.config import Checkpoints, Config, Learning, Text, WarmStart
-from hotcold.sparsify.pretrained import BASE, FILE, pack, unpack
+from hotcold.sparsify.pretrained import pack, unpack
 from hotcold.sparsify.prosparse import PHASES, prosparse
 from hotcold.sparsify.state import WorkFolder
 
@@ -29,7 +29,9 @@ def test_a_packed_model_comes_out_as_it_was_trained(trained, model_folder, token
     pack(trained, base, tmp_path / "packed.safetensors")
     again = unpack(checkpoint.load_model(str(model_folder)), base, tmp_path / "packed.safetensors")
     checkpoint.save(again.half(), tokenizer, tmp_path / "again")
-    assert checkpoint.fingerprint(str(tmp_path / "again")) == checkpoint.fingerprint(str(tmp_path / "trained"))
+    assert checkpoint.fingerprint(str(tmp_path / "again")) == checkpoint.fingerprint(
+        str(tmp_path / "trained")
+    )
     repacked = tmp_path / "repacked.safetensors"
     pack(checkpoint.load_model(str(tmp_path / "trained")), base, repacked)
     assert repacked.read_bytes() == (tmp_path / "packed.safetensors").read_bytes()

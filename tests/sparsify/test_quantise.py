@@ -8,7 +8,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hotcold.checkpoint import ffn_layers
-from hotcold.sparsify.quantise import bake, prepare_rounding, quantisable, round_q4_0, start_rounding
+from hotcold.sparsify.quantise import (
+    bake,
+    pack_q4_0,
+    prepare_rounding,
+    quantisable,
+    round_q4_0,
+    start_rounding,
+    unpack_q4_0,
+)
 
 Q4_0 = gguf.GGMLQuantizationType.Q4_0
 
@@ -24,6 +32,16 @@ def test_it_is_what_q4_0_stores(seed, scale):
     weight = torch.randn(6, 64, generator=torch.Generator().manual_seed(seed)) * scale
     weight[0] = 0
     assert np.array_equal(round_q4_0(weight).numpy(), through_gguf(weight).numpy())
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(0, 2**31 - 1), st.sampled_from([1e-4, 0.02, 30.0]))
+def test_packed_bytes_are_ggmls(seed, scale):
+    weight = torch.randn(6, 64, generator=torch.Generator().manual_seed(seed)) * scale
+    packed = pack_q4_0(weight)
+    assert np.array_equal(packed.numpy(), gguf.quants.quantize(weight.numpy(), Q4_0))
+    assert torch.equal(unpack_q4_0(packed), round_q4_0(weight))
+    assert torch.equal(pack_q4_0(unpack_q4_0(packed).half().float()), packed)  # as a float16 checkpoint
 
 
 @settings(max_examples=50, deadline=None)
