@@ -79,7 +79,8 @@ def hyper_parameters(spec: ModelSpec, architecture: str) -> dict[str, Any]:
     values: dict[str, Any] = {key: np.uint32(value) for key, value in numbers.items()}
     values[form.eps_key] = np.float32(spec.norm_eps)
     if spec.rope is not None:
-        values |= {"rope.dimension_count": np.uint32(spec.head_dim), **spec.rope.metadata()}
+        rope = spec.rope if form.rope_factors else spec.rope.as_yarn()  # ours read ROPE_FACTORS instead
+        values |= {"rope.dimension_count": np.uint32(spec.head_dim), **rope.metadata()}
     return {f"{architecture}.{key}": value for key, value in values.items()} | _own_keys(spec, form)
 
 

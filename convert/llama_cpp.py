@@ -47,7 +47,7 @@ def differences(spec: ModelSpec) -> list[str]:
     if any(spec.windows):
         found.append(f"no sliding window of {max(spec.windows)} tokens")
     if spec.rope and spec.rope.kind == "llama3" and not form.rope_factors:
-        found.append("no Llama 3 rope scaling")
+        found.append("YaRN's ramp instead of Llama 3's rope scaling")
     return found
 
 
