@@ -73,6 +73,11 @@ class _Config:
     metrics: list
     training: dict
 
+    def layer_metrics(self, path: Path) -> list[LayerMetrics | None]:
+        """One entry per layer; FormatError names a field of the file `path` that is wrong."""
+        parsed = [from_fields(LayerMetrics, m, path, f"metrics[{n}].") for n, m in enumerate(self.metrics)]
+        return parsed or [None] * self.n_layers
+
 
 @dataclass(slots=True)
 class PredictorBundle:
@@ -148,7 +153,8 @@ class PredictorBundle:
                 "no model.safetensors in this folder", where=path, fix="train the predictors again"
             )
         tensors = SafetensorsFile(file)
-        layers = [_layer(config, number, tensors) for number in range(config.n_layers)]
+        metrics = enumerate(config.layer_metrics(path / "config.json"))
+        layers = [_layer(config, number, tensors, measured) for number, measured in metrics]
         return cls(config.model_fingerprint, layers, config.target_recall, config.training, path)
 
     @classmethod
@@ -180,7 +186,11 @@ def read_config(folder: Path) -> _Config:
         raise InputError(
             "no predictors here (no config.json)", where=folder, fix="make them with train-predictors"
         )
-    values = parse_json(path.read_bytes(), path)
+    return parse_config(parse_json(path.read_bytes(), path), path)
+
+
+def parse_config(values: dict[str, Any], path: Path) -> _Config:
+    """Check the content of a `config.json`, which is in the file `path`; FormatError names what is wrong."""
     check_header(values, path, _FORMAT, _VERSION)
     config = from_fields(_Config, {"training": {}} | values, path)
     for name in ("n_layers", "d_model", "d_ff"):
@@ -206,14 +216,13 @@ def _check_list(values: list[Any], length: int, kind: type, path: Path, name: st
             )
 
 
-def _layer(config: _Config, number: int, tensors: SafetensorsFile) -> LayerPredictor:
+def _layer(
+    config: _Config, number: int, tensors: SafetensorsFile, metrics: LayerMetrics | None
+) -> LayerPredictor:
     rank, prefix = config.ranks[number], f"layers.{number}."
     fc1 = tensors.floats(prefix + "fc1.weight", (rank, config.d_model))
     fc2 = tensors.floats(prefix + "fc2.weight", (config.d_ff, rank))
-    frequency, metrics = None, None
+    frequency = None
     if prefix + "firing_frequency" in tensors:
         frequency = tensors.floats(prefix + "firing_frequency", (config.d_ff,))
-    if config.metrics:
-        file = tensors.path.with_name("config.json")
-        metrics = from_fields(LayerMetrics, config.metrics[number], file, f"metrics[{number}].")
     return LayerPredictor(fc1, fc2, config.thresholds[number], frequency, metrics)
