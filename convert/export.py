@@ -15,12 +15,12 @@ from hotcold.convert.architectures import ModelSpec
 from hotcold.convert.gguf_write import write_gguf
 from hotcold.convert.hf_checkpoint import WeightSource
 from hotcold.convert.layout import ExportOptions, GGUFLayout, ModelFiles
-from hotcold.convert.llama_cpp import is_exact
+from hotcold.convert.llama_cpp import differences, is_exact
 from hotcold.convert.manifest import FORMAT, MANIFEST, BundleFile, Manifest
-from hotcold.convert.plans import check_weights
 from hotcold.convert.powerinfer import runs_in_powerinfer
 from hotcold.convert.predictors import check_predictors
 from hotcold.convert.tokenizer import tokenizer_files
+from hotcold.convert.weights import check_weights
 from hotcold.errors import HotcoldError, InputError, UnsupportedError
 from hotcold.predictor.bundle import FILES, PredictorBundle
 from hotcold.progress import log
@@ -83,21 +83,24 @@ def _refuse_foreign_folder(out: Path) -> None:
 
 
 def _check_predictors(predictors: PredictorBundle, spec: ModelSpec, fingerprint: str) -> None:
-    if spec.activation == "silu":
-        what = "a SiLU never gives zero, so that there is nothing to predict"
-        raise UnsupportedError(what, got="silu", expected="relu | fatrelu | drelu", fix="sparsify it first")
+    if not spec.is_sparse:
+        what = "this activation never gives zero, so that there is nothing to predict"
+        expected = "relu | fatrelu | drelu"
+        raise UnsupportedError(what, got=spec.activation, expected=expected, fix="sparsify it first")
     check_predictors(predictors, spec, fingerprint)
 
 
 def _limits(model: ModelFiles, layouts: list[GGUFLayout]) -> list[str]:
     """What other programs cannot do with these files."""
     spec, lines = model.spec, []
-    if not is_exact(spec):
-        lines.append(f"{model.name}.gguf: llama.cpp has no such {spec.activation}, it will compute relu")
-    if len(layouts) == 1 and spec.activation != "silu":
+    if found := differences(spec):
+        what = f"llama.cpp will compute another function, with {' and '.join(found)}"
+        measure = "`hotcold perplexity --mode llama.cpp --reference dense` says how far off that is"
+        lines.append(f"{model.name}.gguf: {what}; {measure}")
+    if len(layouts) == 1 and spec.is_sparse:
         lines.append("no predictors given: the dense file only")
     if len(layouts) == 2 and not runs_in_powerinfer(spec, model.options.types().body):
-        lines.append(f"{layouts[1].file}: PowerInfer itself runs only ReLU models in f16 or q4_0")
+        lines.append(f"{layouts[1].file}: PowerInfer itself runs only its own ReLU models in f16 or q4_0")
     return lines
 
 

@@ -15,7 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from hotcold.convert.architectures import ACTIVATIONS, HF_NAMES, LAYER_NAMES, split_rope
+from hotcold.convert.architectures import ACTIVATIONS, split_rope
+from hotcold.convert.families import FAMILIES
+from hotcold.convert.forms import FORMS, WINDOWS
 from hotcold.convert.gguf_read import GGUFFile, Tensor
 from hotcold.convert.gguf_split import open_gguf
 from hotcold.convert.quantize import FLOATS, dequantize
@@ -25,8 +27,9 @@ from hotcold.errors import FormatError, ShapeError, UnsupportedError
 __all__ = ["GGUFCheckpoint"]
 
 # GGUF architecture -> model type of transformers. Mistral's files say `llama`.
-_MODEL_TYPES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "smallthinker": "llama"}
-_INTERLEAVED = ("llama",)  # architectures whose rotary pairs are neighbouring rows
+_MODEL_TYPES = {
+    "llama": "llama", "bamboo": "bamboo", "qwen2": "qwen2", "qwen3": "qwen3", "smallthinker": "llama",
+}  # fmt: skip
 _COUNTS = {
     "num_hidden_layers": "block_count",
     "max_position_embeddings": "context_length",
@@ -35,14 +38,11 @@ _COUNTS = {
     "num_attention_heads": "attention.head_count",
 }
 _SPECIAL_TOKENS = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}
-_LAYER_NAMES = LAYER_NAMES | {
-    "attn_q_norm": "self_attn.q_norm",
-    "attn_k_norm": "self_attn.k_norm",
-    "ffn_gate_exps": "mlp.gate_proj",
-    "ffn_up_exps": "mlp.up_proj",
-    "ffn_down_exps": "mlp.down_proj",
-    "ffn_down_t": "mlp.down_proj",
-}
+_MODULES = FAMILIES["qwen3"].modules  # Llama's names, and those of the norms of heads
+_LAYER_NAMES = {name: module for name, module in _MODULES.items() if "{}" in module}
+_LAYER_NAMES |= {f"{name}_exps": _MODULES[name] for name in ("ffn_gate", "ffn_up", "ffn_down")}
+_LAYER_NAMES["ffn_down_t"] = _MODULES["ffn_down"]
+_OUTER_NAMES = {name: module for name, module in _MODULES.items() if "{}" not in module}
 _NOT_WEIGHTS = re.compile(r"rope_freqs\.weight|blk\.\d+\.(fc1|fc2|ffn_gate_inp)\.weight")
 _BLOCK = re.compile(r"blk\.(\d{1,6})\.(\w+)\.(weight|bias)")
 _OUTER = re.compile(r"(\w+)\.(weight|bias)")
@@ -105,15 +105,15 @@ class GGUFCheckpoint:
     def _weight(self, tensor: Tensor) -> tuple[str, _Weight]:
         """A tensor under its Hugging Face name."""
         if (match := _BLOCK.fullmatch(tensor.name)) and match[2] in _LAYER_NAMES:
-            name = f"model.layers.{int(match[1])}.{_LAYER_NAMES[match[2]]}.{match[3]}"
+            name = f"{_LAYER_NAMES[match[2]].format(int(match[1]))}.{match[3]}"
             return name, self._layer_weight(tensor, match[2])
-        if (match := _OUTER.fullmatch(tensor.name)) and match[1] in HF_NAMES:
-            return f"{HF_NAMES[match[1]]}.{match[2]}", _Weight(tensor, tensor.shape, _same)
+        if (match := _OUTER.fullmatch(tensor.name)) and match[1] in _OUTER_NAMES:
+            return f"{_OUTER_NAMES[match[1]]}.{match[2]}", _Weight(tensor, tensor.shape, _same)
         raise UnsupportedError("the model has tensors of an unknown kind", where=self.path, got=tensor.name)
 
     def _layer_weight(self, tensor: Tensor, kind: str) -> _Weight:
         heads = {"attn_q": "num_attention_heads", "attn_k": "num_key_value_heads"}
-        if kind in heads and self._architecture in _INTERLEAVED:
+        if kind in heads and FORMS[self._architecture].interleaved:
             n_heads = self.config[heads[kind]]
             if tensor.shape[0] != n_heads * self.config["head_dim"] or self.config["head_dim"] % 2:
                 expected = f"{n_heads} heads of {self.config['head_dim']} rows"
@@ -166,6 +166,7 @@ def _config(file: GGUFFile, architecture: str) -> dict[str, Any]:
         "rope_parameters": rope_parameters(file, architecture, head_dim),
         "tie_word_embeddings": "output.weight" not in file.tensors,
     }
+    config |= _window(file, config["num_hidden_layers"])
     if "blk.0.attn_output.bias" in file.tensors:
         config["attention_bias"] = True
     return config | _activation(file, architecture) | _special_tokens(file, config["vocab_size"])
@@ -189,7 +190,9 @@ def _head_dim(file: GGUFFile, architecture: str, default: int) -> int:
 
 def _activation(file: GGUFFile, architecture: str) -> dict[str, Any]:
     """llama.cpp's `smallthinker` and PowerInfer imply a ReLU, all others a SiLU."""
-    implied = "relu" if architecture == "smallthinker" or file.magic == "PWRI" else "silu"
+    implied = FORMS[architecture].activation
+    if file.magic == "PWRI" and implied == "silu":
+        implied = "relu"
     name = file.metadata.get("hotcold.activation", implied)
     if name not in ACTIVATIONS:
         known = " | ".join(ACTIVATIONS)
@@ -198,6 +201,17 @@ def _activation(file: GGUFFile, architecture: str) -> dict[str, Any]:
         return {"hidden_act": name}
     thresholds = file.require("hotcold.activation_thresholds", np.ndarray)
     return {"hidden_act": name, "activation_thresholds": thresholds.tolist()}
+
+
+def _window(file: GGUFFile, n_layers: int) -> dict[str, Any]:
+    """hotcold's own key: the same window in every layer is Mistral's."""
+    windows = np.asarray(file.metadata.get(WINDOWS, []))
+    if not windows.any():
+        return {}
+    if len(windows) != n_layers or (windows != windows[0]).any():
+        got = windows.tolist()
+        raise UnsupportedError("windows that differ between layers", where=file.path, got=got)
+    return {"model_type": "mistral", "sliding_window": int(windows[0])}
 
 
 def _special_tokens(file: GGUFFile, n_vocab: int) -> dict[str, int]:

@@ -13,16 +13,22 @@ from typing import Any
 
 import numpy as np
 
-from hotcold.convert.architectures import ModelSpec, hyper_parameters
+from hotcold.convert.architectures import ModelSpec
+from hotcold.convert.forms import FORMS, hyper_parameters
 from hotcold.convert.gguf_write import TensorPlan
 from hotcold.convert.plans import Planner
 from hotcold.predictor.bundle import PredictorBundle
 
-__all__ = ["ARCHITECTURE", "MAGIC", "runs_in_powerinfer", "sparse_metadata", "sparse_plans"]
+__all__ = ["MAGIC", "architecture_of", "runs_in_powerinfer", "sparse_metadata", "sparse_plans"]
 
 MAGIC = "PWRI"
-ARCHITECTURE = "llama"
 _DOWN_TYPES = ("F16", "Q4_0")  # PowerInfer's axpy kernels read any other type as F16: NaN or zero logits
+
+
+def architecture_of(spec: ModelSpec) -> str:
+    """What the sparse file calls itself. PowerInfer knows llama, bamboo (dReLU), opt and falcon."""
+    llama = spec.family.sparse == "llama"
+    return "bamboo" if llama and spec.activation == "drelu" and not spec.biases else spec.family.sparse
 
 
 def sparse_metadata(spec: ModelSpec, predictors: PredictorBundle, hot: list[np.ndarray]) -> dict[str, Any]:
@@ -30,9 +36,10 @@ def sparse_metadata(spec: ModelSpec, predictors: PredictorBundle, hot: list[np.n
 
     PowerInfer knows one threshold for all layers; the least one keeps every neuron that ours keep.
     """
+    architecture = architecture_of(spec)
     return {
-        "general.architecture": ARCHITECTURE,
-        **hyper_parameters(spec, ARCHITECTURE),
+        "general.architecture": architecture,
+        **hyper_parameters(spec, architecture),
         "powerinfer.sparse_threshold": np.float32(min(predictors.thresholds)),
         "hotcold.predictor.thresholds": np.asarray(predictors.thresholds, np.float32),
         "hotcold.predictor.ranks": np.asarray(predictors.ranks, np.uint32),
@@ -43,20 +50,21 @@ def sparse_metadata(spec: ModelSpec, predictors: PredictorBundle, hot: list[np.n
 
 def sparse_plans(planner: Planner, predictors: PredictorBundle) -> list[TensorPlan]:
     """All tensors of the sparse form."""
-    plans = planner.embeddings(copy_tied=True)
+    architecture = architecture_of(planner.spec)
+    form = FORMS[architecture]
+    plans = planner.embeddings(form, copy_tied=architecture != "opt")
     for layer in range(planner.spec.n_layers):
-        plans += planner.attention(layer, interleaved=True)
+        plans += planner.attention(layer, form)
         plans += _ffn(planner, layer) + _predictor(planner, predictors, layer)
     return plans
 
 
 def _ffn(planner: Planner, layer: int) -> list[TensorPlan]:
     transposed = ("ffn_down_t", (planner.spec.d_ff, planner.spec.d_model))
-    return [
-        planner.layer_weight(layer, "ffn_gate"),
-        planner.layer_weight(layer, "ffn_up"),
-        planner.layer_weight(layer, "ffn_down", np.transpose, transposed),
-    ]
+    plans = planner.linear(layer, "ffn_gate") if planner.spec.family.gated else []
+    return (
+        plans + planner.linear(layer, "ffn_up") + planner.linear(layer, "ffn_down", np.transpose, transposed)
+    )
 
 
 def _predictor(planner: Planner, predictors: PredictorBundle, layer: int) -> list[TensorPlan]:
@@ -68,6 +76,14 @@ def _predictor(planner: Planner, predictors: PredictorBundle, layer: int) -> lis
 
 
 def runs_in_powerinfer(spec: ModelSpec, type_name: str) -> bool:
-    """Whether PowerInfer itself computes it rightly: a ReLU, head_dim · n_heads = d_model, F16 or Q4_0."""
-    plain = spec.activation in ("relu", "fatrelu") and not any(spec.activation_thresholds)
-    return plain and spec.head_dim * spec.n_heads == spec.d_model and type_name in _DOWN_TYPES
+    """Whether PowerInfer itself computes it rightly.
+
+    It wants one of its architectures and its ReLU, head_dim · n_heads = d_model, F16 or Q4_0, and has neither
+    sliding windows nor Llama 3's rope scaling.
+    """
+    architecture, biased = architecture_of(spec), bool(spec.biases) and spec.family.gated
+    known = architecture in ("llama", "bamboo", "opt", "falcon") and not biased
+    plain = not any(spec.activation_thresholds) and (spec.activation == "drelu") == (architecture == "bamboo")
+    positions = not any(spec.windows) and not (spec.rope and spec.rope.kind == "llama3")
+    fits = spec.head_dim * spec.n_heads == spec.d_model and type_name in _DOWN_TYPES
+    return known and spec.is_sparse and plain and positions and fits

@@ -58,10 +58,9 @@ class Layers:
         self.cache = Cache(weights.shape, len(weights.layers), n_ctx, device)
         # Keys are kept in half precision; a CPU has no fast product of halves.
         self._product_type = torch.float16 if device.type == "cuda" else torch.float32
-        half = self.shape.head_dim // 2
-        frequency = float(self.shape.rope_base) ** (-torch.arange(half, dtype=torch.float64) / half)
-        angle = torch.arange(n_ctx, dtype=torch.float64)[:, None] * frequency
-        self._cos, self._sin = angle.cos().float().to(device), angle.sin().float().to(device)
+        frequency = torch.from_numpy(self.shape.rope_frequencies).double()
+        angle, scale = torch.arange(n_ctx, dtype=torch.float64)[:, None] * frequency, self.shape.rope_scale
+        self._cos, self._sin = (scale * part.float().to(device) for part in (angle.cos(), angle.sin()))
 
     def norm(self, x: Tensor, weight: Tensor) -> Tensor:
         """RMSNorm of x [tokens, d_model]."""

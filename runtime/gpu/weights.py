@@ -179,11 +179,10 @@ def _equal(a: Rows, b: Rows) -> bool:
 def _check_supported(file: GGUFFile, shape: ModelShape) -> None:
     """What changes the function without a tensor of its own."""
     arch = file.metadata.get("general.architecture")
-    for key in ("rope.scaling.type", "attention.sliding_window"):
-        if file.metadata.get(f"{arch}.{key}") not in (None, "none", 0):
-            what = f"the GPU backend does not know {key}"
-            raise UnsupportedError(what, where=file.path, fix="use --backend cpu")
-    if arch not in ("llama", "smallthinker"):
+    if any(shape.windows) or f"{arch}.attention.sliding_window" in file.metadata:
+        what = "the GPU backend has no sliding windows"
+        raise UnsupportedError(what, where=file.path, fix="use --backend cpu")
+    if arch not in ("llama", "bamboo", "smallthinker"):
         raise UnsupportedError(
             "the GPU backend runs Llama-like models", where=file.path, got=arch, fix="use --backend cpu"
         )
@@ -200,7 +199,7 @@ def _read_layer(
 ) -> DeviceLayer:
     block, d, heads = f"blk.{i}", shape.d_model, shape.n_heads * shape.head_dim
     kv = shape.n_kv_heads * shape.head_dim
-    turned = shape.interleaved_rope
+    turned = shape.form.interleaved
     return DeviceLayer(
         attn_norm=reader.vector(f"{block}.attn_norm.weight", d),
         ffn_norm=reader.vector(f"{block}.ffn_norm.weight", d),

@@ -14,21 +14,20 @@ import io
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hotcold import storage
 from hotcold.errors import FormatError, HotcoldError, InputError, ShapeError, UnsupportedError
+from hotcold.families import FfnLayer, activation_name, as_transformers, ffn_layers, install_activation
 from hotcold.gguf_tokenizer import build_tokenizer, token_of
 from hotcold.json_file import read_json
 
 if TYPE_CHECKING:
     import torch
     from tokenizers import Tokenizer
-    from torch import nn
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
     from hotcold.convert.gguf_checkpoint import GGUFCheckpoint
     from hotcold.convert.gguf_read import GGUFFile
@@ -50,24 +49,7 @@ _SMOLLM2 = "smollm2"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _HUB_FILES = ["*.json", "*.safetensors", "*.jinja"]
 _GGUF_MAGICS = (b"GGUF", b"PWRI")
-# model types whose modules bear Llama's names
-_LLAMA_LIKE = ("llama", "mistral", "qwen2", "qwen3")
 _SPECIAL_TOKENS = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
-
-
-@dataclass(frozen=True, slots=True)
-class FfnLayer:
-    """The modules of one gated FFN: `down(activation(gate(norm(x))) * up(norm(x)))`, x [..., d_model].
-
-    `mlp` holds the last four; to replace the activation set `mlp.act_fn`.
-    """
-
-    norm: nn.Module
-    gate: nn.Linear
-    up: nn.Linear
-    down: nn.Linear
-    activation: nn.Module
-    mlp: nn.Module
 
 
 def resolve(model: str) -> Path:
@@ -175,31 +157,44 @@ def load_model(model: str, dtype: str = "float32") -> PreTrainedModel:
 
 
 def _load_directory(path: Path, dtype: torch.dtype) -> PreTrainedModel:
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     with _loading(path), _quiet():
-        config = AutoConfig.from_pretrained(str(path))
-        _check_architecture(config.model_type, path)
-        return AutoModelForCausalLM.from_pretrained(
+        config, activation = _transformers_config(read_json(path / "config.json"))
+        loaded = AutoModelForCausalLM.from_pretrained(
             str(path), config=config, dtype=dtype, use_safetensors=True
         )
+    return loaded if activation is None else install_activation(loaded, activation)
+
+
+def _transformers_config(values: dict[str, Any]) -> tuple[PretrainedConfig, str | None]:
+    """The config that transformers loads a model by, and the activation to be installed after that."""
+    from transformers import AutoConfig
+    from transformers.activations import ACT2FN
+
+    values = as_transformers(values)
+    for key in ("hidden_act", "activation_function", "activation"):
+        if key in values and values[key] not in ACT2FN:
+            return AutoConfig.for_model(**(values | {key: "relu"})), values[key]
+    return AutoConfig.for_model(**values), None
 
 
 def _load_gguf(path: Path, dtype: torch.dtype) -> PreTrainedModel:
     """The model of a GGUF file, its weights unpacked, as an ordinary one."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     from hotcold.convert.gguf_checkpoint import GGUFCheckpoint
 
     source = GGUFCheckpoint(path)
     with _loading(path), _quiet():
-        config = AutoConfig.for_model(**source.config)
+        config, activation = _transformers_config(source.config)
         with torch.device("meta"):
             empty = AutoModelForCausalLM.from_config(config)
         names = _checked_names(empty, source)
         weights = {name: torch.tensor(source.load(name), dtype=dtype) for name in names}
-        return type(empty).from_pretrained(None, config=config, state_dict=weights, dtype=dtype)
+        loaded = type(empty).from_pretrained(None, config=config, state_dict=weights, dtype=dtype)
+    return loaded if activation is None else install_activation(loaded, activation)
 
 
 def _checked_names(model: PreTrainedModel, source: GGUFCheckpoint) -> list[str]:
@@ -211,11 +206,6 @@ def _checked_names(model: PreTrainedModel, source: GGUFCheckpoint) -> list[str]:
     if more := sorted(source.names() - set(wanted)):
         raise UnsupportedError("the model has tensors of an unknown kind", where=source.path, got=more[0])
     return list(wanted)
-
-
-def _check_architecture(name: str | None, path: Path) -> None:
-    if name not in _LLAMA_LIKE:
-        raise UnsupportedError("unknown architecture", where=path, got=name, expected=" | ".join(_LLAMA_LIKE))
 
 
 @contextmanager
@@ -285,27 +275,6 @@ def fingerprint(model: str) -> str:
     for file in [path / "config.json", *sorted(path.glob("*.safetensors"))]:
         digest.update(f"{file.name} {storage.sha256_file(file)}\n".encode())
     return digest.hexdigest()
-
-
-def ffn_layers(model: PreTrainedModel) -> list[FfnLayer]:
-    """The FFN modules of each layer, first to last. Raises UnsupportedError for other architectures."""
-    _check_architecture(model.config.model_type, Path(type(model).__name__))
-    return [
-        FfnLayer(
-            norm=layer.post_attention_layernorm,
-            gate=layer.mlp.gate_proj,
-            up=layer.mlp.up_proj,
-            down=layer.mlp.down_proj,
-            activation=layer.mlp.act_fn,
-            mlp=layer.mlp,
-        )
-        for layer in model.model.layers
-    ]
-
-
-def activation_name(model: PreTrainedModel) -> str:
-    """The FFN activation as `config.json` names it: `silu`, `relu`, …"""
-    return model.config.hidden_act
 
 
 def save(

@@ -18,7 +18,7 @@ from hotcold.convert.gguf_read import GGUFFile
 from hotcold.convert.gguf_write import copied, planned, write_gguf
 from hotcold.convert.hf_checkpoint import HFCheckpoint
 from hotcold.convert.manifest import Manifest
-from hotcold.convert.rope_factors import llama3_factors
+from hotcold.convert.rope import Rope
 from hotcold.convert.verify import verify_bundle
 from hotcold.errors import FormatError, ShapeError, UnsupportedError
 from hotcold.runtime.engine import Engine
@@ -151,7 +151,7 @@ def test_rope_scaling(tmp_path, parameters, metadata):
 
 
 def test_frequency_factors_of_another_formula_are_refused(tmp_path):
-    factors = llama3_factors(5000.0, 16, **{k: v for k, v in LLAMA3_1.items() if k[:4] != "rope"})
+    factors = Rope(5000.0, "llama3", 8.0, 8192, 1.0, 4.0).llama3_divisors(16)
     factors[3] += 0.5
     path = write(
         tiny("llama"), tmp_path / "m.gguf", tensors={"rope_freqs.weight": factors.astype(np.float32)}

@@ -200,7 +200,7 @@ def test_no_neuron_is_hot_above_a_frequency_of_one(exported):
     [
         ({}, "F16", True), ({}, "Q4_0", True), ({}, "Q8_0", False), ({}, "BF16", False),
         ({"hidden_act": "fatrelu_0.01"}, "F16", False), ({"hidden_act": "fatrelu"}, "F16", True),
-        ({"hidden_act": "drelu"}, "F16", False), ({"head_dim": 32}, "F16", False),
+        ({"hidden_act": "drelu"}, "F16", True), ({"head_dim": 32}, "F16", False),
     ],
 )  # fmt: skip
 def test_what_powerinfer_itself_can_run(make_model, changes, kind, runs):
