@@ -52,6 +52,10 @@ def tokenizer_metadata(folder: Path, n_vocab: int, config: dict[str, Any]) -> di
     """
     path = folder / "tokenizer.json"
     tokenizer = _load(path)
+    largest = max(tokenizer.get_vocab().values(), default=-1)
+    if largest >= n_vocab:
+        got = largest + 1
+        raise FormatError("more tokens than embeddings", where=path, field="vocab", got=got, expected=n_vocab)
     data = json.loads(tokenizer.to_str())  # checked, complete, and in today's spelling
     tokens, types = _vocabulary(data, n_vocab, path)
     settings = _settings(folder)
@@ -95,9 +99,6 @@ def _vocabulary(data: dict[str, Any], n_vocab: int, path: Path) -> tuple[list[st
     added = {entry["id"]: entry for entry in data.get("added_tokens", [])}
     names = {i: token for token, i in model["vocab"].items()}
     names |= {i: entry["content"] for i, entry in added.items()}
-    if max(names, default=-1) >= n_vocab:
-        got = max(names) + 1
-        raise FormatError("more tokens than embeddings", where=path, field="vocab", got=got, expected=n_vocab)
     tokens = [names.get(i, f"[PAD{i}]") for i in range(n_vocab)]
     return tokens, [_type(i, names, added) for i in range(n_vocab)]
 

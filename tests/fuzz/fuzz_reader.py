@@ -33,8 +33,9 @@ class Target:
         self.good = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
     def seeds(self) -> list[bytes]:
-        """The good files, and all hand-made GGUF files."""
+        """The good files, more of the first kind, and all hand-made GGUF files."""
         seeds = [bytes([i]) + self.good[self.folder / name] for i, name in enumerate(self.reader.files)]
+        seeds += [b"\0" + content for content in self.reader.seeds]
         for i, name in enumerate(self.reader.files):
             if name.endswith(".gguf"):
                 bad = [content for content, _ in malformed_gguf.BAD.values()]

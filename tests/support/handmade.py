@@ -129,6 +129,23 @@ def model_config() -> dict:
     }  # fmt: skip
 
 
+def other_configs() -> list[dict]:
+    """Keys that other families know."""
+    rope = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    rope |= {"original_max_position_embeddings": 8, "rope_theta": 100.0}
+    yarn = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 8}
+    window = {"sliding_window": 4, "use_sliding_window": True, "max_window_layers": 0}
+    changes: list[dict] = [
+        {"rope_parameters": rope}, {"rope_scaling": yarn, "hidden_act": "fatrelu", "hidden_act_param": 0.01},
+        {"model_type": "mistral", "sliding_window": 4}, {"model_type": "qwen2", **window},
+        {"model_type": "qwen3", "layer_types": ["sliding_attention"], **window},
+        {"model_type": "opt", "word_embed_proj_dim": 8, "do_layer_norm_before": True, "ffn_dim": 12},
+        {"model_type": "falcon", "new_decoder_architecture": True, "num_ln_in_parallel_attn": 2},
+        {"model_type": "minicpm", "scale_emb": 12, "scale_depth": 1.4, "dim_model_base": 256},
+    ]  # fmt: skip
+    return [model_config() | change for change in changes]
+
+
 def model_shapes() -> dict[str, tuple[str, tuple[int, ...]]]:
     """GGUF name -> name in a checkpoint, shape with rows first."""
     layer = {

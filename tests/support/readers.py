@@ -22,10 +22,10 @@ from hotcold.convert.gpu_index import GpuIndex
 from hotcold.convert.hf_checkpoint import HFCheckpoint
 from hotcold.convert.inspect import describe, render
 from hotcold.convert.manifest import Manifest
-from hotcold.convert.plans import check_weights
 from hotcold.convert.quantize import dequantize
 from hotcold.convert.tokenizer import tokenizer_metadata
 from hotcold.convert.verify import verify_bundle
+from hotcold.convert.weights import check_weights
 from hotcold.errors import HotcoldError
 from hotcold.gguf_tokenizer import build_tokenizer
 from hotcold.predictor.bundle import PredictorBundle
@@ -49,6 +49,7 @@ class Reader:
     files: tuple[str, ...]
     read: Step
     sign: Step = _nothing
+    seeds: tuple[bytes, ...] = ()  # more contents of the first file, to begin fuzzing with
 
 
 def _file(name: str, content: Callable[[], bytes]) -> Step:
@@ -167,6 +168,7 @@ READERS: dict[str, Reader] = {
         handmade.checkpoint,
         ("config.json", "model.safetensors.index.json", "model-1.safetensors"),
         read_checkpoint,
+        seeds=tuple(map(handmade.as_json, handmade.other_configs())),
     ),
     "manifest": Reader(handmade.bundle, ("manifest.json",), read_bundle, sign_bundle),
     "bundle": Reader(handmade.bundle, ("config.json", "m.gguf"), read_bundle, sign_bundle_files),
