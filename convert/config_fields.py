@@ -10,6 +10,7 @@ from hotcold.errors import FormatError, UnsupportedError
 
 __all__ = ["Fields"]
 
+_MOST = (1 << 31) - 1
 _LARGEST = sys.float_info.max
 
 
@@ -36,11 +37,12 @@ class Fields:
             raise FormatError("missing key", where=self.where, field=self.name(key))
         return value
 
-    def count(self, key: str, default: int | None = None, most: int = (1 << 31) - 1) -> int:
+    def count(self, key: str, default: int | None = None, most: int = _MOST) -> int:
         """A positive integer, at most `most`."""
         value = self.get(key, default)
         if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= most:
-            raise self.bad(key, value, f"a positive integer, at most {most}")
+            limit = "" if most == _MOST else f", at most {most}"
+            raise self.bad(key, value, f"a positive integer{limit}")
         return value
 
     def number(self, key: str, default: float | None = None) -> float:

@@ -70,7 +70,7 @@ def tokenizer_metadata(folder: Path, n_vocab: int, config: dict[str, Any]) -> di
 
 def _load(path: Path) -> Tokenizer:
     if not path.is_file():
-        raise InputError("no such file", where=path)
+        raise InputError("cannot read the file: there is none", where=path)
     try:
         return Tokenizer.from_file(str(path))
     except Exception as error:  # tokenizers raises bare Exceptions
