@@ -79,7 +79,8 @@ nb::ndarray<nb::numpy, float> row_dot(const std::string& isa, int type, Bytes w,
   }
   ActsBuffer acts = acts_of(k, x);
   auto out = array({w.shape(0), tokens.size()});
-  k.row_dot(Type(type), rows.data(), int(rows.size()), acts.acts, tokens.data(), int(tokens.size()), out.data());
+  Asks asks;
+  k.row_dot(Type(type), rows.data(), int(rows.size()), acts.acts, tokens.data(), int(tokens.size()), out.data(), asks);
   return out;
 }
 
@@ -96,7 +97,8 @@ nb::ndarray<nb::numpy, float> down(const std::string& isa, int type, Bytes w, Ve
     rows.push_back(packed.get() + r * bytes);
   }
   Block<float> y(round_up(n, 128));
-  k.down(Type(type), rows.data(), a.data(), int(a.size()), n, y.get());
+  Asks asks;
+  k.down(Type(type), rows.data(), a.data(), int(a.size()), n, y.get(), asks);
   auto out = array({size_t(n)});
   std::memcpy(out.data(), y.get(), n * sizeof(float));
   return out;

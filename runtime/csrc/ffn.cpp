@@ -10,11 +10,7 @@ namespace hotcold {
 namespace {
 
 constexpr int kChunk = 64;  // neurons worked on together; their rows fit the L2 cache
-
-// Scattered rows stream at full speed only when they are asked for early, into L2 (cpu notes in docs/performance.md).
-void prefetch(const uint8_t* p, size_t bytes) {
-  for (size_t i = 0; i < bytes; i += 64) __builtin_prefetch(p + i, 0, 2);
-}
+constexpr int kSide = 4;    // gate rows computed side by side, after which the ups of those that fire are asked for
 
 // ReLU passes what is positive, FATReLU what reaches its threshold.
 float firing_threshold(const Layer& layer) { return std::max(layer.activation_threshold, FLT_MIN); }
@@ -199,7 +195,7 @@ void Pass::list_predicted(int thread, int l) {
 }
 
 // This thread's share of the listed neurons, in three phases per chunk - gates, ups, downs - so that every row is asked
-// for one phase before it is used.
+// for about one phase before it is used.
 class RowWork {
  public:
   RowWork(Model& m, Model::Buffers& b, int thread, const Layer& layer, const Acts& norm, int n)
@@ -216,9 +212,11 @@ class RowWork {
       if (predicted()) gates_by_row(current, n_current);
       else gates_known(current, n_current);
       stats_.fired += fired_.end();
-      ups();
       const int n_next = share.take(next);
-      downs(next, n_next);
+      for (int f = 0; f < fired_.count; ++f) ask(fired_.neuron[f], layer_.down_row);
+      for (int i = 0; i < n_next; ++i) ask(next[i], first_row());
+      ups();
+      downs();
       std::copy(next, next + n_next, current);
       n_current = n_next;
     }
@@ -229,7 +227,8 @@ class RowWork {
  private:
   bool predicted() const { return layer_.gate_row.bytes > 0; }
   const uint8_t* row(int neuron, const RowKind& kind) const { return layer_.bundle(neuron) + kind.at; }
-  void ask(int neuron, const RowKind& kind) const { prefetch(row(neuron, kind), kind.bytes); }
+  const RowKind& first_row() const { return predicted() ? layer_.gate_row : layer_.after_gate(); }
+  void ask(int neuron, const RowKind& kind) { asks_.add(row(neuron, kind), kind.bytes); }
   int tokens_of(int neuron, int* tokens) const {
     if (n_ > 1) return set_bits(b_.masks[neuron], tokens);
     tokens[0] = 0;
@@ -250,21 +249,20 @@ class RowWork {
   // Predicted mode: a predicted neuron whose gate does not fire costs this row and no other.
   void gates_by_row(const int* neurons, int count) {
     const uint8_t* rows[kChunk];
-    float gate[kChunk];
+    float gate[kSide];
     for (int i = 0; i < count; ++i) rows[i] = row(neurons[i], layer_.gate_row);
     const int zero = 0;
-    if (n_ == 1) m_.k.row_dot(layer_.gate_row.type, rows, count, norm_, &zero, 1, gate);
     const float threshold = firing_threshold(layer_);
-    const float* bias = layer_.gate_bias.empty() ? nullptr : layer_.gate_bias.data();
-    for (int i = 0; bias && n_ == 1 && i < count; ++i) gate[i] += bias[neurons[i]];
     for (int i = 0; i < count; ++i) {
       int wanted[kMaxBlock];
       const int n = tokens_of(neurons[i], wanted);
       stats_.predicted += n;
       float many[kMaxBlock];
-      if (n_ > 1) m_.k.row_dot(layer_.gate_row.type, rows + i, 1, norm_, wanted, n, many);
-      for (int j = 0; bias && n_ > 1 && j < n; ++j) many[j] += bias[neurons[i]];
-      const float* values = n_ == 1 ? gate + i : many;
+      if (n_ > 1) m_.k.row_dot(layer_.gate_row.type, rows + i, 1, norm_, wanted, n, many, asks_);
+      else if (i % kSide == 0)
+        m_.k.row_dot(layer_.gate_row.type, rows + i, std::min(kSide, count - i), norm_, &zero, 1, gate, asks_);
+      float* values = n_ == 1 ? gate + i % kSide : many;
+      for (int j = 0; j < n && !layer_.gate_bias.empty(); ++j) values[j] += layer_.gate_bias[neurons[i]];
       const int at = fired_.end();
       int kept = 0;
       for (int j = 0; j < n; ++j)
@@ -285,20 +283,16 @@ class RowWork {
     float up[kChunk * kMaxBlock];
     for (int f = 0; f < fired_.count; ++f) {
       rows[f] = row(fired_.neuron[f], layer_.up_row);
-      ask(fired_.neuron[f], layer_.down_row);
       const int at = fired_.begin[f];
       if (n_ > 1)
-        m_.k.row_dot(layer_.up_row.type, rows + f, 1, norm_, fired_.token + at, fired_.begin[f + 1] - at, up + at);
+        m_.k.row_dot(layer_.up_row.type, rows + f, 1, norm_, fired_.token + at, fired_.begin[f + 1] - at, up + at, asks_);
     }
-    if (n_ == 1) m_.k.row_dot(layer_.up_row.type, rows, fired_.count, norm_, fired_.token, 1, up);
+    if (n_ == 1) m_.k.row_dot(layer_.up_row.type, rows, fired_.count, norm_, fired_.token, 1, up, asks_);
     for (int i = 0; i < fired_.end(); ++i) fired_.a[i] *= clip ? std::max(up[i], 0.0f) : up[i];
   }
 
-  void downs(const int* next, int n_next) {
-    const RowKind& first = predicted() ? layer_.gate_row : layer_.after_gate();
-    int asked = 0;
+  void downs() {
     for (int f = 0; f < fired_.count; ++f) {
-      for (; asked < n_next * (f + 1) / fired_.count; ++asked) ask(next[asked], first);
       const uint8_t* down = row(fired_.neuron[f], layer_.down_row);
       for (int i = fired_.begin[f]; i < fired_.begin[f + 1]; ++i) {
         DownQueue& queue = s_.queues[fired_.token[i]];
@@ -312,7 +306,8 @@ class RowWork {
   void flush(int t) {
     DownQueue& queue = s_.queues[t];
     if (queue.count)
-      m_.k.down(layer_.down_row.type, queue.row, queue.a, queue.count, m_.config.d_model, &s_.y[size_t(t) * y_stride_]);
+      m_.k.down(layer_.down_row.type, queue.row, queue.a, queue.count, m_.config.d_model, &s_.y[size_t(t) * y_stride_],
+                asks_);
     queue.count = 0;
   }
 
@@ -324,6 +319,7 @@ class RowWork {
   const int n_, y_stride_;
   LayerStats stats_;
   Fired fired_;
+  Asks asks_;
 };
 
 void Pass::ffn_rows(int thread, int l) {
@@ -342,9 +338,10 @@ void Pass::count_missed(int thread, int l) {
   for (int neuron = r.first; neuron < r.last; ++neuron) {
     int tokens[kMaxBlock];
     float gate[kMaxBlock];
+    Asks asks;
     const int count = set_bits(all & ~b.masks[neuron], tokens);
     const uint8_t* row = layer.bundle(neuron) + layer.gate_row.at;
-    m.k.row_dot(layer.gate_row.type, &row, 1, stream(thread).norm.acts, tokens, count, gate);
+    m.k.row_dot(layer.gate_row.type, &row, 1, stream(thread).norm.acts, tokens, count, gate, asks);
     const float bias = layer.gate_bias.empty() ? 0 : layer.gate_bias[neuron];
     for (int j = 0; j < count; ++j) b.scratch[thread]->stats[l].missed += gate[j] + bias >= firing_threshold(layer);
   }

@@ -24,6 +24,33 @@ struct Acts {
   int lane_width() const { return (groups() + pairs()) * kLanes; }
 };
 
+// Rows that will be read soon, in that order. Kernels that read other rows meanwhile ask for them, into L2, line by line at
+// the pace of their own reading: all at once, they would stall the core until most have come (docs/performance.md).
+class Asks {
+ public:
+  // Drops rows when there is no room: asking is a hint.
+  void add(const uint8_t* row, size_t bytes) {
+    if (last_ - first_ < kRows) rows_[last_++ % kRows] = {row, row + bytes};
+  }
+  void clear() { first_ = last_ = 0; }
+  void feed(int lines) {
+    for (; lines > 0 && first_ != last_; --lines) {
+      Row& row = rows_[first_ % kRows];
+      __builtin_prefetch(row.at, 0, 2);
+      row.at += 64;
+      if (row.at >= row.end) ++first_;
+    }
+  }
+
+ private:
+  static constexpr uint32_t kRows = 256;
+  struct Row {
+    const uint8_t *at, *end;
+  };
+  Row rows_[kRows];
+  uint32_t first_ = 0, last_ = 0;
+};
+
 struct Kernels {
   const char* name;
   // x [n] -> y = x / rms(x) * weight; y may be x.
@@ -38,9 +65,9 @@ struct Kernels {
                 float* out, int stride);
   // out[r * n_tokens + i] = rows[r] . token tokens[i].
   void (*row_dot)(Type type, const uint8_t* const* rows, int n_rows, const Acts& acts, const int* tokens, int n_tokens,
-                  float* out);
+                  float* out, Asks& asks);
   // y [round_up(n, 128)] += sum of a[i] * down row i, i < count <= 16.
-  void (*down)(Type type, const uint8_t* const* rows, const float* a, int count, int n, float* y);
+  void (*down)(Type type, const uint8_t* const* rows, const float* a, int count, int n, float* y, Asks& asks);
 
   // gate[i] = act(gate[i]) * up[i] with SiLU.
   void (*silu_mul)(float* gate, const float* up, int n);
