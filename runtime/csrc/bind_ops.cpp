@@ -142,13 +142,14 @@ nb::ndarray<nb::numpy, float> attention(const std::string& isa, Matrix q, Matrix
   const int stride = tiles * kLanes;
   Block<float> scores(size_t(heads) * stride);
   auto out = array({size_t(heads), size_t(dim)});
-  k.scores(q.data(), heads, dim, key_tiles.get(), 0, tiles, scores.get(), stride);
+  Asks asks;
+  k.scores(q.data(), heads, dim, key_tiles.get(), 0, tiles, scores.get(), stride, asks);
   std::vector<float> sums;
   for (int h = 0; h < heads; ++h) {
     float max;
     sums.push_back(k.softmax(&scores[size_t(h) * stride], 0, n, &max));
   }
-  k.values(scores.get(), stride, heads, dim, value_rows.get(), 0, n, out.data());
+  k.values(scores.get(), stride, heads, dim, value_rows.get(), 0, n, out.data(), asks);
   for (int i = 0; i < heads * dim; ++i) out.data()[i] /= sums[i / dim];
   return out;
 }

@@ -78,9 +78,14 @@ struct DownQueue {
   int count = 0;
 };
 
+// Tokens of a block whose queries meet a key or value together: enough to use each for four queries or more.
+inline int tokens_side_by_side(const Config& c) { return c.n_heads / c.n_kv_heads >= 4 ? 1 : 4; }
+
 struct ThreadScratch {
   ThreadScratch(const Config& c, int tokens)
-      : scores(size_t(c.n_heads / c.n_kv_heads) * round_up(c.n_ctx, kLanes)),
+      : scores(size_t(query_rows(c)) * round_up(c.n_ctx, kLanes)),
+        queries(size_t(query_rows(c)) * c.head_dim),
+        attended(size_t(query_rows(c)) * c.head_dim),
         partial(size_t(c.n_heads) * c.head_dim),
         partial_max(c.n_heads),
         partial_sum(c.n_heads),
@@ -88,7 +93,9 @@ struct ThreadScratch {
         list(c.d_ff),
         queues(tokens),
         stats(c.n_layers) {}
-  Block<float> scores, partial, partial_max, partial_sum;
+  static int query_rows(const Config& c) { return c.n_heads / c.n_kv_heads * tokens_side_by_side(c); }
+
+  Block<float> scores, queries, attended, partial, partial_max, partial_sum;
   Block<float> y;  // [tokens, round_up(d_model, 128)], this thread's share of the FFN output
   Block<int32_t> list;
   int listed = 0;

@@ -76,12 +76,13 @@ struct Kernels {
   int (*relu_mul)(float* gate, const float* up, int n, float threshold, bool clip);
   // Scores of `heads` queries [heads, dim] against key tiles [first, last); keys: [tile][dim][16] f16.
   // score[h * stride + position]
-  void (*scores)(const float* q, int heads, int dim, const uint16_t* keys, int first, int last, float* scores, int stride);
+  void (*scores)(const float* q, int heads, int dim, const uint16_t* keys, int first, int last, float* scores, int stride,
+                 Asks& asks);
   // In place over positions [first, last): score -> exp(score - max); returns the sum, sets *max.
   float (*softmax)(float* scores, int first, int last, float* max);
   // out [heads, dim] = sum over positions [first, last) of weight[h * stride + position] * values[position * dim].
   void (*values)(const float* weights, int stride, int heads, int dim, const uint16_t* values, int first, int last,
-                 float* out);
+                 float* out, Asks& asks);
   void (*to_f16)(const float* x, int n, uint16_t* y);  // n a multiple of 16
   void (*add)(float* y, const float* x, int n);
   // Bits of lanes i with x[i] >= threshold.

@@ -11,6 +11,10 @@ namespace {
 constexpr int kTokenTile = 4;  // tokens that share one decoding of the weights
 constexpr int kRowTile = 4;    // rows that share the loads of one token
 
+// Lines to ask for while `lines` are read: a chunk of neurons asks for more gates than it reads ups and downs, so asking
+// must be the faster of the two; at equal pace it falls behind, and twice as fast it stalls the core.
+constexpr int pace(int lines) { return (3 * lines + 1) / 2; }
+
 inline F f_exp(F x) {
   x = f_min(f_max(x, f_set1(-87.0f)), f_set1(88.0f));
   const F n = f_round(f_mul(x, f_set1(1.44269504f)));
@@ -204,10 +208,6 @@ void panel(Type type, const uint8_t* p, int cols, int first, int last, const Act
 }
 
 // ---- gate and up rows
-// Lines to ask for while `lines` are read: a chunk of neurons asks for more gates than it reads ups and downs, so asking
-// must be the faster of the two; at equal pace it falls behind, and twice as fast it stalls the core.
-constexpr int pace(int lines) { return (3 * lines + 1) / 2; }
-
 // R rows times N tokens: rows share the loads of activations, tokens the decoding of weights.
 template <class Q, int R, int N>
 void row_dot_quantised(const uint8_t* const* rows, const Acts& acts, const int* tokens, F acc[R][N], Asks& asks) {
@@ -430,24 +430,31 @@ int relu_mul(float* gate, const float* up, int n, float threshold, bool clip) {
 }
 
 template <int H>
-void scores_of(const float* q, int dim, const uint16_t* keys, int first, int last, float* out, int stride) {
+void scores_of(const float* q, int dim, const uint16_t* keys, int first, int last, float* out, int stride, Asks& asks) {
+  constexpr int kWays = H >= 4 ? 1 : 2;  // independent sums hide the latency of the multiply-add
   for (int tile = first; tile < last; ++tile) {
-    F acc[H];
-    for (int h = 0; h < H; ++h) acc[h] = f_zero();
+    F acc[H][kWays];
+    for (int h = 0; h < H; ++h)
+      for (int u = 0; u < kWays; ++u) acc[h][u] = f_zero();
     const uint16_t* k = keys + size_t(tile) * dim * kLanes;
-    for (int d = 0; d < dim; ++d) {
-      const F key = f_load_f16(k + d * kLanes);
-      for (int h = 0; h < H; ++h) acc[h] = f_fma(key, f_set1(q[h * dim + d]), acc[h]);
+    for (int d = 0; d < dim; d += 2) {
+      for (int u = 0; u < 2; ++u) {
+        const F key = f_load_f16(k + (d + u) * kLanes);
+        for (int h = 0; h < H; ++h) acc[h][u % kWays] = f_fma(key, f_set1(q[h * dim + d + u]), acc[h][u % kWays]);
+      }
+      asks.feed(pace(1));
     }
-    for (int h = 0; h < H; ++h) f_store(out + h * stride + tile * kLanes, acc[h]);
+    for (int h = 0; h < H; ++h) f_store(out + h * stride + tile * kLanes, kWays == 1 ? acc[h][0] : f_add(acc[h][0], acc[h][kWays - 1]));
   }
 }
 
-void scores(const float* q, int heads, int dim, const uint16_t* keys, int first, int last, float* out, int stride) {
+void scores(const float* q, int heads, int dim, const uint16_t* keys, int first, int last, float* out, int stride, Asks& asks) {
+  const auto step = [&](auto run, int h) { run(q + h * dim, dim, keys, first, last, out + h * stride, stride, asks); };
   int h = 0;
-  for (; h + 4 <= heads; h += 4) scores_of<4>(q + h * dim, dim, keys, first, last, out + h * stride, stride);
-  for (; h + 2 <= heads; h += 2) scores_of<2>(q + h * dim, dim, keys, first, last, out + h * stride, stride);
-  for (; h < heads; ++h) scores_of<1>(q + h * dim, dim, keys, first, last, out + h * stride, stride);
+  for (; h + 4 <= heads; h += 4) step(scores_of<4>, h);
+  if (heads - h == 3) step(scores_of<3>, h);
+  if (heads - h == 2) step(scores_of<2>, h);
+  if (heads - h == 1) step(scores_of<1>, h);
 }
 
 float softmax(float* s, int first, int last, float* max) {
@@ -477,30 +484,36 @@ float softmax(float* s, int first, int last, float* max) {
 }
 
 template <int H, int V>
-void values_of(const float* w, int stride, int dim, const uint16_t* values, int first, int last, float* out) {
+void values_of(const float* w, int stride, int dim, const uint16_t* values, int first, int last, float* out, Asks& asks) {
   F acc[H][V];
   for (int h = 0; h < H; ++h)
     for (int v = 0; v < V; ++v) acc[h][v] = f_zero();
-  for (int p = first; p < last; ++p)
+  for (int p = first; p < last; ++p) {
     for (int v = 0; v < V; ++v) {
       const F value = f_load_f16(values + size_t(p) * dim + v * kLanes);
       for (int h = 0; h < H; ++h) acc[h][v] = f_fma(value, f_set1(w[h * stride + p]), acc[h][v]);
     }
+    asks.feed(pace((V + 1) / 2));
+  }
   for (int h = 0; h < H; ++h)
     for (int v = 0; v < V; ++v) f_store(out + h * dim + v * kLanes, acc[h][v]);
 }
 
 template <int H>
-void values_heads(const float* w, int stride, int dim, const uint16_t* values, int first, int last, float* out) {
+void values_heads(const float* w, int stride, int dim, const uint16_t* values, int first, int last, float* out, Asks& asks) {
+  constexpr int kWide = H == 1 ? 8 : 4;  // whole rows of values at a time, as far as registers go
   int d = 0;
-  for (; d + 64 <= dim; d += 64) values_of<H, 4>(w, stride, dim, values + d, first, last, out + d);
-  for (; d < dim; d += kLanes) values_of<H, 1>(w, stride, dim, values + d, first, last, out + d);
+  for (; d + kWide * kLanes <= dim; d += kWide * kLanes)
+    values_of<H, kWide>(w, stride, dim, values + d, first, last, out + d, asks);
+  for (; d < dim; d += kLanes) values_of<H, 1>(w, stride, dim, values + d, first, last, out + d, asks);
 }
 
-void values(const float* w, int stride, int heads, int dim, const uint16_t* v, int first, int last, float* out) {
+void values(const float* w, int stride, int heads, int dim, const uint16_t* v, int first, int last, float* out, Asks& asks) {
+  const auto step = [&](auto run, int h) { run(w + h * stride, stride, dim, v, first, last, out + h * dim, asks); };
   int h = 0;
-  for (; h + 3 <= heads; h += 3) values_heads<3>(w + h * stride, stride, dim, v, first, last, out + h * dim);
-  for (; h < heads; ++h) values_heads<1>(w + h * stride, stride, dim, v, first, last, out + h * dim);
+  for (; heads - h >= 3; h += 3) step(values_heads<3>, h);
+  if (heads - h == 2) step(values_heads<2>, h);
+  if (heads - h == 1) step(values_heads<1>, h);
 }
 
 void to_f16(const float* x, int n, uint16_t* y) {

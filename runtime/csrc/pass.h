@@ -33,9 +33,12 @@ struct Pass {
   void add_to_stream(int thread, const float* out, int stride, const std::vector<float>& bias);
   void embed(int thread);
   void attention(int thread, int l);
-  void rope_and_store(int thread, int l);
+  void finish_queries(int l, int t, int kv_head, float* out) const;
+  void store(int l, int t, int kv_head) const;
   void attend_one(int thread, int l);
+  void merge(int h, float* out) const;
   void attend_block(int thread, int l);
+  void attend_tokens(int thread, int l, int first_token, int last_token, int kv_head);
   void rope(float* head, int t) const;
   void finish_head(float* head, int t, int h, const std::vector<float>& bias, const std::vector<float>& norm) const;
   int first_seen(int l, int position) const;
