@@ -7,9 +7,9 @@
 namespace hotcold {
 namespace {
 
-// The first lines of a run of keys or values; hardware prefetchers bring the rest once it is read.
-void ask_head_of_run(Asks& asks, const uint16_t* run, int n) {
-  asks.add(reinterpret_cast<const uint8_t*>(run), std::min<size_t>(n * sizeof(uint16_t), 8192));
+// The beginning of a run of keys or values; hardware prefetchers bring the rest of a long one once it is read.
+void ask_for_run(Asks& asks, const uint16_t* run, int n) {
+  asks.add(reinterpret_cast<const uint8_t*>(run), std::min<size_t>(n * sizeof(uint16_t), 32768));
 }
 
 }  // namespace
@@ -31,6 +31,7 @@ void Pass::attention(int thread, int l) {
   multiply(thread, layer.q, norm, b.q.get(), layer.q.rows);
   multiply(thread, layer.k, norm, b.kk.get(), layer.k.rows);
   multiply(thread, layer.v, norm, b.v.get(), layer.v.rows);
+  if (n == 1) ask_for_first_keys(thread, l);
   m.team.barrier();
   if (n == 1) attend_one(thread, l);
   else attend_block(thread, l);
@@ -38,6 +39,7 @@ void Pass::attention(int thread, int l) {
   // In a parallel block the FFN still has to read the stream as it is.
   float* out = c().parallel ? b.attention.get() : b.out.get();
   multiply(thread, layer.o, s.heads.acts, out, stride);
+  ask_for(thread, c().mode == Mode::Predicted ? layer.fc1 : layer.gate);
   m.team.barrier();
   if (!c().parallel) add_to_stream(thread, out, stride, layer.o_bias);
 }
@@ -91,6 +93,17 @@ int Pass::first_seen(int l, int position) const {
   return window ? std::max(0, position + 1 - window) : 0;
 }
 
+// Asks for the keys that attend_one will read first: said before the barrier that it waits at.
+void Pass::ask_for_first_keys(int thread, int l) const {
+  const int skipped = first_seen(l, position) / kLanes, tiles = position / kLanes + 1 - skipped;
+  const Range units = split(c().n_kv_heads * tiles, thread, threads());
+  const int per_tile = c().head_dim * kLanes, first_tile = units.first % tiles;
+  Asks asks;
+  ask_for_run(asks, keys(l, units.first / tiles) + size_t(skipped + first_tile) * per_tile,
+              std::min(units.last - units.first, tiles - first_tile) * per_tile);
+  asks.feed(kAhead / 64);
+}
+
 // One token: the tiles of all key-value heads are shared out evenly, and where a head is shared by threads its parts are
 // merged by their maxima. Whoever has a head's last tile stores the new key and value first, so that nobody waits.
 void Pass::attend_one(int thread, int l) {
@@ -104,16 +117,17 @@ void Pass::attend_one(int thread, int l) {
     const int kv = u / tiles, first_tile = u % tiles, last_tile = std::min(tiles, first_tile + units.last - u), h0 = kv * group;
     const int first = std::max((skipped + first_tile) * kLanes, from), last = std::min((skipped + last_tile) * kLanes, position + 1);
     u += last_tile - first_tile;
-    ask_head_of_run(asks, values(l, kv) + size_t(first) * dim, (last - first) * dim);
+    ask_for_run(asks, values(l, kv) + size_t(first) * dim, (last - first) * dim);
     finish_queries(l, 0, kv, mine.queries.get());
     if (last_tile == tiles) store(l, 0, kv);
     float* scores = mine.scores.get();
     m.k.scores(mine.queries.get(), group, dim, keys(l, kv), skipped + first_tile, skipped + last_tile, scores, stride, asks);
     for (int g = 0; g < group; ++g)
       mine.partial_sum[h0 + g] = m.k.softmax(scores + size_t(g) * stride, first, last, &mine.partial_max[h0 + g]);
-    if (u < units.last) ask_head_of_run(asks, keys(l, kv + 1) + size_t(skipped) * kLanes * dim, tiles * kLanes * dim);
+    if (u < units.last) ask_for_run(asks, keys(l, kv + 1) + size_t(skipped) * kLanes * dim, tiles * kLanes * dim);
     m.k.values(scores, stride, group, dim, values(l, kv), first, last, &mine.partial[size_t(h0) * dim], asks);
   }
+  ask_for(thread, m.layers[l].o);
   m.team.barrier();
   const Acts& heads = stream(thread).heads.acts;
   for (int h = 0; h < c().n_heads; ++h) merge(h, heads.f + size_t(h) * dim);

@@ -9,6 +9,8 @@
 namespace hotcold {
 namespace {
 
+constexpr int kListed = 4;  // row groups whose scores are computed before their neurons are listed
+constexpr size_t kEarly = 256 << 10;  // bytes of rows that a thread asks for while it still lists; L2 holds them
 constexpr int kChunk = 64;  // neurons worked on together; their rows fit the L2 cache
 constexpr int kSide = 4;    // gate rows computed side by side, after which the ups of those that fire are asked for
 
@@ -84,6 +86,7 @@ void Pass::ffn(int thread, int l) {
   m.team.barrier();
   ffn_rows(thread, l);
   if (m.audit && c().mode == Mode::Predicted) count_missed(thread, l);
+  ask_for(thread, after(l));
   m.team.barrier();
   const int stride = round_up(c().d_model, 128);
   each_token(thread, [&](int t) {
@@ -91,6 +94,9 @@ void Pass::ffn(int thread, int l) {
     if (!layer.down_bias.empty()) m.k.add(x.f + size_t(t) * x.width, layer.down_bias.data(), c().d_model);
   });
 }
+
+// The panel that is multiplied after the FFN of layer l.
+const Panel& Pass::after(int l) const { return l + 1 < c().n_layers ? m.layers[l + 1].q : m.head; }
 
 void Pass::ffn_dense(int thread, int l) {
   const Layer& layer = m.layers[l];
@@ -100,8 +106,8 @@ void Pass::ffn_dense(int thread, int l) {
   const Range blocks = split(round_up(c().d_ff, kBlock) / kBlock, thread, threads());
   const int groups = round_up(c().d_ff, kLanes) / kLanes;
   const int first = blocks.first * per_block, last = std::min(blocks.last * per_block, groups);
-  m.k.panel(layer.gate.type, layer.gate.data, c().d_model, first, last, s.norm.acts, n, b.gate.get(), stride);
-  if (c().gated) m.k.panel(layer.up.type, layer.up.data, c().d_model, first, last, s.norm.acts, n, b.up.get(), stride);
+  m.k.panel(layer.gate.type, layer.gate.data, c().d_model, first, last, s.norm.acts, n, b.gate.get(), stride, b.scratch[thread]->asks);
+  if (c().gated) m.k.panel(layer.up.type, layer.up.data, c().d_model, first, last, s.norm.acts, n, b.up.get(), stride, b.scratch[thread]->asks);
   add_gate_bias(layer, first, last);
   const float threshold = firing_threshold(layer);
   LayerStats& stats = b.scratch[thread]->stats[l];
@@ -119,9 +125,11 @@ void Pass::ffn_dense(int thread, int l) {
   const int64_t all = int64_t(n) * (std::min(last * kLanes, c().d_ff) - std::min(first * kLanes, c().d_ff));
   stats.fired += can_be_zero(c().activation) ? fired : all;
   stats.predicted += all;
+  ask_for(thread, layer.down);
   m.team.barrier();
   const int out_stride = round_up(c().d_model, kLanes);
   multiply(thread, layer.down, a, b.out.get(), out_stride);
+  ask_for(thread, after(l));
   m.team.barrier();
   add_to_stream(thread, b.out.get(), out_stride, layer.down_bias);
 }
@@ -158,40 +166,50 @@ void Pass::list_group(ThreadScratch& s, int first, const float* scores, int stri
 
 void Pass::list_fired(int thread, int l) {
   const Layer& layer = m.layers[l];
-  ThreadScratch& s = *b.scratch[thread];
-  const int stride = Model::Buffers::ff_stride(c());
+  list_neurons(thread, l, layer.gate, stream(thread).norm.acts, firing_threshold(layer));
   const Range groups = split(round_up(c().d_ff, kLanes) / kLanes, thread, threads());
-  m.k.panel(layer.gate.type, layer.gate.data, c().d_model, groups.first, groups.last, stream(thread).norm.acts, n,
-            b.gate.get(), stride);
-  add_gate_bias(layer, groups.first, groups.last);
-  s.listed = 0;
-  for (int g = groups.first; g < groups.last; ++g)
-    list_group(s, g * kLanes, &b.gate[g * kLanes], stride, firing_threshold(layer), 0, 0);
   const int mine = std::min(groups.last * kLanes, c().d_ff) - std::min(groups.first * kLanes, c().d_ff);
-  s.stats[l].predicted += int64_t(n) * mine;  // no neuron is left out unseen
+  b.scratch[thread]->stats[l].predicted += int64_t(n) * mine;  // no neuron is left out unseen
 }
 
 void Pass::list_predicted(int thread, int l) {
   const Layer& layer = m.layers[l];
-  ThreadScratch& s = *b.scratch[thread];
   Stream& st = stream(thread);
   const Acts& hidden = st.hidden.acts;
-  const int rank = layer.fc1.rows, hidden_stride = round_up(rank, kLanes), stride = Model::Buffers::ff_stride(c());
+  const int rank = layer.fc1.rows, hidden_stride = round_up(rank, kLanes);
   multiply(thread, layer.fc1, st.x.acts, b.hidden.get(), hidden_stride);
+  ask_for(thread, layer.fc2);
   m.team.barrier();
   each_token(thread, [&](int t) {
     for (int i = 0; i < rank; ++i) hidden.f[size_t(t) * hidden.width + i] = std::max(b.hidden[size_t(t) * hidden_stride + i], 0.0f);
     m.k.quantise(hidden, t, 0, hidden.blocks());
   });
-  const Range groups = split(round_up(c().d_ff, kLanes) / kLanes, thread, threads());
-  m.k.panel(layer.fc2.type, layer.fc2.data, rank, groups.first, groups.last, hidden, n, b.gate.get(), stride);
-  s.listed = 0;
+  list_neurons(thread, l, layer.fc2, hidden, layer.predictor_threshold);
+}
+
+// Lists this thread's neurons whose scores (gates, or logits of the predictor) reach the threshold. The rows of the first
+// ones are asked for while the scores of the others are still computed.
+void Pass::list_neurons(int thread, int l, const Panel& panel, const Acts& acts, float threshold) {
+  const Layer& layer = m.layers[l];
+  const bool predicted = c().mode == Mode::Predicted;
+  ThreadScratch& s = *b.scratch[thread];
+  const int stride = Model::Buffers::ff_stride(c());
   // The first token of a context becomes the attention sink of all others (arXiv 2402.17762): a neuron missed there
   // costs every later token, and computing all of it costs one token.
-  const uint32_t sink = position == 0 ? 0xFFFF : 0;
-  for (int g = groups.first; g < groups.last; ++g)
-    list_group(s, g * kLanes, &b.gate[g * kLanes], stride, layer.predictor_threshold,
-               layer.hot.empty() ? 0 : layer.hot[g], sink);
+  const uint32_t sink = predicted && position == 0 ? 0xFFFF : 0;
+  const size_t from = predicted ? layer.gate_row.at : 0, bytes = predicted ? layer.gate_row.bytes : layer.bundle_stride;
+  const int early = n == 1 ? int(kEarly / bytes) : 0;
+  const Range groups = split(round_up(c().d_ff, kLanes) / kLanes, thread, threads());
+  s.listed = s.asked = 0;
+  s.asks.clear();
+  for (int g0 = groups.first; g0 < groups.last; g0 += kListed) {
+    const int g1 = std::min(g0 + kListed, groups.last);
+    m.k.panel(panel.type, panel.data, panel.cols, g0, g1, acts, n, b.gate.get(), stride, b.scratch[thread]->asks);
+    if (!predicted) add_gate_bias(layer, g0, g1);
+    for (int g = g0; g < g1; ++g)
+      list_group(s, g * kLanes, &b.gate[g * kLanes], stride, threshold, predicted && !layer.hot.empty() ? layer.hot[g] : 0, sink);
+    for (; s.asked < std::min(s.listed, early); ++s.asked) s.asks.add(layer.bundle(s.list[s.asked]) + from, bytes);
+  }
 }
 
 // This thread's share of the listed neurons, in three phases per chunk - gates, ups, downs - so that every row is asked
@@ -199,7 +217,7 @@ void Pass::list_predicted(int thread, int l) {
 class RowWork {
  public:
   RowWork(Model& m, Model::Buffers& b, int thread, const Layer& layer, const Acts& norm, int n)
-      : m_(m), b_(b), s_(*b.scratch[thread]), layer_(layer), norm_(norm), n_(n), y_stride_(round_up(m.config.d_model, 128)) {
+      : m_(m), b_(b), s_(*b.scratch[thread]), layer_(layer), norm_(norm), n_(n), y_stride_(round_up(m.config.d_model, 128)), asks_(s_.asks) {
     std::memset(s_.y.get(), 0, sizeof(float) * y_stride_ * n);
   }
 
@@ -212,9 +230,12 @@ class RowWork {
       if (predicted()) gates_by_row(current, n_current);
       else gates_known(current, n_current);
       stats_.fired += fired_.end();
+      const bool early = !predicted() && done_ + n_current <= s_.asked;  // in exact mode downs are asked for with ups
+      for (int f = 0; f < fired_.count && !early; ++f) ask(fired_.neuron[f], layer_.down_row);
+      done_ += n_current;
       const int n_next = share.take(next);
-      for (int f = 0; f < fired_.count; ++f) ask(fired_.neuron[f], layer_.down_row);
-      for (int i = 0; i < n_next; ++i) ask(next[i], first_row());
+      for (int i = 0; i < n_next; ++i)
+        if (done_ + i >= s_.asked) ask(next[i], first_row());
       ups();
       downs();
       std::copy(next, next + n_next, current);
@@ -317,9 +338,10 @@ class RowWork {
   const Layer& layer_;
   const Acts& norm_;
   const int n_, y_stride_;
+  int done_ = 0;  // neurons of finished chunks
   LayerStats stats_;
   Fired fired_;
-  Asks asks_;
+  Asks& asks_;
 };
 
 void Pass::ffn_rows(int thread, int l) {

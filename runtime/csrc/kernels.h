@@ -24,8 +24,11 @@ struct Acts {
   int lane_width() const { return (groups() + pairs()) * kLanes; }
 };
 
-// Rows that will be read soon, in that order. Kernels that read other rows meanwhile ask for them, into L2, line by line at
-// the pace of their own reading: all at once, they would stall the core until most have come (docs/performance.md).
+// How far ahead of its reading a panel asks for itself, in bytes; 4 to 16 KiB are alike.
+constexpr int kAhead = 6144;
+
+// Rows that will be read soon, in that order. Kernels that read other rows meanwhile ask for them line by line, at
+// the pace of their own reading: what is asked for all at once comes late or not at all (docs/performance.md).
 class Asks {
  public:
   // Drops rows when there is no room: asking is a hint.
@@ -36,7 +39,7 @@ class Asks {
   void feed(int lines) {
     for (; lines > 0 && first_ != last_; --lines) {
       Row& row = rows_[first_ % kRows];
-      __builtin_prefetch(row.at, 0, 2);
+      __builtin_prefetch(row.at);
       row.at += 64;
       if (row.at >= row.end) ++first_;
     }
@@ -62,7 +65,7 @@ struct Kernels {
 
   // out[t * stride + r] = panel row r . token t, for row groups [first, last) and all tokens.
   void (*panel)(Type type, const uint8_t* panel, int cols, int first, int last, const Acts& acts, int tokens,
-                float* out, int stride);
+                float* out, int stride, Asks& asks);
   // out[r * n_tokens + i] = rows[r] . token tokens[i].
   void (*row_dot)(Type type, const uint8_t* const* rows, int n_rows, const Acts& acts, const int* tokens, int n_tokens,
                   float* out, Asks& asks);

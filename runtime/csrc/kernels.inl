@@ -121,22 +121,23 @@ void arrange(const Acts& acts, int t) {
 // ---- panels
 // A panel is one stream, but a core has only so many reads of its own under way: asked for early enough, it comes at the
 // machine's full bandwidth (docs/performance.md).
-constexpr int kAhead = 6144;  // bytes; 4 to 16 KiB are alike
-
 template <int Bytes>
 void ask(const uint8_t* p) {
   for (int i = 0; i < Bytes; i += 64) __builtin_prefetch(p + i);
 }
 
 template <class Q, int N>
-void panel_group(const uint8_t* p, int pairs, const Acts& acts, int t0, F acc[N]) {
+void panel_group(const uint8_t* p, int pairs, const Acts& acts, int t0, F acc[N], Asks& asks) {
   const int8_t* q = acts.q + size_t(t0) * acts.width;
   const float* d = acts.d + size_t(t0) * acts.blocks();
   const int32_t* negative_sum = acts.negative_sum + size_t(t0) * acts.blocks();
   for (int t = 0; t < N; ++t) acc[t] = f_zero();
   constexpr int pair_bytes = 2 * Q::loads * 64 + 64;
   for (int b = 0; b < 2 * pairs; ++b) {
-    if (b % 2 == 0) ask<pair_bytes>(p + kAhead);
+    if (b % 2 == 0) {
+      ask<pair_bytes>(p + kAhead);
+      asks.feed(pace(pair_bytes / 64));
+    }
     B w[8];
     Q::decode(p + b % 2 * Q::loads * 64, w);
     const F scale = f_load_f16(p + 2 * Q::loads * 64 + b % 2 * 32);
@@ -154,7 +155,7 @@ void panel_group(const uint8_t* p, int pairs, const Acts& acts, int t0, F acc[N]
 }
 
 template <class T, int N>
-void panel_group_float(const uint8_t* p, int cols, const Acts& acts, int t0, F acc[N]) {
+void panel_group_float(const uint8_t* p, int cols, const Acts& acts, int t0, F acc[N], Asks& asks) {
   constexpr int kWays = N == 1 ? 8 : 2;  // independent sums hide the latency of the multiply-add
   const float* x = acts.f + size_t(t0) * acts.width;
   F sums[N][kWays];
@@ -164,6 +165,7 @@ void panel_group_float(const uint8_t* p, int cols, const Acts& acts, int t0, F a
   int c = 0;
   for (; c + kWays <= cols; c += kWays) {
     ask<kWays * bytes>(p + size_t(c) * bytes + kAhead);
+    asks.feed(pace(kWays * bytes / 64));
     for (int u = 0; u < kWays; ++u) {
       const F w = T::load(p + size_t(c + u) * bytes);
       for (int t = 0; t < N; ++t) sums[t][u] = f_fma(w, f_set1(x[t * acts.width + c + u]), sums[t][u]);
@@ -179,31 +181,33 @@ void panel_group_float(const uint8_t* p, int cols, const Acts& acts, int t0, F a
 }
 
 template <class T, int N>
-void panel_tile(const uint8_t* p, int cols, const Acts& acts, int t0, float* out, int stride) {
+void panel_tile(const uint8_t* p, int cols, const Acts& acts, int t0, float* out, int stride, Asks& asks) {
   F acc[N];
-  if constexpr (is_quantised(T::type)) panel_group<T, N>(p, acts.width / 64, acts, t0, acc);
-  else panel_group_float<T, N>(p, cols, acts, t0, acc);
+  if constexpr (is_quantised(T::type)) panel_group<T, N>(p, acts.width / 64, acts, t0, acc, asks);
+  else panel_group_float<T, N>(p, cols, acts, t0, acc, asks);
   for (int t = 0; t < N; ++t) f_store(out + size_t(t0 + t) * stride, acc[t]);
 }
 
 template <class T>
-void panel_of(const uint8_t* panel, int cols, int first, int last, const Acts& acts, int tokens, float* out, int stride) {
+void panel_of(const uint8_t* panel, int cols, int first, int last, const Acts& acts, int tokens, float* out, int stride,
+              Asks& asks) {
   const size_t bytes = panel_group_bytes(T::type, cols);
   for (int g = first; g < last; ++g) {
     const uint8_t* p = panel + g * bytes;
     int t = 0;
-    for (; t + kTokenTile <= tokens; t += kTokenTile) panel_tile<T, kTokenTile>(p, cols, acts, t, out + g * kLanes, stride);
-    for (; t < tokens; ++t) panel_tile<T, 1>(p, cols, acts, t, out + g * kLanes, stride);
+    for (; t + kTokenTile <= tokens; t += kTokenTile) panel_tile<T, kTokenTile>(p, cols, acts, t, out + g * kLanes, stride, asks);
+    for (; t < tokens; ++t) panel_tile<T, 1>(p, cols, acts, t, out + g * kLanes, stride, asks);
   }
 }
 
-void panel(Type type, const uint8_t* p, int cols, int first, int last, const Acts& acts, int tokens, float* out, int stride) {
+void panel(Type type, const uint8_t* p, int cols, int first, int last, const Acts& acts, int tokens, float* out, int stride,
+           Asks& asks) {
   switch (type) {
-    case Type::Q4_0: return panel_of<Q4>(p, cols, first, last, acts, tokens, out, stride);
-    case Type::Q8_0: return panel_of<Q8>(p, cols, first, last, acts, tokens, out, stride);
-    case Type::F32: return panel_of<Single>(p, cols, first, last, acts, tokens, out, stride);
-    case Type::F16: return panel_of<Half>(p, cols, first, last, acts, tokens, out, stride);
-    case Type::BF16: return panel_of<Brain>(p, cols, first, last, acts, tokens, out, stride);
+    case Type::Q4_0: return panel_of<Q4>(p, cols, first, last, acts, tokens, out, stride, asks);
+    case Type::Q8_0: return panel_of<Q8>(p, cols, first, last, acts, tokens, out, stride, asks);
+    case Type::F32: return panel_of<Single>(p, cols, first, last, acts, tokens, out, stride, asks);
+    case Type::F16: return panel_of<Half>(p, cols, first, last, acts, tokens, out, stride, asks);
+    case Type::BF16: return panel_of<Brain>(p, cols, first, last, acts, tokens, out, stride, asks);
   }
 }
 
