@@ -1,7 +1,8 @@
-"""Llama-like models: hyper-parameters, names in Hugging Face and in GGUF, and the order of q and k rows."""
+"""What `config.json` says about a model: sizes, positions, activation, biases, scales. All of it checked."""
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,48 +10,36 @@ from typing import Any
 
 import numpy as np
 
+from hotcold.convert.config_fields import Fields
+from hotcold.convert.families import FAMILIES, Family
+from hotcold.convert.rope import Rope
 from hotcold.errors import FormatError, UnsupportedError
 
-__all__ = [
-    "ACTIVATIONS",
-    "HF_NAMES",
-    "LAYER_NAMES",
-    "ModelSpec",
-    "hf_shapes",
-    "hyper_parameters",
-    "interleave_rope",
-    "split_rope",
-]
+__all__ = ["ACTIVATIONS", "ModelSpec", "Scales", "interleave_rope", "split_rope"]
 
-ACTIVATIONS = ("relu", "fatrelu", "drelu", "silu")
-MODEL_TYPES = ("llama", "mistral")
+ACTIVATIONS = ("relu", "fatrelu", "drelu", "silu", "gelu")
+_SPARSE = ("relu", "fatrelu", "drelu")
 
-# GGUF name -> Hugging Face name
-HF_NAMES = {
-    "token_embd": "model.embed_tokens",
-    "output_norm": "model.norm",
-    "output": "lm_head",
-}
-# The same inside a layer: blk.N.X and model.layers.N.X
-LAYER_NAMES = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
+
+@dataclass(frozen=True, slots=True)
+class Scales:
+    """Constants that a model multiplies by: the embedding, what a block adds to the residual stream, the
+    logits,
+    and the queries (beside 1/sqrt(head_dim)). Granite's and MiniCPM's; 1 in all others."""
+
+    embedding: float = 1.0
+    residual: float = 1.0
+    logits: float = 1.0
+    query: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
 class ModelSpec:
     """What `config.json` says about a model, checked, in hotcold's terms.
 
-    `activation_thresholds` holds one t per layer: a gate fires iff it is positive and reaches t
-    (0 for a plain ReLU).
+    `activation_thresholds` holds one t per layer: a gate fires iff it is positive and reaches t (0 for a
+    plain ReLU). `windows` holds how many positions the queries of a layer see, 0 being all; `rope` is None
+    where positions are learned.
     """
 
     model_type: str
@@ -62,168 +51,141 @@ class ModelSpec:
     head_dim: int
     n_ctx: int
     n_vocab: int
-    rms_eps: float
-    rope_theta: float
+    norm_eps: float
+    rope: Rope | None
     tied: bool
     activation: str
     activation_thresholds: tuple[float, ...]
+    windows: tuple[int, ...]
+    biases: frozenset[str]
+    two_norms: bool  # of a parallel block: attention and FFN have one each
+    scales: Scales
+
+    @property
+    def family(self) -> Family:
+        """How such models are put together."""
+        return FAMILIES[self.model_type]
+
+    @property
+    def is_sparse(self) -> bool:
+        """Whether its activation gives exact zeros."""
+        return self.activation in _SPARSE
+
+    @property
+    def rope_theta(self) -> float:
+        """The base of the rotary positions."""
+        return self.rope.base if self.rope else 10000.0
 
     @classmethod
     def from_config(cls, config: dict[str, Any], where: str | Path = "config.json") -> ModelSpec:
         """Read `config.json`. FormatError for missing or bad fields, UnsupportedError for unknown models."""
-        read = _Fields(config, where)
-        model_type = read.choice("model_type", MODEL_TYPES)
+        model_type = Fields(config, where).choice("model_type", tuple(FAMILIES))
+        family = FAMILIES[model_type]
+        read = Fields(config, where, dict(family.keys))
+        for key, value in family.refused.items():
+            if config.get(key, value) not in (value, None):
+                raise UnsupportedError(
+                    f"{model_type} with {key}", where=where, got=config[key], expected=value
+                )
         n_layers, d_model, n_heads = (
             read.count(key) for key in ("num_hidden_layers", "hidden_size", "num_attention_heads")
         )
-        activation, thresholds = read.activation(n_layers)
+        head_dim = read.count("head_dim", d_model // n_heads)
         n_ctx = read.count("max_position_embeddings")
-        read.refuse_window(n_ctx)
+        activation, thresholds = _activation(read, family, n_layers)
         return cls(
             model_type=model_type,
             n_layers=n_layers,
             d_model=d_model,
-            d_ff=read.count("intermediate_size"),
+            d_ff=read.count("intermediate_size", None if family.gated else 4 * d_model),
             n_heads=n_heads,
-            n_kv_heads=read.count("num_key_value_heads", n_heads),
-            head_dim=read.count("head_dim", d_model // n_heads),
+            n_kv_heads=_n_kv_heads(read, family, n_heads),
+            head_dim=head_dim,
             n_ctx=n_ctx,
             n_vocab=read.count("vocab_size"),
-            rms_eps=read.number("rms_norm_eps"),
-            rope_theta=read.rope_theta(),
-            tied=bool(config.get("tie_word_embeddings", False)),
+            norm_eps=read.number("rms_norm_eps", 1e-5 if family.layer_norm else None),
+            rope=Rope.from_config(read, n_ctx) if family.first_position is None else None,
+            tied=read.flag("tie_word_embeddings", family.tied),
             activation=activation,
             activation_thresholds=thresholds,
+            windows=_windows(read, family, n_layers, n_ctx),
+            biases=_biases(read, family),
+            two_norms=_two_norms(read, family),
+            scales=_scales(read, model_type, n_layers, d_model, head_dim),
         )
 
 
-class _Fields:
-    """Typed access to `config.json`."""
-
-    def __init__(self, config: dict[str, Any], where: str | Path) -> None:
-        self.config, self.where = config, where
-
-    def get(self, key: str, default: Any = None) -> Any:
-        value = self.config.get(key)
-        value = default if value is None else value
-        if value is None:
-            raise FormatError("missing key", where=self.where, field=key)
-        return value
-
-    def count(self, key: str, default: int | None = None) -> int:
-        value = self.get(key, default)
-        if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 1 << 31:
-            raise FormatError(
-                "bad value", where=self.where, field=key, got=value, expected="a positive integer"
-            )
-        return value
-
-    def number(self, key: str, default: float | None = None) -> float:
-        value = self.get(key, default)
-        if not isinstance(value, int | float) or isinstance(value, bool) or not np.isfinite(value):
-            raise FormatError("bad value", where=self.where, field=key, got=value, expected="a number")
-        return float(value)
-
-    def choice(self, key: str, known: tuple[str, ...]) -> str:
-        value = self.get(key)
-        if value not in known:
-            raise UnsupportedError(f"unknown {key}", where=self.where, got=value, expected=" | ".join(known))
-        return value
-
-    def activation(self, n_layers: int) -> tuple[str, tuple[float, ...]]:
-        """Name and thresholds. ProSparse's models say `fatrelu` + `hidden_act_param`, or `fatrelu_0.01`."""
-        name = str(self.get("hidden_act"))
-        threshold = 0.0
-        if match := re.fullmatch(r"fatrelu_(\d+(?:\.\d+)?(?:e-?\d+)?)", name):
-            name, threshold = "fatrelu", float(match[1])
-        name = {"swish": "silu"}.get(name, name)
-        if name not in ACTIVATIONS:
-            expected = " | ".join(ACTIVATIONS)
-            raise UnsupportedError("unknown activation", where=self.where, got=name, expected=expected)
-        if name == "fatrelu":
-            return name, self.thresholds(n_layers, threshold)
-        return name, (0.0,) * n_layers
-
-    def thresholds(self, n_layers: int, default: float) -> tuple[float, ...]:
-        value = self.config.get("activation_thresholds", self.config.get("hidden_act_param", default))
-        values = value if isinstance(value, list) else [value] * n_layers
-        good = all(isinstance(t, int | float) and np.isfinite(t) and t >= 0 for t in values)
-        if len(values) != n_layers or not good:
-            expected = f"one number >= 0, or {n_layers} of them"
-            raise FormatError(
-                "bad thresholds",
-                where=self.where,
-                field="activation_thresholds",
-                got=value,
-                expected=expected,
-            )
-        return tuple(map(float, values))
-
-    def rope_theta(self) -> float:
-        """The base. transformers 5 keeps it in `rope_parameters`, older ones beside `rope_scaling`."""
-        rope = self.config.get("rope_parameters") or self.config.get("rope_scaling") or {}
-        if not isinstance(rope, dict):
-            raise FormatError(
-                "bad value", where=self.where, field="rope_parameters", got=rope, expected="object"
-            )
-        both = _Fields({**self.config, **rope}, self.where)
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        if kind != "default" or both.number("partial_rotary_factor", 1.0) != 1.0:
-            raise UnsupportedError(
-                "rope scaling or partial rope", where=self.where, got=rope, expected="none"
-            )
-        return both.number("rope_theta", 10000.0)
-
-    def refuse_window(self, n_ctx: int) -> None:
-        window = self.config.get("sliding_window")
-        if window is not None and window < n_ctx and self.config.get("use_sliding_window", True):
-            raise UnsupportedError("sliding-window attention", where=self.where, got=window, expected="none")
+def _activation(read: Fields, family: Family, n_layers: int) -> tuple[str, tuple[float, ...]]:
+    """Name and thresholds. ProSparse's models say `fatrelu` + `hidden_act_param`, or `fatrelu_0.01`."""
+    name, threshold = str(read.get("hidden_act", family.activation)), 0.0
+    if match := re.fullmatch(r"fatrelu_(\d+(?:\.\d+)?(?:e-?\d+)?)", name):
+        name, threshold = "fatrelu", float(match[1])
+    name = {"swish": "silu"}.get(name, name)
+    if name not in ACTIVATIONS or (name == "drelu" and not family.gated):
+        expected = " | ".join(ACTIVATIONS)
+        raise UnsupportedError("unknown activation", where=read.where, got=name, expected=expected)
+    if family.drelu and name == "relu":
+        name = "drelu"
+    if name == "fatrelu":
+        return name, _thresholds(read, n_layers, threshold)
+    return name, (0.0,) * n_layers
 
 
-def hf_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every weight that a checkpoint of this model must hold."""
-    d_model, d_ff, q, kv = (
-        spec.d_model,
-        spec.d_ff,
-        spec.n_heads * spec.head_dim,
-        spec.n_kv_heads * spec.head_dim,
-    )
-    layer: dict[str, tuple[int, ...]] = {
-        "attn_norm": (d_model,), "attn_q": (q, d_model), "attn_k": (kv, d_model), "attn_v": (kv, d_model),
-        "attn_output": (d_model, q), "ffn_norm": (d_model,), "ffn_gate": (d_ff, d_model),
-        "ffn_up": (d_ff, d_model), "ffn_down": (d_model, d_ff),
-    }  # fmt: skip
-    outer = {
-        "token_embd": (spec.n_vocab, d_model),
-        "output_norm": (d_model,),
-        "output": (spec.n_vocab, d_model),
-    }
-    if spec.tied:
-        del outer["output"]
-    shapes = {f"{HF_NAMES[name]}.weight": shape for name, shape in outer.items()}
-    for i in range(spec.n_layers):
-        shapes |= {f"model.layers.{i}.{LAYER_NAMES[name]}.weight": shape for name, shape in layer.items()}
-    return shapes
+def _thresholds(read: Fields, n_layers: int, default: float) -> tuple[float, ...]:
+    value = read.config.get("activation_thresholds", read.config.get("hidden_act_param", default))
+    values = value if isinstance(value, list) else [value] * n_layers
+    good = all(isinstance(t, int | float) and np.isfinite(t) and t >= 0 for t in values)
+    if len(values) != n_layers or not good:
+        expected = f"one number >= 0, or {n_layers} of them"
+        field = "activation_thresholds"
+        raise FormatError("bad thresholds", where=read.where, field=field, got=value, expected=expected)
+    return tuple(map(float, values))
 
 
-def hyper_parameters(spec: ModelSpec, architecture: str) -> dict[str, Any]:
-    """The `{architecture}.*` metadata of llama.cpp and PowerInfer, in the exact types they insist on."""
-    numbers = {
-        "block_count": spec.n_layers,
-        "context_length": spec.n_ctx,
-        "embedding_length": spec.d_model,
-        "feed_forward_length": spec.d_ff,
-        "attention.head_count": spec.n_heads,
-        "attention.head_count_kv": spec.n_kv_heads,
-        "rope.dimension_count": spec.head_dim,
-        "vocab_size": spec.n_vocab,
-    }
-    if spec.head_dim * spec.n_heads != spec.d_model:
-        numbers |= {"attention.key_length": spec.head_dim, "attention.value_length": spec.head_dim}
-    metadata: dict[str, Any] = {f"{architecture}.{key}": np.uint32(value) for key, value in numbers.items()}
-    metadata[f"{architecture}.attention.layer_norm_rms_epsilon"] = np.float32(spec.rms_eps)
-    metadata[f"{architecture}.rope.freq_base"] = np.float32(spec.rope_theta)
-    return metadata
+def _n_kv_heads(read: Fields, family: Family, n_heads: int) -> int:
+    """Falcon's first models have one key-value head with `multi_query`, whatever `num_kv_heads` says."""
+    if not family.fused_qkv or read.flag("new_decoder_architecture"):
+        return read.count("num_key_value_heads", n_heads)
+    if not read.flag("multi_query", True):
+        raise UnsupportedError("Falcon with multi_query", where=read.where, got=False, expected=True)
+    return 1
+
+
+def _windows(read: Fields, family: Family, n_layers: int, n_ctx: int) -> tuple[int, ...]:
+    """Positions seen per layer. A window as long as the context is none."""
+    chosen = family.window == "chosen"
+    if not family.window or "sliding_window" not in read or (chosen and not read.flag("use_sliding_window")):
+        return (0,) * n_layers
+    window = read.count("sliding_window")
+    kinds = read.config.get("layer_types") if chosen else None
+    if kinds is None:
+        first = read.get("max_window_layers", 28) if chosen else 0
+        kinds = ["sliding_attention" if i >= first else "full_attention" for i in range(n_layers)]
+    if not isinstance(kinds, list) or len(kinds) != n_layers:
+        raise read.bad("layer_types", kinds, f"{n_layers} names")
+    return tuple(window if kind == "sliding_attention" and window < n_ctx else 0 for kind in kinds)
+
+
+def _biases(read: Fields, family: Family) -> frozenset[str]:
+    on = (modules for flag, modules in family.biases.items() if not flag or read.flag(flag))
+    return frozenset(module for modules in on for module in modules)
+
+
+def _two_norms(read: Fields, family: Family) -> bool:
+    if not family.parallel or not read.flag("new_decoder_architecture"):
+        return False
+    return read.count("num_ln_in_parallel_attn", 2) == 2
+
+
+def _scales(read: Fields, model_type: str, n_layers: int, d_model: int, head_dim: int) -> Scales:
+    if model_type == "minicpm":
+        embedding, depth = read.positive("scale_emb"), read.positive("scale_depth")
+        return Scales(embedding, depth / math.sqrt(n_layers), read.positive("dim_model_base") / d_model)
+    if model_type == "granite":
+        keys = ("embedding_multiplier", "residual_multiplier", "logits_scaling", "attention_multiplier")
+        embedding, residual, logits, attention = (read.positive(key, 1.0) for key in keys)
+        return Scales(embedding, residual, 1 / logits, attention * math.sqrt(head_dim))
+    return Scales()
 
 
 def interleave_rope(weight: np.ndarray, n_heads: int) -> np.ndarray:

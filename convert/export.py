@@ -15,17 +15,18 @@ from hotcold.convert.architectures import ModelSpec
 from hotcold.convert.gguf_write import write_gguf
 from hotcold.convert.hf_checkpoint import WeightSource
 from hotcold.convert.layout import ExportOptions, GGUFLayout, ModelFiles
-from hotcold.convert.llama_cpp import is_exact
+from hotcold.convert.llama_cpp import differences, is_exact
 from hotcold.convert.manifest import FORMAT, MANIFEST, BundleFile, Manifest
-from hotcold.convert.plans import check_weights
 from hotcold.convert.powerinfer import runs_in_powerinfer
-from hotcold.convert.predictors import Predictors
-from hotcold.convert.safetensors_read import read_json
+from hotcold.convert.predictors import check_predictors
 from hotcold.convert.tokenizer import tokenizer_files
+from hotcold.convert.weights import check_weights
 from hotcold.errors import HotcoldError, InputError, UnsupportedError
+from hotcold.predictor.bundle import FILES, PredictorBundle
 from hotcold.progress import log
+from hotcold.safetensors_read import read_json
 
-__all__ = ["ExportOptions", "export_bundle"]
+__all__ = ["ExportOptions", "copy_file", "export_bundle", "export_file"]
 
 _CHUNK = 1 << 20
 _NAME = re.compile(r"\w[\w.+ -]*")
@@ -38,7 +39,7 @@ def export_bundle(
     name: str,
     fingerprint: str,
     folder: Path | None = None,
-    predictors: Predictors | None = None,
+    predictors: PredictorBundle | None = None,
     options: ExportOptions | None = None,
 ) -> dict[str, Any]:
     """Write the bundle `out` and return its manifest.
@@ -53,18 +54,55 @@ def export_bundle(
     if not _NAME.fullmatch(name):
         raise InputError("a bundle's name is a plain file name", where="name", got=repr(name))
     _refuse_foreign_folder(Path(out))
-    spec, options = ModelSpec.from_config(source.config), options or ExportOptions()
+    model, layouts = _planned(source, name, fingerprint, folder, predictors, options or ExportOptions())
+    for line in _limits(model, layouts):
+        log(line)
+    with storage.atomic_directory(out) as target:
+        manifest = _write(model, layouts, predictors, target, source.quantised_types)
+        storage.write_json(target / MANIFEST, manifest.to_json())
+    return manifest.to_json()
+
+
+def export_file(
+    source: WeightSource,
+    out: str | Path,
+    role: str,
+    *,
+    name: str,
+    fingerprint: str,
+    folder: Path | None = None,
+    predictors: PredictorBundle | None = None,
+    options: ExportOptions | None = None,
+) -> None:
+    """Write one GGUF file of a bundle, that of `role` `dense` or `sparse`, as `out`; raises as above."""
+    model, layouts = _planned(source, name, fingerprint, folder, predictors, options or ExportOptions())
+    for layout in layouts:
+        if layout.role == role:
+            for line in _limits(model, [layout]):
+                log(line)
+            write_gguf(out, layout.metadata, layout.plans, magic=layout.magic)
+
+
+def _planned(
+    source: WeightSource,
+    name: str,
+    fingerprint: str,
+    folder: Path | None,
+    predictors: PredictorBundle | None,
+    options: ExportOptions,
+) -> tuple[ModelFiles, list[GGUFLayout]]:
+    """Check the parts against each other, and say what is not written as it was wished for."""
+    spec = ModelSpec.from_config(source.config)
     check_weights(source, spec)
     if predictors is not None:
         _check_predictors(predictors, spec, fingerprint)
     model = ModelFiles(spec, source.config, options, name, fingerprint, folder, source.load)
     layouts, fallbacks = model.layouts(predictors)
-    for line in [*fallbacks, *_limits(model, layouts)]:
+    if types := source.quantised_types:
+        log(f"the source is quantised ({', '.join(types)}): its loss stays in what is written")
+    for line in fallbacks:
         log(line)
-    with storage.atomic_directory(out) as target:
-        manifest = _write(model, layouts, predictors, target)
-        storage.write_json(target / MANIFEST, manifest.to_json())
-    return manifest.to_json()
+    return model, layouts
 
 
 def _refuse_foreign_folder(out: Path) -> None:
@@ -79,34 +117,43 @@ def _refuse_foreign_folder(out: Path) -> None:
         raise InputError("exists and is not a bundle", where=out, fix="give a folder that does not exist yet")
 
 
-def _check_predictors(predictors: Predictors, spec: ModelSpec, fingerprint: str) -> None:
-    if spec.activation == "silu":
-        what = "a SiLU never gives zero, so that there is nothing to predict"
-        raise UnsupportedError(what, got="silu", expected="relu | fatrelu | drelu", fix="sparsify it first")
-    predictors.check(spec, fingerprint)
+def _check_predictors(predictors: PredictorBundle, spec: ModelSpec, fingerprint: str) -> None:
+    if not spec.is_sparse:
+        what = "this activation never gives zero, so that there is nothing to predict"
+        expected = "relu | fatrelu | drelu"
+        raise UnsupportedError(what, got=spec.activation, expected=expected, fix="sparsify it first")
+    check_predictors(predictors, spec, fingerprint)
 
 
 def _limits(model: ModelFiles, layouts: list[GGUFLayout]) -> list[str]:
     """What other programs cannot do with these files."""
     spec, lines = model.spec, []
-    if not is_exact(spec):
-        lines.append(f"{model.name}.gguf: llama.cpp has no such {spec.activation}, it will compute relu")
-    if len(layouts) == 1 and spec.activation != "silu":
+    files = {layout.role: layout.file for layout in layouts}
+    if "dense" in files and (found := differences(spec)):
+        what = f"llama.cpp will compute another function, with {' and '.join(found)}"
+        measure = "`hotcold perplexity --mode llama.cpp --reference dense` says how far off that is"
+        lines.append(f"{files['dense']}: {what}; {measure}")
+    if list(files) == ["dense"] and spec.is_sparse:
         lines.append("no predictors given: the dense file only")
-    if len(layouts) == 2 and not runs_in_powerinfer(spec, model.options.types().body):
-        lines.append(f"{layouts[1].file}: PowerInfer itself runs only ReLU models in f16 or q4_0")
+    if "sparse" in files and not runs_in_powerinfer(spec, model.options.types().body):
+        lines.append(f"{files['sparse']}: PowerInfer itself runs only its own ReLU models in f16 or q4_0")
     return lines
 
 
 def _write(
-    model: ModelFiles, layouts: list[GGUFLayout], predictors: Predictors | None, target: Path
+    model: ModelFiles,
+    layouts: list[GGUFLayout],
+    predictors: PredictorBundle | None,
+    target: Path,
+    source_types: list[str],
 ) -> Manifest:
     roles = {}
     for layout in layouts:
         write_gguf(target / layout.file, layout.metadata, layout.plans, magic=layout.magic)
         roles[layout.file] = layout.role
     if predictors is not None:
-        roles |= _copy(predictors.files(), target / "predictors", "predictor", "predictors/")
+        predictors.save(target / "predictors")
+        roles |= {f"predictors/{name}": "predictor" for name in FILES}
     if model.folder is not None:
         roles |= _copy(tokenizer_files(model.folder), target, "tokenizer")
     storage.write_json(target / "config.json", model.config)
@@ -120,14 +167,21 @@ def _write(
         activation=model.spec.activation,
         model_fingerprint=model.fingerprint,
         llama_cpp_exact=is_exact(model.spec),
+        llama_cpp_differences=differences(model.spec),
+        source_quantised=source_types,
         files={path: BundleFile.of(target / path, role) for path, role in roles.items()},
     )
 
 
-def _copy(files: list[Path], folder: Path, role: str, inside: str = "") -> dict[str, str]:
-    """Copy files durably into `folder` of a bundle; returns their paths in the bundle with their role."""
+def _copy(files: list[Path], folder: Path, role: str) -> dict[str, str]:
+    """Copy files durably into a bundle; returns their names with their role."""
     for file in files:
-        with storage.atomic_file(folder / file.name) as target, file.open("rb") as content:
-            while chunk := content.read(_CHUNK):
-                storage.fs.write(target, chunk)
-    return {f"{inside}{file.name}": role for file in files}
+        copy_file(file, folder / file.name)
+    return {file.name: role for file in files}
+
+
+def copy_file(source: Path, target: str | Path) -> None:
+    """Copy a file durably. StorageError where the disk does not take it."""
+    with storage.atomic_file(target) as file, source.open("rb") as content:
+        while chunk := content.read(_CHUNK):
+            storage.fs.write(file, chunk)

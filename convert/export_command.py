@@ -7,13 +7,17 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from hotcold.errors import InputError
+
+if TYPE_CHECKING:
+    from hotcold.convert.hf_checkpoint import WeightSource
 
 HELP = "Write a model as a bundle: dense GGUF for llama.cpp, sparse GGUF for hotcold and PowerInfer."
 EXAMPLE = "hotcold export --model sparse/ --predictors predictors/ --quant q4_0 --out bundle/"
 
-_QUANTS = ["q4_0", "q8_0", "f16", "bf16", "f32"]
+_QUANTS = ["q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "f16", "bf16", "f32"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,17 +50,16 @@ def run(args: argparse.Namespace) -> int:
     """Write the bundle and list its files on stdout."""
     from hotcold.checkpoint import fingerprint, resolve
     from hotcold.convert.export import ExportOptions, export_bundle
-    from hotcold.convert.hf_checkpoint import HFCheckpoint
-    from hotcold.convert.predictors import Predictors
+    from hotcold.predictor.bundle import PredictorBundle
 
     if not 0 < args.hot_frequency < math.inf:
         raise InputError("a share is above 0", where="--hot-frequency", got=args.hot_frequency)
     path = Path(resolve(args.model))
     options = ExportOptions(args.quant, args.head_quant, args.predictor_quant, args.hot_frequency)
-    predictors = Predictors(args.predictors) if args.predictors else None
-    with _hf_directory(args.model, path) as folder:
+    predictors = PredictorBundle.load(args.predictors) if args.predictors else None
+    with _source(args.model, path) as (source, folder):
         manifest = export_bundle(
-            HFCheckpoint(folder),
+            source,
             args.out,
             name=args.name or (path.stem if path.is_file() else path.resolve().name),
             fingerprint=fingerprint(args.model),
@@ -70,18 +73,18 @@ def run(args: argparse.Namespace) -> int:
 
 
 @contextmanager
-def _hf_directory(model: str, path: Path) -> Iterator[Path]:
-    """The model as an HF directory: itself, or a GGUF file unpacked for the time being."""
+def _source(model: str, path: Path) -> Iterator[tuple[WeightSource, Path]]:
+    """The model's weights, and a folder with its tokenizer files: for a GGUF file, one for the time being."""
     if path.is_dir():
-        yield path
+        from hotcold.convert.hf_checkpoint import HFCheckpoint
+
+        yield HFCheckpoint(path), path
         return
     import tempfile
 
-    from hotcold.checkpoint import load_model, load_tokenizer, save
-    from hotcold.progress import log
+    from hotcold.checkpoint import load_tokenizer, save_tokenizer
+    from hotcold.convert.gguf_checkpoint import GGUFCheckpoint
 
-    log(f"{path.name}: weights are taken as this file holds them, with the loss of its own quantisation")
     with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary) / path.stem
-        save(load_model(model), load_tokenizer(model), folder, like=model)
-        yield folder
+        save_tokenizer(load_tokenizer(model), Path(temporary), like=model)
+        yield GGUFCheckpoint(path), Path(temporary)

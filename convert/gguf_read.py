@@ -65,6 +65,11 @@ _PWRI_TYPE_NAMES = {i: name for i, name in _TYPE_NAMES.items() if i < 16} | {16:
 _PWRI_TYPE_NAMES[int(GGMLQuantizationType.BF16)] = "BF16"
 
 
+def type_ids(magic: str) -> dict[str, int]:
+    """ggml type -> its number in files with this magic; PowerInfer's I8, I16 and I32 have old ones."""
+    return {name: number for number, name in (_PWRI_TYPE_NAMES if magic == "PWRI" else _TYPE_NAMES).items()}
+
+
 @dataclass(frozen=True, slots=True)
 class Tensor:
     """One tensor of a mapped file.

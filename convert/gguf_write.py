@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-from gguf.constants import GGMLQuantizationType
 
 from hotcold import storage
-from hotcold.convert.gguf_read import DEFAULT_ALIGNMENT, Tensor, row_bytes
+from hotcold.convert.gguf_read import DEFAULT_ALIGNMENT, Tensor, row_bytes, type_ids
 from hotcold.convert.quantize import quantize
 from hotcold.errors import ShapeError
 from hotcold.progress import Progress
@@ -88,7 +87,7 @@ def write_gguf(
     """
     header = [magic.encode(), struct.pack("<IQQ", _VERSION, len(plans), len(metadata))]
     header += [_string(key) + _value(key, value) for key, value in metadata.items()]
-    header += _tensor_infos(plans)
+    header += _tensor_infos(plans, type_ids(magic))
     total = sum(plan.n_bytes for plan in plans)
     with storage.atomic_file(path) as file, Progress(Path(path).name, total >> 20, "MB") as progress:
         _write_padded(file, b"".join(header))
@@ -99,11 +98,11 @@ def write_gguf(
             progress.advance((written >> 20) - progress.done)
 
 
-def _tensor_infos(plans: Sequence[TensorPlan]) -> list[bytes]:
+def _tensor_infos(plans: Sequence[TensorPlan], ids: Mapping[str, int]) -> list[bytes]:
     infos, offset = [], 0
     for plan in plans:
         dims = struct.pack(f"<I{len(plan.shape)}Q", len(plan.shape), *reversed(plan.shape))
-        infos.append(_string(plan.name) + dims + struct.pack("<IQ", GGMLQuantizationType[plan.type], offset))
+        infos.append(_string(plan.name) + dims + struct.pack("<IQ", ids[plan.type], offset))
         offset += plan.n_bytes + _padding(plan.n_bytes)
     return infos
 

@@ -21,6 +21,11 @@ class WeightSource(Protocol):
 
     config: dict[str, Any]
 
+    @property
+    def quantised_types(self) -> list[str]:
+        """The types, other than floating point, that weights come in: what is lost is lost."""
+        ...
+
     def names(self) -> set[str]:
         """The names of all tensors."""
         ...
@@ -60,6 +65,11 @@ class HFCheckpoint:
                 raise FormatError("a shard outside of the folder", where=where, field="weight_map", got=name)
         files = {name: SafetensorsFile(self.path / name) for name in sorted(set(names.values()))}
         return {tensor: files[name] for tensor, name in names.items()}
+
+    @property
+    def quantised_types(self) -> list[str]:
+        """None: only floating-point tensors are read."""
+        return []
 
     def names(self) -> set[str]:
         """The names of all tensors."""

@@ -11,14 +11,13 @@ import numpy as np
 from hotcold.convert.gguf_read import GGUFFile
 from hotcold.convert.gguf_split import open_gguf
 from hotcold.convert.manifest import MANIFEST, Manifest
-from hotcold.convert.predictors import Predictors
-from hotcold.convert.safetensors_read import read_json
 from hotcold.errors import InputError
+from hotcold.predictor.bundle import PredictorBundle
+from hotcold.safetensors_read import read_json
 
 __all__ = ["describe", "render"]
 
 _LONG = 64  # characters of a value that are shown to people
-_METRICS = ("recall", "precision", "predicted_sparsity", "true_sparsity")
 
 
 def describe(path: str | Path) -> dict[str, Any]:
@@ -64,19 +63,13 @@ def _layers_of(file: GGUFFile) -> list[dict[str, Any]]:
 
 
 def _describe_predictors(path: Path) -> dict[str, Any]:
-    predictors, config = Predictors(path), read_json(path / "config.json")
-    metrics = config.get("metrics") or [{}] * len(predictors.ranks)
-    layers = enumerate(zip(predictors.ranks, predictors.thresholds, metrics, strict=False))
-    return {
-        "kind": "predictors",
-        "model_fingerprint": predictors.model_fingerprint,
-        "target_recall": config.get("target_recall"),
-        **dict(zip(("n_layers", "d_model", "d_ff"), predictors.shape, strict=True)),
-        "layers": [
-            {"layer": i, "rank": rank, "threshold": threshold} | {k: m[k] for k in _METRICS if k in m}
-            for i, (rank, threshold, m) in layers
-        ],
-    }
+    predictors = PredictorBundle.load(path)
+    table = [
+        {"layer": number, "rank": layer.rank, "threshold": layer.threshold}
+        | (layer.metrics.to_json() if layer.metrics else {})
+        for number, layer in enumerate(predictors.layers)
+    ]
+    return {"kind": "predictors"} | predictors.config() | {"layers": table}
 
 
 def _describe_bundle(path: Path) -> dict[str, Any]:

@@ -18,9 +18,10 @@ from hotcold.convert.gguf_write import TensorPlan
 from hotcold.convert.llama_cpp import dense_metadata, dense_plans
 from hotcold.convert.plans import Planner, TensorTypes
 from hotcold.convert.powerinfer import MAGIC, sparse_metadata, sparse_plans
-from hotcold.convert.predictors import Predictors
+from hotcold.convert.predictors import hot_neurons
 from hotcold.convert.quantize import type_of
 from hotcold.convert.tokenizer import tokenizer_metadata
+from hotcold.predictor.bundle import PredictorBundle
 
 __all__ = ["METADATA_VERSION", "ExportOptions", "GGUFLayout", "ModelFiles"]
 
@@ -75,14 +76,14 @@ class ModelFiles:
     folder: Path | None
     load: Callable[[str], np.ndarray]
 
-    def layouts(self, predictors: Predictors | None) -> tuple[list[GGUFLayout], list[str]]:
+    def layouts(self, predictors: PredictorBundle | None) -> tuple[list[GGUFLayout], list[str]]:
         """The dense file and, with predictors, the sparse one; and what got another type than wished."""
         planner = Planner(self.spec, self.options.types(), self.load)
         common = self._common_metadata(planner.types)
         metadata = dense_metadata(self.spec) | common
         layouts = [GGUFLayout(f"{self.name}.gguf", "dense", "GGUF", metadata, dense_plans(planner))]
         if predictors is not None:
-            hot = [predictors.hot(i, self.options.hot_frequency) for i in range(self.spec.n_layers)]
+            hot = [hot_neurons(layer, self.options.hot_frequency) for layer in predictors.layers]
             metadata = sparse_metadata(self.spec, predictors, hot) | common
             plans = sparse_plans(planner, predictors)
             layouts.append(GGUFLayout(f"{self.name}.powerinfer.gguf", "sparse", MAGIC, metadata, plans))

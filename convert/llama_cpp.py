@@ -1,9 +1,13 @@
 """Dense GGUF files for stock llama.cpp.
 
-Its `llama` architecture always applies SiLU. A gated ReLU it has in one architecture only,
-`smallthinker`, a mixture of experts: with one expert, one expert used, a zero router, softmax gating
-(so that the expert's weight is 1) and no sliding window it computes a dense ReLU Llama. Its rotary
-pairs are Hugging Face's (NEOX).
+Each of its architectures has one activation: `llama`, `qwen2` and `qwen3` SiLU, `falcon` and `gpt2` (which
+is what an OPT model is, but for its ReLU) GELU. A gated ReLU it has in one architecture only,
+`smallthinker`, a mixture of experts: with one expert, one expert used, a zero router, softmax gating (so
+that the expert's weight is 1) and no sliding window it computes a dense ReLU Llama. Its rotary pairs are
+Hugging Face's (NEOX).
+
+Where llama.cpp has no such function the file is written for the nearest one, and `differences` names what
+differs.
 """
 
 from __future__ import annotations
@@ -13,60 +17,81 @@ from typing import Any
 
 import numpy as np
 
-from hotcold.convert.architectures import ModelSpec, hyper_parameters, interleave_rope
+from hotcold.convert.architectures import ModelSpec, interleave_rope
+from hotcold.convert.forms import FORMS, hyper_parameters
 from hotcold.convert.gguf_read import GGUFFile, Tensor
 from hotcold.convert.gguf_write import TensorPlan, copied, write_gguf
 from hotcold.convert.plans import Planner
 from hotcold.errors import UnsupportedError
 
-__all__ = ["architecture_of", "dense_metadata", "dense_plans", "is_exact", "write_llama_twin"]
+__all__ = ["architecture_of", "dense_metadata", "dense_plans", "differences", "is_exact", "write_llama_twin"]
 
 _SOFTMAX = 1  # llama.cpp: LLAMA_EXPERT_GATING_FUNC_TYPE_SOFTMAX
 _EXPERT_NAMES = {"ffn_gate_exps": "ffn_gate", "ffn_up_exps": "ffn_up", "ffn_down_exps": "ffn_down"}
 
 
 def architecture_of(spec: ModelSpec) -> str:
-    """The llama.cpp architecture that computes this model, or comes nearest (see `is_exact`)."""
-    return "llama" if spec.activation == "silu" else "smallthinker"
+    """The llama.cpp architecture that computes this model, or comes nearest (see `differences`)."""
+    one_expert = spec.is_sparse and spec.family.gated and not spec.biases and not spec.family.head_norm
+    return "smallthinker" if one_expert else spec.family.dense
+
+
+def differences(spec: ModelSpec) -> list[str]:
+    """In what llama.cpp's function differs from the model's; nothing where it is the same."""
+    form, found = FORMS[architecture_of(spec)], []
+    threshold = max(spec.activation_thresholds)
+    activation = "relu" if spec.activation == "fatrelu" and not threshold else spec.activation
+    if activation != form.activation:
+        own = f"{activation} with thresholds up to {threshold:g}" if threshold else activation
+        found.append(f"{form.activation} instead of {own}")
+    if any(spec.windows):
+        found.append(f"no sliding window of {max(spec.windows)} tokens")
+    if spec.rope and spec.rope.kind == "llama3" and not form.rope_factors:
+        found.append("no Llama 3 rope scaling")
+    return found
 
 
 def is_exact(spec: ModelSpec) -> bool:
-    """Whether llama.cpp computes the model's own function: it has no threshold above 0 and no dReLU."""
-    return spec.activation in ("silu", "relu", "fatrelu") and not any(spec.activation_thresholds)
+    """Whether llama.cpp computes the model's own function from the dense file."""
+    return not differences(spec)
 
 
 def dense_metadata(spec: ModelSpec) -> dict[str, Any]:
     """`general.architecture` and the hyper-parameters of the dense form."""
     architecture = architecture_of(spec)
     metadata = {"general.architecture": architecture, **hyper_parameters(spec, architecture)}
-    if architecture == "smallthinker":
+    if FORMS[architecture].experts:
         numbers = {"expert_count": 1, "expert_used_count": 1, "expert_gating_func": _SOFTMAX}
         numbers["expert_feed_forward_length"] = spec.d_ff
         metadata |= {f"{architecture}.{key}": np.uint32(value) for key, value in numbers.items()}
+    if found := differences(spec):
+        metadata["hotcold.llama_cpp_differences"] = "; ".join(found)
     return metadata
 
 
 def dense_plans(planner: Planner) -> list[TensorPlan]:
     """All tensors of the dense form; a tied head is left out, as llama.cpp then takes the embedding."""
-    spec = planner.spec
-    experts = architecture_of(spec) == "smallthinker"
-    plans = planner.embeddings(copy_tied=False)
-    for layer in range(spec.n_layers):
-        plans += planner.attention(layer, interleaved=not experts)
-        plans += _ffn(planner, layer, experts=experts)
+    form = FORMS[architecture_of(planner.spec)]
+    plans = planner.embeddings(form, copy_tied=False)
+    for layer in range(planner.spec.n_layers):
+        plans += planner.attention(layer, form)
+        plans += _expert(planner, layer) if form.experts else _ffn(planner, layer)
     return plans
 
 
-def _ffn(planner: Planner, layer: int, *, experts: bool) -> list[TensorPlan]:
+def _ffn(planner: Planner, layer: int) -> list[TensorPlan]:
+    modules = ("ffn_gate", "ffn_up", "ffn_down") if planner.spec.family.gated else ("ffn_up", "ffn_down")
+    return [plan for module in modules for plan in planner.linear(layer, module)]
+
+
+def _expert(planner: Planner, layer: int) -> list[TensorPlan]:
     d_model, d_ff = planner.spec.d_model, planner.spec.d_ff
     shapes = {"ffn_gate": (1, d_ff, d_model), "ffn_up": (1, d_ff, d_model), "ffn_down": (1, d_model, d_ff)}
-    if not experts:
-        return [planner.layer_weight(layer, name) for name in shapes]
     router = np.zeros((1, d_model), np.float32)
-    return [
-        planner.floats(f"blk.{layer}.ffn_gate_inp", router.shape, "F32", lambda: router),
-        *(planner.layer_weight(layer, name, _as_expert, (f"{name}_exps", s)) for name, s in shapes.items()),
-    ]
+    plans = [planner.floats(f"blk.{layer}.ffn_gate_inp", router.shape, "F32", lambda: router)]
+    for module, shape in shapes.items():
+        plans += planner.linear(layer, module, _as_expert, (f"{module}_exps", shape))
+    return plans
 
 
 def _as_expert(weight: np.ndarray) -> np.ndarray:

@@ -6,19 +6,21 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Self
 
 from hotcold import storage
-from hotcold.convert.safetensors_read import read_json
 from hotcold.errors import FormatError
+from hotcold.safetensors_read import read_json
 
 __all__ = ["MANIFEST", "BundleFile", "Manifest"]
 
 MANIFEST = "manifest.json"
 FORMAT, VERSION = "hotcold-bundle", 1
 ROLES = ("dense", "sparse", "predictor", "tokenizer", "config")
+
+_LISTS = ("source_quantised", "llama_cpp_differences")  # of strings, empty where they are missing
 
 _HEX = re.compile(r"[0-9a-f]{64}")
 _PATH = re.compile(r"(predictors/)?\w[\w.+ -]*")
@@ -44,7 +46,8 @@ class Manifest:
 
     `head_quant`, `predictor_quant` and `hot_frequency` are those of `layout.ExportOptions`;
     `llama_cpp_exact` tells whether stock llama.cpp computes this model's own function from the dense
-    file.
+    file, and `llama_cpp_differences` in what it does not; `source_quantised` names the quantised types that
+    the weights came in, if any.
     """
 
     name: str
@@ -56,6 +59,8 @@ class Manifest:
     model_fingerprint: str
     llama_cpp_exact: bool
     files: Mapping[str, BundleFile]
+    source_quantised: list[str] = field(default_factory=list)
+    llama_cpp_differences: list[str] = field(default_factory=list)
 
     def of_role(self, role: str) -> list[str]:
         """The paths of the files of one role."""
@@ -75,10 +80,16 @@ class Manifest:
         digest = _digest(values)
         for key, expected in (("format", FORMAT), ("version", VERSION)):
             _check(values.pop(key, None), expected.__class__, path, key, expected)
-        kinds = {"hot_frequency": float, "llama_cpp_exact": bool, "files": dict}
-        for name in (field.name for field in fields(cls)):
+        kinds = {"hot_frequency": float, "llama_cpp_exact": bool, "files": dict} | dict.fromkeys(_LISTS, list)
+        for name in _LISTS:
+            values.setdefault(name, [])
+        names = [field.name for field in fields(cls)]
+        for name in names:
             _check(values.get(name), kinds.get(name, str), path, name)
-        if unknown := set(values) - {field.name for field in fields(cls)}:
+        for name in _LISTS:
+            for entry in values[name]:
+                _check(entry, str, path, name)
+        if unknown := set(values) - set(names):
             raise FormatError("unknown key", where=path, field=min(unknown))
         if sha256 != digest:
             fix = "export the bundle again"

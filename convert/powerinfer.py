@@ -13,26 +13,43 @@ from typing import Any
 
 import numpy as np
 
-from hotcold.convert.architectures import ModelSpec, hyper_parameters
+from hotcold.convert.architectures import ModelSpec
+from hotcold.convert.forms import FORMS, hyper_parameters
+from hotcold.convert.gguf_read import GGUFFile
 from hotcold.convert.gguf_write import TensorPlan
 from hotcold.convert.plans import Planner
-from hotcold.convert.predictors import Predictors
+from hotcold.convert.quantize import dequantize
+from hotcold.errors import FormatError
+from hotcold.predictor.bundle import LayerPredictor, PredictorBundle
 
-__all__ = ["ARCHITECTURE", "MAGIC", "runs_in_powerinfer", "sparse_metadata", "sparse_plans"]
+__all__ = [
+    "MAGIC",
+    "architecture_of",
+    "runs_in_powerinfer",
+    "sparse_metadata",
+    "sparse_plans",
+    "sparse_predictors",
+]
 
 MAGIC = "PWRI"
-ARCHITECTURE = "llama"
 _DOWN_TYPES = ("F16", "Q4_0")  # PowerInfer's axpy kernels read any other type as F16: NaN or zero logits
 
 
-def sparse_metadata(spec: ModelSpec, predictors: Predictors, hot: list[np.ndarray]) -> dict[str, Any]:
+def architecture_of(spec: ModelSpec) -> str:
+    """What the sparse file calls itself. PowerInfer knows llama, bamboo (dReLU), opt and falcon."""
+    llama = spec.family.sparse == "llama"
+    return "bamboo" if llama and spec.activation == "drelu" and not spec.biases else spec.family.sparse
+
+
+def sparse_metadata(spec: ModelSpec, predictors: PredictorBundle, hot: list[np.ndarray]) -> dict[str, Any]:
     """Architecture, hyper-parameters, predictor thresholds and hot neurons (`hot[layer]`: ascending indices).
 
     PowerInfer knows one threshold for all layers; the least one keeps every neuron that ours keep.
     """
+    architecture = architecture_of(spec)
     return {
-        "general.architecture": ARCHITECTURE,
-        **hyper_parameters(spec, ARCHITECTURE),
+        "general.architecture": architecture,
+        **hyper_parameters(spec, architecture),
         "powerinfer.sparse_threshold": np.float32(min(predictors.thresholds)),
         "hotcold.predictor.thresholds": np.asarray(predictors.thresholds, np.float32),
         "hotcold.predictor.ranks": np.asarray(predictors.ranks, np.uint32),
@@ -41,33 +58,73 @@ def sparse_metadata(spec: ModelSpec, predictors: Predictors, hot: list[np.ndarra
     }
 
 
-def sparse_plans(planner: Planner, predictors: Predictors) -> list[TensorPlan]:
+def sparse_plans(planner: Planner, predictors: PredictorBundle) -> list[TensorPlan]:
     """All tensors of the sparse form."""
-    plans = planner.embeddings(copy_tied=True)
+    architecture = architecture_of(planner.spec)
+    form = FORMS[architecture]
+    plans = planner.embeddings(form, copy_tied=architecture != "opt")
     for layer in range(planner.spec.n_layers):
-        plans += planner.attention(layer, interleaved=True)
+        plans += planner.attention(layer, form)
         plans += _ffn(planner, layer) + _predictor(planner, predictors, layer)
     return plans
 
 
 def _ffn(planner: Planner, layer: int) -> list[TensorPlan]:
     transposed = ("ffn_down_t", (planner.spec.d_ff, planner.spec.d_model))
+    plans = planner.linear(layer, "ffn_gate") if planner.spec.family.gated else []
+    return (
+        plans + planner.linear(layer, "ffn_up") + planner.linear(layer, "ffn_down", np.transpose, transposed)
+    )
+
+
+def _predictor(planner: Planner, predictors: PredictorBundle, layer: int) -> list[TensorPlan]:
+    kind, predictor = planner.types.predictor, predictors.layers[layer]
     return [
-        planner.layer_weight(layer, "ffn_gate"),
-        planner.layer_weight(layer, "ffn_up"),
-        planner.layer_weight(layer, "ffn_down", np.transpose, transposed),
+        planner.floats(f"blk.{layer}.fc1", predictor.fc1.shape, kind, lambda: predictor.fc1),
+        planner.floats(f"blk.{layer}.fc2", predictor.fc2.shape, kind, lambda: predictor.fc2),
     ]
 
 
-def _predictor(planner: Planner, predictors: Predictors, layer: int) -> list[TensorPlan]:
-    spec, kind, rank = planner.spec, planner.types.predictor, predictors.ranks[layer]
-    return [
-        planner.floats(f"blk.{layer}.fc1", (rank, spec.d_model), kind, lambda: predictors.fc1(layer)),
-        planner.floats(f"blk.{layer}.fc2", (spec.d_ff, rank), kind, lambda: predictors.fc2(layer)),
+def sparse_predictors(file: GGUFFile, fingerprint: str) -> PredictorBundle | None:
+    """The predictors of a sparse file, decoded to float32; None where it has none.
+
+    A file of PowerInfer's converter has one threshold for all layers, or none at all, which is 0. Raises
+    FormatError where a layer's predictor, or its threshold, is missing.
+    """
+    n_layers = sum(name.endswith(".fc1.weight") for name in file.tensors)
+    layers = [
+        LayerPredictor(_matrix(file, f"blk.{n}.fc1.weight"), _matrix(file, f"blk.{n}.fc2.weight"), threshold)
+        for n, threshold in enumerate(_thresholds(file, n_layers))
     ]
+    training = {"converted_from": file.path.name}
+    return PredictorBundle(fingerprint, layers, training=training, path=file.path) if layers else None
+
+
+def _thresholds(file: GGUFFile, n_layers: int) -> list[float]:
+    one_for_all = float(file.metadata.get("powerinfer.sparse_threshold", 0.0))
+    values = file.metadata.get("hotcold.predictor.thresholds", np.full(n_layers, one_for_all))
+    if len(values) != n_layers:
+        field, got = "hotcold.predictor.thresholds", len(values)
+        raise FormatError("one value per layer", where=file.path, field=field, got=got, expected=n_layers)
+    return [float(value) for value in values]
+
+
+def _matrix(file: GGUFFile, name: str) -> np.ndarray:
+    tensor = file.tensors.get(name)
+    if tensor is None or len(tensor.shape) != 2:
+        raise FormatError("missing tensor" if tensor is None else "not a matrix", where=file.path, field=name)
+    return dequantize(tensor)
 
 
 def runs_in_powerinfer(spec: ModelSpec, type_name: str) -> bool:
-    """Whether PowerInfer itself computes it rightly: a ReLU, head_dim · n_heads = d_model, F16 or Q4_0."""
-    plain = spec.activation in ("relu", "fatrelu") and not any(spec.activation_thresholds)
-    return plain and spec.head_dim * spec.n_heads == spec.d_model and type_name in _DOWN_TYPES
+    """Whether PowerInfer itself computes it rightly.
+
+    It wants one of its architectures and its ReLU, head_dim · n_heads = d_model, F16 or Q4_0, and has neither
+    sliding windows nor Llama 3's rope scaling.
+    """
+    architecture, biased = architecture_of(spec), bool(spec.biases) and spec.family.gated
+    known = architecture in ("llama", "bamboo", "opt", "falcon") and not biased
+    plain = not any(spec.activation_thresholds) and (spec.activation == "drelu") == (architecture == "bamboo")
+    positions = not any(spec.windows) and not (spec.rope and spec.rope.kind == "llama3")
+    fits = spec.head_dim * spec.n_heads == spec.d_model and type_name in _DOWN_TYPES
+    return known and spec.is_sparse and plain and positions and fits

@@ -13,11 +13,13 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from hotcold.convert.gguf_read import Tensor, row_bytes
 from hotcold.errors import UnsupportedError
 
-__all__ = ["QUANTS", "dequantize", "quantize", "row_type", "type_of"]
+__all__ = ["FLOATS", "QUANTS", "dequantize", "quantize", "row_type", "type_of"]
 
 # what --quant takes -> ggml's type
 QUANTS = {"f32": "F32", "f16": "F16", "bf16": "BF16", "q8_0": "Q8_0", "q4_0": "Q4_0", "q4_1": "Q4_1",
           "q5_0": "Q5_0", "q5_1": "Q5_1"}  # fmt: skip
+
+FLOATS = ("F64", "F32", "F16", "BF16")  # types whose values are not rounded to blocks
 
 _CHUNK = 1 << 24  # elements quantised at a time: numpy's temporaries are several times as big
 
@@ -58,14 +60,13 @@ def dequantize(tensor: Tensor) -> np.ndarray:
     """A tensor's values, float32 of its shape. UnsupportedError for types that gguf cannot decode."""
     if tensor.data.size == 0:
         return np.empty(tensor.shape, np.float32)
-    native = {"F32": "<f4", "F16": "<f2"}.get(tensor.type)
-    data = (
-        tensor.data.view(native)
-        if native
-        else tensor.data.reshape(-1, row_bytes(tensor.type, tensor.shape[-1]))
-    )
+    if native := {"F64": "<f8", "F32": "<f4", "F16": "<f2"}.get(tensor.type):
+        with np.errstate(over="ignore"):  # a float64 beyond float32 is infinite
+            return tensor.data.view(native).astype(np.float32, copy=False).reshape(tensor.shape)
+    rows = tensor.data.reshape(-1, row_bytes(tensor.type, tensor.shape[-1]))
     try:
-        values = quants.dequantize(data, GGMLQuantizationType[tensor.type])
+        with np.errstate(all="ignore"):  # scales may be infinite or not a number
+            values = quants.dequantize(rows, GGMLQuantizationType[tensor.type])
     except NotImplementedError as error:
         raise UnsupportedError(
             "cannot decode this tensor type", where=tensor.name, got=tensor.type

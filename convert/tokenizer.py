@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
-from hotcold.convert.safetensors_read import read_json
 from hotcold.convert.sentencepiece import is_sentencepiece, sentencepiece_metadata
 from hotcold.errors import FormatError, UnsupportedError
+from hotcold.safetensors_read import read_json
 
 __all__ = ["tokenizer_files", "tokenizer_metadata"]
 

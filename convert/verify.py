@@ -16,13 +16,14 @@ from hotcold import storage
 from hotcold.convert.architectures import ModelSpec
 from hotcold.convert.gguf_read import GGUFFile
 from hotcold.convert.layout import ExportOptions, GGUFLayout, ModelFiles
-from hotcold.convert.llama_cpp import is_exact
+from hotcold.convert.llama_cpp import differences, is_exact
 from hotcold.convert.manifest import MANIFEST, BundleFile, Manifest
-from hotcold.convert.predictors import Predictors
-from hotcold.convert.safetensors_read import read_json
+from hotcold.convert.predictors import check_predictors
 from hotcold.convert.tokenizer import tokenizer_files
 from hotcold.errors import FormatError, HotcoldError, MismatchError, ShapeError
+from hotcold.predictor.bundle import FILES, PredictorBundle
 from hotcold.progress import Progress
+from hotcold.safetensors_read import read_json
 
 __all__ = ["verify_bundle"]
 
@@ -72,9 +73,9 @@ def _damaged_file(path: Path, file: BundleFile) -> Iterator[HotcoldError]:
 def _check_content(folder: Path, manifest: Manifest) -> None:
     config = read_json(folder / "config.json")
     spec = ModelSpec.from_config(config, folder / "config.json")
-    predictors = Predictors(folder / "predictors") if manifest.of_role("sparse") else None
+    predictors = PredictorBundle.load(folder / "predictors") if manifest.of_role("sparse") else None
     if predictors is not None:
-        predictors.check(spec, manifest.model_fingerprint)
+        check_predictors(predictors, spec, manifest.model_fingerprint)
     tokenizer = tokenizer_files(folder)
     options = ExportOptions(
         manifest.quant, manifest.head_quant, manifest.predictor_quant, manifest.hot_frequency
@@ -90,12 +91,13 @@ def _check_content(folder: Path, manifest: Manifest) -> None:
     )
     layouts, _ = model.layouts(predictors)
     roles = {layout.file: layout.role for layout in layouts}
-    roles |= {f"predictors/{path.name}": "predictor" for path in (predictors.files() if predictors else [])}
+    roles |= {f"predictors/{name}": "predictor" for name in (FILES if predictors else [])}
     roles |= {path.name: "tokenizer" for path in tokenizer} | {"config.json": "config"}
     where = folder / MANIFEST
     _same({path: file.role for path, file in manifest.files.items()}, roles, where, "files")
     _same(manifest.activation, spec.activation, where, "activation")
     _same(manifest.llama_cpp_exact, is_exact(spec), where, "llama_cpp_exact")
+    _same(manifest.llama_cpp_differences, differences(spec), where, "llama_cpp_differences")
     for layout in layouts:
         _check_file(GGUFFile(folder / layout.file), layout)
 

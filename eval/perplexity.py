@@ -44,7 +44,7 @@ class _Tally:
         ppl = math.exp(nll.mean())
         spread = nll.std(ddof=1) if len(nll) > 1 else 0.0
         same_top = float(np.concatenate(self.same_top).mean()) if self.same_top else None
-        kl = float(np.concatenate(self.kl).mean()) if self.kl else None
+        kl = max(0.0, float(np.concatenate(self.kl).mean())) if self.kl else None  # rounding may go below
         return Quality(ppl, float(ppl * spread / math.sqrt(len(nll))), len(nll), same_top, kl)
 
 

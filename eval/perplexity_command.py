@@ -37,6 +37,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--tokens", type=int, default=8192, metavar="N", help="tokens of text (default 8192)")
     parser.add_argument("--window", type=int, default=512, metavar="N", help="tokens a window (default 512)")
+    parser.add_argument(
+        "--reference", metavar="MODE",
+        help="also measure how far the distributions are from this mode's: mean KL divergence and the share "
+        "of equal most likely tokens. `--mode llama.cpp --reference dense` says what llama.cpp makes of a "
+        "model whose function it lacks",
+    )  # fmt: skip
     parser.add_argument("-t", "--threads", type=int, metavar="N", help="threads (default: all CPUs)")
     parser.add_argument(
         "--json",
@@ -48,36 +54,53 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Measure and print one perplexity per mode."""
     from hotcold.eval import machine, windows
-    from hotcold.eval.perplexity import perplexity
+    from hotcold.eval.perplexity import compare
     from hotcold.eval.sides import LLAMA_CPP, MODES, checked_modes
     from hotcold.progress import Progress
 
-    modes = checked_modes(args.mode, (*MODES, LLAMA_CPP))
+    known = (*MODES, LLAMA_CPP)
+    modes = checked_modes(args.mode, known)
+    reference = checked_modes(args.reference, known)[0] if args.reference else None
     args.threads = machine.thread_count(args.threads)
     tokenizer = windows.load_tokenizer(args.bundle)
     ids = windows.text_ids(args.text, tokenizer, args.tokens)
     cut = windows.windows(ids, args.window, tokenizer)
+    truth = {reference: _open(args, reference)} if reference else {}
     for name, side in _sides(args, modes):
-        with Progress(f"perplexity, {name}", total=len(cut) * args.window, unit="tok") as progress:
-            _show(name, perplexity(side, cut, progress.advance), as_json=args.json)
+        sides = truth | {name: truth.get(name, side)}
+        total = len(cut) * args.window * len(sides)
+        with Progress(f"perplexity, {name}", total=total, unit="tok") as progress:
+            found = compare(sides, cut, reference, progress.advance)
+        _show(name, found[name], reference, as_json=args.json)
     return 0
 
 
 def _sides(args: argparse.Namespace, modes: list[str]) -> Iterator[tuple[str, Side]]:
-    """One side after the other, so that only one is in memory."""
-    from hotcold.eval.sides import open_gguf, open_side
+    """One side after the other, so that only one is in memory, besides the reference."""
+    from hotcold.eval.sides import open_gguf
 
-    size = {"n_threads": args.threads, "n_ctx": args.window}
     for mode in modes:
-        yield mode, open_side(args.bundle, mode, **size)
+        yield mode, _open(args, mode)
     if args.gguf:
-        yield args.gguf, open_gguf(args.gguf, **size)
+        yield args.gguf, open_gguf(args.gguf, n_threads=args.threads, n_ctx=args.window)
 
 
-def _show(name: str, quality: Quality, *, as_json: bool) -> None:
+def _open(args: argparse.Namespace, mode: str) -> Side:
+    from hotcold.eval.sides import open_side
+
+    return open_side(args.bundle, mode, n_threads=args.threads, n_ctx=args.window)
+
+
+def _show(name: str, quality: Quality, reference: str | None, *, as_json: bool) -> None:
+    distances = quality.kl is not None and quality.same_top is not None
     if as_json:
         found = {"mode": name, "ppl": quality.ppl, "stderr": quality.stderr, "tokens": quality.tokens}
+        found |= {"kl": quality.kl, "same_top": quality.same_top} if distances else {}
         print(json.dumps(found), flush=True)
     else:
         figures = f"{quality.ppl:.4f} ± {quality.stderr:.4f} over {quality.tokens} tokens"
+        if distances:
+            figures += (
+                f"; KL({reference} ‖ {name}) {quality.kl:.5f} nats, same top token {quality.same_top:.1%}"
+            )
         print(f"{name}: perplexity {figures}", flush=True)

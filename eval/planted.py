@@ -90,6 +90,11 @@ class PlantedModel:
 
     # --- WeightSource
 
+    @property
+    def quantised_types(self) -> list[str]:
+        """None: the weights are made, not read."""
+        return []
+
     def names(self) -> set[str]:
         """The names of all tensors, as Hugging Face has them."""
         per_layer = [*_NORMS, *_SHAPES]

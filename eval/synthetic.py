@@ -8,21 +8,20 @@ what the model says means nothing. Every name and report says that it is synthet
 from __future__ import annotations
 
 import hashlib
-import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from hotcold import __version__, storage
+from hotcold import __version__
 from hotcold.convert.export import ExportOptions, export_bundle
 from hotcold.convert.gguf_read import Tensor
 from hotcold.convert.manifest import MANIFEST
-from hotcold.convert.predictors import Predictors
 from hotcold.convert.quantize import dequantize, quantize, type_of
 from hotcold.errors import InputError
 from hotcold.eval.planted import LayerActivity, PlantedModel
+from hotcold.predictor.bundle import LayerPredictor, PredictorBundle
 from hotcold.progress import log
 
 __all__ = ["SHAPES", "Synthetic", "write_synthetic"]
@@ -130,37 +129,27 @@ def write_synthetic(synthetic: Synthetic, folder: str | Path) -> Path:
         seed=synthetic.seed,
     )
     log(f"{synthetic.name}: making synthetic weights")
-    with tempfile.TemporaryDirectory(prefix="hotcold-synthetic-") as scratch:
-        predictors = _write_predictors(synthetic, model, Path(scratch))
-        export_bundle(
-            model,
-            out,
-            name=synthetic.name,
-            fingerprint=synthetic.fingerprint,
-            predictors=predictors,
-            options=ExportOptions(
-                synthetic.quant, predictor_quant=synthetic.predictor_quant, hot_frequency=_HOT
-            ),
-        )
+    export_bundle(
+        model,
+        out,
+        name=synthetic.name,
+        fingerprint=synthetic.fingerprint,
+        predictors=_predictors(synthetic, model),
+        options=ExportOptions(synthetic.quant, predictor_quant=synthetic.predictor_quant, hot_frequency=_HOT),
+    )
     return out
 
 
-def _write_predictors(synthetic: Synthetic, model: PlantedModel, folder: Path) -> Predictors:
-    """Calibrate the model, and write the predictor bundle that follows from its planted factors."""
-    tensors: dict[str, np.ndarray] = {}
-    thresholds: list[float] = []
+def _predictors(synthetic: Synthetic, model: PlantedModel) -> PredictorBundle:
+    """Calibrate the model; the predictors that follow from its planted factors."""
     type_name = type_of(synthetic.predictor_quant)
-    for layer, activity in enumerate(model.calibrate()):
+    layers = []
+    for activity in model.calibrate():
         fc1, fc2 = planted_predictor(activity)
         frequency = activity.fired.mean(axis=0, dtype=np.float32)
-        thresholds.append(_threshold(activity, _stored(fc1, type_name), _stored(fc2, type_name), frequency))
-        # half precision is enough for what is quantised later, and halves the memory
-        tensors[f"layers.{layer}.fc1.weight"] = fc1.astype(np.float16)
-        tensors[f"layers.{layer}.fc2.weight"] = fc2.astype(np.float16)
-        tensors[f"layers.{layer}.firing_frequency"] = frequency
-    storage.write_tensors(folder / "model.safetensors", tensors)
-    storage.write_json(folder / "config.json", _predictor_config(synthetic, model, thresholds))
-    return Predictors(folder)
+        threshold = _threshold(activity, _stored(fc1, type_name), _stored(fc2, type_name), frequency)
+        layers.append(LayerPredictor(fc1, fc2, threshold, frequency))
+    return PredictorBundle(synthetic.fingerprint, layers, 1 - _MISSED, {"synthetic": asdict(synthetic)})
 
 
 def planted_predictor(activity: LayerActivity) -> tuple[np.ndarray, np.ndarray]:
@@ -185,19 +174,3 @@ def _threshold(activity: LayerActivity, fc1: np.ndarray, fc2: np.ndarray, freque
     missable = cold.sum() / max(activity.fired.sum(), 1)
     share = min(1.0, _MISSED / missable) if missable else 0.0
     return float(np.quantile(logits[cold], share)) if missable else 0.0
-
-
-def _predictor_config(synthetic: Synthetic, model: PlantedModel, thresholds: list[float]) -> dict[str, Any]:
-    spec = model.spec
-    return {
-        "format": "hotcold-predictor",
-        "version": 1,
-        "model_fingerprint": synthetic.fingerprint,
-        "n_layers": spec.n_layers,
-        "d_model": spec.d_model,
-        "d_ff": spec.d_ff,
-        "ranks": [synthetic.rank] * spec.n_layers,
-        "thresholds": thresholds,
-        "target_recall": 1 - _MISSED,
-        "synthetic": asdict(synthetic),
-    }

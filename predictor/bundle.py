@@ -1,11 +1,11 @@
 """The predictor bundle: a folder that looks like a Hugging Face repository.
 
-`config.json`, `model.safetensors` and a model card. numpy only, so that a runtime reads it without torch.
+`config.json`, `model.safetensors` and a model card. This is the one reader of it: numpy only, so that the
+exporter reads it without torch, and mapped, so that gigabytes cost memory only where they are read.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,13 +15,15 @@ import numpy as np
 from hotcold import storage
 from hotcold.errors import FormatError, InputError
 from hotcold.predictor.card import model_card
+from hotcold.predictor.hub import downloaded, pushed
 from hotcold.predictor.metrics import LayerMetrics
-from hotcold.predictor.parsing import check_header, check_tensor, from_fields, parse_json, read_tensors
+from hotcold.predictor.parsing import check_header, from_fields, parse_json
+from hotcold.safetensors_read import SafetensorsFile
 
-__all__ = ["LayerPredictor", "PredictorBundle", "raw_logits"]
+__all__ = ["FILES", "LayerPredictor", "PredictorBundle", "raw_logits"]
 
+FILES = ("config.json", "model.safetensors", "README.md")
 _FORMAT, _VERSION = "hotcold-predictor", 1
-_PARTS = ("fc1.weight", "fc2.weight", "firing_frequency")
 
 
 def raw_logits(fc1: np.ndarray, fc2: np.ndarray, x: np.ndarray) -> np.ndarray:
@@ -31,13 +33,16 @@ def raw_logits(fc1: np.ndarray, fc2: np.ndarray, x: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True, slots=True)
 class LayerPredictor:
-    """The predictor of one layer. A neuron is predicted active iff `fc2 · relu(fc1 · x) >= threshold`."""
+    """The predictor of one layer. A neuron is predicted active iff `fc2 · relu(fc1 · x) >= threshold`.
+
+    What hotcold has not trained itself may lack the last two: they are None where nobody has measured them.
+    """
 
     fc1: np.ndarray  # float32 [rank, d_model]
     fc2: np.ndarray  # float32 [d_ff, rank]
-    firing_frequency: np.ndarray  # float32 [d_ff], share of training tokens on which a neuron fired
     threshold: float  # on raw logits
-    metrics: LayerMetrics  # on the held-out tokens that the threshold was chosen on
+    firing_frequency: np.ndarray | None = None  # float32 [d_ff], share of training tokens it fired on
+    metrics: LayerMetrics | None = None  # on the held-out tokens that the threshold was chosen on
 
     @property
     def rank(self) -> int:
@@ -50,10 +55,8 @@ class LayerPredictor:
 
     def tensors(self, prefix: str = "") -> dict[str, np.ndarray]:
         """Its arrays by name."""
-        return {prefix + name: array for name, array in zip(_PARTS, self._arrays(), strict=True)}
-
-    def _arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        return self.fc1, self.fc2, self.firing_frequency
+        arrays = {"fc1.weight": self.fc1, "fc2.weight": self.fc2, "firing_frequency": self.firing_frequency}
+        return {prefix + name: array for name, array in arrays.items() if array is not None}
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +73,11 @@ class _Config:
     metrics: list
     training: dict
 
+    def layer_metrics(self, path: Path) -> list[LayerMetrics | None]:
+        """One entry per layer; FormatError names a field of the file `path` that is wrong."""
+        parsed = [from_fields(LayerMetrics, m, path, f"metrics[{n}].") for n, m in enumerate(self.metrics)]
+        return parsed or [None] * self.n_layers
+
 
 @dataclass(slots=True)
 class PredictorBundle:
@@ -77,8 +85,9 @@ class PredictorBundle:
 
     model_fingerprint: str
     layers: list[LayerPredictor]
-    target_recall: float
+    target_recall: float = 0.0  # 0: the thresholds were not chosen for one
     training: dict[str, Any] = field(default_factory=dict)  # how they were made, for people
+    path: Path | None = field(default=None, compare=False)  # where they come from, for messages
 
     @property
     def n_layers(self) -> int:
@@ -107,8 +116,9 @@ class PredictorBundle:
 
     @property
     def metrics(self) -> list[LayerMetrics]:
-        """Metrics of each layer on held-out tokens."""
-        return [layer.metrics for layer in self.layers]
+        """Metrics of each layer on held-out tokens; none where not all were measured."""
+        known = [layer.metrics for layer in self.layers if layer.metrics is not None]
+        return known if len(known) == len(self.layers) else []
 
     def config(self) -> dict[str, Any]:
         """The content of `config.json`."""
@@ -131,7 +141,10 @@ class PredictorBundle:
 
     @classmethod
     def load(cls, path: str | Path) -> PredictorBundle:
-        """Read a folder. InputError if there is none, FormatError naming file and field if it is broken."""
+        """Read a folder. InputError if there is none, FormatError naming file and field if it is broken.
+
+        Its arrays are read-only views of the file: whoever deletes or replaces that leaves them as they are.
+        """
         path = Path(path)
         config = read_config(path)
         file = path / "model.safetensors"
@@ -139,12 +152,31 @@ class PredictorBundle:
             raise InputError(
                 "no model.safetensors in this folder", where=path, fix="train the predictors again"
             )
-        tensors = read_tensors(file.read_bytes(), file)
-        layers = [_layer(config, number, tensors, file) for number in range(config.n_layers)]
-        return cls(config.model_fingerprint, layers, config.target_recall, config.training)
+        tensors = SafetensorsFile(file)
+        metrics = enumerate(config.layer_metrics(path / "config.json"))
+        layers = [_layer(config, number, tensors, measured) for number, measured in metrics]
+        return cls(config.model_fingerprint, layers, config.target_recall, config.training, path)
 
-    save_pretrained = save
-    from_pretrained = load
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **hub: Any) -> PredictorBundle:
+        """Read a folder, or a repository of the Hugging Face hub when there is no such folder.
+
+        `hub` is passed on to `huggingface_hub.snapshot_download`: `revision`, `token`, `cache_dir`,
+        `force_download`, `local_files_only`. Raises as `load` does, InputError where the hub has none.
+        """
+        return cls.load(downloaded(pretrained_model_name_or_path, FILES, **hub))
+
+    def save_pretrained(
+        self, save_directory: str | Path, *, push_to_hub: bool = False, repo_id: str | None = None, **hub: Any
+    ) -> None:
+        """Write the folder and, if wished, upload it as `repo_id`, which is else the folder's name.
+
+        `hub` is passed on to `huggingface_hub`: `token`, `private`, `commit_message`. StorageError if
+        the disk does not take it, InputError if the hub does not.
+        """
+        self.save(save_directory)
+        if push_to_hub:
+            pushed(Path(save_directory), repo_id or Path(save_directory).resolve().name, **hub)
 
 
 def read_config(folder: Path) -> _Config:
@@ -154,14 +186,23 @@ def read_config(folder: Path) -> _Config:
         raise InputError(
             "no predictors here (no config.json)", where=folder, fix="make them with train-predictors"
         )
-    values = parse_json(path.read_bytes(), path)
+    return parse_config(parse_json(path.read_bytes(), path), path)
+
+
+def parse_config(values: dict[str, Any], path: Path) -> _Config:
+    """Check the content of a `config.json`, which is in the file `path`; FormatError names what is wrong."""
     check_header(values, path, _FORMAT, _VERSION)
     config = from_fields(_Config, {"training": {}} | values, path)
     for name in ("n_layers", "d_model", "d_ff"):
         if getattr(config, name) < 1:
             raise FormatError("must be positive", where=path, field=name, got=getattr(config, name))
     for name, kind in (("ranks", int), ("thresholds", float), ("metrics", dict)):
-        _check_list(getattr(config, name), config.n_layers, kind, path, name)
+        values = getattr(config, name)
+        if values or name != "metrics":
+            _check_list(values, config.n_layers, kind, path, name)
+    for number, threshold in enumerate(config.thresholds):
+        if threshold != threshold:
+            raise FormatError("not a number", where=path, field=f"thresholds[{number}]", got=threshold)
     return config
 
 
@@ -175,14 +216,13 @@ def _check_list(values: list[Any], length: int, kind: type, path: Path, name: st
             )
 
 
-def _layer(config: _Config, number: int, tensors: Mapping[str, np.ndarray], file: Path) -> LayerPredictor:
+def _layer(
+    config: _Config, number: int, tensors: SafetensorsFile, metrics: LayerMetrics | None
+) -> LayerPredictor:
     rank, prefix = config.ranks[number], f"layers.{number}."
-    shapes = ((rank, config.d_model), (config.d_ff, rank), (config.d_ff,))
-    arrays = [
-        check_tensor(tensors, prefix + name, shape, np.dtype(np.float32), file)
-        for name, shape in zip(_PARTS, shapes, strict=True)
-    ]
-    metrics = from_fields(
-        LayerMetrics, config.metrics[number], file.with_name("config.json"), f"metrics[{number}]."
-    )
-    return LayerPredictor(*arrays, config.thresholds[number], metrics)
+    fc1 = tensors.floats(prefix + "fc1.weight", (rank, config.d_model))
+    fc2 = tensors.floats(prefix + "fc2.weight", (config.d_ff, rank))
+    frequency = None
+    if prefix + "firing_frequency" in tensors:
+        frequency = tensors.floats(prefix + "firing_frequency", (config.d_ff,))
+    return LayerPredictor(fc1, fc2, config.thresholds[number], frequency, metrics)

@@ -25,16 +25,7 @@ will fire: neuron `j` is predicted active iff `(fc2 · relu(fc1 · x))[j] >= thr
 
 - model: {model}, fingerprint `{fingerprint}`
 - {n_layers} layers, d_model {d_model}, d_ff {d_ff}
-- trained on {train_tokens} tokens of {text}
-- threshold and metrics from {heldout_tokens} tokens of other documents
-- recall {recall:.4f} (target {target}), predicted sparsity {predicted:.4f}, true sparsity {true:.4f}
-
-Recall is the share of firing neurons that are predicted, predicted sparsity the share of neurons that are
-not computed. Each layer's threshold is the greatest that reaches the target recall on these held-out
-tokens, in the first layer also nearly full recall on the first tokens of a context.
-
-{table}
-
+{quality}
 ```python
 from hotcold.predictor.bundle import PredictorBundle
 
@@ -45,14 +36,48 @@ active = layer.logits(x) >= layer.threshold  # x: [tokens, {d_model}]
 """
 
 
+_QUALITY = """\
+- trained on {train_tokens} tokens of {text}
+- threshold and metrics from {heldout_tokens} tokens of other documents
+- recall {recall:.4f} (target {target}), predicted sparsity {predicted:.4f}, true sparsity {true:.4f}
+
+Recall is the share of firing neurons that are predicted, predicted sparsity the share of neurons that are
+not computed. Each layer's threshold is the greatest that reaches the target recall on these held-out
+tokens, in the first layer also nearly full recall on the first tokens of a context.
+
+{table}
+"""
+
+_ORIGIN = """\
+- converted from {origin}; hotcold has not measured how good they are
+
+{table}
+"""
+
+
 def model_card(bundle: PredictorBundle) -> str:
     """Markdown with the front matter that the Hugging Face hub reads."""
-    mean, training = mean_metrics(bundle.metrics), bundle.training
     return _CARD.format(
-        model=training.get("model", "unknown"), fingerprint=bundle.model_fingerprint,
+        model=bundle.training.get("model", "unknown"), fingerprint=bundle.model_fingerprint,
         n_layers=bundle.n_layers, d_model=bundle.d_model, d_ff=bundle.d_ff,
+        quality=_measured(bundle) if bundle.metrics else _unmeasured(bundle),
+    )  # fmt: skip
+
+
+def _measured(bundle: PredictorBundle) -> str:
+    mean, training = mean_metrics(bundle.metrics), bundle.training
+    return _QUALITY.format(
         train_tokens=training.get("train_tokens", "unknown"), text=training.get("text", "unknown"),
         heldout_tokens=training.get("heldout_tokens", "unknown"), target=bundle.target_recall,
         recall=mean.recall, predicted=mean.predicted_sparsity, true=mean.true_sparsity,
         table=table(bundle.ranks, bundle.thresholds, bundle.metrics),
     )  # fmt: skip
+
+
+def _unmeasured(bundle: PredictorBundle) -> str:
+    rows = enumerate(zip(bundle.ranks, bundle.thresholds, strict=True))
+    lines = [f"| {number} | {rank} | {threshold:.3f} |" for number, (rank, threshold) in rows]
+    origin = bundle.training.get("converted_from", "unknown")
+    return _ORIGIN.format(
+        origin=origin, table="\n".join(["| layer | rank | threshold |", "|---:|---:|---:|", *lines])
+    )

@@ -139,7 +139,7 @@ class _Recorder:
 
     def _input_hook(self, recorded: _Recorded, layer: int) -> object:
         def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            x = inputs[0][0].float().numpy()
+            x = _tokens(inputs[0]).float().numpy()
             if not np.isfinite(x).all():
                 raise InputError("activations are not finite", where=f"layer {layer}", fix="check the model")
             recorded.clipped += int(np.count_nonzero(np.abs(x) > _FLOAT16_MAX))
@@ -149,8 +149,13 @@ class _Recorder:
 
     def _active_hook(self, recorded: _Recorded) -> object:
         def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            active = (inputs[0][0] != 0).numpy()
+            active = (_tokens(inputs[0]) != 0).numpy()
             recorded.fired += int(np.count_nonzero(active))
             recorded.active[self.rows] = np.packbits(active, axis=-1, bitorder="little")
 
         return hook
+
+
+def _tokens(values: Tensor) -> Tensor:
+    """[tokens, n] of the one sequence that is run: some FFNs drop the dimension of the batch."""
+    return values.reshape(-1, values.shape[-1])

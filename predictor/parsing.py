@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
@@ -10,21 +9,11 @@ from typing import Any, TypeVar, get_type_hints
 import numpy as np
 
 from hotcold.errors import FormatError
+from hotcold.json_file import parse_json
 
 __all__ = ["check_header", "check_tensor", "from_fields", "parse_json", "read_tensors"]
 
 T = TypeVar("T")
-
-
-def parse_json(data: bytes, path: Path, field: str = "content") -> dict[str, Any]:
-    """Parse a JSON object."""
-    try:
-        value = json.loads(data)
-    except ValueError as error:
-        raise FormatError("is not JSON", where=path, field=field, got=str(error)) from error
-    if not isinstance(value, dict):
-        raise FormatError("is not a JSON object", where=path, field=field)
-    return value
 
 
 def from_fields(cls: type[T], values: Mapping[str, Any], path: Path, prefix: str = "") -> T:

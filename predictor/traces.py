@@ -159,6 +159,16 @@ class Traces:
                     target[rows] = tensors[name]
         return x, active
 
+    def active(self, layer: int) -> Iterator[np.ndarray]:
+        """Packed `active` uint8 [tokens, ceil(d_ff / 8)] of a layer, shard by shard. Raises like `layer`."""
+        run = self.run
+        for shard in self.shards:
+            if shard.layer == layer:
+                rows, tensors = run.shard_slice(shard.shard), shard.read(self.folder)
+                shape = (rows.stop - rows.start, -(-run.d_ff // 8))
+                file = self.folder / shard.file
+                yield check_tensor(tensors, "active", shape, np.dtype(np.uint8), file)
+
     def starts(self) -> np.ndarray:
         """Which tokens had no context, being the first of a window, bool [n_tokens]."""
         starts = np.zeros(self.run.n_tokens, bool)

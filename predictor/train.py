@@ -183,7 +183,7 @@ def _calibrated(
     logits = raw_logits(fc1, fc2, data.x[rows])
     starts = np.zeros(len(rows), bool) if data.starts is None else data.starts[rows]
     threshold = choose_threshold(logits, active, starts, target_recall)
-    return LayerPredictor(fc1, fc2, frequency, threshold, measure(logits, active, threshold))
+    return LayerPredictor(fc1, fc2, threshold, frequency, measure(logits, active, threshold))
 
 
 def _rms(x: np.ndarray) -> Tensor:

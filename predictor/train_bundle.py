@@ -114,4 +114,5 @@ def _read_layer(file: Path) -> LayerPredictor:
     with safe_open(file, framework="numpy") as content:
         arrays = [content.get_tensor(name) for name in ("fc1.weight", "fc2.weight", "firing_frequency")]
         figures = json.loads(content.metadata()["figures"])
-    return LayerPredictor(*arrays, figures["threshold"], LayerMetrics(**figures["metrics"]))
+    fc1, fc2, frequency = arrays
+    return LayerPredictor(fc1, fc2, figures["threshold"], frequency, LayerMetrics(**figures["metrics"]))

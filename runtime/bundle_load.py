@@ -2,33 +2,41 @@
 
 `dense` wants gate, up and down as panels (every row is read), `exact` the gates as a panel and the up and
 down rows by neuron, `predicted` all three rows by neuron. Only one of these is ever held.
+
+An FFN without a gate is `act(up x + bias)`: what decides whether a neuron fires is then up, and the engine
+gets it in the gate's place.
 """
 
 from __future__ import annotations
 
+import math
 import mmap
+from collections.abc import Sequence
 
 import numpy as np
 
 from hotcold.convert.gguf_read import GGUFFile, Tensor
 from hotcold.convert.quantize import dequantize
 from hotcold.errors import FormatError, ShapeError, UnsupportedError
+from hotcold.progress import log
 from hotcold.runtime import _cpu
 from hotcold.runtime.shape import ModelShape, activation_thresholds, read_predictors
 
-__all__ = ["MODES", "load_model"]
+__all__ = ["MODES", "Source", "load_layers", "load_model", "new_model"]
 
 MODES = {"dense": 0, "exact": 1, "predicted": 2}
 TYPES = {"F32": 0, "F16": 1, "BF16": 2, "Q8_0": 3, "Q4_0": 4}
-ACTIVATIONS = {"silu": 0, "relu": 1, "fatrelu": 1, "drelu": 2}
+_ALL = slice(None)
+ACTIVATIONS = {"silu": 0, "relu": 1, "fatrelu": 1, "drelu": 2, "gelu": 3}
 
 
-class _Source:
+class Source:
     """Tensors of a file as the bytes that the engine packs."""
 
     def __init__(self, file: GGUFFile) -> None:
         self._file, self.path = file, file.path
         self._unread = set(file.tensors)
+        self.converted: set[str] = set()  # types that became F16
 
     def __contains__(self, name: str) -> bool:
         return name in self._file.tensors
@@ -49,13 +57,18 @@ class _Source:
     def vector(self, name: str, n: int) -> np.ndarray:
         return dequantize(self.tensor(name, n)).reshape(n)
 
-    def packable(self, name: str, rows: int, cols: int) -> tuple[int, np.ndarray]:
-        """Type id and bytes; types that the engine has no kernels for become F16."""
+    def packable(self, name: str, rows: int, cols: int, part: slice = _ALL) -> tuple[int, np.ndarray]:
+        """Type id and bytes of some of the rows; types that the engine has no kernels for become F16."""
         tensor = self.tensor(name, rows, cols)
         if tensor.type in TYPES:
-            return TYPES[tensor.type], tensor.data.reshape(-1)
-        values = dequantize(tensor).reshape(rows, cols)
+            return TYPES[tensor.type], tensor.data.reshape(rows, -1)[part].reshape(-1)
+        self.converted.add(tensor.type)
+        values = dequantize(tensor).reshape(rows, cols)[part]
         return TYPES["F16"], np.ascontiguousarray(values.astype(np.float16)).view(np.uint8).reshape(-1)
+
+    def shape_of(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor that may be missing: then ()."""
+        return self._file.tensors[name].shape if name in self else ()
 
     def check_all_read(self, ignored: tuple[str, ...]) -> None:
         """An unused tensor (a bias, a rope table) means another function than the one computed here."""
@@ -81,55 +94,76 @@ def load_model(
     engine or this mode cannot run.
     """
     shape = ModelShape.read(file)
-    source = _Source(file)
-    weight_bytes = sum(tensor.data.nbytes for tensor in file.tensors.values())
+    source = Source(file)
     try:
-        model = _cpu.Model(
-            n_layers=shape.n_layers,
-            d_model=shape.d_model,
-            d_ff=shape.d_ff,
-            n_heads=shape.n_heads,
-            n_kv_heads=shape.n_kv_heads,
-            head_dim=shape.head_dim,
-            n_vocab=shape.n_vocab,
-            n_ctx=n_ctx,
-            norm_eps=shape.norm_eps,
-            activation=ACTIVATIONS[shape.activation],
-            mode=MODES[mode],
-            threads=n_threads,
-            # Address space, not memory: padding of narrow rows and types turned into F16 can quadruple a
-            # tensor.
-            weight_bytes=4 * weight_bytes + (64 << 20),
-            isa=isa,
-        )
+        model = new_model(file, shape, mode, n_threads, n_ctx, isa)
         _load(model, source, file, shape, mode)
         model.check()
     except ValueError as error:
         raise UnsupportedError(str(error), where=file.path) from error
+    if source.converted:
+        log(f"{file.path.name}: {', '.join(sorted(source.converted))} became F16, for want of kernels")
     return model, shape
 
 
-def _load(model: _cpu.Model, source: _Source, file: GGUFFile, shape: ModelShape, mode: str) -> None:
+def new_model(
+    file: GGUFFile, shape: ModelShape, mode: str, n_threads: int, n_ctx: int, isa: str | None = None
+) -> _cpu.Model:
+    """A model without weights, with room for those of `file`. ValueError for what the engine cannot be."""
+    return _cpu.Model(
+        n_layers=shape.n_layers,
+        d_model=shape.d_model,
+        d_ff=shape.d_ff,
+        n_heads=shape.n_heads,
+        n_kv_heads=shape.n_kv_heads,
+        head_dim=shape.head_dim,
+        n_vocab=shape.n_vocab,
+        n_ctx=n_ctx,
+        norm_eps=shape.norm_eps,
+        activation=ACTIVATIONS[shape.activation],
+        mode=MODES[mode],
+        threads=n_threads,
+        # Address space, not memory: padding of narrow rows can quadruple a tensor.
+        weight_bytes=4 * sum(map(_engine_bytes, file.tensors.values())) + (64 << 20),
+        isa=isa,
+        layer_norm=shape.form.layer_norm,
+        parallel=shape.form.parallel,
+        gated=shape.form.gated,
+    )
+
+
+def _engine_bytes(tensor: Tensor) -> int:
+    return tensor.data.nbytes if tensor.type in TYPES else 2 * math.prod(tensor.shape)
+
+
+def _load(model: _cpu.Model, source: Source, file: GGUFFile, shape: ModelShape, mode: str) -> None:
     d, vocab = shape.d_model, shape.n_vocab
     model.set_panel(0, "embedding", *source.packable("token_embd.weight", vocab, d), vocab, d)
     if _head_is_embedding(source, vocab, d):
         model.tie_head()
     else:
         model.set_panel(0, "head", *source.packable("output.weight", vocab, d), vocab, d)
-    model.set_vector(0, "output_norm", source.vector("output_norm.weight", d))
-    half = shape.head_dim // 2
-    model.set_rope((float(shape.rope_base) ** (-np.arange(half, dtype=np.float64) / half)).astype(np.float32))
-    for layer, threshold in enumerate(activation_thresholds(file, shape.n_layers)):
-        model.set_activation_threshold(layer, threshold)
+    _load_norm(model, source, shape, 0, "output_norm", "output_norm")
+    load_layers(model, source, file, shape, mode, range(shape.n_layers))
+    source.check_all_read(("fc1.weight", "fc2.weight", "ffn_gate_inp.weight", "rope_freqs.weight"))
+
+
+def load_layers(
+    model: _cpu.Model, source: Source, file: GGUFFile, shape: ModelShape, mode: str, layers: Sequence[int]
+) -> None:
+    """Pack all of these layers: attention, FFN and, in predicted mode, predictors."""
+    _load_positions(model, source, shape)
+    thresholds = activation_thresholds(file, shape.n_layers)
+    for layer in layers:
+        model.set_activation_threshold(layer, thresholds[layer])
         _load_attention(model, source, shape, layer)
         _load_ffn(model, source, shape, layer, mode)
         _forget_pages(file)
     if mode == "predicted":
-        _load_predictors(model, source, file, shape)
-    source.check_all_read(("fc1.weight", "fc2.weight", "ffn_gate_inp.weight"))
+        _load_predictors(model, source, file, shape, layers)
 
 
-def _head_is_embedding(source: _Source, vocab: int, d: int) -> bool:
+def _head_is_embedding(source: Source, vocab: int, d: int) -> bool:
     """PowerInfer's form always has output.weight, for tied models too: one copy in memory is enough."""
     if "output.weight" not in source:
         return True
@@ -137,45 +171,99 @@ def _head_is_embedding(source: _Source, vocab: int, d: int) -> bool:
     return head.type == embedding.type and np.array_equal(head.data, embedding.data)
 
 
-def _load_attention(model: _cpu.Model, source: _Source, shape: ModelShape, layer: int) -> None:
+def _load_norm(
+    model: _cpu.Model, source: Source, shape: ModelShape, layer: int, slot: str, name: str
+) -> None:
+    model.set_vector(layer, slot, source.vector(f"{name}.weight", shape.d_model))
+    if shape.form.layer_norm:
+        model.set_vector(layer, f"{slot}_bias", source.vector(f"{name}.bias", shape.d_model))
+
+
+def _load_positions(model: _cpu.Model, source: Source, shape: ModelShape) -> None:
+    """Rotary frequencies, or the rows of the learned positions from that of position 0 on."""
+    model.set_rope(shape.rope_frequencies, shape.rope_scale)
+    name, first, d = f"{shape.form.positions}.weight", shape.form.first_position, shape.d_model
+    if shape.form.positions:
+        rows = (source.shape_of(name) or (0,))[0]
+        model.set_panel(0, "positions", *source.packable(name, rows, d, slice(first, None)), rows - first, d)
+
+
+def _load_attention(model: _cpu.Model, source: Source, shape: ModelShape, layer: int) -> None:
     block, d = f"blk.{layer}", shape.d_model
-    heads = {"q": shape.n_heads, "k": shape.n_kv_heads, "v": shape.n_kv_heads}
-    for slot, n in heads.items():
-        rows = n * shape.head_dim
-        order = _neox_order(n, shape.head_dim) if shape.interleaved_rope and slot != "v" else None
-        model.set_panel(layer, slot, *source.packable(f"{block}.attn_{slot}.weight", rows, d), rows, d, order)
+    model.set_window(layer, shape.windows[layer])
+    # llama.cpp's Falcon: attn_norm is that of the FFN, and of attention too unless this has its own
+    own = "attn_norm_2" if f"{block}.attn_norm_2.weight" in source else "attn_norm"
+    _load_norm(model, source, shape, layer, "attn_norm", f"{block}.{own}")
+    second = "attn_norm" if shape.form.parallel else "ffn_norm"
+    _load_norm(model, source, shape, layer, "ffn_norm", f"{block}.{second}")
+    for slot in ("q", "k") if shape.form.head_norm else ():
+        model.set_vector(
+            layer, f"{slot}_norm", source.vector(f"{block}.attn_{slot}_norm.weight", shape.head_dim)
+        )
+    for slot in ("q", "k", "v"):
+        _load_projection(model, source, shape, layer, slot)
     cols = shape.n_heads * shape.head_dim
     model.set_panel(layer, "o", *source.packable(f"{block}.attn_output.weight", d, cols), d, cols)
-    for norm in ("attn_norm", "ffn_norm"):
-        model.set_vector(layer, norm, source.vector(f"{block}.{norm}.weight", d))
+    _load_bias(model, source, layer, "o_bias", f"{block}.attn_output", d)
 
 
-def _load_ffn(model: _cpu.Model, source: _Source, shape: ModelShape, layer: int, mode: str) -> None:
+def _load_projection(model: _cpu.Model, source: Source, shape: ModelShape, layer: int, slot: str) -> None:
+    """q, k or v, which may be rows of one fused matrix."""
+    heads = {"q": shape.n_heads, "k": shape.n_kv_heads, "v": shape.n_kv_heads}
+    rows, all_rows = heads[slot] * shape.head_dim, sum(heads.values()) * shape.head_dim
+    name, total, part = f"blk.{layer}.attn_{slot}", rows, slice(0, rows)
+    if shape.form.fused_qkv:
+        first = {"q": 0, "k": all_rows - 2 * rows, "v": all_rows - rows}[slot]
+        name, total, part = f"blk.{layer}.attn_qkv", all_rows, slice(first, first + rows)
+    interleaved = shape.form.interleaved and slot != "v"
+    order = _neox_order(heads[slot], shape.head_dim) if interleaved else None
+    weight = source.packable(f"{name}.weight", total, shape.d_model, part)
+    model.set_panel(layer, slot, *weight, rows, shape.d_model, order)
+    if f"{name}.bias" in source:
+        bias = source.vector(f"{name}.bias", total)[part]
+        model.set_vector(layer, f"{slot}_bias", bias if order is None else bias[order])
+
+
+def _load_bias(model: _cpu.Model, source: Source, layer: int, slot: str, name: str, n: int) -> None:
+    if f"{name}.bias" in source:
+        model.set_vector(layer, slot, source.vector(f"{name}.bias", n))
+
+
+def _load_ffn(model: _cpu.Model, source: Source, shape: ModelShape, layer: int, mode: str) -> None:
     block, d, d_ff = f"blk.{layer}", shape.d_model, shape.d_ff
     sparse_form = f"{block}.ffn_down_t.weight" in source
     if sparse_form == (mode == "dense"):
         form = "neuron rows" if sparse_form else "a dense down matrix"
         raise UnsupportedError(f"{mode} mode cannot run a file with {form}", where=source.path)
-    suffix = "_exps" if f"{block}.ffn_down_exps.weight" in source else ""
-    gate = source.packable(f"{block}.ffn_gate{suffix}.weight", d_ff, d)
+    suffix = "_exps" if shape.form.experts else ""
     up = source.packable(f"{block}.ffn_up{suffix}.weight", d_ff, d)
-    if mode == "dense":
-        model.set_panel(layer, "gate", *gate, d_ff, d)
-        model.set_panel(layer, "up", *up, d_ff, d)
-        model.set_panel(layer, "down", *source.packable(f"{block}.ffn_down{suffix}.weight", d, d_ff), d, d_ff)
-        return
-    down = source.packable(f"{block}.ffn_down_t.weight", d_ff, d)
-    if mode == "exact":
-        model.set_panel(layer, "gate", *gate, d_ff, d)
-    model.set_bundles(
-        layer, gate[1] if mode == "predicted" else None, gate[0], up[1], up[0], down[1], down[0]
+    gate, up = (
+        (source.packable(f"{block}.ffn_gate{suffix}.weight", d_ff, d), up) if shape.form.gated else (up, None)
     )
+    if not shape.form.gated:
+        _load_bias(model, source, layer, "gate_bias", f"{block}.ffn_up", d_ff)
+    down_name = f"{block}.ffn_down_t" if sparse_form else f"{block}.ffn_down{suffix}"
+    _load_bias(model, source, layer, "down_bias", down_name, d)
+    if mode != "predicted":
+        model.set_panel(layer, "gate", *gate, d_ff, d)
+    if mode == "dense":
+        if up:
+            model.set_panel(layer, "up", *up, d_ff, d)
+        model.set_panel(layer, "down", *source.packable(f"{down_name}.weight", d, d_ff), d, d_ff)
+        return
+    down = source.packable(f"{down_name}.weight", d_ff, d)
+    rows = gate if mode == "predicted" else (gate[0], None)
+    model.set_bundles(layer, rows[1], rows[0], up and up[1], up[0] if up else 0, down[1], down[0])
 
 
-def _load_predictors(model: _cpu.Model, source: _Source, file: GGUFFile, shape: ModelShape) -> None:
+def _load_predictors(
+    model: _cpu.Model, source: Source, file: GGUFFile, shape: ModelShape, layers: Sequence[int]
+) -> None:
     if "blk.0.fc1.weight" not in source:
         raise UnsupportedError("no predictors in this file", where=file.path, fix="use --mode exact")
-    for layer, predictor in enumerate(read_predictors(file, shape)):
+    predictors = read_predictors(file, shape)
+    for layer in layers:
+        predictor = predictors[layer]
         rank = file.tensors[f"blk.{layer}.fc1.weight"].shape[0] if f"blk.{layer}.fc1.weight" in source else 0
         model.set_panel(
             layer,

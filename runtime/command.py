@@ -26,7 +26,9 @@ _INTERRUPTED = 130
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `hotcold run`."""
-    parser.add_argument("--bundle", required=True, metavar="DIR", help="what `hotcold export` wrote")
+    model = parser.add_mutually_exclusive_group(required=True)
+    model.add_argument("path", nargs="?", metavar="PATH", help="a bundle, or a GGUF file, also PowerInfer's")
+    model.add_argument("-m", "--model", "--bundle", dest="bundle", metavar="PATH", help="the same")
     prompt = parser.add_mutually_exclusive_group(required=True)
     prompt.add_argument("-p", "--prompt", help="the text to go on from")
     prompt.add_argument("-f", "--file", metavar="FILE", help="read the prompt from a UTF-8 file")
@@ -72,6 +74,7 @@ def run(args: argparse.Namespace) -> int:
     from hotcold.runtime.vocabulary import Vocabulary
 
     _check(args)
+    args.bundle = args.bundle or args.path
     text = _prompt(args)
     sampler = Sampler(_sampling_params(args))
     vocabulary = Vocabulary.load(args.bundle)

@@ -4,7 +4,7 @@ It computes every neuron and then masks those that a mode would have skipped, so
 here as it does in docs/architecture.md. All engine tests compare with it; nothing in it is meant to be fast.
 
 Two GGUF layouts exist and both are read: PowerInfer's (`PWRI`: neuron-major `ffn_down_t`, predictors `fc1`,
-`fc2`) and the dense one of stock llama.cpp: `llama` for SiLU models, one-expert `smallthinker` for ReLU ones.
+`fc2`) and the dense one of stock llama.cpp. What the architectures are is told in `hotcold.convert.forms`.
 """
 
 from __future__ import annotations
@@ -44,6 +44,10 @@ class _Weights:
         self._unread.discard(name)
         return torch.from_numpy(np.array(dequantize(self._file.tensors[name])))
 
+    def get(self, name: str) -> Tensor | None:
+        """The tensor, or None where the file has none of this name."""
+        return self(name) if name in self else None
+
     def check_all_read(self) -> None:
         """An unused tensor (a bias, a rope table) means another function than the one computed here."""
         if self._unread:
@@ -67,35 +71,96 @@ class _Predictor:
 
 
 @dataclass(frozen=True, slots=True)
+class _Linear:
+    weight: Tensor  # [rows, columns]
+    bias: Tensor | None  # [rows]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return torch.nn.functional.linear(x, self.weight, self.bias)
+
+    def rows(self, first: int, n: int) -> _Linear:
+        part = slice(first, first + n)
+        return _Linear(self.weight[part], None if self.bias is None else self.bias[part])
+
+
+@dataclass(frozen=True, slots=True)
+class _Norm:
+    """RMSNorm, or with a bias LayerNorm."""
+
+    weight: Tensor
+    bias: Tensor | None
+    eps: float
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.bias is not None:
+            return torch.nn.functional.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps) * self.weight
+
+
+@dataclass(frozen=True, slots=True)
 class _Layer:
-    attn_norm: Tensor  # [d_model]
-    q: Tensor  # [n_heads * head_dim, d_model]
-    k: Tensor  # [n_kv_heads * head_dim, d_model]
-    v: Tensor  # [n_kv_heads * head_dim, d_model]
-    o: Tensor  # [d_model, n_heads * head_dim]
-    ffn_norm: Tensor  # [d_model]
-    gate: Tensor  # [d_ff, d_model]
-    up: Tensor  # [d_ff, d_model]
+    attn_norm: _Norm
+    q: _Linear  # [n_heads * head_dim, d_model]
+    k: _Linear  # [n_kv_heads * head_dim, d_model]
+    v: _Linear  # [n_kv_heads * head_dim, d_model]
+    q_norm: _Norm | None  # of each head
+    k_norm: _Norm | None
+    o: _Linear  # [d_model, n_heads * head_dim]
+    ffn_norm: _Norm
+    gate: _Linear | None  # [d_ff, d_model]
+    up: _Linear  # [d_ff, d_model]
     down: Tensor  # [d_ff, d_model], the transpose of HF's
+    down_bias: Tensor | None
+    window: int  # positions that a query sees; 0: all
     activation_threshold: float
     predictor: _Predictor | None
 
 
-def _read_ffn(weights: _Weights, block: str) -> dict[str, Tensor]:
-    if f"{block}.ffn_down_t.weight" in weights:
-        down = weights(f"{block}.ffn_down_t.weight")
-        return {
-            "gate": weights(f"{block}.ffn_gate.weight"),
-            "up": weights(f"{block}.ffn_up.weight"),
-            "down": down,
-        }
-    if f"{block}.ffn_down_exps.weight" in weights:
-        # One expert; its router only ever chooses between one, so its softmax weight is 1.
-        weights(f"{block}.ffn_gate_inp.weight")
-        gate, up, down = (weights(f"{block}.ffn_{part}_exps.weight")[0] for part in ("gate", "up", "down"))
+def _linear(weights: _Weights, name: str, expert: bool = False) -> _Linear:
+    weight = weights(f"{name}.weight")
+    return _Linear(weight[0] if expert else weight, weights.get(f"{name}.bias"))
+
+
+def _norm(weights: _Weights, shape: ModelShape, name: str) -> _Norm:
+    bias = weights(f"{name}.bias") if shape.form.layer_norm else None
+    return _Norm(weights(f"{name}.weight"), bias, shape.norm_eps)
+
+
+def _read_attention(weights: _Weights, shape: ModelShape, block: str) -> dict[str, object]:
+    # llama.cpp's Falcon: attn_norm is that of the FFN, and of attention too unless this has its own
+    own = "attn_norm_2" if f"{block}.attn_norm_2.weight" in weights else "attn_norm"
+    q, kv = shape.n_heads * shape.head_dim, shape.n_kv_heads * shape.head_dim
+    if shape.form.fused_qkv:
+        fused = _linear(weights, f"{block}.attn_qkv")
+        projections = [fused.rows(0, q), fused.rows(q, kv), fused.rows(q + kv, kv)]
     else:
-        gate, up, down = (weights(f"{block}.ffn_{part}.weight") for part in ("gate", "up", "down"))
-    return {"gate": gate, "up": up, "down": down.T.contiguous()}
+        projections = [_linear(weights, f"{block}.attn_{slot}") for slot in "qkv"]
+    norms = {
+        f"{slot}_norm": _norm(weights, shape, f"{block}.attn_{slot}_norm") if shape.form.head_norm else None
+        for slot in "qk"
+    }
+    return {
+        "attn_norm": _norm(weights, shape, f"{block}.{own}"),
+        "ffn_norm": _norm(weights, shape, f"{block}.{'attn_norm' if shape.form.parallel else 'ffn_norm'}"),
+        **dict(zip("qkv", projections, strict=True)),
+        **norms,
+        "o": _linear(weights, f"{block}.attn_output"),
+    }
+
+
+def _read_ffn(weights: _Weights, shape: ModelShape, block: str) -> dict[str, object]:
+    expert = shape.form.experts
+    if expert:  # its router only ever chooses between one, so its softmax weight is 1
+        weights(f"{block}.ffn_gate_inp.weight")
+    suffix = "_exps" if expert else ""
+    gate = _linear(weights, f"{block}.ffn_gate{suffix}", expert) if shape.form.gated else None
+    up = _linear(weights, f"{block}.ffn_up{suffix}", expert)
+    if f"{block}.ffn_down_t.weight" in weights:
+        down = _linear(weights, f"{block}.ffn_down_t")
+    else:
+        down = _linear(weights, f"{block}.ffn_down{suffix}", expert)
+        down = _Linear(down.weight.T.contiguous(), down.bias)
+    return {"gate": gate, "up": up, "down": down.weight, "down_bias": down.bias}
 
 
 def _predictors(file: GGUFFile, weights: _Weights, shape: ModelShape) -> list[_Predictor | None]:
@@ -118,13 +183,9 @@ def _read_layers(file: GGUFFile, weights: _Weights, shape: ModelShape) -> list[_
     thresholds = activation_thresholds(file, shape.n_layers)
     return [
         _Layer(
-            attn_norm=weights(f"blk.{i}.attn_norm.weight"),
-            q=weights(f"blk.{i}.attn_q.weight"),
-            k=weights(f"blk.{i}.attn_k.weight"),
-            v=weights(f"blk.{i}.attn_v.weight"),
-            o=weights(f"blk.{i}.attn_output.weight"),
-            ffn_norm=weights(f"blk.{i}.ffn_norm.weight"),
-            **_read_ffn(weights, f"blk.{i}"),
+            **_read_attention(weights, shape, f"blk.{i}"),
+            **_read_ffn(weights, shape, f"blk.{i}"),
+            window=shape.windows[i],
             activation_threshold=thresholds[i],
             predictor=predictors[i],
         )
@@ -132,12 +193,8 @@ def _read_layers(file: GGUFFile, weights: _Weights, shape: ModelShape) -> list[_
     ]
 
 
-def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps) * weight
-
-
-def _gated(activation: str, gate: Tensor, up: Tensor, threshold: float) -> Tensor:
-    """act(gate)·up, the neuron's value; a neuron fires iff this is not zero."""
+def _gated(activation: str, gate: Tensor, up: Tensor | float, threshold: float) -> Tensor:
+    """act(gate)·up, the neuron's value; a neuron fires iff this is not zero. Without a gate, up is 1."""
     match activation:
         case "relu":
             return torch.relu(gate) * up
@@ -145,20 +202,23 @@ def _gated(activation: str, gate: Tensor, up: Tensor, threshold: float) -> Tenso
             return torch.where(gate >= threshold, gate, 0.0) * up
         case "drelu":  # TurboSparse: both branches are rectified
             return torch.relu(gate) * torch.relu(up)
+        case "gelu":
+            return torch.nn.functional.gelu(gate) * up
         case _:  # ModelShape knows no other activation than these and SiLU
             return torch.nn.functional.silu(gate) * up
 
 
-def _rope(x: Tensor, positions: Tensor, base: float, interleaved: bool) -> Tensor:
-    """Rotate pairs of x [tokens, heads, head_dim]; pair i turns by position · base^(-2i/head_dim).
+def _rope(x: Tensor, positions: Tensor, shape: ModelShape) -> Tensor:
+    """Rotate pairs of x [tokens, heads, head_dim]; pair i turns by position · frequency i.
 
-    Pairs are neighbours (2i, 2i+1) if `interleaved`, else (i, i + head_dim/2), which llama.cpp calls NEOX.
+    Pairs are neighbours (2i, 2i+1) if interleaved, else (i, i + head_dim/2), which llama.cpp calls NEOX.
     """
-    half = x.shape[-1] // 2
-    frequency = base ** (-torch.arange(half, dtype=torch.float64) / half)
+    half, interleaved = x.shape[-1] // 2, shape.form.interleaved
+    frequency = torch.from_numpy(shape.rope_frequencies).double()
     angle = (positions[:, None] * frequency).float()[:, None, :]  # [tokens, 1, half]
+    cos, sin = angle.cos() * shape.rope_scale, angle.sin() * shape.rope_scale
     first, second = (x[..., 0::2], x[..., 1::2]) if interleaved else (x[..., :half], x[..., half:])
-    turned = first * angle.cos() - second * angle.sin(), first * angle.sin() + second * angle.cos()
+    turned = first * cos - second * sin, first * sin + second * cos
     return torch.stack(turned, -1).flatten(-2) if interleaved else torch.cat(turned, -1)
 
 
@@ -172,7 +232,10 @@ class ReferenceEngine:
         self._path, self._shape = path, ModelShape.read(file)
         self._embedding = weights("token_embd.weight")  # [n_vocab, d_model]
         self._head = weights("output.weight") if "output.weight" in weights else self._embedding
-        self._output_norm = weights("output_norm.weight")
+        self._output_norm = _norm(weights, self._shape, "output_norm")
+        weights.get("rope_freqs.weight")  # ModelShape has read it
+        learned = weights(f"{self._shape.form.positions}.weight") if self._shape.form.positions else None
+        self._learned = None if learned is None else learned[self._shape.form.first_position :]
         self._layers = _read_layers(file, weights, self._shape)
         weights.check_all_read()
         if mode == "predicted" and self._layers[0].predictor is None:
@@ -218,7 +281,7 @@ class ReferenceEngine:
     def stats(self) -> Stats:
         """What was computed since `reset_stats()`."""
         counts = self._fired.copy(), self._predicted.copy(), self._missed.copy()
-        return Stats(self._tokens, len(self._layers[0].up), *counts, audit=self.audit)
+        return Stats(self._tokens, self._shape.d_ff, *counts, audit=self.audit)
 
     def decode(self, token: int) -> np.ndarray:
         """Append one token; logits of the next one, float32 [n_vocab]."""
@@ -231,11 +294,14 @@ class ReferenceEngine:
         self._check(tokens)
         x = self._embedding[tokens]  # the residual stream, [tokens, d_model]
         positions = torch.arange(self.position, self.position + len(tokens))
+        if self._learned is not None:
+            x = x + self._learned[positions]
         for i in range(len(self._layers)):
-            x = x + self._attention(i, x, positions)
-            x = x + self._ffn(i, x, positions)
+            attention = self._attention(i, x, positions)
+            # In a parallel block (Falcon) both read the layer's input.
+            x = x + attention + self._ffn(i, x if self._shape.form.parallel else x + attention, positions)
         self._tokens += len(tokens)
-        x = _rms_norm(x if all_logits else x[-1], self._output_norm, self._shape.norm_eps)
+        x = self._output_norm(x if all_logits else x[-1])
         return (x @ self._head.T).numpy()
 
     def _check(self, tokens: Tensor) -> None:
@@ -254,10 +320,11 @@ class ReferenceEngine:
     def _attention(self, i: int, x: Tensor, positions: Tensor) -> Tensor:
         """Causal attention of layer i; x [tokens, d_model] is also what enters the cache."""
         layer, shape = self._layers[i], self._shape
-        h = _rms_norm(x, layer.attn_norm, shape.norm_eps)
-        q, k, v = ((h @ w.T).unflatten(-1, (-1, shape.head_dim)) for w in (layer.q, layer.k, layer.v))
-        q = _rope(q, positions, shape.rope_base, shape.interleaved_rope)
-        k = _rope(k, positions, shape.rope_base, shape.interleaved_rope)
+        h = layer.attn_norm(x)
+        q, k, v = (part(h).unflatten(-1, (-1, shape.head_dim)) for part in (layer.q, layer.k, layer.v))
+        q, k = (layer.q_norm(q), layer.k_norm(k)) if layer.q_norm and layer.k_norm else (q, k)
+        if not shape.form.positions:
+            q, k = _rope(q, positions, shape), _rope(k, positions, shape)
         self._keys[i] = torch.cat([self._keys[i], k.to(self.cache_dtype).float()])
         self._values[i] = torch.cat([self._values[i], v.to(self.cache_dtype).float()])
         # Grouped-query attention: each key/value head serves a run of consecutive query heads.
@@ -265,15 +332,16 @@ class ReferenceEngine:
         keys = self._keys[i].repeat_interleave(group, 1)
         values = self._values[i].repeat_interleave(group, 1)
         scores = torch.einsum("thd,shd->hts", q, keys) / shape.head_dim**0.5
-        future = torch.arange(len(keys)) > positions[:, None]  # [tokens, cached]
-        weights = scores.masked_fill(future, float("-inf")).softmax(-1)
-        return torch.einsum("hts,shd->thd", weights, values).flatten(1) @ layer.o.T
+        distance = positions[:, None] - torch.arange(len(keys))  # [tokens, cached]
+        unseen = (distance < 0) | (distance >= (layer.window or len(keys)))
+        weights = scores.masked_fill(unseen, float("-inf")).softmax(-1)
+        return layer.o(torch.einsum("hts,shd->thd", weights, values).flatten(1))
 
     def _ffn(self, i: int, x: Tensor, positions: Tensor) -> Tensor:
         """The FFN of layer i on the residual x [tokens, d_model], with the neurons of this mode."""
         layer, shape = self._layers[i], self._shape
-        h = _rms_norm(x, layer.ffn_norm, shape.norm_eps)
-        gate, up = h @ layer.gate.T, h @ layer.up.T
+        h = layer.ffn_norm(x)
+        gate, up = (layer.gate(h), layer.up(h)) if layer.gate else (layer.up(h), 1.0)
         a = _gated(shape.activation, gate, up, layer.activation_threshold)  # [tokens, d_ff]
         computed = torch.ones_like(a, dtype=torch.bool)
         if self.mode == "predicted":
@@ -286,4 +354,5 @@ class ReferenceEngine:
         self._predicted[i] += int(computed.sum())
         if self.audit:
             self._missed[i] += int((fires & ~computed).sum())
-        return torch.where(computed, a, 0.0) @ layer.down
+        out = torch.where(computed, a, 0.0) @ layer.down
+        return out if layer.down_bias is None else out + layer.down_bias

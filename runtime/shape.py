@@ -1,4 +1,4 @@
-"""Sizes and constants of a model, from the metadata of its GGUF file. No torch, no weights."""
+"""Sizes, constants and structure of a model, from the metadata of its GGUF file. No torch, no weights."""
 
 from __future__ import annotations
 
@@ -7,19 +7,26 @@ from typing import Any, Self
 
 import numpy as np
 
+from hotcold.convert.forms import FORMS, WINDOWS, Form
 from hotcold.convert.gguf_read import GGUFFile
+from hotcold.convert.rope import Rope
+from hotcold.convert.rope_factors import read_rope, rope_divisors
 from hotcold.errors import FormatError, UnsupportedError
 
 __all__ = ["ModelShape", "Predictor", "activation_thresholds", "read_predictors"]
 
-ARCHITECTURES = ("llama", "smallthinker")
-ACTIVATIONS = ("relu", "fatrelu", "drelu", "silu")
+ACTIVATIONS = ("relu", "fatrelu", "drelu", "silu", "gelu")
 
 
 @dataclass(frozen=True, slots=True)
 class ModelShape:
-    """Sizes and constants of a Llama-like model."""
+    """Sizes and constants of a model. `form` is the structure that its architecture implies.
 
+    `rope_frequencies` float32 [head_dim / 2] (empty where positions are learned) are in radians per position,
+    `rope_scale` multiplies sine and cosine; `windows` per layer how many positions a query sees, 0 being all.
+    """
+
+    form: Form
     n_layers: int
     d_model: int
     d_ff: int
@@ -27,48 +34,64 @@ class ModelShape:
     n_kv_heads: int
     head_dim: int
     n_vocab: int
-    context_length: int
-    rope_base: float
     norm_eps: float
-    interleaved_rope: bool
+    rope_frequencies: np.ndarray
+    rope_scale: float
+    windows: list[int]
     activation: str
 
     @classmethod
     def read(cls, file: GGUFFile) -> Self:
         """Raises UnsupportedError for an unknown architecture or activation, FormatError for missing keys."""
         arch = file.require("general.architecture", str)
-        if arch not in ARCHITECTURES:
-            known = ", ".join(ARCHITECTURES)
+        if arch not in FORMS:
+            known = ", ".join(FORMS)
             raise UnsupportedError("unknown model architecture", where=file.path, got=arch, expected=known)
-
-        def key(name: str, default: Any = None) -> Any:
-            if default is not None and f"{arch}.{name}" not in file.metadata:
-                return default
-            return file.require(f"{arch}.{name}", (int, float))
-
-        d_model, n_heads = key("embedding_length"), key("attention.head_count")
+        form, key = FORMS[arch], _Keys(file, arch)
+        d_model, n_heads, n_layers = key("embedding_length"), key("attention.head_count"), key("block_count")
         if "token_embd.weight" not in file.tensors:
             raise FormatError("missing tensor", where=file.path, field="token_embd.weight")
+        head_dim = key("attention.key_length", d_model // max(n_heads, 1))
+        rope, frequencies = Rope(), np.empty(0, np.float32)
+        if not form.positions:
+            rope, divisors = read_rope(file, arch), rope_divisors(file, head_dim)
+            frequencies = rope.frequencies(head_dim)
+            frequencies = frequencies if divisors is None else frequencies / divisors
         return cls(
-            n_layers=key("block_count"),
+            form=form,
+            n_layers=n_layers,
             d_model=d_model,
             d_ff=key("feed_forward_length"),
             n_heads=n_heads,
             n_kv_heads=key("attention.head_count_kv", n_heads),
-            head_dim=key("attention.key_length", d_model // max(n_heads, 1)),
+            head_dim=head_dim,
             n_vocab=file.tensors["token_embd.weight"].shape[0],
-            context_length=key("context_length"),
-            rope_base=key("rope.freq_base", 10000.0),
-            norm_eps=key("attention.layer_norm_rms_epsilon"),
-            # llama.cpp permutes q and k of `llama` files so that the pairs to be rotated are neighbours.
-            interleaved_rope=arch == "llama",
-            activation=_activation(file, arch),
+            norm_eps=key(form.eps_key),
+            rope_frequencies=frequencies,
+            rope_scale=rope.attention_factor,
+            windows=_per_layer(file, WINDOWS, n_layers, 0),
+            activation=_activation(file, form),
         )
 
 
-def _activation(file: GGUFFile, arch: str) -> str:
-    """Stock llama.cpp hard-codes SiLU in `llama` and ReLU in `smallthinker`; PowerInfer hard-codes ReLU."""
-    implied = "relu" if arch == "smallthinker" or "blk.0.ffn_down_t.weight" in file.tensors else "silu"
+class _Keys:
+    """The numbers of one architecture in a file's metadata."""
+
+    def __init__(self, file: GGUFFile, arch: str) -> None:
+        self._file, self._arch = file, arch
+
+    def __call__(self, name: str, default: Any = None) -> Any:
+        key = f"{self._arch}.{name}"
+        if default is not None and key not in self._file.metadata:
+            return default
+        return self._file.require(key, (int, float))
+
+
+def _activation(file: GGUFFile, form: Form) -> str:
+    """What the file says, else what llama.cpp does, or PowerInfer, whose files by neurons are ReLU models."""
+    implied = form.activation
+    if "blk.0.ffn_down_t.weight" in file.tensors and implied != "drelu":
+        implied = "relu"
     name = file.metadata.get("hotcold.activation", implied)
     if name not in ACTIVATIONS:
         known = ", ".join(ACTIVATIONS)

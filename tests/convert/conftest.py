@@ -92,7 +92,6 @@ def make_predictors(tmp_path_factory):
         }  # fmt: skip
         storage.write_tensors(folder / "model.safetensors", tensors)
         storage.write_json(folder / "config.json", config | changes)
-        (folder / "README.md").write_text("# Predictors\n")
         return folder
 
     return make

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hotcold.convert.architectures import ModelSpec, hyper_parameters, interleave_rope, split_rope
+from hotcold.convert.architectures import ModelSpec, interleave_rope, split_rope
+from hotcold.convert.forms import hyper_parameters
 from hotcold.errors import FormatError, UnsupportedError
 
 LLAMA = {
@@ -62,15 +63,30 @@ def test_rope_in_old_and_new_places(rope, theta):
         ({"num_hidden_layers": 0}, FormatError, r"num_hidden_layers: bad value"),
         ({"vocab_size": True}, FormatError, r"vocab_size: bad value"),
         ({"rms_norm_eps": float("nan")}, FormatError, r"rms_norm_eps: bad value"),
-        ({"model_type": "gpt2"}, UnsupportedError, r"model_type \(got gpt2, expected llama \| mistral\)"),
-        ({"hidden_act": "gelu"}, UnsupportedError, r"got gelu, expected relu \| fatrelu \| drelu \| silu"),
+        ({"model_type": "gpt2"}, UnsupportedError, r"model_type \(got gpt2, expected llama \| mistral \|"),
+        ({"hidden_act": "mish"}, UnsupportedError, r"got mish, expected relu \| fatrelu \| drelu \| silu"),
         ({"hidden_act": "fatrelu", "activation_thresholds": [0.1]}, FormatError, r"2 of them"),
         ({"hidden_act": "fatrelu", "hidden_act_param": -1}, FormatError, r"bad thresholds"),
-        ({"rope_scaling": {"rope_type": "yarn"}}, UnsupportedError, "rope scaling or partial rope"),
-        ({"rope_scaling": {"type": "linear", "factor": 2}}, UnsupportedError, "rope scaling or partial rope"),
-        ({"partial_rotary_factor": 0.5}, UnsupportedError, "rope scaling or partial rope"),
+        ({"rope_scaling": {"rope_type": "yarn"}}, FormatError, "original_max_position_embeddings: missing"),
+        ({"rope_scaling": {"type": "longrope"}}, UnsupportedError, r"unknown rope scaling \(got longrope"),
+        ({"rope_scaling": {"type": "linear", "factor": 0}}, FormatError, "factor: bad value"),
+        (
+            {"rope_scaling": {"type": "llama3", "factor": 8, "low_freq_factor": 4, "high_freq_factor": 4,
+                              "original_max_position_embeddings": 64}},
+            FormatError, "high_freq_factor: bad value",
+        ),
+        ({"partial_rotary_factor": 0.5}, UnsupportedError, "partial rotary positions"),
         ({"rope_parameters": [1]}, FormatError, r"rope_parameters: bad value"),
-        ({"sliding_window": 128}, UnsupportedError, r"sliding-window attention \(got 128"),
+        ({"model_type": "mistral", "sliding_window": -1}, FormatError, "sliding_window: bad value"),
+        ({"model_type": "qwen2", "sliding_window": 8, "use_sliding_window": 1}, FormatError, "true or false"),
+        (
+            {"model_type": "qwen2", "sliding_window": 8, "use_sliding_window": True, "layer_types": ["a"]},
+            FormatError, "layer_types: bad value",
+        ),
+        ({"model_type": "minicpm"}, FormatError, "scale_emb: missing key"),
+        ({"model_type": "opt", "do_layer_norm_before": False}, UnsupportedError, "opt with do_layer_norm"),
+        ({"model_type": "falcon", "alibi": True}, UnsupportedError, r"falcon with alibi \(got True"),
+        ({"model_type": "falcon", "activation": "drelu"}, UnsupportedError, "unknown activation"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_named(changes, error, message):
@@ -78,8 +94,28 @@ def test_what_is_wrong_is_named(changes, error, message):
         ModelSpec.from_config(LLAMA | changes, "c.json")
 
 
-def test_a_window_as_long_as_the_context_is_no_window():
-    assert ModelSpec.from_config(LLAMA | {"sliding_window": 256}).n_ctx == 256
+@pytest.mark.parametrize(
+    "changes, windows",
+    [
+        ({"model_type": "mistral", "sliding_window": 256}, (0, 0)),  # as long as the context
+        ({"model_type": "mistral", "sliding_window": 128}, (128, 128)),
+        ({"model_type": "mistral", "sliding_window": None}, (0, 0)),
+        ({"model_type": "llama", "sliding_window": 128}, (0, 0)),  # transformers' Llama has none
+        ({"model_type": "qwen2", "sliding_window": 128}, (0, 0)),
+        ({"model_type": "qwen2", "sliding_window": 128, "use_sliding_window": True}, (0, 0)),  # from layer 28
+        (
+            {"model_type": "qwen3", "sliding_window": 8, "use_sliding_window": True, "max_window_layers": 1},
+            (0, 8),
+        ),
+        (
+            {"model_type": "qwen3", "sliding_window": 8, "use_sliding_window": True,
+             "layer_types": ["sliding_attention", "full_attention"]},
+            (8, 0),
+        ),
+    ],
+)  # fmt: skip
+def test_sliding_windows_are_where_transformers_has_them(changes, windows):
+    assert ModelSpec.from_config(LLAMA | changes).windows == windows
 
 
 def test_head_dim_that_differs_is_written_out():

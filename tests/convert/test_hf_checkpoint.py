@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import save_file
 
 from hotcold.convert.hf_checkpoint import HFCheckpoint
-from hotcold.convert.safetensors_read import SafetensorsFile, read_json
 from hotcold.errors import FormatError, InputError, UnsupportedError
+from hotcold.safetensors_read import SafetensorsFile, read_json
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])

@@ -18,16 +18,16 @@ from hotcold.convert.gguf_read import GGUFFile
 from hotcold.convert.gguf_write import copied, planned, write_gguf
 from hotcold.convert.hf_checkpoint import HFCheckpoint
 from hotcold.convert.manifest import BundleFile, Manifest, _digest
-from hotcold.convert.predictors import Predictors
 from hotcold.convert.verify import verify_bundle
 from hotcold.errors import FormatError, HotcoldError, InputError
+from hotcold.predictor.bundle import PredictorBundle
 
 
 @pytest.fixture(scope="module")
 def original(make_model, make_predictors, tmp_path_factory) -> Path:
     model = make_model()
     out = tmp_path_factory.mktemp("bundles") / "b"
-    predictors = Predictors(make_predictors(model))
+    predictors = PredictorBundle.load(make_predictors(model))
     options = {"folder": model, "predictors": predictors}
     export_bundle(HFCheckpoint(model), out, name="m", fingerprint=fingerprint(str(model)), **options)
     return out

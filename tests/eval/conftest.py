@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from hotcold import checkpoint, storage
 from hotcold.convert.export import ExportOptions, export_bundle
 from hotcold.convert.hf_checkpoint import HFCheckpoint
-from hotcold.convert.predictors import Predictors
+from hotcold.predictor.bundle import PredictorBundle
 
 SENTENCE = "a sparse model computes only the neurons that fire and skips the many cold ones in between"
 D_MODEL, D_FF, N_LAYERS = 64, 96, 2
@@ -84,7 +84,7 @@ def write_bundle(folder: Path, threshold: float) -> Path:
         name="tiny",
         fingerprint=fingerprint,
         folder=folder / "model",
-        predictors=Predictors(folder / "predictors"),
+        predictors=PredictorBundle.load(folder / "predictors"),
         options=ExportOptions(quant="f16", predictor_quant="f32"),
     )
     return folder / "bundle"

@@ -120,10 +120,23 @@ def test_command_prints_one_json_object_per_mode(bundle, text_file, capsys):
     assert found[0]["tokens"] == 8 * 31
 
 
+def test_distances_to_a_reference(lossy_bundle, text_file, capsys):
+    options = ("--bundle", lossy_bundle, "--text", text_file, "--tokens", 256, "--window", 32, "-t", 1)
+    modes = ("--mode", "dense,exact,predicted,llama.cpp", "--reference", "dense")
+    assert run(*options, *modes, "--json") == 0
+    found = {entry["mode"]: entry for entry in map(json.loads, capsys.readouterr().out.splitlines())}
+    assert "kl" not in found["dense"]
+    assert found["exact"]["kl"] < 1e-4 and found["llama.cpp"]["kl"] < 1e-3
+    assert found["predicted"]["kl"] > 10 * found["exact"]["kl"]
+    assert run(*options, "--mode", "exact", "--reference", "dense") == 0
+    assert re.search(r"KL\(dense ‖ exact\) 0\.0000\d nats, same top token 100\.0%", capsys.readouterr().out)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (("--mode", "exakt"), r"unknown mode \(got exakt, expected dense \| exact"),
+        (("--reference", "exakt"), r"unknown mode \(got exakt"),
         (("--text", "nowhere.txt"), "nowhere.txt: no such file"),
         (("--tokens", "-5"), "the number of tokens must be positive"),
         (("--threads", "0"), "--threads: must be at least 1"),

@@ -15,6 +15,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from hotcold import checkpoint
+from hotcold.convert.gguf_read import GGUFFile
 from hotcold.errors import FormatError, InputError, UnsupportedError
 from hotcold.gguf_tokenizer import build_tokenizer
 
@@ -104,10 +105,10 @@ def test_the_fingerprint_changes_with_any_weight_or_config_byte(model, tokenizer
             "not.gguf",
             b"hello",
             FormatError,
-            r"at byte 0, magic: not a GGUF file \(got b'hell', expected b'GGUF'\)",
+            r"at byte 0, magic: not a GGUF file \(got b'hell', expected GGUF or PWRI\)",
         ),
         ("empty.gguf", b"", FormatError, "not a GGUF file"),
-        ("cut.gguf", b"GGUF\x03\x00\x00\x00", FormatError, "truncated or damaged GGUF file"),
+        ("cut.gguf", b"GGUF\x03\x00\x00\x00", FormatError, "at byte 8, n_tensors: the file ends too early"),
     ],
 )
 def test_bad_files_are_named(tmp_path, name, content, error, message):
@@ -125,7 +126,7 @@ def test_a_truncated_gguf(smollm2, tmp_path, share):
     size = int(smollm2.stat().st_size * share)
     with smollm2.open("rb") as file:
         cut.write_bytes(file.read(size))
-    with pytest.raises(FormatError, match=r"cut\.gguf: truncated or damaged GGUF file"):
+    with pytest.raises(FormatError, match=r"cut\.gguf at byte \d+, .* (file ends|too long)"):
         checkpoint.load_model(str(cut))
 
 
@@ -206,7 +207,7 @@ def metadata_file(path: Path, **values) -> dict:
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.close()
-    return {name: field.contents() for name, field in gguf.GGUFReader(path).fields.items()}
+    return GGUFFile(path).metadata
 
 
 LETTERS = ["<s>", "Ġ", "Ċ", *"abc0123456789.'", "12", "123", "Ġa", "ĊĊ"]
@@ -241,5 +242,5 @@ def test_bos_is_added_where_the_file_says_so(tmp_path):
 def test_unknown_vocabularies(tmp_path):
     with pytest.raises(UnsupportedError, match=r"unknown pre-tokenizer \(got tekken, expected gpt-2"):
         bpe(tmp_path, pre="tekken")
-    with pytest.raises(UnsupportedError, match=r"unknown vocabulary type \(got llama, expected gpt2\)"):
-        bpe(tmp_path, model="llama")
+    with pytest.raises(UnsupportedError, match=r"unknown vocabulary type \(got bert, expected gpt2 "):
+        bpe(tmp_path, model="bert")

@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save
 
 from hotcold import storage
 from hotcold.errors import StorageError
@@ -336,6 +336,22 @@ def test_what_is_written(tmp_path):
     for name, array in tensors.items():
         np.testing.assert_array_equal(loaded[name], array)
         assert loaded[name].dtype == array.dtype
+
+
+DTYPES = ["?", "u1", "i1", "i2", "u2", "f2", "i4", "u4", "f4", "f8", "i8", "u8"]
+
+
+ARRAYS = st.tuples(st.sampled_from(DTYPES), st.integers(0, 5))
+
+
+@given(st.dictionaries(st.text(max_size=9), ARRAYS, max_size=6))
+def test_tensors_are_written_as_the_safetensors_library_does(tmp_path_factory, kinds):
+    tensors = {name: np.ones((n, 2), dtype) for name, (dtype, n) in kinds.items()}
+    tensors.pop("__metadata__", None)
+    path = tmp_path_factory.mktemp("tensors") / "t"
+    for metadata in (None, {"format": "pt"}):
+        storage.write_tensors(path, tensors, metadata)
+        assert path.read_bytes() == save(tensors, metadata)
 
 
 def test_sha256_with_progress(tmp_path):

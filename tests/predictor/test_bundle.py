@@ -75,6 +75,70 @@ def test_logits_are_those_of_two_matrices() -> None:
     np.testing.assert_allclose(layer.logits(x), expected, rtol=1e-4, atol=1e-4)
 
 
+def test_what_nobody_has_measured_stays_unknown(tmp_path: Path) -> None:
+    """Predictors that others trained come without firing frequencies and metrics."""
+    layers = [LayerPredictor(layer.fc1, layer.fc2, layer.threshold) for layer in _bundle().layers]
+    PredictorBundle("a" * 64, layers, training={"converted_from": "x-Predictor"}).save(tmp_path / "p")
+    loaded = PredictorBundle.load(tmp_path / "p")
+    assert [(layer.firing_frequency, layer.metrics) for layer in loaded.layers] == [(None, None)] * 2
+    assert loaded.metrics == [] and loaded.target_recall == 0
+    card = (tmp_path / "p" / "README.md").read_text()
+    assert "converted from x-Predictor" in card and "| 1 | 64 | 6.400 |" in card and "recall" not in card
+
+
+def test_arrays_are_mapped_and_outlive_their_file(saved: Path) -> None:
+    loaded = PredictorBundle.load(saved)
+    assert not loaded.layers[0].fc1.flags.writeable and loaded.layers[0].fc1.base is not None
+    PredictorBundle("b" * 64, [_bundle().layers[1]]).save(saved)
+    np.testing.assert_array_equal(loaded.layers[0].fc1, _bundle().layers[0].fc1)
+
+
+def test_from_pretrained_takes_the_hub_only_where_there_is_no_folder(saved: Path, monkeypatch) -> None:
+    """The hub itself is out of reach: its client is asked for this repository's three files."""
+    import huggingface_hub
+
+    asked = []
+
+    def snapshot_download(repo_id: str, **options: object) -> str:
+        asked.append((repo_id, options))
+        return str(saved)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    assert PredictorBundle.from_pretrained(str(saved)).n_layers == 2 and not asked
+    assert PredictorBundle.from_pretrained("org/predictors", revision="v1").ranks == [32, 64]
+    files = ["config.json", "model.safetensors", "README.md"]
+    assert asked == [("org/predictors", {"allow_patterns": files, "revision": "v1"})]
+
+
+def test_a_name_that_is_nowhere_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="neither a folder here nor on the hub"):
+        PredictorBundle.from_pretrained("no/such/repository")
+    with pytest.raises(InputError, match="no predictors here"):
+        PredictorBundle.from_pretrained(tmp_path / "nothing")
+
+
+def test_save_pretrained_uploads_if_asked(tmp_path: Path, monkeypatch) -> None:
+    import huggingface_hub
+
+    calls = []
+
+    class Hub:
+        def __init__(self, token: str | None) -> None:
+            calls.append(token)
+
+        def create_repo(self, repo_id: str, **options: object) -> huggingface_hub.RepoUrl:
+            calls.append((repo_id, options))
+            return huggingface_hub.RepoUrl(f"https://huggingface.co/me/{repo_id}")
+
+        def upload_folder(self, *, repo_id: str, folder_path: Path, commit_message: str) -> None:
+            calls.append((repo_id, sorted(file.name for file in folder_path.iterdir())))
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+    _bundle().save_pretrained(tmp_path / "mine", push_to_hub=True, token="t", private=True)
+    files = ["README.md", "config.json", "model.safetensors"]
+    assert calls == ["t", ("mine", {"private": True, "exist_ok": True}), ("me/mine", files)]
+
+
 def test_loads_without_torch(saved: Path) -> None:
     code = (
         "import sys; sys.modules['torch'] = sys.modules['transformers'] = None\n"
@@ -109,6 +173,7 @@ def _cut(name: str, size: int) -> Callable[[Path], None]:
     return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:size])
 
 
+NAN = float("nan")
 FC1 = "layers.1.fc1.weight"
 BROKEN = {
     "no config": (lambda f: (f / "config.json").unlink(), InputError, "no predictors here"),
@@ -121,12 +186,13 @@ BROKEN = {
     "no layers": (_edit_config(n_layers=0), FormatError, "n_layers: must be positive"),
     "short ranks": (_edit_config(ranks=[32]), FormatError, "ranks: wrong length .got 1, expected 2"),
     "text rank": (_edit_config(ranks=[32, "64"]), FormatError, r"ranks.1.: wrong type .got '64'"),
+    "threshold of NaN": (_edit_config(thresholds=[0.5, NAN]), FormatError, r"thresholds.1.: not a number"),
     "int threshold": (_edit_config(thresholds=[0, 1]), FormatError, r"thresholds.0.: wrong type"),
     "bad metrics": (_edit_config(metrics=[{}, {}]), FormatError, r"metrics.0..recall: wrong or missing"),
-    "other rank": (_edit_config(ranks=[32, 32]), FormatError, f"{FC1}: .*64, 16.*expected float32 .32, 16"),
-    "cut tensors": (_cut("model.safetensors", 999), FormatError, "is not a safetensors file"),
+    "other rank": (_edit_config(ranks=[32, 32]), FormatError, f"{FC1}: .*64, 16.*expected F32 .32, 16"),
+    "cut tensors": (_cut("model.safetensors", 999), FormatError, "not a safetensors file"),
     "no fc1": (_edit_tensor(FC1, None), FormatError, f"model.safetensors, {FC1}: missing tensor"),
-    "fc1 half": (_edit_tensor(FC1, np.zeros((64, 16), "f2")), FormatError, f"{FC1}: .*got float16"),
+    "fc1 half": (_edit_tensor(FC1, np.zeros((64, 16), "f2")), FormatError, f"{FC1}: .*got F16"),
     "fc1 turned": (_edit_tensor(FC1, np.zeros((16, 64), "f4")), FormatError, f"{FC1}: .*16, 64"),
 }
 

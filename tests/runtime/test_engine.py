@@ -267,7 +267,7 @@ def test_a_tensor_of_the_wrong_shape(make_bundle, monkeypatch):
     file.metadata[key] = file.metadata[key] + 32
     from hotcold.runtime.bundle_load import load_model
 
-    with pytest.raises(ShapeError, match=r"blk\.0\.ffn_gate"):
+    with pytest.raises(ShapeError, match=r"blk\.0\.ffn_up"):
         load_model(file, "exact", 1, 16)
 
 

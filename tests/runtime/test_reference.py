@@ -202,8 +202,8 @@ def test_predicted_mode_needs_predictors(bundle, tmp_path):
 
 
 def test_unknown_activation(make_bundle):
-    unknown = make_bundle(activation="gelu")
-    with pytest.raises(UnsupportedError, match=r"unknown activation \(got gelu, expected relu"):
+    unknown = make_bundle(activation="mish")
+    with pytest.raises(UnsupportedError, match=r"unknown activation \(got mish, expected relu"):
         ReferenceEngine.load(unknown.path, "exact")
 
 

@@ -1,0 +1,76 @@
+"""Typed access to a model's `config.json`: every value is checked, every error names file and key."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hotcold.errors import FormatError, UnsupportedError
+
+__all__ = ["Fields"]
+
+
+class Fields:
+    """The keys of `config.json`; `renamed` maps ours, which are Llama's, to those of another family."""
+
+    def __init__(
+        self, config: dict[str, Any], where: str | Path, renamed: dict[str, str] | None = None
+    ) -> None:
+        self.config, self.where, self._renamed = config, where, renamed or {}
+
+    def __contains__(self, key: str) -> bool:
+        return self.config.get(self.name(key)) is not None
+
+    def name(self, key: str) -> str:
+        """What this family calls a key."""
+        return self._renamed.get(key, key)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """A value, or `default` where it is missing or null; FormatError where there is none either."""
+        value = self.config.get(self.name(key))
+        value = default if value is None else value
+        if value is None:
+            raise FormatError("missing key", where=self.where, field=self.name(key))
+        return value
+
+    def count(self, key: str, default: int | None = None) -> int:
+        """A positive integer."""
+        value = self.get(key, default)
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 1 << 31:
+            raise self.bad(key, value, "a positive integer")
+        return value
+
+    def number(self, key: str, default: float | None = None) -> float:
+        """A finite number."""
+        value = self.get(key, default)
+        if not isinstance(value, int | float) or isinstance(value, bool) or not np.isfinite(value):
+            raise self.bad(key, value, "a number")
+        return float(value)
+
+    def positive(self, key: str, default: float | None = None) -> float:
+        """A finite number above 0."""
+        value = self.number(key, default)
+        if value <= 0:
+            raise self.bad(key, value, "a number above 0")
+        return value
+
+    def flag(self, key: str, default: bool = False) -> bool:
+        """True or false."""
+        value = self.get(key, default)
+        if not isinstance(value, bool):
+            raise self.bad(key, value, "true or false")
+        return value
+
+    def choice(self, key: str, known: tuple[str, ...]) -> str:
+        """One of the known names, else UnsupportedError."""
+        value = self.get(key)
+        if value not in known:
+            name = self.name(key)
+            raise UnsupportedError(f"unknown {name}", where=self.where, got=value, expected=" | ".join(known))
+        return value
+
+    def bad(self, key: str, value: object, expected: str) -> FormatError:
+        """The error for a value of the wrong kind."""
+        return FormatError("bad value", where=self.where, field=self.name(key), got=value, expected=expected)

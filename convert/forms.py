@@ -1,0 +1,94 @@
+"""How GGUF files say a model: one row per `general.architecture`, for the writers and the runtime alike.
+
+An architecture fixes what a file does not say: the kind of norm, the order of rotary pairs, which tensors are
+fused, and which activation llama.cpp (or PowerInfer, for its own) applies.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from hotcold.convert.architectures import ModelSpec
+
+__all__ = ["FORMS", "ROPE_FACTORS", "WINDOWS", "Form", "hyper_parameters"]
+
+WINDOWS = "hotcold.attention.windows"  # u32[L]: positions that the queries of a layer see, 0: all
+ROPE_FACTORS = "hotcold.rope.factors"  # f32[head_dim / 2]: as the tensor rope_freqs, where that is not known
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """One `general.architecture`.
+
+    `activation` is what llama.cpp or PowerInfer computes with it. `interleaved`: the rotary pairs of q and
+    k rows are neighbours, not halves apart. `positions` names the tensor of learned positions, whose row
+    `first_position` is that of position 0. `experts`: the FFN is a mixture's only expert. `biases`: q, k, v
+    and output may have one. `rope_factors`: the tensor `rope_freqs` is known.
+    """
+
+    activation: str = "silu"
+    interleaved: bool = False
+    layer_norm: bool = False
+    gated: bool = True
+    parallel: bool = False
+    head_norm: bool = False
+    biases: bool = True
+    fused_qkv: bool = False
+    experts: bool = False
+    positions: str = ""
+    first_position: int = 0
+    rope_factors: bool = False
+
+    @property
+    def eps_key(self) -> str:
+        """Where the norm's epsilon stands."""
+        return "attention.layer_norm_epsilon" if self.layer_norm else "attention.layer_norm_rms_epsilon"
+
+
+FORMS: dict[str, Form] = {
+    "llama": Form(interleaved=True, rope_factors=True),
+    "qwen2": Form(),
+    "qwen3": Form(head_norm=True, biases=False),
+    "smallthinker": Form("relu", experts=True, biases=False),
+    "gpt2": Form("gelu", layer_norm=True, gated=False, fused_qkv=True, positions="position_embd"),
+    "falcon": Form("gelu", layer_norm=True, gated=False, parallel=True, fused_qkv=True, biases=False),
+    # PowerInfer's own
+    "bamboo": Form("drelu", interleaved=True, biases=False),
+    "opt": Form("relu", layer_norm=True, gated=False, positions="pos_embd", first_position=2),
+}
+
+
+def hyper_parameters(spec: ModelSpec, architecture: str) -> dict[str, Any]:
+    """The `{architecture}.*` metadata of llama.cpp and PowerInfer, in the exact types they insist on."""
+    form = FORMS[architecture]
+    numbers = {
+        "block_count": spec.n_layers,
+        "context_length": spec.n_ctx,
+        "embedding_length": spec.d_model,
+        "feed_forward_length": spec.d_ff,
+        "attention.head_count": spec.n_heads,
+        "attention.head_count_kv": spec.n_kv_heads,
+        "vocab_size": spec.n_vocab,
+    }
+    if spec.head_dim * spec.n_heads != spec.d_model:
+        numbers |= {"attention.key_length": spec.head_dim, "attention.value_length": spec.head_dim}
+    values: dict[str, Any] = {key: np.uint32(value) for key, value in numbers.items()}
+    values[form.eps_key] = np.float32(spec.norm_eps)
+    if spec.rope is not None:
+        values |= {"rope.dimension_count": np.uint32(spec.head_dim), **spec.rope.metadata()}
+    return {f"{architecture}.{key}": value for key, value in values.items()} | _own_keys(spec, form)
+
+
+def _own_keys(spec: ModelSpec, form: Form) -> dict[str, Any]:
+    """What the architecture has no word for, under `hotcold.`: other programs ignore it."""
+    own: dict[str, Any] = {}
+    if any(spec.windows):
+        own[WINDOWS] = np.asarray(spec.windows, np.uint32)
+    divisors = spec.rope.llama3_divisors(spec.head_dim) if spec.rope else None
+    if divisors is not None and not form.rope_factors:
+        own[ROPE_FACTORS] = divisors
+    return own

@@ -1,0 +1,229 @@
+"""A model in a GGUF file as the Hugging Face checkpoint it was made from: config, names, order of rows.
+
+This is llama.cpp's `convert_hf_to_gguf.py` backwards, so that one table of layers serves every source of
+weights. Files are read by hotcold's own reader: `transformers` would hand them to the `gguf` package's, which
+trusts them, and would forget activations, rope factors and the pre-tokenizer.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hotcold.convert.architectures import ACTIVATIONS, split_rope
+from hotcold.convert.families import FAMILIES
+from hotcold.convert.forms import FORMS, WINDOWS
+from hotcold.convert.gguf_read import GGUFFile, Tensor
+from hotcold.convert.gguf_split import open_gguf
+from hotcold.convert.quantize import FLOATS, dequantize
+from hotcold.convert.rope_factors import rope_parameters
+from hotcold.errors import FormatError, ShapeError, UnsupportedError
+
+__all__ = ["GGUFCheckpoint"]
+
+# GGUF architecture -> model type of transformers. Mistral's files say `llama`.
+_MODEL_TYPES = {
+    "llama": "llama", "bamboo": "bamboo", "qwen2": "qwen2", "qwen3": "qwen3", "smallthinker": "llama",
+}  # fmt: skip
+_COUNTS = {
+    "num_hidden_layers": "block_count",
+    "max_position_embeddings": "context_length",
+    "hidden_size": "embedding_length",
+    "intermediate_size": "feed_forward_length",
+    "num_attention_heads": "attention.head_count",
+}
+_SPECIAL_TOKENS = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}
+_MODULES = FAMILIES["qwen3"].modules  # Llama's names, and those of the norms of heads
+_LAYER_NAMES = {name: module for name, module in _MODULES.items() if "{}" in module}
+_LAYER_NAMES |= {f"{name}_exps": _MODULES[name] for name in ("ffn_gate", "ffn_up", "ffn_down")}
+_LAYER_NAMES["ffn_down_t"] = _MODULES["ffn_down"]
+_OUTER_NAMES = {name: module for name, module in _MODULES.items() if "{}" not in module}
+_NOT_WEIGHTS = re.compile(r"rope_freqs\.weight|blk\.\d+\.(fc1|fc2|ffn_gate_inp)\.weight")
+_BLOCK = re.compile(r"blk\.(\d{1,6})\.(\w+)\.(weight|bias)")
+_OUTER = re.compile(r"(\w+)\.(weight|bias)")
+
+
+@dataclass(frozen=True, slots=True)
+class _Weight:
+    """A tensor of the file; `change` makes of its values what Hugging Face's checkpoint holds."""
+
+    tensor: Tensor
+    shape: tuple[int, ...]
+    change: Callable[[np.ndarray], np.ndarray]
+
+
+class GGUFCheckpoint:
+    """A `hf_checkpoint.WeightSource` over a GGUF file, split ones and PowerInfer's included.
+
+    Raises InputError or FormatError where the file cannot be read, UnsupportedError for a model that is not
+    Llama-like, ShapeError where heads and matrices do not fit.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._file = open_gguf(path)
+        self._architecture = self._file.require("general.architecture", str)
+        if self._architecture not in _MODEL_TYPES:
+            known = " | ".join(_MODEL_TYPES)
+            raise UnsupportedError(
+                "unknown architecture", where=self.path, got=self._architecture, expected=known
+            )
+        self.config: dict[str, Any] = _config(self._file, self._architecture)
+        self._weights = dict(
+            self._weight(t) for name, t in self._file.tensors.items() if not _NOT_WEIGHTS.fullmatch(name)
+        )
+        self._check_layers()
+
+    @property
+    def quantised_types(self) -> list[str]:
+        """The ggml types, other than floating point, that weights are stored in."""
+        return sorted({weight.tensor.type for weight in self._weights.values()} - set(FLOATS))
+
+    def names(self) -> set[str]:
+        """The names of all tensors, as Hugging Face has them."""
+        return set(self._weights)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of one tensor; FormatError where the file has none of this name."""
+        return self._find(name).shape
+
+    def load(self, name: str) -> np.ndarray:
+        """One tensor as float32, decoded if it is quantised."""
+        weight = self._find(name)
+        return weight.change(dequantize(weight.tensor))
+
+    def _find(self, name: str) -> _Weight:
+        if name not in self._weights:
+            raise FormatError("missing tensor", where=self.path, field=name)
+        return self._weights[name]
+
+    def _weight(self, tensor: Tensor) -> tuple[str, _Weight]:
+        """A tensor under its Hugging Face name."""
+        if (match := _BLOCK.fullmatch(tensor.name)) and match[2] in _LAYER_NAMES:
+            name = f"{_LAYER_NAMES[match[2]].format(int(match[1]))}.{match[3]}"
+            return name, self._layer_weight(tensor, match[2])
+        if (match := _OUTER.fullmatch(tensor.name)) and match[1] in _OUTER_NAMES:
+            return f"{_OUTER_NAMES[match[1]]}.{match[2]}", _Weight(tensor, tensor.shape, _same)
+        raise UnsupportedError("the model has tensors of an unknown kind", where=self.path, got=tensor.name)
+
+    def _layer_weight(self, tensor: Tensor, kind: str) -> _Weight:
+        heads = {"attn_q": "num_attention_heads", "attn_k": "num_key_value_heads"}
+        if kind in heads and FORMS[self._architecture].interleaved:
+            n_heads = self.config[heads[kind]]
+            if tensor.shape[0] != n_heads * self.config["head_dim"] or self.config["head_dim"] % 2:
+                expected = f"{n_heads} heads of {self.config['head_dim']} rows"
+                raise ShapeError(
+                    f"tensor {tensor.name}", where=self.path, got=tensor.shape, expected=expected
+                )
+            return _Weight(tensor, tensor.shape, lambda values: split_rope(values, n_heads))
+        if kind.endswith("_exps"):
+            if len(tensor.shape) != 3 or tensor.shape[0] != 1:
+                raise ShapeError(
+                    f"tensor {tensor.name}", where=self.path, got=tensor.shape, expected="one expert"
+                )
+            return _Weight(tensor, tensor.shape[1:], lambda values: values[0])
+        if kind == "ffn_down_t":
+            return _Weight(tensor, tensor.shape[::-1], np.transpose)
+        return _Weight(tensor, tensor.shape, _same)
+
+    def _check_layers(self) -> None:
+        """A claim of a million layers must not cost more than the tensors that are there."""
+        found = {name.split(".")[2] for name in self._weights if name.startswith("model.layers.")}
+        if len(found) != self.config["num_hidden_layers"]:
+            field = f"{self._architecture}.block_count"
+            got = self.config["num_hidden_layers"]
+            raise FormatError(
+                "not the layers of this file", where=self.path, field=field, got=got, expected=len(found)
+            )
+
+
+def _same(values: np.ndarray) -> np.ndarray:
+    return values
+
+
+def _config(file: GGUFFile, architecture: str) -> dict[str, Any]:
+    """The `config.json` that transformers would need for this model."""
+    embedding = file.tensors.get("token_embd.weight")
+    if embedding is None or len(embedding.shape) != 2:
+        raise FormatError("missing tensor", where=file.path, field="token_embd.weight")
+    if architecture == "smallthinker" and file.require("smallthinker.expert_count", int) != 1:
+        got = file.metadata["smallthinker.expert_count"]
+        raise UnsupportedError("a mixture of experts", where=file.path, got=got, expected="one expert")
+    config = {key: _count(file, f"{architecture}.{name}") for key, name in _COUNTS.items()}
+    n_heads = config["num_attention_heads"]
+    head_dim = _head_dim(file, architecture, config["hidden_size"] // n_heads)
+    config |= {
+        "model_type": _MODEL_TYPES[architecture],
+        "vocab_size": embedding.shape[0],
+        "num_key_value_heads": _count(file, f"{architecture}.attention.head_count_kv", n_heads),
+        "head_dim": head_dim,
+        "rms_norm_eps": file.require(f"{architecture}.attention.layer_norm_rms_epsilon", float),
+        "rope_parameters": rope_parameters(file, architecture, head_dim),
+        "tie_word_embeddings": "output.weight" not in file.tensors,
+    }
+    config |= _window(file, config["num_hidden_layers"])
+    if "blk.0.attn_output.bias" in file.tensors:
+        config["attention_bias"] = True
+    return config | _activation(file, architecture) | _special_tokens(file, config["vocab_size"])
+
+
+def _count(file: GGUFFile, key: str, default: int | None = None) -> int:
+    value = default if default is not None and key not in file.metadata else file.require(key, int)
+    if not 0 < value < 1 << 31:
+        raise FormatError("bad value", where=file.path, field=key, got=value, expected="a positive integer")
+    return value
+
+
+def _head_dim(file: GGUFFile, architecture: str, default: int) -> int:
+    head_dim = _count(file, f"{architecture}.attention.key_length", max(default, 1))
+    for name in ("attention.value_length", "rope.dimension_count"):
+        value = _count(file, f"{architecture}.{name}", head_dim)
+        if value != head_dim:
+            raise UnsupportedError(f"{name} of another size", where=file.path, got=value, expected=head_dim)
+    return head_dim
+
+
+def _activation(file: GGUFFile, architecture: str) -> dict[str, Any]:
+    """llama.cpp's `smallthinker` and PowerInfer imply a ReLU, all others a SiLU."""
+    implied = FORMS[architecture].activation
+    if file.magic == "PWRI" and implied == "silu":
+        implied = "relu"
+    name = file.metadata.get("hotcold.activation", implied)
+    if name not in ACTIVATIONS:
+        known = " | ".join(ACTIVATIONS)
+        raise UnsupportedError("unknown activation", where=file.path, got=name, expected=known)
+    if name != "fatrelu":
+        return {"hidden_act": name}
+    thresholds = file.require("hotcold.activation_thresholds", np.ndarray)
+    return {"hidden_act": name, "activation_thresholds": thresholds.tolist()}
+
+
+def _window(file: GGUFFile, n_layers: int) -> dict[str, Any]:
+    """hotcold's own key: the same window in every layer is Mistral's."""
+    windows = np.asarray(file.metadata.get(WINDOWS, []))
+    if not windows.any():
+        return {}
+    if len(windows) != n_layers or (windows != windows[0]).any():
+        got = windows.tolist()
+        raise UnsupportedError("windows that differ between layers", where=file.path, got=got)
+    return {"model_type": "mistral", "sliding_window": int(windows[0])}
+
+
+def _special_tokens(file: GGUFFile, n_vocab: int) -> dict[str, int]:
+    found = {}
+    for name, key in _SPECIAL_TOKENS.items():
+        field = f"tokenizer.ggml.{key}_token_id"
+        if field in file.metadata:
+            number = file.require(field, int)
+            if not 0 <= number < n_vocab:
+                expected = f"below {n_vocab}"
+                raise FormatError(
+                    "no such token", where=file.path, field=field, got=number, expected=expected
+                )
+            found[f"{name}_token_id"] = number
+    return found

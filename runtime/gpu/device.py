@@ -1,0 +1,102 @@
+"""The device: found, or refused in one line that says what is missing and what works instead."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
+
+import torch
+
+from hotcold.errors import InputError, UnsupportedError
+from hotcold.runtime.placement import format_bytes, parse_bytes
+
+__all__ = ["free_bytes", "memory_or_error", "open_device", "operators", "parse_budget"]
+
+_INSTEAD = "use --backend cpu"
+_MARGIN = 256 << 20  # left for the driver, and for what grows while a kernel is compiled
+_OLDEST = (8, 0)  # bfloat16 and asynchronous copies: Ampere and later
+
+
+def open_device(name: str = "cuda") -> torch.device:
+    """`cuda`, `cuda:1` or `cpu`. Raises InputError for another name, UnsupportedError for what is missing."""
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cuda", "cpu"):
+        raise InputError("unknown device", got=name, expected="cuda, cuda:N, or cpu")
+    if device.type == "cuda":
+        _check_cuda(device)
+    return device
+
+
+def _check_cuda(device: torch.device) -> None:
+    if torch.version.cuda is None:
+        fix = f"install a CUDA build of torch, or {_INSTEAD}"
+        raise UnsupportedError("this torch was built without CUDA", got=torch.__version__, fix=fix)
+    if not torch.cuda.is_available():
+        what = "no NVIDIA GPU that torch can use: none there, or a driver older than its CUDA"
+        raise UnsupportedError(what, expected=f"CUDA {torch.version.cuda}", fix=_INSTEAD)
+    n = torch.cuda.device_count()
+    if (device.index or 0) >= n:
+        raise InputError("no such GPU", got=str(device), expected=f"cuda:0 to cuda:{n - 1}")
+    if importlib.util.find_spec("triton") is None:
+        raise UnsupportedError("Triton is not installed", fix=f"`pip install triton`, or {_INSTEAD}")
+    capability = torch.cuda.get_device_capability(device)
+    if capability < _OLDEST:
+        got = f"{torch.cuda.get_device_name(device)}, compute capability {capability[0]}.{capability[1]}"
+        raise UnsupportedError("this GPU is too old for the kernels", got=got, expected="8.0", fix=_INSTEAD)
+
+
+def operators(device: torch.device) -> ModuleType:
+    """The operators for a device: Triton's on a GPU, plain torch elsewhere. Both have the same functions."""
+    if device.type == "cuda":
+        from hotcold.runtime.triton import ops
+
+        return ops
+    from hotcold.runtime.triton import reference
+
+    return reference
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that a model may take: what is free on a GPU, less a margin; on a CPU, what the system has."""
+    if device.type == "cuda":
+        return max(0, torch.cuda.mem_get_info(device)[0] - _MARGIN)
+    import os
+
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+
+
+def parse_budget(text: str, device: torch.device) -> int:
+    """Bytes of `--vram-budget`: `auto` is all that is free. Raises InputError, or for more than there is
+    UnsupportedError."""
+    free = free_bytes(device)
+    if text == "auto":
+        return free
+    budget = parse_bytes(text)
+    if budget > free:
+        got, there = format_bytes(budget), f"at most {format_bytes(free)}"
+        raise UnsupportedError("--vram-budget is more than is free", got=got, expected=there, fix="use auto")
+    return budget
+
+
+@contextmanager
+def memory_or_error(device: torch.device) -> Iterator[None]:
+    """Turn running out of GPU memory into one line, with what was loaded so far given back."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        short = True
+    else:
+        return
+    # Outside of the handler, so that no traceback keeps tensors alive.
+    if short and device.type == "cuda":
+        torch.cuda.empty_cache()
+    raise UnsupportedError(
+        "out of GPU memory",
+        where=str(device),
+        fix="a smaller --vram-budget or -c takes less, --backend cpu none",
+    )

@@ -1,0 +1,150 @@
+"""What all device engines do alike: norms, products with rows, rotary attention over a static cache.
+
+The residual stream is float32 throughout. Products of up to MAX_TOKENS tokens go through the operators, which
+read each weight once as it is stored; longer prompts through torch's dense products in the weights' type.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hotcold.runtime.gpu.weights import DeviceLayer, DeviceWeights
+from hotcold.runtime.shape import ModelShape
+from hotcold.runtime.triton.rows import FLOAT, Rows
+
+__all__ = ["Cache", "Layers", "activated"]
+
+MAX_TOKENS = 8
+_SMALLEST_BUCKET = 256
+
+
+def activated(activation: str, gate: Tensor, up: Tensor, firing: float) -> Tensor:
+    """act(gate) · up, the neurons' values; zero where a neuron does not fire."""
+    if activation == "silu":
+        return torch.nn.functional.silu(gate) * up
+    return torch.where(gate >= firing, gate * (up.relu() if activation == "drelu" else up), 0.0)
+
+
+class Cache:
+    """Keys and values of the device layers, float16 [layers, n_kv_heads, n_ctx, head_dim], in place."""
+
+    def __init__(self, shape: ModelShape, n_layers: int, n_ctx: int, device: torch.device) -> None:
+        size = (n_layers, shape.n_kv_heads, n_ctx, shape.head_dim)
+        self.keys = torch.zeros(size, dtype=torch.float16, device=device)
+        self.values = torch.zeros(size, dtype=torch.float16, device=device)
+        self.n_ctx = n_ctx
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of both."""
+        return self.keys.nbytes + self.values.nbytes
+
+    def bucket(self, used: int) -> int:
+        """How much of the cache to look at for `used` tokens: few sizes, so that graphs are replayed."""
+        size = _SMALLEST_BUCKET
+        while size < used:
+            size *= 2
+        return min(size, self.n_ctx)
+
+
+class Layers:
+    """The steps of a layer on one device, for `weights` and a cache of `n_ctx` tokens."""
+
+    def __init__(self, weights: DeviceWeights, n_ctx: int, device: torch.device, ops: ModuleType) -> None:
+        self.weights, self.shape, self.device, self.ops = weights, weights.shape, device, ops
+        self.cache = Cache(weights.shape, len(weights.layers), n_ctx, device)
+        # Keys are kept in half precision; a CPU has no fast product of halves.
+        self._product_type = torch.float16 if device.type == "cuda" else torch.float32
+        frequencies = torch.from_numpy(np.asarray(self.shape.rope_frequencies, np.float64))
+        angle = torch.arange(n_ctx, dtype=torch.float64)[:, None] * frequencies
+        scale = self.shape.rope_scale
+        self._cos, self._sin = ((scale * part).float().to(device) for part in (angle.cos(), angle.sin()))
+
+    def norm(self, x: Tensor, weight: Tensor) -> Tensor:
+        """RMSNorm of x [tokens, d_model]."""
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.shape.norm_eps) * weight
+
+    def dot(self, x: Tensor, w: Rows) -> Tensor:
+        """x · wᵀ, float32 [tokens, w.n]."""
+        if len(x) <= MAX_TOKENS:
+            return self.ops.dot_rows(x.contiguous(), w)
+        if self.device.type == "cpu":
+            return x @ w.dequantize().T
+        dtype = w.data.dtype if w.kind == FLOAT else torch.float16
+        return (x.to(dtype) @ w.dequantize(dtype).T).float()
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Rows of the embedding, float32 [tokens, d_model]."""
+        return self.weights.embedding.take(tokens).dequantize()
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Logits float32 [tokens, n_vocab] of the residual stream."""
+        return self.dot(self.norm(x, self.weights.output_norm), self.weights.head)
+
+    def attention(self, i: int, x: Tensor, positions: Tensor, seen: int) -> Tensor:
+        """What layer i's attention adds to x [tokens, d_model]; the tokens enter the cache at `positions`.
+
+        `positions` is int64 [tokens] on the device; `seen` bounds the cache positions that are looked at.
+        """
+        layer = self.weights.layers[i]
+        h = self.norm(x, layer.attn_norm)
+        q, k, v = (
+            self._heads(h, w, bias, norm)
+            for w, bias, norm in (
+                (layer.q, layer.q_bias, layer.q_norm),
+                (layer.k, layer.k_bias, layer.k_norm),
+                (layer.v, layer.v_bias, None),
+            )
+        )
+        q, k = self._turned(q, positions), self._turned(k, positions)
+        keys, values = self.cache.keys[i], self.cache.values[i]
+        keys.index_copy_(1, positions, k.transpose(0, 1).half())
+        values.index_copy_(1, positions, v.transpose(0, 1).half())
+        mixed = self._attend(q, keys[:, :seen], values[:, :seen], positions, layer.window)
+        return _plus(self.dot(mixed, layer.o), layer.o_bias)
+
+    def _heads(self, h: Tensor, w: Rows, bias: Tensor | None, norm: Tensor | None) -> Tensor:
+        """One projection of h, [tokens, heads, head_dim]."""
+        heads = _plus(self.dot(h, w), bias).unflatten(-1, (-1, self.shape.head_dim))
+        return heads if norm is None else self.norm(heads, norm)
+
+    def _turned(self, x: Tensor, positions: Tensor) -> Tensor:
+        """Rotary positions: pairs (i, i + head_dim/2) of x [tokens, heads, head_dim]."""
+        cos, sin = self._cos[positions][:, None], self._sin[positions][:, None]
+        first, second = x.chunk(2, -1)
+        return torch.cat([first * cos - second * sin, first * sin + second * cos], -1)
+
+    def _attend(self, q: Tensor, keys: Tensor, values: Tensor, positions: Tensor, window: int) -> Tensor:
+        """softmax(q·k) v, float32 [tokens, heads · head_dim]; keys and values [kv_heads, seen, head_dim].
+
+        The query heads that share a key-value head are laid out as more queries of it, so that grouped-query
+        attention needs no copy of the cache.
+        """
+        tokens, dtype = len(q), self._product_type
+        grouped = q.unflatten(1, (keys.shape[0], -1)).permute(1, 2, 0, 3).flatten(1, 2)
+        position = torch.arange(keys.shape[1], device=self.device)
+        visible = position <= positions[:, None]
+        if window:
+            visible &= position > positions[:, None] - window
+        visible = visible.repeat(grouped.shape[1] // tokens, 1)
+        out = torch.nn.functional.scaled_dot_product_attention(
+            grouped[None].to(dtype), keys[None].to(dtype), values[None].to(dtype), attn_mask=visible
+        )
+        return out[0].float().unflatten(1, (-1, tokens)).permute(2, 0, 1, 3).reshape(tokens, -1)
+
+    def predictions(self, layer: DeviceLayer, x: Tensor, positions: Tensor) -> Tensor:
+        """bool [tokens, d_ff], in the layer's order: the neurons to compute for each token.
+
+        The first token of a context becomes the attention sink of all others (arXiv 2402.17762): all of it.
+        """
+        predictor = layer.predictor
+        logits = self.dot(self.dot(x, predictor.fc1).relu(), predictor.fc2)
+        return (logits >= predictor.threshold) | predictor.always | (positions == 0)[:, None]
+
+
+def _plus(x: Tensor, bias: Tensor | None) -> Tensor:
+    return x if bias is None else x + bias

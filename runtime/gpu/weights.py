@@ -1,0 +1,273 @@
+"""A model's weights on a device, from a GGUF file: all layers or the first few, all neurons or the hot ones.
+
+Tensors are read one at a time; what a quantised type is decoded to, and when, is the operators' business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hotcold.convert.gguf_read import GGUFFile
+from hotcold.convert.quantize import dequantize
+from hotcold.errors import FormatError, ShapeError, UnsupportedError
+from hotcold.runtime.shape import ModelShape, activation_thresholds, read_predictors
+from hotcold.runtime.triton.reference import PLAIN_RELU
+from hotcold.runtime.triton.rows import Rows
+
+__all__ = ["DeviceFfn", "DeviceLayer", "DevicePredictor", "DeviceWeights", "read_weights"]
+
+_KEPT = ("F32", "F16", "BF16", "Q8_0", "Q4_0")  # other types become F16
+
+
+@dataclass(frozen=True, slots=True)
+class DevicePredictor:
+    """fc2's rows and `always` stand in the layer's order of neurons: hot ones first, then cold ones."""
+
+    fc1: Rows  # [rank, d_model]
+    fc2: Rows  # [d_ff, rank]
+    threshold: float
+    always: Tensor  # bool [d_ff]
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceFfn:
+    """The rows of the neurons on the device. In a dense file `down` is [d_model, d_ff], else [n, d_model]."""
+
+    gate: Rows
+    up: Rows
+    down: Rows
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceLayer:
+    """One layer. Its neurons are numbered hot ones first; `n_hot` of them are on the device."""
+
+    attn_norm: Tensor  # [d_model]
+    ffn_norm: Tensor
+    q: Rows
+    k: Rows
+    v: Rows
+    o: Rows
+    q_bias: Tensor | None
+    k_bias: Tensor | None
+    v_bias: Tensor | None
+    o_bias: Tensor | None
+    q_norm: Tensor | None  # [head_dim], of each head
+    k_norm: Tensor | None
+    window: int  # positions that a query sees; 0: all
+    ffn: DeviceFfn | None  # None: all neurons are cold
+    predictor: DevicePredictor | None
+    firing: float  # a gate fires from this value on
+    n_hot: int
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceWeights:
+    """What of a model is on the device."""
+
+    shape: ModelShape
+    embedding: Rows  # [n_vocab, d_model]
+    head: Rows
+    output_norm: Tensor
+    layers: list[DeviceLayer]
+    dense_file: bool
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all of it."""
+        head = [] if self.head is self.embedding else [self.head]
+        return sum(part.nbytes for part in [self.embedding, self.output_norm, *head]) + sum(
+            part.nbytes for layer in self.layers for part in _parts(layer)
+        )
+
+
+def _parts(layer: DeviceLayer) -> list[Rows | Tensor]:
+    parts: list[Rows | Tensor] = [layer.attn_norm, layer.ffn_norm, layer.q, layer.k, layer.v, layer.o]
+    if layer.ffn:
+        parts += [layer.ffn.gate, layer.ffn.up, layer.ffn.down]
+    if layer.predictor:
+        parts += [layer.predictor.fc1, layer.predictor.fc2, layer.predictor.always]
+    return parts
+
+
+class _Reader:
+    """Tensors of a file, checked, on the device."""
+
+    def __init__(self, file: GGUFFile, device: torch.device) -> None:
+        self.file, self.device = file, device
+        self._unread = set(file.tensors)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.file.tensors
+
+    def vector(self, name: str, n: int) -> Tensor:
+        values = dequantize(self._tensor(name, (n,))).reshape(n)
+        return torch.tensor(values, dtype=torch.float32, device=self.device)
+
+    def bias(self, name: str, n: int, order: np.ndarray | None = None) -> Tensor | None:
+        """A vector that may be missing."""
+        if name not in self:
+            return None
+        values = self.vector(name, n)
+        return values if order is None else values[torch.from_numpy(order).to(self.device)]
+
+    def rows(self, name: str, n: int, width: int, order: np.ndarray | None = None) -> Rows:
+        """The matrix [n, width], or its rows `order`. A leading dimension of one expert is dropped."""
+        tensor = self._tensor(name, (n, width))
+        if tensor.type in _KEPT:
+            rows = Rows.from_gguf(tensor.type, np.asarray(tensor.data), width)
+        else:
+            rows = Rows.of(torch.from_numpy(np.array(dequantize(tensor))).reshape(n, width).half())
+        if order is not None:
+            rows = rows.take(torch.from_numpy(order.astype(np.int64)))
+        return rows.to(self.device)
+
+    def _tensor(self, name: str, shape: tuple[int, ...]) -> object:
+        if name not in self.file.tensors:
+            raise FormatError("missing tensor", where=self.file.path, field=name)
+        self._unread.discard(name)
+        tensor = self.file.tensors[name]
+        if tuple(tensor.shape) not in (shape, (1, *shape)):
+            raise ShapeError(f"tensor {name}", where=self.file.path, got=tensor.shape, expected=shape)
+        return tensor
+
+    def check_all_known(self, layers: int) -> None:
+        """A tensor of a kind not read here (a bias, a norm of heads) means another function."""
+        first_cpu = tuple(f"blk.{i}." for i in range(layers, 10_000))
+        known = ("fc1.weight", "fc2.weight", "ffn_gate", "ffn_up", "ffn_down", "rope_freqs.weight")
+        left = sorted(
+            name
+            for name in self._unread
+            if name.endswith(".bias")
+            or not (name.startswith(first_cpu) or any(part in name for part in known))
+        )
+        if left:
+            what = "the GPU backend does not know this kind of tensor"
+            raise UnsupportedError(what, where=self.file.path, got=left[0], fix="use --backend cpu")
+
+
+def read_weights(
+    file: GGUFFile,
+    device: torch.device,
+    hot: Sequence[np.ndarray] | None = None,
+    with_predictors: bool = False,
+) -> DeviceWeights:
+    """Read `len(hot)` layers with the neurons that `hot` names for each; without it, all of all layers.
+
+    Raises FormatError, ShapeError or UnsupportedError for a file that this backend cannot run.
+    """
+    shape, reader = ModelShape.read(file), _Reader(file, device)
+    _check_supported(file, shape)
+    d, vocab = shape.d_model, shape.n_vocab
+    dense_file = "blk.0.ffn_down_t.weight" not in reader
+    orders = [None] * shape.n_layers if hot is None else [_order(chosen, shape.d_ff) for chosen in hot]
+    counts = [shape.d_ff] * shape.n_layers if hot is None else [len(chosen) for chosen in hot]
+    embedding = reader.rows("token_embd.weight", vocab, d)
+    head = reader.rows("output.weight", vocab, d) if "output.weight" in reader else embedding
+    if head is not embedding and _equal(head, embedding):
+        head = embedding
+    predictors = read_predictors(file, shape) if with_predictors else None
+    layers = [
+        _read_layer(reader, shape, i, orders[i], counts[i], predictors, firing)
+        for i, firing in zip(range(len(counts)), activation_thresholds(file, shape.n_layers), strict=False)
+    ]
+    output_norm = reader.vector("output_norm.weight", d)
+    reader.check_all_known(len(layers))
+    return DeviceWeights(shape, embedding, head, output_norm, layers, dense_file)
+
+
+def _order(hot: np.ndarray, d_ff: int) -> np.ndarray:
+    """All neurons of a layer, the hot ones first."""
+    return np.concatenate([hot, np.setdiff1d(np.arange(d_ff, dtype=hot.dtype), hot)])
+
+
+def _equal(a: Rows, b: Rows) -> bool:
+    return a.kind == b.kind and torch.equal(a.data, b.data) and torch.equal(a.scales, b.scales)
+
+
+def _check_supported(file: GGUFFile, shape: ModelShape) -> None:
+    """Gated FFNs after RMSNorms, one after the other, with rotary positions: Llama, Qwen, Mistral, Bamboo."""
+    form = shape.form
+    if form.layer_norm or form.parallel or form.positions or not form.gated:
+        got = file.metadata["general.architecture"]
+        what = "the GPU backend runs models with RMSNorm and gated FFNs only"
+        raise UnsupportedError(what, where=file.path, got=got, fix="use --backend cpu")
+
+
+def _read_layer(
+    reader: _Reader,
+    shape: ModelShape,
+    i: int,
+    order: np.ndarray | None,
+    n_hot: int,
+    predictors: list | None,
+    firing: float,
+) -> DeviceLayer:
+    block, d, heads = f"blk.{i}", shape.d_model, shape.n_heads * shape.head_dim
+    return DeviceLayer(
+        attn_norm=reader.vector(f"{block}.attn_norm.weight", d),
+        ffn_norm=reader.vector(f"{block}.ffn_norm.weight", d),
+        **_read_projections(reader, shape, block),
+        window=shape.windows[i],
+        o=reader.rows(f"{block}.attn_output.weight", d, heads),
+        ffn=_read_ffn(reader, shape, block, order, n_hot) if n_hot else None,
+        predictor=_read_predictor(reader, shape, i, order, predictors[i]) if predictors else None,
+        firing=max(firing, PLAIN_RELU),
+        n_hot=n_hot,
+    )
+
+
+def _read_projections(reader: _Reader, shape: ModelShape, block: str) -> dict[str, Rows | Tensor | None]:
+    """q, k and v with their biases, and the norms of their heads."""
+    parts: dict[str, Rows | Tensor | None] = {}
+    for slot, n_heads in (("q", shape.n_heads), ("k", shape.n_kv_heads), ("v", shape.n_kv_heads)):
+        name, n = f"{block}.attn_{slot}", n_heads * shape.head_dim
+        order = _halves(n_heads, shape) if shape.form.interleaved and slot != "v" else None
+        parts[slot] = reader.rows(f"{name}.weight", n, shape.d_model, order)
+        parts[f"{slot}_bias"] = reader.bias(f"{name}.bias", n, order)
+    for slot in ("q", "k"):
+        name = f"{block}.attn_{slot}_norm.weight"
+        parts[f"{slot}_norm"] = reader.vector(name, shape.head_dim) if shape.form.head_norm else None
+    parts["o_bias"] = reader.bias(f"{block}.attn_output.bias", shape.d_model)
+    return parts
+
+
+def _halves(n_heads: int, shape: ModelShape) -> np.ndarray:
+    """Rows of an interleaved q or k matrix in the order that puts each head's pairs half a head apart."""
+    head = np.concatenate([np.arange(0, shape.head_dim, 2), np.arange(1, shape.head_dim, 2)])
+    return (np.arange(n_heads)[:, None] * shape.head_dim + head).reshape(-1)
+
+
+def _read_ffn(
+    reader: _Reader, shape: ModelShape, block: str, order: np.ndarray | None, n_hot: int
+) -> DeviceFfn:
+    d, d_ff = shape.d_model, shape.d_ff
+    if f"{block}.ffn_down_t.weight" in reader:
+        kept = None if order is None else order[:n_hot]
+        parts = {"gate": "ffn_gate", "up": "ffn_up", "down": "ffn_down_t"}
+        return DeviceFfn(
+            **{part: reader.rows(f"{block}.{n}.weight", d_ff, d, kept) for part, n in parts.items()}
+        )
+    suffix = "_exps" if f"{block}.ffn_down_exps.weight" in reader else ""
+    gate, up = (reader.rows(f"{block}.ffn_{part}{suffix}.weight", d_ff, d) for part in ("gate", "up"))
+    return DeviceFfn(gate, up, reader.rows(f"{block}.ffn_down{suffix}.weight", d, d_ff))
+
+
+def _read_predictor(
+    reader: _Reader, shape: ModelShape, i: int, order: np.ndarray | None, known: object
+) -> DevicePredictor:
+    if f"blk.{i}.fc1.weight" not in reader:
+        raise UnsupportedError("no predictors in this file", where=reader.file.path, fix="use --mode exact")
+    rank = reader.file.tensors[f"blk.{i}.fc1.weight"].shape[0]
+    always = known.hot if order is None else known.hot[order]
+    return DevicePredictor(
+        fc1=reader.rows(f"blk.{i}.fc1.weight", rank, shape.d_model),
+        fc2=reader.rows(f"blk.{i}.fc2.weight", shape.d_ff, rank, order),
+        threshold=known.threshold,
+        always=torch.from_numpy(always).to(reader.device),
+    )

@@ -1,0 +1,251 @@
+"""Which neurons live on the GPU: chosen before loading, from how often each fires and what moving costs.
+
+The device first takes what every token reads: head and embedding, then layer by layer the norms,
+attention, predictor and KV cache (a layer's frame). What is left of the budget goes to hot neurons. A layer
+whose frame does not fit is computed on the CPU as a whole.
+
+The time of a layer's FFN is that of the slower side, as both work at once:
+
+    device(n) = bytes of the n hottest neurons that fire / device bandwidth + split cost, if there are any
+    cpu(n)    = bytes of the other ones that fire / CPU bandwidth + hand-over, if there are any
+
+PowerInfer's solver (SOSP'24, section 6; its `solver.py`) maximises the firing counts on the GPU instead,
+which knows nothing of what a hand-over costs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from hotcold.errors import InputError, UnsupportedError
+
+__all__ = [
+    "Costs",
+    "LayerLoad",
+    "PlacedLayer",
+    "Placement",
+    "Problem",
+    "format_bytes",
+    "parse_bytes",
+    "place",
+    "place_layers",
+]
+
+_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+
+
+@dataclass(frozen=True, slots=True)
+class Costs:
+    """What this machine takes: read bandwidths in bytes per second, latencies in seconds.
+
+    `handover_s` is a layer's round trip to the CPU and back, `split_s` what computing hot neurons apart adds.
+    """
+
+    device_bandwidth: float
+    cpu_bandwidth: float
+    handover_s: float
+    split_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class LayerLoad:
+    """One layer: how often its neurons are active, and how many bytes it is made of."""
+
+    frequency: np.ndarray  # float [d_ff], share of tokens that a neuron is active on
+    neuron_bytes: int  # gate, up and down row of one neuron
+    frame_bytes: int  # norms, attention, predictor, KV cache
+    frame_read: int = 0  # of those, what one token reads
+
+    @property
+    def d_ff(self) -> int:
+        """Number of neurons."""
+        return len(self.frequency)
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """A model to be placed within `budget` bytes; `fixed_bytes` must be on the device at all events."""
+
+    layers: Sequence[LayerLoad]
+    fixed_bytes: int
+    fixed_read: int
+    budget: int
+    costs: Costs
+
+    @property
+    def n_framed(self) -> int:
+        """How many layers, from the first on, have their frame on the device."""
+        ends = self.fixed_bytes + np.cumsum([layer.frame_bytes for layer in self.layers])
+        return int(np.searchsorted(ends, self.budget, side="right"))
+
+    @property
+    def ffn_budget(self) -> int:
+        """Bytes that are left for hot neurons."""
+        frames = sum(layer.frame_bytes for layer in self.layers[: self.n_framed])
+        return max(0, self.budget - self.fixed_bytes - frames)
+
+
+class FfnTime:
+    """Expected seconds of one layer's FFN with its n most frequent neurons on the device."""
+
+    def __init__(self, layer: LayerLoad, costs: Costs) -> None:
+        self.layer, self.costs = layer, costs
+        self.order = np.argsort(-layer.frequency, kind="stable")
+        ascending = layer.frequency[self.order].astype(np.float64)
+        self._active = np.concatenate([[0.0], np.cumsum(ascending)]) * layer.neuron_bytes
+
+    def device(self, n: int) -> float:
+        """Seconds on the device."""
+        return self._active[n] / self.costs.device_bandwidth + (self.costs.split_s if n else 0.0)
+
+    def cpu(self, n: int) -> float:
+        """Seconds on the CPU, the hand-over included."""
+        if n == self.layer.d_ff:
+            return 0.0
+        return (self._active[-1] - self._active[n]) / self.costs.cpu_bandwidth + self.costs.handover_s
+
+    def total(self, n: int) -> float:
+        """Seconds until both are done."""
+        return max(self.device(n), self.cpu(n))
+
+    def hit_rate(self, n: int) -> float:
+        """Share of active neurons that are on the device."""
+        return float(self._active[n] / self._active[-1]) if self._active[-1] else 1.0
+
+    @property
+    def least(self) -> int:
+        """The fewest neurons that pay for the split: what they save the CPU is `split_s` or more."""
+        paid = self._active / self.costs.cpu_bandwidth >= self.costs.split_s
+        return max(1, int(paid.argmax())) if paid.any() else self.layer.d_ff
+
+
+@dataclass(frozen=True, slots=True)
+class PlacedLayer:
+    """Where one layer lives. `hot` are the neurons on the device, int32, ascending."""
+
+    on_device: bool
+    hot: np.ndarray
+    d_ff: int
+    hit_rate: float = 0.0  # expected
+    device_bytes: int = 0
+    cpu_bytes: int = 0
+    seconds: float = 0.0  # expected, of one token
+
+    @property
+    def cold(self) -> np.ndarray:
+        """The other neurons, int32, ascending."""
+        return np.setdiff1d(np.arange(self.d_ff, dtype=np.int32), self.hot, assume_unique=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """A plan: one `PlacedLayer` per layer. `method` says how it was found."""
+
+    layers: tuple[PlacedLayer, ...]
+    budget: int
+    fixed_bytes: int = 0
+    seconds: float = 0.0  # expected, of one token
+    method: str = ""
+    settings: dict[str, object] = field(default_factory=dict)
+
+    @property
+    def device_bytes(self) -> int:
+        """What the plan puts on the device."""
+        return self.fixed_bytes + sum(layer.device_bytes for layer in self.layers)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Expected speed of decoding."""
+        return 1 / self.seconds if self.seconds else 0.0
+
+
+def place(problem: Problem, time_limit: float = 10.0) -> Placement:
+    """The best plan found: by HiGHS within `time_limit` seconds, by a greedy rule where that is no worse.
+
+    Raises UnsupportedError where not even `fixed_bytes` fit the budget.
+    """
+    from hotcold.runtime.placement_solver import greedy_counts, solver_counts
+
+    if problem.fixed_bytes > problem.budget:
+        raise UnsupportedError(
+            "too little GPU memory for embedding, head and buffers",
+            got=format_bytes(problem.budget),
+            expected=f"{format_bytes(problem.fixed_bytes)} or more",
+            fix="raise --vram-budget, or use --backend cpu",
+        )
+    times = [FfnTime(layer, problem.costs) for layer in problem.layers[: problem.n_framed]]
+    found = {"greedy": greedy_counts(times, problem.ffn_budget)}
+    solved = solver_counts(times, problem.ffn_budget, time_limit)
+    if solved is not None:
+        found["highs"] = greedy_counts(times, problem.ffn_budget, solved)
+    method = min(found, key=lambda name: _seconds(times, found[name]))
+    return _placement(problem, times, found[method], method)
+
+
+def place_layers(problem: Problem) -> Placement:
+    """The plan of `dense` mode: whole layers, from the first on, as long as they fit; all neurons or none."""
+    whole = [
+        LayerLoad(layer.frequency, layer.neuron_bytes, layer.frame_bytes + layer.d_ff * layer.neuron_bytes)
+        for layer in problem.layers
+    ]
+    n = Problem(whole, problem.fixed_bytes, 0, problem.budget, problem.costs).n_framed
+    times = [FfnTime(layer, problem.costs) for layer in problem.layers[:n]]
+    return _placement(problem, times, [layer.d_ff for layer in problem.layers[:n]], "layers")
+
+
+def _seconds(times: Sequence[FfnTime], counts: Sequence[int]) -> float:
+    return sum(time.total(n) for time, n in zip(times, counts, strict=True))
+
+
+def _placement(problem: Problem, times: Sequence[FfnTime], counts: Sequence[int], method: str) -> Placement:
+    costs = problem.costs
+    on_device = [_split(time, n) for time, n in zip(times, counts, strict=True)]
+    on_cpu = [_on_cpu(layer, costs) for layer in problem.layers[len(times) :]]
+    layers = (*on_device, *on_cpu)
+    seconds = problem.fixed_read / costs.device_bandwidth + sum(layer.seconds for layer in layers)
+    return Placement(layers, problem.budget, problem.fixed_bytes, seconds, method)
+
+
+def _split(time: FfnTime, n: int) -> PlacedLayer:
+    layer = time.layer
+    return PlacedLayer(
+        on_device=True,
+        hot=np.sort(time.order[:n]).astype(np.int32),
+        d_ff=layer.d_ff,
+        hit_rate=time.hit_rate(n),
+        device_bytes=layer.frame_bytes + n * layer.neuron_bytes,
+        cpu_bytes=(layer.d_ff - n) * layer.neuron_bytes,
+        seconds=time.total(n) + layer.frame_read / time.costs.device_bandwidth,
+    )
+
+
+def _on_cpu(layer: LayerLoad, costs: Costs) -> PlacedLayer:
+    read = layer.frame_read + layer.frequency.sum() * layer.neuron_bytes
+    return PlacedLayer(
+        on_device=False,
+        hot=np.empty(0, np.int32),
+        d_ff=layer.d_ff,
+        cpu_bytes=layer.frame_bytes + layer.d_ff * layer.neuron_bytes,
+        seconds=read / costs.cpu_bandwidth,
+    )
+
+
+def parse_bytes(text: str) -> int:
+    """`6G`, `512M`, `6.5GiB` or a plain number of bytes; units are powers of 1024. Raises InputError."""
+    number = text.strip().upper().removesuffix("IB").removesuffix("B")
+    unit = number[-1:] if number[-1:] in _UNITS else ""
+    try:
+        value = float(number.removesuffix(unit)) * _UNITS[unit]
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise InputError("not a size in bytes", got=text, expected="such as 6G, 512M, or auto")
+    return int(value)
+
+
+def format_bytes(n: float) -> str:
+    """`6.00 GiB`, `512.0 MiB`: for people."""
+    return f"{n / (1 << 30):.2f} GiB" if n >= 1 << 30 else f"{n / (1 << 20):.1f} MiB"

@@ -1,0 +1,251 @@
+"""The Triton kernels. ops.py checks and launches them; reference.py says what each computes.
+
+Sums are float32 and in a fixed order: no atomics, so a result depends on nothing but its inputs. Sizes that
+vary from token to token stay on the device: the grid is fixed, programs loop up to a count that they load.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from hotcold.runtime.triton.tiles import nth_wanted, row_dots, store_partial, wanted_neurons, weighted_rows
+
+__all__ = [
+    "count_kernel",
+    "dot_kernel",
+    "down_kernel",
+    "list_kernel",
+    "listed_kernel",
+    "s2_kernel",
+    "s3_kernel",
+    "sum_kernel",
+]
+
+
+@triton.jit
+def dot_kernel(
+    x,
+    w,
+    scales,
+    out,
+    n,
+    tokens,
+    width,
+    KIND: tl.constexpr,
+    RELU: tl.constexpr,
+    TOKENS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """out [tokens, n] = x · wᵀ; one program per ROWS rows."""
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    live = rows < n
+    sums = row_dots(x, w, scales, rows, live, tokens, width, KIND, TOKENS, ROWS, BLOCK)
+    if RELU:
+        sums = tl.maximum(sums, 0.0)
+    token = tl.arange(0, TOKENS)[None, :]
+    tl.store(out + token * n + rows[:, None], sums, mask=live[:, None] & (token < tokens))
+
+
+@triton.jit
+def count_kernel(
+    scores,
+    always,
+    counts,
+    n,
+    tokens,
+    threshold,
+    ALWAYS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """counts[chunk]: how many neurons of it are wanted."""
+    neuron = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
+    wanted = wanted_neurons(scores, always, neuron, n, tokens, threshold, ALWAYS, TOKENS)
+    tl.store(counts + tl.program_id(0), tl.sum(wanted, 0))
+
+
+@triton.jit
+def list_kernel(
+    scores,
+    always,
+    counts,
+    index,
+    count,
+    n,
+    tokens,
+    threshold,
+    ALWAYS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    CHUNKS: tl.constexpr,
+):
+    """Writes the wanted neurons of a chunk behind those of earlier chunks; program 0 writes the total."""
+    chunk = tl.program_id(0)
+    each = tl.arange(0, CHUNKS)
+    per_chunk = tl.load(counts + each, mask=each < tl.num_programs(0), other=0)
+    before = tl.sum(tl.where(each < chunk, per_chunk, 0), 0)
+    neuron = chunk * CHUNK + tl.arange(0, CHUNK)
+    wanted = wanted_neurons(scores, always, neuron, n, tokens, threshold, ALWAYS, TOKENS)
+    place = before + tl.cumsum(wanted, 0) - 1
+    tl.store(index + place, neuron, mask=wanted > 0)
+    if chunk == 0:
+        tl.store(count, tl.sum(per_chunk, 0))
+
+
+@triton.jit
+def listed_kernel(
+    x,
+    gate,
+    gate_scales,
+    up,
+    up_scales,
+    scores,
+    index,
+    count,
+    a,
+    n,
+    tokens,
+    width,
+    threshold,
+    KIND_GATE: tl.constexpr,
+    KIND_UP: tl.constexpr,
+    SCORED: tl.constexpr,
+    CLIP: tl.constexpr,
+    TOKENS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """a [tokens, n] by list position: gate dot (or known score), activation, up dot where it fires."""
+    listed = tl.load(count)
+    token = tl.arange(0, TOKENS)[None, :]
+    for first in range(tl.program_id(0) * ROWS, listed, tl.num_programs(0) * ROWS):
+        position = first + tl.arange(0, ROWS)
+        live = position < listed
+        rows = tl.load(index + position, mask=live, other=0)
+        inside = live[:, None] & (token < tokens)
+        if SCORED:
+            gates = tl.load(scores + token * n + rows[:, None], mask=inside, other=0.0)
+        else:
+            gates = row_dots(x, gate, gate_scales, rows, live, tokens, width, KIND_GATE, TOKENS, ROWS, BLOCK)
+        fires = (gates >= threshold) & inside
+        live_up = tl.max(fires.to(tl.int32), 1) > 0
+        ups = row_dots(x, up, up_scales, rows, live_up, tokens, width, KIND_UP, TOKENS, ROWS, BLOCK)
+        if CLIP:
+            ups = tl.maximum(ups, 0.0)
+        tl.store(a + token * n + position[:, None], tl.where(fires, gates * ups, 0.0), mask=inside)
+
+
+@triton.jit
+def down_kernel(
+    a,
+    down,
+    scales,
+    index,
+    count,
+    partial,
+    n,
+    tokens,
+    width,
+    KIND: tl.constexpr,
+    TOKENS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """partial [splits, tokens, width]: program (c, s) sums the s-th part of the list into column block c."""
+    listed = tl.load(count)
+    share = tl.cdiv(listed, tl.num_programs(1))
+    begin = tl.program_id(1) * share
+    end = tl.minimum(begin + share, listed)
+    start = tl.program_id(0) * BLOCK
+    sums = tl.zeros((TOKENS, BLOCK), tl.float32)
+    for first in range(begin, end, ROWS):
+        position = first + tl.arange(0, ROWS)
+        live = position < end
+        rows = tl.load(index + position, mask=live, other=0)
+        sums += weighted_rows(
+            a, n, down, scales, position, rows, live, start, tokens, width, KIND, TOKENS, BLOCK
+        )
+    store_partial(partial, sums, tl.program_id(1), start, tokens, width, TOKENS, BLOCK)
+
+
+@triton.jit
+def sum_kernel(partial, y, parts, size, BLOCK: tl.constexpr):
+    """y [size] = Σ over parts of partial [parts, size], in order."""
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for part in range(parts):
+        total += tl.load(partial + part * size + at, mask=at < size, other=0.0)
+    tl.store(y + at, total, mask=at < size)
+
+
+@triton.jit
+def s2_kernel(
+    scores,
+    x,
+    up,
+    scales,
+    out,
+    n,
+    tokens,
+    width,
+    threshold,
+    KIND: tl.constexpr,
+    CLIP: tl.constexpr,
+    TOKENS: tl.constexpr,
+    GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """S2: one program per GROUP neurons finds those that fire among them and reads these rows alone."""
+    group = tl.program_id(0)
+    token = tl.arange(0, TOKENS)[None, :]
+    neuron = group * GROUP + tl.arange(0, GROUP)
+    wanted = wanted_neurons(scores, scores, neuron, n, tokens, threshold, False, TOKENS)
+    silent = (wanted == 0) & (neuron < n)
+    zeros = tl.zeros((GROUP, TOKENS), tl.float32)
+    tl.store(out + token * n + neuron[:, None], zeros, mask=silent[:, None] & (token < tokens))
+    total = tl.sum(wanted, 0)
+    for first in range(0, total, ROWS):
+        rows = nth_wanted(wanted, group, first, GROUP, ROWS)
+        live = first + tl.arange(0, ROWS) < total
+        ups = row_dots(x, up, scales, rows, live, tokens, width, KIND, TOKENS, ROWS, BLOCK)
+        if CLIP:
+            ups = tl.maximum(ups, 0.0)
+        inside = live[:, None] & (token < tokens)
+        gates = tl.load(scores + token * n + rows[:, None], mask=inside, other=0.0)
+        tl.store(out + token * n + rows[:, None], tl.where(gates >= threshold, gates * ups, 0.0), mask=inside)
+
+
+@triton.jit
+def s3_kernel(
+    a,
+    down,
+    scales,
+    partial,
+    n,
+    tokens,
+    width,
+    KIND: tl.constexpr,
+    TOKENS: tl.constexpr,
+    GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """S3, first pass: program (c, g) sums the firing rows of group g into column block c of partial."""
+    group = tl.program_id(1)
+    neuron = group * GROUP + tl.arange(0, GROUP)
+    token = tl.arange(0, TOKENS)[:, None]
+    factor = tl.load(
+        a + token * n + neuron[None, :], mask=(token < tokens) & (neuron < n)[None, :], other=0.0
+    )
+    wanted = tl.max((factor != 0.0).to(tl.int32), 0)
+    total = tl.sum(wanted, 0)
+    start = tl.program_id(0) * BLOCK
+    sums = tl.zeros((TOKENS, BLOCK), tl.float32)
+    for first in range(0, total, ROWS):
+        rows = nth_wanted(wanted, group, first, GROUP, ROWS)
+        live = first + tl.arange(0, ROWS) < total
+        sums += weighted_rows(a, n, down, scales, rows, rows, live, start, tokens, width, KIND, TOKENS, BLOCK)
+    store_partial(partial, sums, group, start, tokens, width, TOKENS, BLOCK)

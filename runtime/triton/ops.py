@@ -1,0 +1,233 @@
+"""The operators on a GPU: the functions of reference.py, by Triton kernels.
+
+Each is registered as `torch.ops.hotcold.NAME` through `torch.library.triton_op`, so that torch.compile and
+CUDA graphs see through it; those take plain tensors, the functions exported here take `Rows` and check them.
+Nothing here waits for the device.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.library import triton_op
+from triton import cdiv, next_power_of_2
+
+from hotcold.errors import ShapeError
+from hotcold.runtime.triton import kernels
+from hotcold.runtime.triton.launch import wrap_triton
+from hotcold.runtime.triton.reference import PLAIN_RELU
+from hotcold.runtime.triton.rows import Rows
+from hotcold.runtime.triton.tuning import tiles_for
+
+__all__ = [
+    "MAX_TOKENS",
+    "dot_rows",
+    "down_listed",
+    "ffn_exact",
+    "ffn_listed",
+    "predict",
+    "s2",
+    "s3",
+    "select",
+]
+
+MAX_TOKENS = 8  # beyond that, a dense product on tensor cores is the better tool
+_CHUNK = 1024  # neurons that one program lists
+_SUM_BLOCK = 256
+
+
+def shape_key(x: Tensor, w: Tensor, kind: int) -> str:
+    """What tile sizes depend on."""
+    return f"{w.shape[0]}x{w.shape[1]} {str(w.dtype).removeprefix('torch.')} kind {kind} tokens {x.shape[0]}"
+
+
+def _batch(x: Tensor) -> int:
+    return next_power_of_2(x.shape[0])
+
+
+@triton_op("hotcold::dot_rows", mutates_args=())
+def _dot_rows(x: Tensor, w: Tensor, scales: Tensor, kind: int, relu: bool) -> Tensor:
+    n, (tokens, width) = w.shape[0], x.shape
+    out = x.new_empty(tokens, n)
+    tiles = tiles_for("dot", x.device, shape_key(x, w, kind))
+    wrap_triton(kernels.dot_kernel)[(cdiv(n, tiles["ROWS"]),)](
+        x, w, scales, out, n, tokens, width, KIND=kind, RELU=relu, TOKENS=_batch(x), **tiles
+    )
+    return out
+
+
+@triton_op("hotcold::s2", mutates_args=())
+def _s2(
+    scores: Tensor, x: Tensor, up: Tensor, scales: Tensor, kind: int, threshold: float, clip: bool
+) -> Tensor:
+    n, (tokens, width) = up.shape[0], x.shape
+    out = torch.empty_like(scores)
+    tiles = tiles_for("s2", x.device, shape_key(x, up, kind))
+    wrap_triton(kernels.s2_kernel)[(cdiv(n, tiles["GROUP"]),)](
+        scores, x, up, scales, out, n, tokens, width, threshold,
+        KIND=kind, CLIP=clip, TOKENS=_batch(x), **tiles,
+    )  # fmt: skip
+    return out
+
+
+@triton_op("hotcold::s3", mutates_args=())
+def _s3(a: Tensor, down: Tensor, scales: Tensor, kind: int, width: int) -> Tensor:
+    tokens, n = a.shape
+    tiles = tiles_for("s3", a.device, shape_key(a, down, kind))
+    groups = cdiv(n, tiles["GROUP"])
+    partial = a.new_empty(groups, tokens, width)
+    wrap_triton(kernels.s3_kernel)[(cdiv(width, tiles["BLOCK"]), groups)](
+        a, down, scales, partial, n, tokens, width, KIND=kind, TOKENS=_batch(a), **tiles
+    )
+    return _total(partial)
+
+
+def _total(partial: Tensor) -> Tensor:
+    """The second pass of a sum: [parts, tokens, width] -> [tokens, width], in order."""
+    if partial.shape[0] == 1:
+        return partial[0]
+    y = torch.empty_like(partial[0])
+    size = y.numel()
+    wrap_triton(kernels.sum_kernel)[(cdiv(size, _SUM_BLOCK),)](
+        partial, y, partial.shape[0], size, BLOCK=_SUM_BLOCK
+    )
+    return y
+
+
+@triton_op("hotcold::select", mutates_args=())
+def _select(scores: Tensor, always: Tensor | None, threshold: float) -> tuple[Tensor, Tensor]:
+    tokens, n = scores.shape
+    chunks = cdiv(n, _CHUNK)
+    ints = {"dtype": torch.int32, "device": scores.device}
+    counts, index, count = torch.empty(chunks, **ints), torch.empty(n, **ints), torch.empty(1, **ints)
+    sizes = {"ALWAYS": always is not None, "TOKENS": _batch(scores), "CHUNK": _CHUNK}
+    flags = scores if always is None else always.view(torch.uint8)
+    wrap_triton(kernels.count_kernel)[(chunks,)](scores, flags, counts, n, tokens, threshold, **sizes)
+    wrap_triton(kernels.list_kernel)[(chunks,)](
+        scores, flags, counts, index, count, n, tokens, threshold, CHUNKS=next_power_of_2(chunks), **sizes
+    )
+    return index, count
+
+
+@triton_op("hotcold::ffn_listed", mutates_args=())
+def _ffn_listed(
+    x: Tensor,
+    gate: Tensor,
+    gate_scales: Tensor,
+    gate_kind: int,
+    scored: bool,
+    up: Tensor,
+    up_scales: Tensor,
+    up_kind: int,
+    index: Tensor,
+    count: Tensor,
+    threshold: float,
+    clip: bool,
+) -> Tensor:
+    n, (tokens, width) = up.shape[0], x.shape
+    a = x.new_empty(tokens, n)
+    tiles = dict(tiles_for("listed", x.device, shape_key(x, up, up_kind)))
+    programs = min(tiles.pop("PROGRAMS"), cdiv(n, tiles["ROWS"]))
+    wrap_triton(kernels.listed_kernel)[(programs,)](
+        x, gate, gate_scales, up, up_scales, gate, index, count, a, n, tokens, width, threshold,
+        KIND_GATE=gate_kind, KIND_UP=up_kind, SCORED=scored, CLIP=clip, TOKENS=_batch(x), **tiles,
+    )  # fmt: skip
+    return a
+
+
+@triton_op("hotcold::down_listed", mutates_args=())
+def _down_listed(
+    a: Tensor, down: Tensor, scales: Tensor, kind: int, width: int, index: Tensor, count: Tensor
+) -> Tensor:
+    tokens, n = a.shape
+    tiles = dict(tiles_for("down", a.device, shape_key(a, down, kind)))
+    partial = a.new_empty(tiles.pop("SPLITS"), tokens, width)
+    wrap_triton(kernels.down_kernel)[(cdiv(width, tiles["BLOCK"]), partial.shape[0])](
+        a, down, scales, index, count, partial, n, tokens, width, KIND=kind, TOKENS=_batch(a), **tiles
+    )
+    return _total(partial)
+
+
+def dot_rows(x: Tensor, w: Rows, relu: bool = False) -> Tensor:
+    """See reference.dot_rows. Raises ShapeError, as all here do, for what the kernel cannot take."""
+    _check(x, w)
+    return _dot_rows(x, w.data, w.scales, w.kind, relu)
+
+
+def s2(scores: Tensor, x: Tensor, up: Rows, threshold: float = PLAIN_RELU, clip: bool = False) -> Tensor:
+    """See reference.s2."""
+    _check(x, up)
+    _check_values("scores", scores, (len(x), up.n))
+    return _s2(scores, x, up.data, up.scales, up.kind, threshold, clip)
+
+
+def s3(a: Tensor, down: Rows) -> Tensor:
+    """See reference.s3."""
+    _check_values("a", a, (len(a), down.n))
+    return _s3(a, down.data, down.scales, down.kind, down.width)
+
+
+def select(scores: Tensor, threshold: float, always: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """See reference.select."""
+    _check_values("scores", scores, tuple(scores.shape))
+    return _select(scores, always, threshold)
+
+
+def predict(
+    x: Tensor, fc1: Rows, fc2: Rows, threshold: float, always: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """See reference.predict."""
+    return select(dot_rows(dot_rows(x, fc1, relu=True), fc2), threshold, always)
+
+
+def ffn_listed(
+    x: Tensor,
+    gate: Rows | Tensor,
+    up: Rows,
+    index: Tensor,
+    count: Tensor,
+    threshold: float = PLAIN_RELU,
+    clip: bool = False,
+) -> Tensor:
+    """See reference.ffn_listed; here, what stands after `count` is undefined."""
+    _check(x, up)
+    if isinstance(gate, Tensor):
+        _check_values("scores", gate, (len(x), up.n))
+        data, scales, kind = gate, up.scales, up.kind
+    else:
+        _check(x, gate)
+        data, scales, kind = gate.data, gate.scales, gate.kind
+    scored = isinstance(gate, Tensor)
+    return _ffn_listed(
+        x, data, scales, kind, scored, up.data, up.scales, up.kind, index, count, threshold, clip
+    )
+
+
+def down_listed(a: Tensor, down: Rows, index: Tensor, count: Tensor) -> Tensor:
+    """See reference.down_listed."""
+    _check_values("a", a, (len(a), down.n))
+    return _down_listed(a, down.data, down.scales, down.kind, down.width, index, count)
+
+
+def ffn_exact(
+    x: Tensor, gate: Rows, up: Rows, down: Rows, threshold: float = PLAIN_RELU, clip: bool = False
+) -> tuple[Tensor, Tensor]:
+    """See reference.ffn_exact."""
+    scores = dot_rows(x, gate)
+    index, count = select(scores, threshold)
+    return down_listed(ffn_listed(x, scores, up, index, count, threshold, clip), down, index, count), count
+
+
+def _check(x: Tensor, w: Rows) -> None:
+    _check_values("x", x, (len(x), w.width))
+
+
+def _check_values(name: str, values: Tensor, shape: tuple[int, ...]) -> None:
+    """Kernels take float32, row after row, of 1 to MAX_TOKENS tokens."""
+    if tuple(values.shape) != shape or len(shape) != 2:
+        raise ShapeError(f"{name} does not fit the weights", got=tuple(values.shape), expected=shape)
+    if values.dtype != torch.float32 or not values.is_contiguous():
+        got = f"{values.dtype}{'' if values.is_contiguous() else ', not contiguous'}"
+        raise ShapeError(f"{name} must be contiguous float32", got=got)
+    if not 1 <= shape[0] <= MAX_TOKENS:
+        raise ShapeError(f"{name} has too many tokens", got=shape[0], expected=f"1 to {MAX_TOKENS}")

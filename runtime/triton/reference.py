@@ -1,0 +1,100 @@
+"""What each operator computes, in plain torch. The kernels are tested against these functions, and engines on
+a device without Triton run them.
+
+A neuron fires for a token where its gate score reaches `threshold`: FATReLU's own, or the smallest positive
+float for ReLU. `x` is float32 [tokens, width]; an active list is `index` int32 [n], of which the first
+`count` (int32 [1], on the device) hold neurons in ascending order and the rest is undefined.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hotcold.runtime.triton.rows import Rows
+
+__all__ = ["dot_rows", "down_listed", "ffn_exact", "ffn_listed", "predict", "s2", "s3", "select"]
+
+PLAIN_RELU = torch.finfo(torch.float32).tiny
+
+
+def dot_rows(x: Tensor, w: Rows, relu: bool = False) -> Tensor:
+    """x · wᵀ, float32 [tokens, w.n], rectified on request."""
+    y = x @ w.dequantize().T
+    return y.relu() if relu else y
+
+
+def s2(scores: Tensor, x: Tensor, up: Rows, threshold: float = PLAIN_RELU, clip: bool = False) -> Tensor:
+    """act(scores) ⊙ (x · upᵀ), float32 [tokens, n]: ProSparse's operator S2 (section 4.3 of the paper).
+
+    Rows of neurons that fire for no token are never read. `clip` rectifies the up values too (dReLU).
+    """
+    fires = scores >= threshold
+    a = torch.zeros_like(scores)
+    live = fires.any(0).nonzero()[:, 0]
+    ups = dot_rows(x, up.take(live), relu=clip)
+    a[:, live] = torch.where(fires[:, live], scores[:, live] * ups, 0.0)
+    return a
+
+
+def s3(a: Tensor, down: Rows) -> Tensor:
+    """a · down over the rows of neurons with a ≠ 0, float32 [tokens, width]: ProSparse's operator S3.
+
+    `down` is the transposed down matrix: one row per neuron.
+    """
+    live = (a != 0).any(0).nonzero()[:, 0]
+    return a[:, live] @ down.take(live).dequantize()
+
+
+def select(scores: Tensor, threshold: float, always: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """List neurons whose score reaches `threshold` for any token, or that `always` (bool [n]) names."""
+    wanted = (scores >= threshold).any(0)
+    if always is not None:
+        wanted = wanted | always
+    neurons = wanted.nonzero()[:, 0].int()
+    index = neurons.new_full((scores.shape[1],), -1)
+    index[: len(neurons)] = neurons
+    return index, torch.tensor([len(neurons)], dtype=torch.int32, device=scores.device)
+
+
+def predict(
+    x: Tensor, fc1: Rows, fc2: Rows, threshold: float, always: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The list of neurons with fc2 · relu(fc1 · x) >= threshold, on raw logits; x is not normed."""
+    return select(dot_rows(dot_rows(x, fc1, relu=True), fc2), threshold, always)
+
+
+def ffn_listed(
+    x: Tensor,
+    gate: Rows | Tensor,
+    up: Rows,
+    index: Tensor,
+    count: Tensor,
+    threshold: float = PLAIN_RELU,
+    clip: bool = False,
+) -> Tensor:
+    """act(gate) · up of the listed neurons, float32 [tokens, n] by position in the list; zero after `count`.
+
+    `gate` are the gate rows, or scores [tokens, n] that are known already. The up row of a neuron that fires
+    for no token is not read.
+    """
+    live = index[: int(count)].long()
+    scores = gate[:, live] if isinstance(gate, Tensor) else dot_rows(x, gate.take(live))
+    a = x.new_zeros(len(x), up.n)
+    a[:, : len(live)] = s2(scores, x, up.take(live), threshold, clip)
+    return a
+
+
+def down_listed(a: Tensor, down: Rows, index: Tensor, count: Tensor) -> Tensor:
+    """Σ a[:, i] · down[index[i]] over the list, float32 [tokens, width]."""
+    n = int(count)
+    return s3(a[:, :n], down.take(index[:n].long()))
+
+
+def ffn_exact(
+    x: Tensor, gate: Rows, up: Rows, down: Rows, threshold: float = PLAIN_RELU, clip: bool = False
+) -> tuple[Tensor, Tensor]:
+    """A whole FFN: all gates, then only rows that fired; y [tokens, width], how many fired int32 [1]."""
+    scores = dot_rows(x, gate)
+    index, count = select(scores, threshold)
+    return down_listed(ffn_listed(x, scores, up, index, count, threshold, clip), down, index, count), count

@@ -1,0 +1,46 @@
+"""JSON objects that others wrote: whatever is wrong with one becomes a FormatError with file and field."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from hotcold.errors import FormatError, InputError
+
+__all__ = ["parse_json", "read_json"]
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file; InputError where there is none, FormatError where it is not JSON."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"cannot read the file: {error.strerror}", where=path) from error
+    return parse_json(data, path)
+
+
+def parse_json(data: bytes, path: Path, field: str = "content") -> dict[str, Any]:
+    """Parse a JSON object in UTF-8. A key that is there twice is refused, as readers would differ."""
+    try:
+        value = json.loads(data.decode(), object_pairs_hook=_unique)
+    except _Duplicate as error:
+        raise FormatError("duplicate key", where=path, field=field, got=repr(error.args[0])) from error
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, a number of 5,000 digits, too deep
+        raise FormatError(f"is not JSON: {error}", where=path, field=field) from error
+    if not isinstance(value, dict):
+        got = type(value).__name__
+        raise FormatError("is not a JSON object", where=path, field=field, got=got, expected="object")
+    return value
+
+
+class _Duplicate(Exception):
+    """A key that an object has twice."""
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    unique = dict(pairs)
+    if len(unique) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise _Duplicate(next(name for name in names if names.count(name) > 1)[:60])
+    return unique

@@ -1,0 +1,93 @@
+"""Read safetensors files tensor by tensor as numpy arrays, bfloat16 included, without torch.
+
+The `safetensors` library checks the header; the bytes are then taken from a map of the file, since
+numpy, and with it the library's numpy side, knows no bfloat16.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from hotcold.errors import FormatError, InputError, UnsupportedError
+from hotcold.json_file import read_json
+
+__all__ = ["SafetensorsFile", "read_json"]
+
+_DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
+
+
+class SafetensorsFile:
+    """A checked and mapped safetensors file. Raises InputError or FormatError when it cannot be read."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._check()
+        with self.path.open("rb") as file:
+            (n_header,) = struct.unpack("<Q", file.read(8))
+            header = json.loads(file.read(n_header))
+        self._metadata: dict[str, str] = header.pop("__metadata__", {})
+        self._entries: dict[str, dict[str, Any]] = header
+        self._data = np.memmap(self.path, np.uint8, "r").view(np.ndarray)[8 + n_header :]
+
+    def _check(self) -> None:
+        if not self.path.is_file():
+            raise InputError("no such file", where=self.path)
+        try:
+            with safe_open(self.path, framework="numpy"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise FormatError(f"not a safetensors file: {error}", where=self.path) from error
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._entries
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """The strings that a writer put beside the tensors."""
+        return self._metadata
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor; FormatError where the file has none of this name."""
+        return tuple(self._entry(name)["shape"])
+
+    def load(self, name: str) -> np.ndarray:
+        """A tensor's values as float32, in memory; UnsupportedError if they are not floating point."""
+        entry = self._entry(name)
+        if entry["dtype"] not in _DTYPES:
+            expected = " | ".join(_DTYPES)
+            raise UnsupportedError(f"dtype of {name}", where=self.path, got=entry["dtype"], expected=expected)
+        array = self._mapped(entry)
+        if entry["dtype"] == "BF16":
+            return (array.astype(np.uint32) << 16).view(np.float32)
+        return array.astype(np.float32)
+
+    def floats(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
+        """A float32 tensor of this shape as a read-only view of the file, which takes no memory until read.
+
+        FormatError where it is missing or has another shape or dtype.
+        """
+        entry = self._entry(name)
+        if (entry["dtype"], tuple(entry["shape"])) != ("F32", shape):
+            got, expected = f"{entry['dtype']} {entry['shape']}", f"F32 {list(shape)}"
+            raise FormatError("wrong shape or dtype", where=self.path, field=name, got=got, expected=expected)
+        return self._mapped(entry)
+
+    def _mapped(self, entry: dict[str, Any]) -> np.ndarray:
+        begin, end = entry["data_offsets"]
+        data: np.ndarray = self._data[begin:end]
+        return data.view(_DTYPES[entry["dtype"]]).reshape(entry["shape"])
+
+    def _entry(self, name: str) -> dict[str, Any]:
+        if name not in self._entries:
+            raise FormatError("missing tensor", where=self.path, field=name)
+        return self._entries[name]

@@ -1,0 +1,132 @@
+"""The device engine, with torch on the CPU as the device, against the CPU engine and the oracle."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from hotcold.errors import InputError, UnsupportedError
+from hotcold.runtime.engine import Engine
+from hotcold.runtime.gpu import engine as gpu_engine
+from hotcold.runtime.gpu.engine import GpuEngine
+from hotcold.runtime.reference import ReferenceEngine
+
+MODES = ["dense", "exact", "predicted"]
+IDS = np.random.default_rng(3).integers(3, 300, 40)
+
+
+def relative_error(got, expected):
+    return np.sqrt(np.mean((got - expected) ** 2) / np.mean(expected**2))
+
+
+def greedy(engine, n: int) -> list[int]:
+    logits, tokens = engine.prefill(IDS[:5]), []
+    for _ in range(n):
+        tokens.append(int(logits.argmax()))
+        logits = engine.decode(tokens[-1])
+    return tokens
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_cpu_engines_tokens(bundle, mode):
+    device = GpuEngine.load(bundle.path, mode, "cpu", n_ctx=64)
+    assert greedy(device, 40) == greedy(Engine.load(bundle.path, mode, 1, n_ctx=64), 40)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("fields", [
+    {"quant": "Q8_0"},
+    {"quant": "Q4_0"},
+    {"quant": "BF16"},
+    {"activation": "fatrelu", "activation_threshold": 0.3},
+    {"activation": "drelu"},
+    {"d_ff": 104, "hot": ((), tuple(range(96)))},
+])  # fmt: skip
+def test_equals_the_reference(make_bundle, mode, fields):
+    path = make_bundle(**fields).path
+    device, reference = GpuEngine.load(path, mode, "cpu"), ReferenceEngine.load(path, mode)
+    reference.cache_dtype = torch.float16
+    expected = reference.prefill(IDS, all_logits=True)
+    assert relative_error(device.prefill(IDS, all_logits=True), expected) < 2e-4
+    device.reset()
+    steps = np.stack([device.decode(token) for token in IDS[:12]])
+    assert relative_error(steps, expected[:12]) < 2e-4
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_counts(bundle, mode):
+    device, reference = GpuEngine.load(bundle.path, mode, "cpu"), ReferenceEngine.load(bundle.path, mode)
+    reference.cache_dtype = torch.float16
+    for engine in (device, reference):
+        engine.prefill(IDS[:7])
+        for token in IDS[7:15]:
+            engine.decode(token)
+    got, expected = device.stats(), reference.stats()
+    assert got.tokens == expected.tokens == 15
+    assert np.array_equal(got.predicted, expected.predicted)
+    assert np.array_equal(got.fired, expected.fired)
+    assert device.bytes_per_token()["ffn"] > 0
+
+
+def test_audit_counts_what_was_missed(bundle):
+    device, reference = (
+        e.load(bundle.path, "predicted", *a) for e, a in ((GpuEngine, ["cpu"]), (ReferenceEngine, []))
+    )
+    for engine in (device, reference):
+        engine.audit = True
+        engine.prefill(IDS[:5])
+        engine.decode(7)
+    assert np.array_equal(device.stats().missed, reference.stats().missed)
+    assert device.stats().missed.sum() > 0
+
+
+def test_silu_runs_dense(make_bundle):
+    path = make_bundle(activation="silu").path
+    device, reference = GpuEngine.load(path, "dense", "cpu"), ReferenceEngine.load(path, "dense")
+    assert relative_error(device.prefill(IDS), reference.prefill(IDS)) < 2e-3
+
+
+def test_prompts_longer_than_a_block(bundle, monkeypatch):
+    whole = GpuEngine.load(bundle.path, "predicted", "cpu").prefill(IDS, all_logits=True)
+    monkeypatch.setattr(GpuEngine, "_block", 16)
+    parts = GpuEngine.load(bundle.path, "predicted", "cpu").prefill(IDS, all_logits=True)
+    assert relative_error(parts, whole) < 1e-5
+
+
+def test_through_the_triton_kernels(bundle, monkeypatch):
+    """The same engine on the kernels themselves, in Triton's interpreter."""
+    from hotcold.runtime.triton import ops
+
+    expected = GpuEngine.load(bundle.path, "predicted", "cpu", n_ctx=16).prefill(IDS[:3])
+    monkeypatch.setattr(gpu_engine, "operators", lambda device: ops)
+    device = GpuEngine.load(bundle.path, "predicted", "cpu", n_ctx=16)
+    for token in IDS[:3]:
+        logits = device.decode(token)
+    assert relative_error(logits, expected) < 1e-4
+
+
+def test_no_gpu(bundle):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(UnsupportedError, match=r"(built without CUDA|no NVIDIA GPU).*use --backend cpu"):
+        GpuEngine.load(bundle.path, "exact", "cuda")
+
+
+def test_unknown_device_and_full_context(bundle):
+    with pytest.raises(InputError, match=r"unknown device \(got tpu"):
+        GpuEngine.load(bundle.path, "exact", "tpu")
+    engine = GpuEngine.load(bundle.path, "exact", "cpu", n_ctx=4)
+    with pytest.raises(InputError, match="the context is full"):
+        engine.prefill(IDS[:5])
+    with pytest.raises(InputError, match="outside of the vocabulary"):
+        engine.prefill([10**6])
+
+
+def test_out_of_memory_says_so(bundle, monkeypatch):
+    def full(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(gpu_engine, "read_weights", full)
+    with pytest.raises(UnsupportedError, match="out of GPU memory; a smaller --vram-budget"):
+        GpuEngine.load(bundle.path, "exact", "cpu")

@@ -1,0 +1,70 @@
+"""The kernels go through Triton's real compiler for an NVIDIA target, which needs no GPU.
+
+In a process of its own: this one has Triton's interpreter, which replaces the compiler at import.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+CODE = """
+import sys
+from triton import compile
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from hotcold.runtime.triton import kernels, tuning
+
+WEIGHTS = {0: "*bf16", 1: "*i8", 2: "*u8"}
+FLAGS = {"SCORED": False, "CLIP": True, "RELU": True, "ALWAYS": True, "CHUNK": 1024, "CHUNKS": 16}
+
+def signature(kernel, kind, constants):
+    types = {name: "i32" for name in kernel.arg_names}
+    types |= {name: "*fp32" for name in ("x", "out", "a", "partial", "y", "scores")}
+    types |= {name: WEIGHTS[kind] for name in ("w", "up", "gate", "down")}
+    types |= {name: "*fp16" for name in ("scales", "gate_scales", "up_scales")}
+    types |= {name: "*i32" for name in ("index", "count", "counts")}
+    types |= {"always": "*u8", "threshold": "fp32"} | dict.fromkeys(constants, "constexpr")
+    return {name: types[name] for name in kernel.arg_names}
+
+def build(name, kind, tiles, tokens, capability):
+    kernel = getattr(kernels, name + "_kernel")
+    every = FLAGS | tiles | {"TOKENS": tokens} | dict.fromkeys(("KIND", "KIND_GATE", "KIND_UP"), kind)
+    constants = {key: every[key] for key in kernel.arg_names if key in every}
+    source = ASTSource(kernel, signature(kernel, kind, constants), constants)
+    target = GPUTarget("cuda", capability, 32)
+    assert compile(source, target=target, options={"num_warps": tiles["num_warps"]}).asm["cubin"]
+    print(name, kind, tiles, tokens, capability, flush=True)
+
+every_candidate, capability = sys.argv[1] == "every", int(sys.argv[2])
+for name, candidates in tuning.CANDIDATES.items():
+    for tiles in candidates if every_candidate else candidates[:1]:
+        for kind in WEIGHTS:
+            for tokens in (1, 8) if every_candidate else (1,):
+                build(name, kind, tiles, tokens, capability)
+for name, tiles in {"count": {}, "list": {}, "sum": {"BLOCK": 256}}.items():
+    build(name, 0, tiles | {"num_warps": 4}, 1, capability)
+"""
+
+
+def compiled(which: str, capability: int) -> int:
+    """How many kernels were built for a compute capability."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", CODE, which, str(capability)], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return len(done.stdout.splitlines())
+
+
+def test_kernels_compile_for_hopper():
+    assert compiled("first", 90) == 5 * 3 + 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [80, 90])
+def test_every_candidate_compiles(capability):
+    assert compiled("every", capability) > 100
