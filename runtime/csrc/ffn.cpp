@@ -1,73 +1,21 @@
 // The feed-forward layers: dense, or over the rows of the neurons that fire.
 #include <algorithm>
 #include <bit>
-#include <cfloat>
 #include <cmath>
 
 #include "pass.h"
+#include "rows.h"
 
 namespace hotcold {
 namespace {
 
 constexpr int kListed = 4;  // row groups whose scores are computed before their neurons are listed
 constexpr size_t kEarly = 256 << 10;  // bytes of rows that a thread asks for while it still lists; L2 holds them
-constexpr int kChunk = 64;  // neurons worked on together; their rows fit the L2 cache
-constexpr int kSide = 4;    // gate rows computed side by side, after which the ups of those that fire are asked for
-
-// ReLU passes what is positive, FATReLU what reaches its threshold.
-float firing_threshold(const Layer& layer) { return std::max(layer.activation_threshold, FLT_MIN); }
 
 // gate = gelu(gate) * up, the exact GELU. Plain C++: such a model runs in dense mode only.
 void gelu_mul(float* gate, const float* up, int n) {
   for (int i = 0; i < n; ++i) gate[i] = 0.5f * gate[i] * (1 + std::erf(gate[i] * 0.70710678f)) * up[i];
 }
-
-int set_bits(uint64_t mask, int* out) {
-  int n = 0;
-  for (; mask; mask &= mask - 1) out[n++] = std::countr_zero(mask);
-  return n;
-}
-
-// Walks over this thread's even share of all threads' lists, as if they were one.
-class Share {
- public:
-  Share(const std::vector<std::unique_ptr<ThreadScratch>>& all, int thread) : all_(all) {
-    int total = 0;
-    for (const auto& s : all) total += s->listed;
-    const Range r = split(total, thread, int(all.size()));
-    left_ = r.last - r.first;
-    for (at_ = r.first; left_ && at_ >= all_[list_]->listed; ++list_) at_ -= all_[list_]->listed;
-  }
-  // Copies up to kChunk neurons; returns how many.
-  int take(int* neurons) {
-    int n = 0;
-    for (; n < kChunk && left_; --left_, ++n) {
-      while (at_ == all_[list_]->listed) ++list_, at_ = 0;
-      neurons[n] = all_[list_]->list[at_++];
-    }
-    return n;
-  }
-
- private:
-  const std::vector<std::unique_ptr<ThreadScratch>>& all_;
-  int list_ = 0, at_ = 0, left_ = 0;
-};
-
-// The neurons of a chunk that fired, with the tokens they fired for: those of neuron f are [begin[f], begin[f + 1]).
-struct Fired {
-  int count = 0;
-  int neuron[kChunk], begin[kChunk + 1] = {};
-  int token[kChunk * kMaxBlock];
-  float a[kChunk * kMaxBlock];  // act(gate), then times up
-
-  int end() const { return begin[count]; }
-  // Closes a neuron whose tokens were written from end() on.
-  void close(int n, int tokens) {
-    neuron[count] = n;
-    begin[count + 1] = begin[count] + tokens;
-    ++count;
-  }
-};
 
 }  // namespace
 
@@ -212,141 +160,8 @@ void Pass::list_neurons(int thread, int l, const Panel& panel, const Acts& acts,
   }
 }
 
-// This thread's share of the listed neurons, in three phases per chunk - gates, ups, downs - so that every row is asked
-// for about one phase before it is used.
-class RowWork {
- public:
-  RowWork(Model& m, Model::Buffers& b, int thread, const Layer& layer, const Acts& norm, int n)
-      : m_(m), b_(b), s_(*b.scratch[thread]), layer_(layer), norm_(norm), n_(n), y_stride_(round_up(m.config.d_model, 128)), asks_(s_.asks) {
-    std::memset(s_.y.get(), 0, sizeof(float) * y_stride_ * n);
-  }
-
-  LayerStats run(int thread) {
-    Share share(b_.scratch, thread);
-    int current[kChunk], next[kChunk];
-    int n_current = share.take(current);
-    while (n_current) {
-      fired_.count = 0;
-      if (predicted()) gates_by_row(current, n_current);
-      else gates_known(current, n_current);
-      stats_.fired += fired_.end();
-      const bool early = !predicted() && done_ + n_current <= s_.asked;  // in exact mode downs are asked for with ups
-      for (int f = 0; f < fired_.count && !early; ++f) ask(fired_.neuron[f], layer_.down_row);
-      done_ += n_current;
-      const int n_next = share.take(next);
-      for (int i = 0; i < n_next; ++i)
-        if (done_ + i >= s_.asked) ask(next[i], first_row());
-      ups();
-      downs();
-      std::copy(next, next + n_next, current);
-      n_current = n_next;
-    }
-    for (int t = 0; t < n_; ++t) flush(t);
-    return stats_;
-  }
-
- private:
-  bool predicted() const { return layer_.gate_row.bytes > 0; }
-  const uint8_t* row(int neuron, const RowKind& kind) const { return layer_.bundle(neuron) + kind.at; }
-  const RowKind& first_row() const { return predicted() ? layer_.gate_row : layer_.after_gate(); }
-  void ask(int neuron, const RowKind& kind) { asks_.add(row(neuron, kind), kind.bytes); }
-  int tokens_of(int neuron, int* tokens) const {
-    if (n_ > 1) return set_bits(b_.masks[neuron], tokens);
-    tokens[0] = 0;
-    return 1;
-  }
-
-  // Exact mode: only neurons that fired are listed, and their gates were computed before.
-  void gates_known(const int* neurons, int count) {
-    const int stride = Model::Buffers::ff_stride(m_.config);
-    for (int i = 0; i < count; ++i) {
-      int* tokens = fired_.token + fired_.end();
-      const int n = tokens_of(neurons[i], tokens);
-      for (int j = 0; j < n; ++j) fired_.a[fired_.end() + j] = b_.gate[size_t(tokens[j]) * stride + neurons[i]];
-      fired_.close(neurons[i], n);
-    }
-  }
-
-  // Predicted mode: a predicted neuron whose gate does not fire costs this row and no other.
-  void gates_by_row(const int* neurons, int count) {
-    const uint8_t* rows[kChunk];
-    float gate[kSide];
-    for (int i = 0; i < count; ++i) rows[i] = row(neurons[i], layer_.gate_row);
-    const int zero = 0;
-    const float threshold = firing_threshold(layer_);
-    for (int i = 0; i < count; ++i) {
-      int wanted[kMaxBlock];
-      const int n = tokens_of(neurons[i], wanted);
-      stats_.predicted += n;
-      float many[kMaxBlock];
-      if (n_ > 1) m_.k.row_dot(layer_.gate_row.type, rows + i, 1, norm_, wanted, n, many, asks_);
-      else if (i % kSide == 0)
-        m_.k.row_dot(layer_.gate_row.type, rows + i, std::min(kSide, count - i), norm_, &zero, 1, gate, asks_);
-      float* values = n_ == 1 ? gate + i % kSide : many;
-      for (int j = 0; j < n && !layer_.gate_bias.empty(); ++j) values[j] += layer_.gate_bias[neurons[i]];
-      const int at = fired_.end();
-      int kept = 0;
-      for (int j = 0; j < n; ++j)
-        if (values[j] >= threshold) {
-          fired_.a[at + kept] = values[j];
-          fired_.token[at + kept++] = wanted[j];
-        }
-      if (!kept) continue;
-      ask(neurons[i], layer_.after_gate());
-      fired_.close(neurons[i], kept);
-    }
-  }
-
-  void ups() {
-    if (!m_.config.gated) return;
-    const bool clip = m_.config.activation == Activation::Drelu;
-    const uint8_t* rows[kChunk];
-    float up[kChunk * kMaxBlock];
-    for (int f = 0; f < fired_.count; ++f) {
-      rows[f] = row(fired_.neuron[f], layer_.up_row);
-      const int at = fired_.begin[f];
-      if (n_ > 1)
-        m_.k.row_dot(layer_.up_row.type, rows + f, 1, norm_, fired_.token + at, fired_.begin[f + 1] - at, up + at, asks_);
-    }
-    if (n_ == 1) m_.k.row_dot(layer_.up_row.type, rows, fired_.count, norm_, fired_.token, 1, up, asks_);
-    for (int i = 0; i < fired_.end(); ++i) fired_.a[i] *= clip ? std::max(up[i], 0.0f) : up[i];
-  }
-
-  void downs() {
-    for (int f = 0; f < fired_.count; ++f) {
-      const uint8_t* down = row(fired_.neuron[f], layer_.down_row);
-      for (int i = fired_.begin[f]; i < fired_.begin[f + 1]; ++i) {
-        DownQueue& queue = s_.queues[fired_.token[i]];
-        queue.row[queue.count] = down;
-        queue.a[queue.count] = fired_.a[i];
-        if (++queue.count == 16) flush(fired_.token[i]);
-      }
-    }
-  }
-
-  void flush(int t) {
-    DownQueue& queue = s_.queues[t];
-    if (queue.count)
-      m_.k.down(layer_.down_row.type, queue.row, queue.a, queue.count, m_.config.d_model, &s_.y[size_t(t) * y_stride_],
-                asks_);
-    queue.count = 0;
-  }
-
-  Model& m_;
-  Model::Buffers& b_;
-  ThreadScratch& s_;
-  const Layer& layer_;
-  const Acts& norm_;
-  const int n_, y_stride_;
-  int done_ = 0;  // neurons of finished chunks
-  LayerStats stats_;
-  Fired fired_;
-  Asks& asks_;
-};
-
 void Pass::ffn_rows(int thread, int l) {
-  RowWork work(m, b, thread, m.layers[l], stream(thread).norm.acts, n);
-  const LayerStats counts = work.run(thread);
+  const LayerStats counts = work_rows(m, b, thread, m.layers[l], stream(thread).norm.acts, n);
   LayerStats& stats = b.scratch[thread]->stats[l];
   stats.fired += counts.fired;
   stats.predicted += counts.predicted;

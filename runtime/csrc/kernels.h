@@ -1,5 +1,6 @@
 // The table of kernels: one per ISA, all with the same meaning. Wrappers check, kernels trust.
 #pragma once
+#include <algorithm>
 #include <cstdint>
 
 #include "layout.h"
@@ -37,11 +38,12 @@ class Asks {
   }
   void clear() { first_ = last_ = 0; }
   void feed(int lines) {
-    for (; lines > 0 && first_ != last_; --lines) {
+    while (lines > 0 && first_ != last_) {
       Row& row = rows_[first_ % kRows];
-      __builtin_prefetch(row.at);
-      row.at += 64;
-      if (row.at >= row.end) ++first_;
+      const uint8_t *at = row.at, *stop = std::min(row.end, at + 64 * lines);
+      for (; at < stop; at += 64, --lines) __builtin_prefetch(at);
+      row.at = at;
+      if (at >= row.end) ++first_;
     }
   }
 
