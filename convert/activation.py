@@ -26,14 +26,14 @@ __all__ = ["counts_of_traces", "firing_vectors", "read_activation", "with_freque
 Firing = list[np.ndarray]  # per layer float32 [d_ff]: counts or shares
 
 
-def read_activation(folder: str | Path, *, allow_pickle: bool) -> Firing:
+def read_activation(folder: str | Path, *, pickles_allowed: bool) -> Firing:
     """Read `activation_0.pt`, `activation_1.pt`, …
 
     Raises InputError (no such files, pickles not allowed), FormatError (no vectors of numbers >= 0),
     ShapeError (layers of different lengths).
     """
     paths = numbered_files(Path(folder), "activation")
-    return firing_vectors(read_pickles(paths, allowed=allow_pickle), Path(folder))
+    return firing_vectors(read_pickles(paths, allowed=pickles_allowed), Path(folder))
 
 
 def firing_vectors(files: Sequence[SafetensorsFile], folder: Path) -> Firing:

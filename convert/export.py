@@ -26,7 +26,7 @@ from hotcold.predictor.bundle import FILES, PredictorBundle
 from hotcold.progress import log
 from hotcold.safetensors_read import read_json
 
-__all__ = ["ExportOptions", "export_bundle"]
+__all__ = ["ExportOptions", "copy_file", "export_bundle", "export_file"]
 
 _CHUNK = 1 << 20
 _NAME = re.compile(r"\w[\w.+ -]*")
@@ -54,7 +54,45 @@ def export_bundle(
     if not _NAME.fullmatch(name):
         raise InputError("a bundle's name is a plain file name", where="name", got=repr(name))
     _refuse_foreign_folder(Path(out))
-    spec, options = ModelSpec.from_config(source.config), options or ExportOptions()
+    model, layouts = _planned(source, name, fingerprint, folder, predictors, options or ExportOptions())
+    for line in _limits(model, layouts):
+        log(line)
+    with storage.atomic_directory(out) as target:
+        manifest = _write(model, layouts, predictors, target, source.quantised_types)
+        storage.write_json(target / MANIFEST, manifest.to_json())
+    return manifest.to_json()
+
+
+def export_file(
+    source: WeightSource,
+    out: str | Path,
+    role: str,
+    *,
+    name: str,
+    fingerprint: str,
+    folder: Path | None = None,
+    predictors: PredictorBundle | None = None,
+    options: ExportOptions | None = None,
+) -> None:
+    """Write one GGUF file of a bundle, that of `role` `dense` or `sparse`, as `out`; raises as above."""
+    model, layouts = _planned(source, name, fingerprint, folder, predictors, options or ExportOptions())
+    for layout in layouts:
+        if layout.role == role:
+            for line in _limits(model, [layout]):
+                log(line)
+            write_gguf(out, layout.metadata, layout.plans, magic=layout.magic)
+
+
+def _planned(
+    source: WeightSource,
+    name: str,
+    fingerprint: str,
+    folder: Path | None,
+    predictors: PredictorBundle | None,
+    options: ExportOptions,
+) -> tuple[ModelFiles, list[GGUFLayout]]:
+    """Check the parts against each other, and say what is not written as it was wished for."""
+    spec = ModelSpec.from_config(source.config)
     check_weights(source, spec)
     if predictors is not None:
         _check_predictors(predictors, spec, fingerprint)
@@ -62,12 +100,9 @@ def export_bundle(
     layouts, fallbacks = model.layouts(predictors)
     if types := source.quantised_types:
         log(f"the source is quantised ({', '.join(types)}): its loss stays in what is written")
-    for line in [*fallbacks, *_limits(model, layouts)]:
+    for line in fallbacks:
         log(line)
-    with storage.atomic_directory(out) as target:
-        manifest = _write(model, layouts, predictors, target, source.quantised_types)
-        storage.write_json(target / MANIFEST, manifest.to_json())
-    return manifest.to_json()
+    return model, layouts
 
 
 def _refuse_foreign_folder(out: Path) -> None:
@@ -93,14 +128,15 @@ def _check_predictors(predictors: PredictorBundle, spec: ModelSpec, fingerprint:
 def _limits(model: ModelFiles, layouts: list[GGUFLayout]) -> list[str]:
     """What other programs cannot do with these files."""
     spec, lines = model.spec, []
-    if found := differences(spec):
+    files = {layout.role: layout.file for layout in layouts}
+    if "dense" in files and (found := differences(spec)):
         what = f"llama.cpp will compute another function, with {' and '.join(found)}"
         measure = "`hotcold perplexity --mode llama.cpp --reference dense` says how far off that is"
-        lines.append(f"{model.name}.gguf: {what}; {measure}")
-    if len(layouts) == 1 and spec.is_sparse:
+        lines.append(f"{files['dense']}: {what}; {measure}")
+    if list(files) == ["dense"] and spec.is_sparse:
         lines.append("no predictors given: the dense file only")
-    if len(layouts) == 2 and not runs_in_powerinfer(spec, model.options.types().body):
-        lines.append(f"{layouts[1].file}: PowerInfer itself runs only its own ReLU models in f16 or q4_0")
+    if "sparse" in files and not runs_in_powerinfer(spec, model.options.types().body):
+        lines.append(f"{files['sparse']}: PowerInfer itself runs only its own ReLU models in f16 or q4_0")
     return lines
 
 
@@ -131,6 +167,7 @@ def _write(
         activation=model.spec.activation,
         model_fingerprint=model.fingerprint,
         llama_cpp_exact=is_exact(model.spec),
+        llama_cpp_differences=differences(model.spec),
         source_quantised=source_types,
         files={path: BundleFile.of(target / path, role) for path, role in roles.items()},
     )
@@ -139,7 +176,12 @@ def _write(
 def _copy(files: list[Path], folder: Path, role: str) -> dict[str, str]:
     """Copy files durably into a bundle; returns their names with their role."""
     for file in files:
-        with storage.atomic_file(folder / file.name) as target, file.open("rb") as content:
-            while chunk := content.read(_CHUNK):
-                storage.fs.write(target, chunk)
+        copy_file(file, folder / file.name)
     return {file.name: role for file in files}
+
+
+def copy_file(source: Path, target: str | Path) -> None:
+    """Copy a file durably. StorageError where the disk does not take it."""
+    with storage.atomic_file(target) as file, source.open("rb") as content:
+        while chunk := content.read(_CHUNK):
+            storage.fs.write(file, chunk)

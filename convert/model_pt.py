@@ -29,7 +29,7 @@ _KEYS = ("fc1.weight", "fc2.weight")
 
 
 def read_model_pt(
-    folder: str | Path, fingerprint: str | None = None, *, allow_pickle: bool
+    folder: str | Path, fingerprint: str | None = None, *, pickles_allowed: bool
 ) -> PredictorBundle:
     """Predictors for the model with this fingerprint; None where `config.json` tells which that is.
 
@@ -41,7 +41,7 @@ def read_model_pt(
     paths = numbered_files(folder, "model")
     config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
     threshold = _threshold(config, folder)
-    files = read_pickles(paths, allowed=allow_pickle)
+    files = read_pickles(paths, allowed=pickles_allowed)
     pairs = layer_pairs(files, folder)
     layers = [LayerPredictor(fc1, fc2, threshold) for fc1, fc2 in pairs]
     bundle = PredictorBundle(fingerprint or "", layers, training={"converted_from": folder.name}, path=folder)

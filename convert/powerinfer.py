@@ -15,11 +15,21 @@ import numpy as np
 
 from hotcold.convert.architectures import ModelSpec
 from hotcold.convert.forms import FORMS, hyper_parameters
+from hotcold.convert.gguf_read import GGUFFile
 from hotcold.convert.gguf_write import TensorPlan
 from hotcold.convert.plans import Planner
-from hotcold.predictor.bundle import PredictorBundle
+from hotcold.convert.quantize import dequantize
+from hotcold.errors import FormatError
+from hotcold.predictor.bundle import LayerPredictor, PredictorBundle
 
-__all__ = ["MAGIC", "architecture_of", "runs_in_powerinfer", "sparse_metadata", "sparse_plans"]
+__all__ = [
+    "MAGIC",
+    "architecture_of",
+    "runs_in_powerinfer",
+    "sparse_metadata",
+    "sparse_plans",
+    "sparse_predictors",
+]
 
 MAGIC = "PWRI"
 _DOWN_TYPES = ("F16", "Q4_0")  # PowerInfer's axpy kernels read any other type as F16: NaN or zero logits
@@ -73,6 +83,37 @@ def _predictor(planner: Planner, predictors: PredictorBundle, layer: int) -> lis
         planner.floats(f"blk.{layer}.fc1", predictor.fc1.shape, kind, lambda: predictor.fc1),
         planner.floats(f"blk.{layer}.fc2", predictor.fc2.shape, kind, lambda: predictor.fc2),
     ]
+
+
+def sparse_predictors(file: GGUFFile, fingerprint: str) -> PredictorBundle | None:
+    """The predictors of a sparse file, decoded to float32; None where it has none.
+
+    A file of PowerInfer's converter has one threshold for all layers, or none at all, which is 0. Raises
+    FormatError where a layer's predictor, or its threshold, is missing.
+    """
+    n_layers = sum(name.endswith(".fc1.weight") for name in file.tensors)
+    layers = [
+        LayerPredictor(_matrix(file, f"blk.{n}.fc1.weight"), _matrix(file, f"blk.{n}.fc2.weight"), threshold)
+        for n, threshold in enumerate(_thresholds(file, n_layers))
+    ]
+    training = {"converted_from": file.path.name}
+    return PredictorBundle(fingerprint, layers, training=training, path=file.path) if layers else None
+
+
+def _thresholds(file: GGUFFile, n_layers: int) -> list[float]:
+    one_for_all = float(file.metadata.get("powerinfer.sparse_threshold", 0.0))
+    values = file.metadata.get("hotcold.predictor.thresholds", np.full(n_layers, one_for_all))
+    if len(values) != n_layers:
+        field, got = "hotcold.predictor.thresholds", len(values)
+        raise FormatError("one value per layer", where=file.path, field=field, got=got, expected=n_layers)
+    return [float(value) for value in values]
+
+
+def _matrix(file: GGUFFile, name: str) -> np.ndarray:
+    tensor = file.tensors.get(name)
+    if tensor is None or len(tensor.shape) != 2:
+        raise FormatError("missing tensor" if tensor is None else "not a matrix", where=file.path, field=name)
+    return dequantize(tensor)
 
 
 def runs_in_powerinfer(spec: ModelSpec, type_name: str) -> bool:

@@ -16,7 +16,7 @@ from hotcold import storage
 from hotcold.convert.architectures import ModelSpec
 from hotcold.convert.gguf_read import GGUFFile
 from hotcold.convert.layout import ExportOptions, GGUFLayout, ModelFiles
-from hotcold.convert.llama_cpp import is_exact
+from hotcold.convert.llama_cpp import differences, is_exact
 from hotcold.convert.manifest import MANIFEST, BundleFile, Manifest
 from hotcold.convert.predictors import check_predictors
 from hotcold.convert.tokenizer import tokenizer_files
@@ -101,6 +101,7 @@ def _check_content(folder: Path, manifest: Manifest) -> None:
     _same({path: file.role for path, file in manifest.files.items()}, roles, where, "files")
     _same(manifest.activation, spec.activation, where, "activation")
     _same(manifest.llama_cpp_exact, is_exact(spec), where, "llama_cpp_exact")
+    _same(manifest.llama_cpp_differences, differences(spec), where, "llama_cpp_differences")
     for layout in layouts:
         _check_file(GGUFFile(folder / layout.file), layout)
 

@@ -28,12 +28,16 @@ _TOKENS = 48  # decoded per mode, after as many to warm up
 
 
 def choose_mode(bundle: str | Path, n_threads: int | None) -> str:
-    """`exact` or `predicted`, from the cache or from a measurement of a second or two."""
+    """`exact` or `predicted`, from the cache or from a measurement of a second or two.
+
+    A file without rows by neuron has only `dense`, one without predictors only `exact`.
+    """
     from hotcold.runtime.bundle_files import file_of_role
 
     path = Path(bundle) if Path(bundle).suffix == ".gguf" else file_of_role(bundle, "sparse")
-    if "blk.0.fc1.weight" not in GGUFFile(path).tensors:
-        return "exact"
+    tensors = GGUFFile(path).tensors
+    if "blk.0.fc1.weight" not in tensors:
+        return "exact" if "blk.0.ffn_down_t.weight" in tensors else "dense"
     remembered = _cache_file(path, n_threads)
     try:
         return json.loads(remembered.read_text())["mode"]

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import mmap
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -21,7 +22,7 @@ from hotcold.progress import log
 from hotcold.runtime import _cpu
 from hotcold.runtime.shape import ModelShape, activation_thresholds, read_predictors
 
-__all__ = ["MODES", "load_model"]
+__all__ = ["MODES", "Source", "load_layers", "load_model", "new_model"]
 
 MODES = {"dense": 0, "exact": 1, "predicted": 2}
 TYPES = {"F32": 0, "F16": 1, "BF16": 2, "Q8_0": 3, "Q4_0": 4}
@@ -29,7 +30,7 @@ _ALL = slice(None)
 ACTIVATIONS = {"silu": 0, "relu": 1, "fatrelu": 1, "drelu": 2, "gelu": 3}
 
 
-class _Source:
+class Source:
     """Tensors of a file as the bytes that the engine packs."""
 
     def __init__(self, file: GGUFFile) -> None:
@@ -93,28 +94,9 @@ def load_model(
     engine or this mode cannot run.
     """
     shape = ModelShape.read(file)
-    source = _Source(file)
+    source = Source(file)
     try:
-        model = _cpu.Model(
-            n_layers=shape.n_layers,
-            d_model=shape.d_model,
-            d_ff=shape.d_ff,
-            n_heads=shape.n_heads,
-            n_kv_heads=shape.n_kv_heads,
-            head_dim=shape.head_dim,
-            n_vocab=shape.n_vocab,
-            n_ctx=n_ctx,
-            norm_eps=shape.norm_eps,
-            activation=ACTIVATIONS[shape.activation],
-            mode=MODES[mode],
-            threads=n_threads,
-            # Address space, not memory: padding of narrow rows can quadruple a tensor.
-            weight_bytes=4 * sum(map(_engine_bytes, file.tensors.values())) + (64 << 20),
-            isa=isa,
-            layer_norm=shape.form.layer_norm,
-            parallel=shape.form.parallel,
-            gated=shape.form.gated,
-        )
+        model = new_model(file, shape, mode, n_threads, n_ctx, isa)
         _load(model, source, file, shape, mode)
         model.check()
     except ValueError as error:
@@ -124,11 +106,37 @@ def load_model(
     return model, shape
 
 
+def new_model(
+    file: GGUFFile, shape: ModelShape, mode: str, n_threads: int, n_ctx: int, isa: str | None = None
+) -> _cpu.Model:
+    """A model without weights, with room for those of `file`. ValueError for what the engine cannot be."""
+    return _cpu.Model(
+        n_layers=shape.n_layers,
+        d_model=shape.d_model,
+        d_ff=shape.d_ff,
+        n_heads=shape.n_heads,
+        n_kv_heads=shape.n_kv_heads,
+        head_dim=shape.head_dim,
+        n_vocab=shape.n_vocab,
+        n_ctx=n_ctx,
+        norm_eps=shape.norm_eps,
+        activation=ACTIVATIONS[shape.activation],
+        mode=MODES[mode],
+        threads=n_threads,
+        # Address space, not memory: padding of narrow rows can quadruple a tensor.
+        weight_bytes=4 * sum(map(_engine_bytes, file.tensors.values())) + (64 << 20),
+        isa=isa,
+        layer_norm=shape.form.layer_norm,
+        parallel=shape.form.parallel,
+        gated=shape.form.gated,
+    )
+
+
 def _engine_bytes(tensor: Tensor) -> int:
     return tensor.data.nbytes if tensor.type in TYPES else 2 * math.prod(tensor.shape)
 
 
-def _load(model: _cpu.Model, source: _Source, file: GGUFFile, shape: ModelShape, mode: str) -> None:
+def _load(model: _cpu.Model, source: Source, file: GGUFFile, shape: ModelShape, mode: str) -> None:
     d, vocab = shape.d_model, shape.n_vocab
     model.set_panel(0, "embedding", *source.packable("token_embd.weight", vocab, d), vocab, d)
     if _head_is_embedding(source, vocab, d):
@@ -136,18 +144,26 @@ def _load(model: _cpu.Model, source: _Source, file: GGUFFile, shape: ModelShape,
     else:
         model.set_panel(0, "head", *source.packable("output.weight", vocab, d), vocab, d)
     _load_norm(model, source, shape, 0, "output_norm", "output_norm")
+    load_layers(model, source, file, shape, mode, range(shape.n_layers))
+    source.check_all_read(("fc1.weight", "fc2.weight", "ffn_gate_inp.weight", "rope_freqs.weight"))
+
+
+def load_layers(
+    model: _cpu.Model, source: Source, file: GGUFFile, shape: ModelShape, mode: str, layers: Sequence[int]
+) -> None:
+    """Pack all of these layers: attention, FFN and, in predicted mode, predictors."""
     _load_positions(model, source, shape)
-    for layer, threshold in enumerate(activation_thresholds(file, shape.n_layers)):
-        model.set_activation_threshold(layer, threshold)
+    thresholds = activation_thresholds(file, shape.n_layers)
+    for layer in layers:
+        model.set_activation_threshold(layer, thresholds[layer])
         _load_attention(model, source, shape, layer)
         _load_ffn(model, source, shape, layer, mode)
         _forget_pages(file)
     if mode == "predicted":
-        _load_predictors(model, source, file, shape)
-    source.check_all_read(("fc1.weight", "fc2.weight", "ffn_gate_inp.weight", "rope_freqs.weight"))
+        _load_predictors(model, source, file, shape, layers)
 
 
-def _head_is_embedding(source: _Source, vocab: int, d: int) -> bool:
+def _head_is_embedding(source: Source, vocab: int, d: int) -> bool:
     """PowerInfer's form always has output.weight, for tied models too: one copy in memory is enough."""
     if "output.weight" not in source:
         return True
@@ -156,14 +172,14 @@ def _head_is_embedding(source: _Source, vocab: int, d: int) -> bool:
 
 
 def _load_norm(
-    model: _cpu.Model, source: _Source, shape: ModelShape, layer: int, slot: str, name: str
+    model: _cpu.Model, source: Source, shape: ModelShape, layer: int, slot: str, name: str
 ) -> None:
     model.set_vector(layer, slot, source.vector(f"{name}.weight", shape.d_model))
     if shape.form.layer_norm:
         model.set_vector(layer, f"{slot}_bias", source.vector(f"{name}.bias", shape.d_model))
 
 
-def _load_positions(model: _cpu.Model, source: _Source, shape: ModelShape) -> None:
+def _load_positions(model: _cpu.Model, source: Source, shape: ModelShape) -> None:
     """Rotary frequencies, or the rows of the learned positions from that of position 0 on."""
     model.set_rope(shape.rope_frequencies, shape.rope_scale)
     name, first, d = f"{shape.form.positions}.weight", shape.form.first_position, shape.d_model
@@ -172,7 +188,7 @@ def _load_positions(model: _cpu.Model, source: _Source, shape: ModelShape) -> No
         model.set_panel(0, "positions", *source.packable(name, rows, d, slice(first, None)), rows - first, d)
 
 
-def _load_attention(model: _cpu.Model, source: _Source, shape: ModelShape, layer: int) -> None:
+def _load_attention(model: _cpu.Model, source: Source, shape: ModelShape, layer: int) -> None:
     block, d = f"blk.{layer}", shape.d_model
     model.set_window(layer, shape.windows[layer])
     # llama.cpp's Falcon: attn_norm is that of the FFN, and of attention too unless this has its own
@@ -191,7 +207,7 @@ def _load_attention(model: _cpu.Model, source: _Source, shape: ModelShape, layer
     _load_bias(model, source, layer, "o_bias", f"{block}.attn_output", d)
 
 
-def _load_projection(model: _cpu.Model, source: _Source, shape: ModelShape, layer: int, slot: str) -> None:
+def _load_projection(model: _cpu.Model, source: Source, shape: ModelShape, layer: int, slot: str) -> None:
     """q, k or v, which may be rows of one fused matrix."""
     heads = {"q": shape.n_heads, "k": shape.n_kv_heads, "v": shape.n_kv_heads}
     rows, all_rows = heads[slot] * shape.head_dim, sum(heads.values()) * shape.head_dim
@@ -208,12 +224,12 @@ def _load_projection(model: _cpu.Model, source: _Source, shape: ModelShape, laye
         model.set_vector(layer, f"{slot}_bias", bias if order is None else bias[order])
 
 
-def _load_bias(model: _cpu.Model, source: _Source, layer: int, slot: str, name: str, n: int) -> None:
+def _load_bias(model: _cpu.Model, source: Source, layer: int, slot: str, name: str, n: int) -> None:
     if f"{name}.bias" in source:
         model.set_vector(layer, slot, source.vector(f"{name}.bias", n))
 
 
-def _load_ffn(model: _cpu.Model, source: _Source, shape: ModelShape, layer: int, mode: str) -> None:
+def _load_ffn(model: _cpu.Model, source: Source, shape: ModelShape, layer: int, mode: str) -> None:
     block, d, d_ff = f"blk.{layer}", shape.d_model, shape.d_ff
     sparse_form = f"{block}.ffn_down_t.weight" in source
     if sparse_form == (mode == "dense"):
@@ -240,10 +256,14 @@ def _load_ffn(model: _cpu.Model, source: _Source, shape: ModelShape, layer: int,
     model.set_bundles(layer, rows[1], rows[0], up and up[1], up[0] if up else 0, down[1], down[0])
 
 
-def _load_predictors(model: _cpu.Model, source: _Source, file: GGUFFile, shape: ModelShape) -> None:
+def _load_predictors(
+    model: _cpu.Model, source: Source, file: GGUFFile, shape: ModelShape, layers: Sequence[int]
+) -> None:
     if "blk.0.fc1.weight" not in source:
         raise UnsupportedError("no predictors in this file", where=file.path, fix="use --mode exact")
-    for layer, predictor in enumerate(read_predictors(file, shape)):
+    predictors = read_predictors(file, shape)
+    for layer in layers:
+        predictor = predictors[layer]
         rank = file.tensors[f"blk.{layer}.fc1.weight"].shape[0] if f"blk.{layer}.fc1.weight" in source else 0
         model.set_panel(
             layer,

@@ -16,6 +16,7 @@ from tokenizers import Tokenizer
 
 from hotcold.convert.gguf_read import GGUFFile
 from hotcold.errors import FormatError, InputError, UnsupportedError
+from hotcold.gguf_tokenizer import build_tokenizer
 from hotcold.runtime.bundle_files import file_of_role
 
 __all__ = ["TextStream", "Vocabulary"]
@@ -41,19 +42,17 @@ class Vocabulary:
 
     @classmethod
     def load(cls, bundle: str | Path) -> Self:
-        """Read `tokenizer.json` and the metadata of a GGUF file of the bundle.
+        """Read `tokenizer.json` and the metadata of a GGUF file of the bundle, or one GGUF file alone.
 
-        Raises InputError or FormatError where one of them is missing or broken.
+        Raises InputError or FormatError where one of them is missing or broken, UnsupportedError for a
+        vocabulary of another kind than BPE or SentencePiece.
         """
-        path = Path(bundle) / "tokenizer.json"
-        metadata = GGUFFile(file_of_role(bundle, "dense", "sparse")).metadata
-        if not path.is_file():
-            raise InputError("the bundle has no tokenizer", where=path, fix="export the bundle again")
-        try:
-            tokenizer = Tokenizer.from_file(str(path))
-        except Exception as error:  # tokenizers raises nothing more specific
-            raise FormatError(f"not a tokenizer: {error}", where=path) from error
-
+        if Path(bundle).is_file():
+            metadata = GGUFFile(bundle).metadata
+            tokenizer = build_tokenizer(metadata, Path(bundle))
+        else:
+            metadata = GGUFFile(file_of_role(bundle, "dense", "sparse")).metadata
+            tokenizer = _read_tokenizer(Path(bundle) / "tokenizer.json")
         return cls(
             tokenizer=tokenizer,
             stop_ids=_stop_ids(tokenizer, metadata),
@@ -76,6 +75,15 @@ class Vocabulary:
         messages = [{"role": "user", "content": _valid(text)}]
         chat = render(self.chat_template, messages=messages, bos_token=self.bos, eos_token=self.eos)
         return self.tokenizer.encode(chat, add_special_tokens=False).ids
+
+
+def _read_tokenizer(path: Path) -> Tokenizer:
+    if not path.is_file():
+        raise InputError("the bundle has no tokenizer", where=path, fix="export the bundle again")
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises nothing more specific
+        raise FormatError(f"not a tokenizer: {error}", where=path) from error
 
 
 def _stop_ids(tokenizer: Tokenizer, metadata: dict[str, Any]) -> frozenset[int]:

@@ -12,6 +12,7 @@
 
 #include "bandwidth.h"
 #include "bind_ops.h"
+#include "bind_parts.h"
 #include "model.h"
 
 namespace nb = nanobind;
@@ -310,4 +311,5 @@ NB_MODULE(_cpu, m) {
         },
         "n_threads"_a, "n_bytes"_a = size_t(1) << 30, "repetitions"_a = 5, "Best read bandwidth of several passes, GB/s.");
   bind_ops(m);
+  bind_parts(m);
 }

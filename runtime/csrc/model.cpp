@@ -24,14 +24,19 @@ Panel Model::add_panel(Type type, const uint8_t* src, int rows, int cols, const 
 
 void Model::add_bundles(Layer& layer, const uint8_t* gate, Type gate_type, const uint8_t* up, Type up_type,
                         const uint8_t* down, Type down_type) {
+  add_neurons(layer, config.d_ff, gate, gate_type, up, up_type, down, down_type);
+}
+
+void Model::add_neurons(Layer& layer, int rows, const uint8_t* gate, Type gate_type, const uint8_t* up, Type up_type,
+                        const uint8_t* down, Type down_type) {
   const int n = config.d_model;
   layer.gate_row = {gate_type, 0, gate ? row_bytes(gate_type, n) : 0};
   layer.up_row = {up_type, layer.gate_row.bytes, up ? row_bytes(up_type, n) : 0};
   layer.down_row = {down_type, layer.up_row.at + layer.up_row.bytes, down_bytes(down_type, n)};
   layer.bundle_stride = (layer.down_row.at + layer.down_row.bytes + 63) / 64 * 64;
-  uint8_t* data = arena_.take(layer.bundle_stride * config.d_ff);
+  uint8_t* data = arena_.take(layer.bundle_stride * rows);
   team.run([&](int thread) {
-    const Range r = split(config.d_ff, thread, team.size());
+    const Range r = split(rows, thread, team.size());
     for (int i = r.first; i < r.last; ++i) {
       uint8_t* bundle = data + size_t(i) * layer.bundle_stride;
       if (gate) pack_row(gate_type, gate + i * gguf_row_bytes(gate_type, n), n, bundle);
@@ -42,12 +47,17 @@ void Model::add_bundles(Layer& layer, const uint8_t* gate, Type gate_type, const
   layer.bundles = data;
 }
 
-void Model::forward(const int32_t* tokens, int n, bool all_logits, float* logits) {
+Model::Buffers& Model::buffers() {
   if (!buffers_) {
     int rank = 1;
     for (const Layer& l : layers) rank = std::max(rank, l.fc1.rows);
     buffers_ = std::make_unique<Buffers>(config, team.size(), rank);
   }
+  return *buffers_;
+}
+
+void Model::forward(const int32_t* tokens, int n, bool all_logits, float* logits) {
+  buffers();
   for (int done = 0; done < n;) {
     const int block = std::min(kMaxBlock, n - done);
     const int wanted = all_logits ? block : done + block == n ? 1 : 0;

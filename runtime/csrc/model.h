@@ -58,6 +58,7 @@ struct Layer {
   Panel gate, up, down;            // dense mode; gate alone in exact mode
   const uint8_t* bundles = nullptr;
   size_t bundle_stride = 0;
+  int n_neurons = 0;               // held in bundles, where only a part is (parts.cpp)
   RowKind gate_row, up_row, down_row;
   std::vector<float> gate_bias;    // [round_up(d_ff, 16)]; empty: none
   std::vector<float> down_bias;
@@ -101,12 +102,25 @@ class Model {
   // Runs tokens [0, n) at the end of the cache. Logits of the last one, or of all, go to `logits` [.., n_vocab].
   void forward(const int32_t* tokens, int n, bool all_logits, float* logits);
   int position = 0;
+
+  // ---- parts of a model whose other parts are computed elsewhere (parts.cpp)
+  // Packs the rows of `n` neurons of a layer, numbered from 0; the layer's other neurons are not held.
+  void add_neurons(Layer& layer, int n, const uint8_t* gate, Type gate_type, const uint8_t* up, Type up_type,
+                   const uint8_t* down, Type down_type);
+  // Layers [first, last) on the residual stream x [n, d_model], in place, of tokens at `first_position`.
+  void run_layers(float* x, int n, int first, int last, int first_position);
+  // y [n, d_model] = act(gate) * up over `count` neurons of layer l, through down. `normed` [n, d_model] is the FFN's
+  // input; `tokens` says for n > 1 which tokens a neuron is wanted for. n is at most kMaxBlock. Returns how many fired.
+  int64_t run_neurons(int l, const float* normed, int n, const int32_t* index, const uint64_t* tokens, int count, float* y);
+
   const std::vector<LayerStats>& stats();
   void reset_stats();
   int64_t tokens_run = 0;
   size_t weight_bytes() const { return arena_.used(); }
 
  private:
+  Buffers& buffers();
+
   Arena arena_;
   std::unique_ptr<Buffers> buffers_;
   std::vector<LayerStats> total_;

@@ -5,6 +5,13 @@
 
 namespace hotcold {
 
+// Neurons to compute, ascending, and with several tokens for which of them (bit t: token t).
+struct Neurons {
+  const int32_t* index;
+  const uint64_t* tokens;
+  int count;
+};
+
 struct Pass {
   Model& m;
   Model::Buffers& b;
@@ -15,6 +22,10 @@ struct Pass {
 
   void prepare();  // rope table
   void run(int thread);
+  // Layers [first, last) on the residual stream x [n, d_model], in place.
+  void run_layers(int thread, int first, int last, float* x);
+  // y [n, d_model] = the FFN of layer l over some of its neurons; normed [n, d_model] is its input.
+  void run_neurons(int thread, int l, const float* normed, const Neurons& neurons, float* y);
 
  private:
   const Config& c() const { return m.config; }
@@ -26,16 +37,23 @@ struct Pass {
   void each_token(int thread, Step step);
   // This thread's rows of a panel, for all tokens; other rows may still be missing until the next barrier.
   void multiply(int thread, const Panel& panel, const Acts& acts, float* out, int stride);
+  // Asks for the beginning of this thread's rows: said before a barrier, after which they are multiplied.
+  void ask_for(int thread, const Panel& panel) const;
 
   // Norms the residual stream of token t into place `to` of the normed activations, and quantises it.
   void norm_token(Stream& s, int t, const NormWeights& weights, int to);
   // Adds rows of `out`, and a bias if there is one, to the residual stream of this thread's tokens.
   void add_to_stream(int thread, const float* out, int stride, const std::vector<float>& bias);
   void embed(int thread);
+  void layer(int thread, int l);
   void attention(int thread, int l);
-  void rope_and_store(int thread, int l);
+  void finish_queries(int l, int t, int kv_head, float* out) const;
+  void store(int l, int t, int kv_head) const;
+  void ask_for_first_keys(int thread, int l) const;
   void attend_one(int thread, int l);
+  void merge(int h, float* out) const;
   void attend_block(int thread, int l);
+  void attend_tokens(int thread, int l, int first_token, int last_token, int kv_head);
   void rope(float* head, int t) const;
   void finish_head(float* head, int t, int h, const std::vector<float>& bias, const std::vector<float>& norm) const;
   int first_seen(int l, int position) const;
@@ -43,9 +61,11 @@ struct Pass {
   uint16_t* values(int l, int kv_head) const;
 
   void ffn(int thread, int l);
+  const Panel& after(int l) const;
   void ffn_dense(int thread, int l);
   void add_gate_bias(const Layer& layer, int first, int last);
   void list_fired(int thread, int l);
+  void list_neurons(int thread, int l, const Panel& scores, const Acts& acts, float threshold);
   void list_predicted(int thread, int l);
   void list_group(ThreadScratch& s, int first_neuron, const float* scores, int stride, float threshold, uint32_t always,
                   uint32_t always_first);

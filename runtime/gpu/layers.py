@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from types import ModuleType
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -58,9 +59,10 @@ class Layers:
         self.cache = Cache(weights.shape, len(weights.layers), n_ctx, device)
         # Keys are kept in half precision; a CPU has no fast product of halves.
         self._product_type = torch.float16 if device.type == "cuda" else torch.float32
-        frequency = torch.from_numpy(self.shape.rope_frequencies).double()
-        angle, scale = torch.arange(n_ctx, dtype=torch.float64)[:, None] * frequency, self.shape.rope_scale
-        self._cos, self._sin = (scale * part.float().to(device) for part in (angle.cos(), angle.sin()))
+        frequencies = torch.from_numpy(np.asarray(self.shape.rope_frequencies, np.float64))
+        angle = torch.arange(n_ctx, dtype=torch.float64)[:, None] * frequencies
+        scale = self.shape.rope_scale
+        self._cos, self._sin = ((scale * part).float().to(device) for part in (angle.cos(), angle.sin()))
 
     def norm(self, x: Tensor, weight: Tensor) -> Tensor:
         """RMSNorm of x [tokens, d_model]."""
@@ -88,14 +90,27 @@ class Layers:
 
         `positions` is int64 [tokens] on the device; `seen` bounds the cache positions that are looked at.
         """
-        layer, shape = self.weights.layers[i], self.shape
+        layer = self.weights.layers[i]
         h = self.norm(x, layer.attn_norm)
-        q, k, v = (self.dot(h, w).unflatten(-1, (-1, shape.head_dim)) for w in (layer.q, layer.k, layer.v))
+        q, k, v = (
+            self._heads(h, w, bias, norm)
+            for w, bias, norm in (
+                (layer.q, layer.q_bias, layer.q_norm),
+                (layer.k, layer.k_bias, layer.k_norm),
+                (layer.v, layer.v_bias, None),
+            )
+        )
         q, k = self._turned(q, positions), self._turned(k, positions)
         keys, values = self.cache.keys[i], self.cache.values[i]
         keys.index_copy_(1, positions, k.transpose(0, 1).half())
         values.index_copy_(1, positions, v.transpose(0, 1).half())
-        return self.dot(self._attend(q, keys[:, :seen], values[:, :seen], positions), layer.o)
+        mixed = self._attend(q, keys[:, :seen], values[:, :seen], positions, layer.window)
+        return _plus(self.dot(mixed, layer.o), layer.o_bias)
+
+    def _heads(self, h: Tensor, w: Rows, bias: Tensor | None, norm: Tensor | None) -> Tensor:
+        """One projection of h, [tokens, heads, head_dim]."""
+        heads = _plus(self.dot(h, w), bias).unflatten(-1, (-1, self.shape.head_dim))
+        return heads if norm is None else self.norm(heads, norm)
 
     def _turned(self, x: Tensor, positions: Tensor) -> Tensor:
         """Rotary positions: pairs (i, i + head_dim/2) of x [tokens, heads, head_dim]."""
@@ -103,7 +118,7 @@ class Layers:
         first, second = x.chunk(2, -1)
         return torch.cat([first * cos - second * sin, first * sin + second * cos], -1)
 
-    def _attend(self, q: Tensor, keys: Tensor, values: Tensor, positions: Tensor) -> Tensor:
+    def _attend(self, q: Tensor, keys: Tensor, values: Tensor, positions: Tensor, window: int) -> Tensor:
         """softmax(q·k) v, float32 [tokens, heads · head_dim]; keys and values [kv_heads, seen, head_dim].
 
         The query heads that share a key-value head are laid out as more queries of it, so that grouped-query
@@ -111,7 +126,10 @@ class Layers:
         """
         tokens, dtype = len(q), self._product_type
         grouped = q.unflatten(1, (keys.shape[0], -1)).permute(1, 2, 0, 3).flatten(1, 2)
-        visible = torch.arange(keys.shape[1], device=self.device) <= positions[:, None]
+        position = torch.arange(keys.shape[1], device=self.device)
+        visible = position <= positions[:, None]
+        if window:
+            visible &= position > positions[:, None] - window
         visible = visible.repeat(grouped.shape[1] // tokens, 1)
         out = torch.nn.functional.scaled_dot_product_attention(
             grouped[None].to(dtype), keys[None].to(dtype), values[None].to(dtype), attn_mask=visible
@@ -126,3 +144,7 @@ class Layers:
         predictor = layer.predictor
         logits = self.dot(self.dot(x, predictor.fc1).relu(), predictor.fc2)
         return (logits >= predictor.threshold) | predictor.always | (positions == 0)[:, None]
+
+
+def _plus(x: Tensor, bias: Tensor | None) -> Tensor:
+    return x if bias is None else x + bias

@@ -53,6 +53,13 @@ class DeviceLayer:
     k: Rows
     v: Rows
     o: Rows
+    q_bias: Tensor | None
+    k_bias: Tensor | None
+    v_bias: Tensor | None
+    o_bias: Tensor | None
+    q_norm: Tensor | None  # [head_dim], of each head
+    k_norm: Tensor | None
+    window: int  # positions that a query sees; 0: all
     ffn: DeviceFfn | None  # None: all neurons are cold
     predictor: DevicePredictor | None
     firing: float  # a gate fires from this value on
@@ -102,6 +109,13 @@ class _Reader:
         values = dequantize(self._tensor(name, (n,))).reshape(n)
         return torch.tensor(values, dtype=torch.float32, device=self.device)
 
+    def bias(self, name: str, n: int, order: np.ndarray | None = None) -> Tensor | None:
+        """A vector that may be missing."""
+        if name not in self:
+            return None
+        values = self.vector(name, n)
+        return values if order is None else values[torch.from_numpy(order).to(self.device)]
+
     def rows(self, name: str, n: int, width: int, order: np.ndarray | None = None) -> Rows:
         """The matrix [n, width], or its rows `order`. A leading dimension of one expert is dropped."""
         tensor = self._tensor(name, (n, width))
@@ -125,7 +139,7 @@ class _Reader:
     def check_all_known(self, layers: int) -> None:
         """A tensor of a kind not read here (a bias, a norm of heads) means another function."""
         first_cpu = tuple(f"blk.{i}." for i in range(layers, 10_000))
-        known = ("fc1.weight", "fc2.weight", "ffn_gate_inp.weight", "ffn_gate", "ffn_up", "ffn_down")
+        known = ("fc1.weight", "fc2.weight", "ffn_gate", "ffn_up", "ffn_down", "rope_freqs.weight")
         left = sorted(
             name
             for name in self._unread
@@ -177,15 +191,12 @@ def _equal(a: Rows, b: Rows) -> bool:
 
 
 def _check_supported(file: GGUFFile, shape: ModelShape) -> None:
-    """What changes the function without a tensor of its own."""
-    arch = file.metadata.get("general.architecture")
-    if any(shape.windows) or f"{arch}.attention.sliding_window" in file.metadata:
-        what = "the GPU backend has no sliding windows"
-        raise UnsupportedError(what, where=file.path, fix="use --backend cpu")
-    if arch not in ("llama", "bamboo", "smallthinker"):
-        raise UnsupportedError(
-            "the GPU backend runs Llama-like models", where=file.path, got=arch, fix="use --backend cpu"
-        )
+    """Gated FFNs after RMSNorms, one after the other, with rotary positions: Llama, Qwen, Mistral, Bamboo."""
+    form = shape.form
+    if form.layer_norm or form.parallel or form.positions or not form.gated:
+        got = file.metadata["general.architecture"]
+        what = "the GPU backend runs models with RMSNorm and gated FFNs only"
+        raise UnsupportedError(what, where=file.path, got=got, fix="use --backend cpu")
 
 
 def _read_layer(
@@ -198,20 +209,32 @@ def _read_layer(
     firing: float,
 ) -> DeviceLayer:
     block, d, heads = f"blk.{i}", shape.d_model, shape.n_heads * shape.head_dim
-    kv = shape.n_kv_heads * shape.head_dim
-    turned = shape.form.interleaved
     return DeviceLayer(
         attn_norm=reader.vector(f"{block}.attn_norm.weight", d),
         ffn_norm=reader.vector(f"{block}.ffn_norm.weight", d),
-        q=reader.rows(f"{block}.attn_q.weight", heads, d, _halves(shape.n_heads, shape) if turned else None),
-        k=reader.rows(f"{block}.attn_k.weight", kv, d, _halves(shape.n_kv_heads, shape) if turned else None),
-        v=reader.rows(f"{block}.attn_v.weight", kv, d),
+        **_read_projections(reader, shape, block),
+        window=shape.windows[i],
         o=reader.rows(f"{block}.attn_output.weight", d, heads),
         ffn=_read_ffn(reader, shape, block, order, n_hot) if n_hot else None,
         predictor=_read_predictor(reader, shape, i, order, predictors[i]) if predictors else None,
         firing=max(firing, PLAIN_RELU),
         n_hot=n_hot,
     )
+
+
+def _read_projections(reader: _Reader, shape: ModelShape, block: str) -> dict[str, Rows | Tensor | None]:
+    """q, k and v with their biases, and the norms of their heads."""
+    parts: dict[str, Rows | Tensor | None] = {}
+    for slot, n_heads in (("q", shape.n_heads), ("k", shape.n_kv_heads), ("v", shape.n_kv_heads)):
+        name, n = f"{block}.attn_{slot}", n_heads * shape.head_dim
+        order = _halves(n_heads, shape) if shape.form.interleaved and slot != "v" else None
+        parts[slot] = reader.rows(f"{name}.weight", n, shape.d_model, order)
+        parts[f"{slot}_bias"] = reader.bias(f"{name}.bias", n, order)
+    for slot in ("q", "k"):
+        name = f"{block}.attn_{slot}_norm.weight"
+        parts[f"{slot}_norm"] = reader.vector(name, shape.head_dim) if shape.form.head_norm else None
+    parts["o_bias"] = reader.bias(f"{block}.attn_output.bias", shape.d_model)
+    return parts
 
 
 def _halves(n_heads: int, shape: ModelShape) -> np.ndarray:

@@ -25,6 +25,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "collect-traces": ("hotcold.predictor.collect_command", "record which neurons fire, and on what input"),
     "train-predictors": ("hotcold.predictor.train_command", "learn to predict which neurons will fire"),
     "export": ("hotcold.convert.export_command", "write GGUF files and the predictor bundle"),
+    "convert": ("hotcold.convert.convert_command", "between bundles, PowerInfer's files and llama.cpp's"),
     "inspect": ("hotcold.convert.inspect_command", "show what is in a GGUF file or bundle"),
     "verify": ("hotcold.convert.verify_command", "check every hash, shape and reference of a bundle"),
     "run": ("hotcold.runtime.command", "generate text"),

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hotcold.errors import FormatError, UnsupportedError
+from hotcold.gguf_sentencepiece import real_tokens, sentencepiece_tokenizer
 
 if TYPE_CHECKING:
     from tokenizers import AddedToken, Tokenizer
@@ -19,7 +20,9 @@ if TYPE_CHECKING:
 
 __all__ = ["build_tokenizer", "token_of"]
 
-_CONTROL, _USER_DEFINED = 3, 4  # GGUF `tokenizer.ggml.token_type`
+_UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4  # GGUF `tokenizer.ggml.token_type`
+# What llama.cpp takes where a SentencePiece file does not say, as old ones do not.
+_SENTENCEPIECE_DEFAULTS = {"tokenizer.ggml.bos_token_id": 1, "tokenizer.ggml.add_bos_token": True}
 
 _LLAMA3 = "|".join(
     [
@@ -66,7 +69,8 @@ _WHOLE_WORDS_FIRST = {"llama-bpe", "llama3"}
 
 
 def build_tokenizer(metadata: Mapping[str, Any], path: Path) -> Tokenizer:
-    """Build the byte-level BPE tokenizer that the metadata of the GGUF file `path` describes.
+    """Build the tokenizer that the metadata of the GGUF file `path` describes: byte-level BPE or
+    SentencePiece.
 
     Raises UnsupportedError for a vocabulary type or pre-tokenizer that is not known here, FormatError where
     the file holds no vocabulary.
@@ -77,15 +81,21 @@ def build_tokenizer(metadata: Mapping[str, Any], path: Path) -> Tokenizer:
     kind, pre = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre", "gpt-2")
     if kind is None:
         raise FormatError("no vocabulary in this file", where=path, field="tokenizer.ggml.model")
+    if kind == "llama":
+        tokens = _strings(metadata, "tokens", path)
+        tokenizer = sentencepiece_tokenizer(metadata, tokens, path)
+        tokenizer.add_tokens(_added_tokens(metadata, tokens, path))
+        _add_bos(tokenizer, _SENTENCEPIECE_DEFAULTS | dict(metadata), tokens, path)
+        return tokenizer
     if kind != "gpt2":
-        raise UnsupportedError("unknown vocabulary type", where=path, got=kind, expected="gpt2")
+        raise UnsupportedError("unknown vocabulary type", where=path, got=kind, expected="gpt2 | llama")
     if not isinstance(pre, str) or pre not in _PRE_TOKENIZERS:
         raise UnsupportedError(
             "unknown pre-tokenizer", where=path, got=pre, expected=" | ".join(_PRE_TOKENIZERS)
         )
 
     tokens, merges = _strings(metadata, "tokens", path), _merges(metadata, path)
-    vocabulary = {token: number for number, token in enumerate(tokens)}
+    vocabulary = real_tokens(tokens)
     try:
         model = BPE(vocabulary, merges, ignore_merges=pre in _WHOLE_WORDS_FIRST)
     except Exception as error:  # tokenizers raises bare Exceptions, here of merges without a token
@@ -126,9 +136,9 @@ def _added_tokens(metadata: Mapping[str, Any], tokens: list[str], path: Path) ->
         field = "tokenizer.ggml.token_type"
         raise FormatError("not one type per token", where=path, field=field, expected=len(tokens))
     return [
-        AddedToken(token, special=kind == _CONTROL, normalized=False)
+        AddedToken(token, special=kind != _USER_DEFINED, normalized=False)
         for token, kind in zip(tokens, types, strict=False)
-        if kind in (_CONTROL, _USER_DEFINED)
+        if kind in (_UNKNOWN, _CONTROL, _USER_DEFINED)
     ]
 
 

@@ -52,7 +52,7 @@ def arrays(bundle: PredictorBundle) -> list[bytes]:
 
 
 def test_foreign_predictors_are_read(foreign):
-    bundle = read_model_pt(foreign, FINGERPRINT, allow_pickle=True)
+    bundle = read_model_pt(foreign, FINGERPRINT, pickles_allowed=True)
     assert (bundle.ranks, bundle.d_model, bundle.d_ff) == ([3, 5], D_MODEL, D_FF)
     assert bundle.thresholds == [0.25, 0.25] and bundle.model_fingerprint == FINGERPRINT
     for number, layer in enumerate(bundle.layers):
@@ -61,7 +61,7 @@ def test_foreign_predictors_are_read(foreign):
         np.testing.assert_array_equal(layer.fc2, expected["fc2.weight"].float())
         assert layer.metrics is None and layer.firing_frequency is None
     with pytest.raises(InputError, match="do not say of which model"):
-        read_model_pt(foreign, allow_pickle=True)
+        read_model_pt(foreign, pickles_allowed=True)
 
 
 def test_what_is_written_is_what_powerinfers_converter_takes(bundle, tmp_path):
@@ -81,10 +81,10 @@ def test_what_is_written_is_what_powerinfers_converter_takes(bundle, tmp_path):
 
 def test_out_and_back_is_the_same(bundle, tmp_path):
     write_model_pt(bundle, tmp_path / "out")
-    again = read_model_pt(tmp_path / "out", allow_pickle=True)
+    again = read_model_pt(tmp_path / "out", pickles_allowed=True)
     assert again.config() == bundle.config() and arrays(again) == arrays(bundle)
     with pytest.raises(MismatchError, match="predictors of another model"):
-        read_model_pt(tmp_path / "out", "6" * 64, allow_pickle=True)
+        read_model_pt(tmp_path / "out", "6" * 64, pickles_allowed=True)
 
 
 def tensors(path: Path, values: dict[str, torch.Tensor]) -> SafetensorsFile:
@@ -132,14 +132,14 @@ def test_broken_folders_name_file_and_field(foreign, name):
     edit, error, message = FOLDERS[name]
     edit(foreign)
     with pytest.raises(error, match=message):
-        read_model_pt(foreign, FINGERPRINT, allow_pickle=True)
+        read_model_pt(foreign, FINGERPRINT, pickles_allowed=True)
 
 
 def test_hotcolds_part_of_other_predictors_is_refused(foreign, bundle):
     other = bundle.config() | {"ranks": [3, 4]}
     (foreign / "config.json").write_text(json.dumps({"hotcold": other}))
     with pytest.raises(MismatchError, match="of other files than those beside it"):
-        read_model_pt(foreign, FINGERPRINT, allow_pickle=True)
+        read_model_pt(foreign, FINGERPRINT, pickles_allowed=True)
 
 
 def test_activation_files_are_bare_vectors(tmp_path):
@@ -151,7 +151,7 @@ def test_activation_files_are_bare_vectors(tmp_path):
 def test_more_than_ten_layers_stay_in_the_order_of_their_numbers(tmp_path):
     for number in range(12):
         torch.save(torch.tensor([number, 1]), tmp_path / f"activation_{number}.pt")  # int64 counts
-    assert [v[0] for v in read_activation(tmp_path, allow_pickle=True)] == list(range(12))
+    assert [v[0] for v in read_activation(tmp_path, pickles_allowed=True)] == list(range(12))
 
 
 @pytest.mark.parametrize(

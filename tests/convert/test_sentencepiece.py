@@ -10,8 +10,11 @@ import pytest
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from tokenizers.processors import TemplateProcessing
 
+from hotcold.convert.gguf_read import GGUFFile
 from hotcold.convert.gguf_write import write_gguf
 from hotcold.convert.tokenizer import tokenizer_metadata
+from hotcold.errors import FormatError
+from hotcold.gguf_tokenizer import build_tokenizer
 
 SPACE = "▁"
 SPECIAL = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
@@ -101,3 +104,40 @@ def test_llama_cpp_splits_text_in_the_same_way(make_tokenizer, corpus, tmp_path,
     for text in texts:
         assert engine.tokenize(text.encode(), add_bos=True, special=True) == tokenizer.encode(text).ids
     engine.close()
+
+
+def through_a_file(metadata: dict[str, object], folder: Path) -> Tokenizer:
+    write_gguf(folder / "vocabulary.gguf", metadata, [])
+    return build_tokenizer(GGUFFile(folder / "vocabulary.gguf").metadata, folder)
+
+
+@pytest.mark.parametrize("prefix", [False, True])
+def test_out_of_a_gguf_file_it_splits_text_as_before(make_tokenizer, corpus, prefix):
+    """Also what an old file, such as PowerInfer's converter writes, leaves to be implied."""
+    folder = make_tokenizer(prefix=prefix)
+    before = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    metadata = tokenizer_metadata(folder, before.get_vocab_size() + 3, {})
+    if prefix:
+        del metadata["tokenizer.ggml.add_bos_token"], metadata["tokenizer.ggml.add_space_prefix"]
+    after = through_a_file(metadata, folder)
+    assert after.get_vocab() == before.get_vocab()
+    for text in [*corpus, "the they", "  two  spaces ", "x\ny", "日本 unseen ß", "<s>the</s>"]:
+        ids = before.encode(text).ids
+        assert after.encode(text).ids == ids
+        assert after.decode(ids).strip() == text.replace("<s>", "").replace("</s>", "").strip()
+    after.save(str(folder / "tokenizer.json"))
+    again = tokenizer_metadata(folder, before.get_vocab_size() + 3, {})
+    for key in ("tokens", "token_type", "add_bos_token", "add_space_prefix"):
+        assert np.array_equal(again[f"tokenizer.ggml.{key}"], metadata.get(f"tokenizer.ggml.{key}", True)), (
+            key
+        )
+
+
+@pytest.mark.parametrize("name, value", [("scores", np.zeros(3)), ("token_type", "text"), ("scores", None)])
+def test_scores_and_types_must_fit_the_tokens(make_tokenizer, name, value):
+    folder = make_tokenizer()
+    metadata = tokenizer_metadata(folder, 600, {}) | {f"tokenizer.ggml.{name}": value}
+    metadata = {key: value for key, value in metadata.items() if value is not None}
+    with pytest.raises(FormatError) as caught:
+        through_a_file(metadata, folder)
+    assert caught.value.field == f"tokenizer.ggml.{name}"

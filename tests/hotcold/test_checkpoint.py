@@ -242,5 +242,5 @@ def test_bos_is_added_where_the_file_says_so(tmp_path):
 def test_unknown_vocabularies(tmp_path):
     with pytest.raises(UnsupportedError, match=r"unknown pre-tokenizer \(got tekken, expected gpt-2"):
         bpe(tmp_path, pre="tekken")
-    with pytest.raises(UnsupportedError, match=r"unknown vocabulary type \(got llama, expected gpt2\)"):
-        bpe(tmp_path, model="llama")
+    with pytest.raises(UnsupportedError, match=r"unknown vocabulary type \(got bert, expected gpt2 "):
+        bpe(tmp_path, model="bert")

@@ -1,0 +1,154 @@
+"""The formats in which models, predictors and firing statistics come: how each is told, read and written.
+
+A conversion reads *parts* out of its sources, and writes the target from the parts that this needs. So a
+format has one reader and one writer, and any source that has what the target needs can become it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from hotcold.convert.activation import counts_of_traces, read_activation, write_activation
+from hotcold.convert.gguf_read import GGUFFile
+from hotcold.convert.gpu_index import ARCHITECTURE, GpuIndex, hottest_neurons, neurons_that_fit
+from hotcold.convert.manifest import MANIFEST
+from hotcold.convert.model_formats import (
+    bytes_per_neuron,
+    read_bundle,
+    read_checkpoint,
+    read_gguf,
+    write_bundle,
+    write_dense,
+    write_sparse,
+)
+from hotcold.convert.model_pt import read_model_pt, write_model_pt
+from hotcold.convert.parts import Options, Parts
+from hotcold.errors import InputError
+from hotcold.json_file import read_json
+from hotcold.predictor.bundle import PredictorBundle
+from hotcold.predictor.traces import Traces
+
+__all__ = ["FORMATS", "Format", "convert", "format_of"]
+
+Reader = Callable[[Path, Parts, Options, ExitStack], None]  # adds to the parts what is in the file or folder
+Writer = Callable[[Parts, Path, Options], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Format:
+    """One format: what it is, how it is read and, unless it is a source only, how it is written."""
+
+    what: str
+    read: Reader
+    write: Writer | None
+
+
+def _read_predictors(path: Path, parts: Parts, options: Options, stack: ExitStack) -> None:
+    parts.bundle = PredictorBundle.load(path)
+
+
+def _write_predictors(parts: Parts, out: Path, options: Options) -> None:
+    parts.need_predictors(options).save(out)
+
+
+def _read_model_pt(path: Path, parts: Parts, options: Options, stack: ExitStack) -> None:
+    fingerprint = parts.model.fingerprint if parts.model else None
+    parts.bundle = read_model_pt(path, fingerprint, pickles_allowed=options.pickles_allowed)
+
+
+def _write_model_pt(parts: Parts, out: Path, options: Options) -> None:
+    write_model_pt(parts.need_predictors(options), out)
+
+
+def _read_activation(path: Path, parts: Parts, options: Options, stack: ExitStack) -> None:
+    parts.firing, parts.firing_tokens = read_activation(path, pickles_allowed=options.pickles_allowed), None
+
+
+def _write_activation(parts: Parts, out: Path, options: Options) -> None:
+    write_activation(parts.need_firing(), out)
+
+
+def _read_traces(path: Path, parts: Parts, options: Options, stack: ExitStack) -> None:
+    traces = Traces(path)
+    parts.firing, parts.firing_tokens = counts_of_traces(traces), traces.run.n_tokens
+
+
+def _read_gpu_index(path: Path, parts: Parts, options: Options, stack: ExitStack) -> None:
+    parts.gpu = GpuIndex.read(GGUFFile(path))
+
+
+def _write_gpu_index(parts: Parts, out: Path, options: Options) -> None:
+    if options.vram_budget is None and parts.gpu is not None:
+        parts.gpu.write(out)
+        return
+    if options.vram_budget is None:
+        raise InputError("how much memory has the GPU for neurons?", fix="--vram-budget says so, in GiB")
+    firing = parts.need_firing()
+    n_neurons = neurons_that_fit(options.vram_budget, bytes_per_neuron(parts.need_model()))
+    GpuIndex(hottest_neurons(firing, n_neurons), len(firing[0]), int(options.vram_budget)).write(out)
+
+
+FORMATS = {
+    "bundle": Format("a bundle's folder", read_bundle, write_bundle),
+    "powerinfer": Format("PowerInfer's sparse GGUF file", read_gguf, write_sparse),
+    "gguf": Format("a dense GGUF file for stock llama.cpp", read_gguf, write_dense),
+    "predictors": Format("a predictor bundle's folder", _read_predictors, _write_predictors),
+    "model-pt": Format("PowerInfer's folder of model_N.pt", _read_model_pt, _write_model_pt),
+    "activation": Format("PowerInfer's folder of activation_N.pt", _read_activation, _write_activation),
+    "gpuidx": Format("PowerInfer's .generated.gpuidx file", _read_gpu_index, _write_gpu_index),
+    "traces": Format("a folder of traces", _read_traces, None),
+    "checkpoint": Format("a Hugging Face checkpoint's folder", read_checkpoint, None),
+}
+# Read after the models, whose own predictors they replace, and which tell of which model they are.
+_LATER = ("predictors", "model-pt", "activation", "traces", "gpuidx")
+
+# What lies in a folder of each format
+_MARKS = {
+    "bundle": (MANIFEST,),
+    "traces": ("run.json", "tokens.safetensors"),
+    "model-pt": ("model_0.pt",),
+    "predictors": ("model.safetensors", "config.json"),
+    "activation": ("activation_0.pt",),
+    "checkpoint": ("config.json", "*.safetensors"),
+}
+
+
+def format_of(path: str | Path) -> str:
+    """The format that a file or folder has. InputError for none, FormatError for a broken GGUF file."""
+    path = Path(path)
+    if path.is_file():
+        file = GGUFFile(path)
+        if file.metadata.get("general.architecture") == ARCHITECTURE:
+            return "gpuidx"
+        return "powerinfer" if file.magic == "PWRI" else "gguf"
+    if path.is_dir():
+        for format, marks in _MARKS.items():
+            if all(any(path.glob(mark)) for mark in marks) and (format != "predictors" or _is_ours(path)):
+                return format
+    raise InputError("none of the formats that are known", where=path, expected=" | ".join(FORMATS))
+
+
+def _is_ours(path: Path) -> bool:
+    """A predictor bundle has the file names of a small checkpoint; its config tells them apart."""
+    return read_json(path / "config.json").get("format") == "hotcold-predictor"
+
+
+def convert(sources: Sequence[str | Path], to: str, out: str | Path, options: Options) -> None:
+    """Write `out` in the format `to`, from what the sources hold together.
+
+    Raises InputError (no such format, a part that no source has, an `out` that is something else, pickles
+    that are not allowed) and what the readers and writers of the formats raise. `out` is then as it was.
+    """
+    writer = FORMATS[to].write if to in FORMATS else None
+    if writer is None:
+        targets = [name for name, format in FORMATS.items() if format.write]
+        raise InputError("no format to write", where="--to", got=to, expected=" | ".join(targets))
+    formats = [(format_of(source), Path(source)) for source in sources]
+    with ExitStack() as stack:
+        parts = Parts()
+        for format, path in sorted(formats, key=lambda entry: entry[0] in _LATER):
+            FORMATS[format].read(path, parts, options, stack)
+        writer(parts, Path(out), options)

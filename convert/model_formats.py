@@ -1,0 +1,150 @@
+"""The formats that hold a whole model: bundles, PowerInfer's and llama.cpp's GGUF files, HF checkpoints.
+
+Whichever it is, the model passes on as a `WeightSource`, so that all of them are written by the exporter.
+Matrices that were quantised keep their type: decoding them and quantising again gives the same bytes,
+except for the down projection where it has to be transposed. Files of a bundle that are asked for as they
+are, are copied.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from hotcold import storage
+from hotcold.convert.export import ExportOptions, copy_file, export_bundle, export_file
+from hotcold.convert.gguf_checkpoint import GGUFCheckpoint
+from hotcold.convert.gguf_read import GGUFFile
+from hotcold.convert.gguf_split import open_gguf
+from hotcold.convert.hf_checkpoint import HFCheckpoint
+from hotcold.convert.manifest import Manifest
+from hotcold.convert.parts import Model, Options, Parts
+from hotcold.convert.powerinfer import sparse_predictors
+from hotcold.convert.quantize import QUANTS
+from hotcold.errors import FormatError, InputError
+from hotcold.predictor.bundle import PredictorBundle
+
+__all__ = [
+    "bytes_per_neuron",
+    "read_bundle",
+    "read_checkpoint",
+    "read_gguf",
+    "write_bundle",
+    "write_dense",
+    "write_sparse",
+]
+
+_FFN = ("ffn_gate", "ffn_up", "ffn_down", "ffn_down_t")
+
+
+def read_bundle(path: Path, parts: Parts, options: Options, stack: ExitStack) -> None:
+    """Add a bundle's model and its predictors."""
+    manifest = Manifest.read(path)
+    roles = {"powerinfer": "sparse", "gguf": "dense"}
+    ready = {format: path / name for format, role in roles.items() for name in manifest.of_role(role)}
+    if not ready:
+        raise FormatError("a bundle without GGUF files", where=path)
+    file = next(iter(ready.values()))
+    own = PredictorBundle.load(path / "predictors") if "powerinfer" in ready else None
+    source, fingerprint = GGUFCheckpoint(file), manifest.model_fingerprint
+    parts.model = Model(source, manifest.name, fingerprint, path, GGUFFile(file), ready, own)
+    parts.bundle = own or parts.bundle
+
+
+def read_gguf(path: Path, parts: Parts, options: Options, stack: ExitStack) -> None:
+    """Add the model of a GGUF file, dense or sparse, and its predictors if it has some."""
+    file = open_gguf(path)
+    fingerprint = file.metadata.get("hotcold.model_fingerprint") or storage.sha256_file(path)
+    own = sparse_predictors(file, fingerprint)
+    name = path.name.removesuffix(".gguf").removesuffix(".powerinfer")
+    folder = _unpacked_tokenizer(path, file, stack)
+    parts.model = Model(GGUFCheckpoint(path), name, fingerprint, folder, file, {}, own)
+    parts.bundle = own or parts.bundle
+
+
+def _unpacked_tokenizer(path: Path, file: GGUFFile, stack: ExitStack) -> Path | None:
+    """A folder with the tokenizer's files, which lasts as long as the stack; None for a file without one."""
+    from hotcold.checkpoint import load_tokenizer, save_tokenizer
+
+    if file.metadata.get("tokenizer.ggml.model", "none") == "none":
+        return None
+    folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="hotcold-tokenizer-")))
+    save_tokenizer(load_tokenizer(str(path)), folder, like=str(path))
+    return folder
+
+
+def read_checkpoint(path: Path, parts: Parts, options: Options, stack: ExitStack) -> None:
+    """Add the model of a Hugging Face directory."""
+    from hotcold.checkpoint import fingerprint
+
+    parts.model = Model(HFCheckpoint(path), path.resolve().name, fingerprint(str(path)), path)
+
+
+def write_bundle(parts: Parts, out: Path, options: Options) -> None:
+    """Write a bundle; without predictors it holds the dense file only."""
+    model = parts.need_model()
+    predictors = parts.need_predictors(options) if parts.bundle else None
+    export_bundle(model.source, out, predictors=predictors, **_common(model, options))
+
+
+def write_sparse(parts: Parts, out: Path, options: Options) -> None:
+    """Write PowerInfer's file."""
+    model, own = parts.need_model(), parts.bundle is not None and parts.firing is None
+    own = own and parts.bundle is model.predictors and options.hot_frequency is None
+    if own and _copied(model, "powerinfer", out, options):
+        return
+    predictors = parts.need_predictors(options)
+    export_file(model.source, out, "sparse", predictors=predictors, **_common(model, options))
+
+
+def write_dense(parts: Parts, out: Path, options: Options) -> None:
+    """Write the file for stock llama.cpp."""
+    model = parts.need_model()
+    if not _copied(model, "gguf", out, options):
+        export_file(model.source, out, "dense", **_common(model, options))
+
+
+def _common(model: Model, options: Options) -> dict[str, Any]:
+    """What all exports take."""
+    name, exported = options.name or model.name, _export_options(model, options)
+    return {"name": name, "fingerprint": model.fingerprint, "folder": model.folder, "options": exported}
+
+
+def _copied(model: Model, format: str, out: Path, options: Options) -> bool:
+    """Copy the file, if a bundle has it and nothing about it is to be changed."""
+    changes = (options.quant, options.head_quant, options.predictor_quant, options.name)
+    if format not in model.ready or any(changes):
+        return False
+    copy_file(model.ready[format], out)
+    return True
+
+
+def _export_options(model: Model, options: Options) -> ExportOptions:
+    """What is not wished otherwise stays as the source has it."""
+    default = ExportOptions()
+    body = options.quant or _type_of(model.file, "blk.0.ffn_up") or "f16"
+    head = options.head_quant or options.quant or _type_of(model.file, "token_embd") or body
+    predictor = options.predictor_quant or _type_of(model.file, "blk.0.fc2") or default.predictor_quant
+    frequency = default.hot_frequency if options.hot_frequency is None else options.hot_frequency
+    return ExportOptions(body, head, predictor, frequency)
+
+
+def _type_of(file: GGUFFile | None, name: str) -> str | None:
+    """The quantisation of a matrix: the nearest better one if hotcold does not write its own."""
+    kinds = {kind: quant for quant, kind in QUANTS.items()}
+    for suffix in (".weight", "_exps.weight"):
+        if file is not None and f"{name}{suffix}" in file.tensors:
+            return kinds.get(file.tensors[f"{name}{suffix}"].type, "q8_0")
+    return None
+
+
+def bytes_per_neuron(model: Model) -> int:
+    """Bytes of one neuron's rows of gate, up and down; InputError where the model is in no GGUF file."""
+    if model.file is None:
+        fix = "give the GGUF file as a source"
+        raise InputError("the size of a neuron depends on its type", fix=fix)
+    names = {f"blk.0.{name}{suffix}.weight" for name in _FFN for suffix in ("", "_exps")}
+    total = sum(tensor.data.nbytes for name, tensor in model.file.tensors.items() if name in names)
+    return total // model.source.config["intermediate_size"]

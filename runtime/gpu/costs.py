@@ -1,0 +1,75 @@
+"""What moving and reading costs on this machine, measured in about a second."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+
+from hotcold.runtime import _cpu
+from hotcold.runtime.placement import Costs
+
+__all__ = ["measure_costs"]
+
+_PROBE = 1 << 28  # bytes; several times any L2 cache
+_FIRST, _REPETITIONS = 3, 20
+
+
+def measure_costs(device: torch.device, n_threads: int, d_model: int) -> Costs:
+    """Read bandwidths of both memories, a hand-over's round trip, and the launch of a few small kernels."""
+    return Costs(
+        device_bandwidth=_device_bandwidth(device, n_threads),
+        cpu_bandwidth=1e9 * _cpu.read_bandwidth(n_threads, _PROBE, 3),
+        handover_s=_seconds(device, _round_trip(device, d_model)),
+        split_s=_seconds(device, _few_kernels(device, d_model)),
+    )
+
+
+def _device_bandwidth(device: torch.device, n_threads: int) -> float:
+    """Bytes per second of a large sum, which reads and hardly writes."""
+    if device.type == "cpu":
+        return 1e9 * _cpu.read_bandwidth(n_threads, _PROBE, 3)
+    probe = torch.ones(_PROBE // 4, device=device)
+    return probe.nbytes / _seconds(device, probe.sum)
+
+
+def _round_trip(device: torch.device, d_model: int) -> Callable[[], object]:
+    there = torch.zeros(d_model, device=device)
+    here = torch.zeros(d_model, pin_memory=device.type == "cuda")
+
+    def step() -> None:
+        here.copy_(there, non_blocking=True)
+        _wait(device)
+        there.copy_(here, non_blocking=True)
+
+    return step
+
+
+def _few_kernels(device: torch.device, d_model: int) -> Callable[[], object]:
+    """As many small kernels as the hot neurons of a layer take."""
+    x = torch.zeros(d_model, device=device)
+
+    def step() -> None:
+        for _ in range(4):
+            x.add_(1)
+
+    return step
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()
+
+
+def _seconds(device: torch.device, step: Callable[[], object]) -> float:
+    """Median time of a step until the device has done it."""
+    times = []
+    for _ in range(_FIRST + _REPETITIONS):
+        _wait(device)
+        start = time.perf_counter()
+        step()
+        _wait(device)
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[_FIRST:])
