@@ -167,6 +167,7 @@ def _write(
         activation=model.spec.activation,
         model_fingerprint=model.fingerprint,
         llama_cpp_exact=is_exact(model.spec),
+        llama_cpp_differences=differences(model.spec),
         source_quantised=source_types,
         files={path: BundleFile.of(target / path, role) for path, role in roles.items()},
     )

@@ -17,9 +17,9 @@ def firing_frequencies(
     """Per layer float32 [d_ff], the share of tokens that each neuron fires on.
 
     `source` is a bundle (its `predictors/`), a predictor bundle, a trace folder, or a folder of
-    `activation_N.pt`, whose counts are taken relative to the greatest; those are pickles, read in a sandbox
-    and only where `pickles` allows it. Raises InputError for a folder of another kind, ShapeError for
-    another model's, and what the readers raise.
+    `activation_N.pt`, whose counts are taken relative to the greatest. Those are pickles, read in a sandbox
+    and only where `pickles` allows it. Raises InputError for a folder of another kind, ShapeError for another
+    model's, and what the readers raise.
     """
     folder = Path(source)
     found = _read(folder / "predictors" if (folder / "predictors").is_dir() else folder, pickles)

@@ -20,6 +20,8 @@ MANIFEST = "manifest.json"
 FORMAT, VERSION = "hotcold-bundle", 1
 ROLES = ("dense", "sparse", "predictor", "tokenizer", "config")
 
+_LISTS = ("source_quantised", "llama_cpp_differences")  # of strings, empty where they are missing
+
 _HEX = re.compile(r"[0-9a-f]{64}")
 _PATH = re.compile(r"(predictors/)?\w[\w.+ -]*")
 
@@ -44,7 +46,8 @@ class Manifest:
 
     `head_quant`, `predictor_quant` and `hot_frequency` are those of `layout.ExportOptions`;
     `llama_cpp_exact` tells whether stock llama.cpp computes this model's own function from the dense
-    file; `source_quantised` names the quantised types that the weights came in, if any.
+    file, and `llama_cpp_differences` in what it does not; `source_quantised` names the quantised types that
+    the weights came in, if any.
     """
 
     name: str
@@ -57,6 +60,7 @@ class Manifest:
     llama_cpp_exact: bool
     files: Mapping[str, BundleFile]
     source_quantised: list[str] = field(default_factory=list)
+    llama_cpp_differences: list[str] = field(default_factory=list)
 
     def of_role(self, role: str) -> list[str]:
         """The paths of the files of one role."""
@@ -76,13 +80,15 @@ class Manifest:
         digest = _digest(values)
         for key, expected in (("format", FORMAT), ("version", VERSION)):
             _check(values.pop(key, None), expected.__class__, path, key, expected)
-        values.setdefault("source_quantised", [])
-        kinds = {"hot_frequency": float, "llama_cpp_exact": bool, "files": dict, "source_quantised": list}
+        kinds = {"hot_frequency": float, "llama_cpp_exact": bool, "files": dict} | dict.fromkeys(_LISTS, list)
+        for name in _LISTS:
+            values.setdefault(name, [])
         names = [field.name for field in fields(cls)]
         for name in names:
             _check(values.get(name), kinds.get(name, str), path, name)
-        for kind in values["source_quantised"]:
-            _check(kind, str, path, "source_quantised")
+        for name in _LISTS:
+            for entry in values[name]:
+                _check(entry, str, path, name)
         if unknown := set(values) - set(names):
             raise FormatError("unknown key", where=path, field=min(unknown))
         if sha256 != digest:

@@ -16,7 +16,7 @@ from hotcold import storage
 from hotcold.convert.architectures import ModelSpec
 from hotcold.convert.gguf_read import GGUFFile
 from hotcold.convert.layout import ExportOptions, GGUFLayout, ModelFiles
-from hotcold.convert.llama_cpp import is_exact
+from hotcold.convert.llama_cpp import differences, is_exact
 from hotcold.convert.manifest import MANIFEST, BundleFile, Manifest
 from hotcold.convert.predictors import check_predictors
 from hotcold.convert.tokenizer import tokenizer_files
@@ -73,6 +73,10 @@ def _damaged_file(path: Path, file: BundleFile) -> Iterator[HotcoldError]:
 def _check_content(folder: Path, manifest: Manifest) -> None:
     config = read_json(folder / "config.json")
     spec = ModelSpec.from_config(config, folder / "config.json")
+    total = sum(file.bytes for file in manifest.files.values())
+    if spec.n_vocab > total:  # whose tokens would fill the memory
+        where = folder / "config.json"
+        raise FormatError("more tokens than bytes", where=where, field="vocab_size", got=spec.n_vocab)
     predictors = PredictorBundle.load(folder / "predictors") if manifest.of_role("sparse") else None
     if predictors is not None:
         check_predictors(predictors, spec, manifest.model_fingerprint)
@@ -97,6 +101,7 @@ def _check_content(folder: Path, manifest: Manifest) -> None:
     _same({path: file.role for path, file in manifest.files.items()}, roles, where, "files")
     _same(manifest.activation, spec.activation, where, "activation")
     _same(manifest.llama_cpp_exact, is_exact(spec), where, "llama_cpp_exact")
+    _same(manifest.llama_cpp_differences, differences(spec), where, "llama_cpp_differences")
     for layout in layouts:
         _check_file(GGUFFile(folder / layout.file), layout)
 

@@ -23,6 +23,7 @@ from hotcold.runtime.gpu.graphs import Graphs
 from hotcold.runtime.gpu.layers import MAX_TOKENS, Layers, activated
 from hotcold.runtime.gpu.weights import DeviceLayer, DeviceWeights, read_weights
 from hotcold.runtime.stats import Stats
+from hotcold.runtime.triton.rows import Rows
 
 __all__ = ["GpuEngine"]
 
@@ -95,10 +96,12 @@ class GpuEngine:
             logits = self._decode(int(tokens[0]))
         else:
             blocks = [tokens[i : i + self._block] for i in range(0, len(tokens), self._block)]
+            last = len(blocks) - 1
             found = [
-                self._prompt(block, all_logits or i + 1 == len(blocks)) for i, block in enumerate(blocks)
+                self._prompt(block, len(block) if all_logits else int(i == last))
+                for i, block in enumerate(blocks)
             ]
-            logits = torch.cat(found) if all_logits else found[-1][-1:]
+            logits = torch.cat(found) if all_logits else found[-1]
         return (logits if all_logits else logits[0]).cpu().numpy().copy()
 
     _block = _BLOCK
@@ -130,20 +133,26 @@ class GpuEngine:
         if self.mode == "exact":
             gate = ops.dot_rows(h, ffn.gate)
             index, count = ops.select(gate, layer.firing)
-            self._counts[1, i] += self._weights.shape.d_ff
+            self._counts[1, i] += layer.n_hot
         else:
             gate, predictor = ffn.gate, layer.predictor
             index, count = ops.predict(
                 x.contiguous(), predictor.fc1, predictor.fc2, predictor.threshold, predictor.always
             )
             self._counts[1, i] += count[0]
-        a = ops.ffn_listed(h, gate, ffn.up, index, count, layer.firing, self._clip)
+        return self._listed(i, layer, gate, h, index, count)
+
+    def _listed(
+        self, i: int, layer: DeviceLayer, gate: Rows | Tensor, h: Tensor, index: Tensor, count: Tensor
+    ) -> Tensor:
+        """What the listed neurons add, by their gate rows or known gate scores."""
+        a = self._ops.ffn_listed(h, gate, layer.ffn.up, index, count, layer.firing, self._clip)
         listed = torch.arange(a.shape[1], device=self.device) < count
         self._counts[0, i] += ((a[0] != 0) & listed).sum()
-        return ops.down_listed(a, ffn.down, index, count)
+        return self._ops.down_listed(a, layer.ffn.down, index, count)
 
-    def _prompt(self, ids: np.ndarray, wants_logits: bool) -> Tensor | None:
-        """A block of tokens; logits [tokens, n_vocab] if they are wanted."""
+    def _prompt(self, ids: np.ndarray, logits_of: int) -> Tensor | None:
+        """A block of tokens; logits of the last `logits_of` of them, [logits_of, n_vocab]."""
         tokens = torch.from_numpy(ids).to(self.device)
         positions = torch.arange(self.position, self.position + len(ids), device=self.device)
         x, seen = self._layers.embed(tokens), self._layers.cache.bucket(self.position + len(ids))
@@ -151,16 +160,25 @@ class GpuEngine:
             x = x + self._layers.attention(i, x, positions, seen)
             h = self._layers.norm(x, layer.ffn_norm)
             x = x + self._ffn_of_many(i, layer, x, h, positions)
+        x = self._after_layers(x)
         self.position += len(ids)
         self._tokens += len(ids)
-        return self._layers.logits(x) if wants_logits else None
+        return self._layers.logits(x[-logits_of:]) if logits_of else None
+
+    def _after_layers(self, x: Tensor) -> Tensor:
+        """The residual stream [tokens, d_model] after layers that are elsewhere, if there are any."""
+        return x
 
     def _ffn_of_many(self, i: int, layer: DeviceLayer, x: Tensor, h: Tensor, positions: Tensor) -> Tensor:
         """The FFN with all gates and ups computed, and what the mode leaves out masked."""
+        predicted = self.mode == "predicted"
+        return self._masked(i, layer, h, self._layers.predictions(layer, x, positions) if predicted else None)
+
+    def _masked(self, i: int, layer: DeviceLayer, h: Tensor, computed: Tensor | None) -> Tensor:
+        """The neurons on the device, all of them or those that are `computed`, bool [tokens, n]."""
         ffn, dot = layer.ffn, self._layers.dot
         a = activated(self._weights.shape.activation, dot(h, ffn.gate), dot(h, ffn.up), layer.firing)
-        if self.mode == "predicted":
-            computed = self._layers.predictions(layer, x, positions)
+        if computed is not None:
             self._counts[1, i] += computed.sum()
             if self.audit:
                 self._counts[2, i] += ((a != 0) & ~computed).sum()

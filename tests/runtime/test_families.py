@@ -52,9 +52,14 @@ _MINICPM = _LLAMA | {
     "model_type": "minicpm", "scale_emb": 3.0, "scale_depth": 1.4, "dim_model_base": 16,
     "rope_parameters": None, "rope_theta": 5000.0,
 }  # fmt: skip
-# FATReLU jumps at its threshold: a gate that the cache's float16 moves across it costs more than a rounding.
-# In these models none is so near to 0.15.
-_FATRELU = {"hidden_act": "fatrelu", "hidden_act_param": 0.15}
+
+
+def _fatrelu(threshold: float) -> dict[str, object]:
+    """FATReLU jumps at its threshold: a gate that the cache's float16 moves across it costs a neuron.
+
+    In the models below no gate is within 0.002 of its threshold (`test_no_gate_is_near_a_threshold`).
+    """
+    return {"hidden_act": "fatrelu", "hidden_act_param": threshold}
 
 
 def _scaled(kind: str, **more: object) -> dict[str, object]:
@@ -74,8 +79,8 @@ FAMILIES: dict[str, dict[str, object]] = {
     "llama-3-rope-silu": _LLAMA | _LLAMA3_ROPE | {"hidden_act": "silu"},
     "llama-linear-rope": _LLAMA | _scaled("linear"),
     "llama-yarn": _LLAMA | _YARN,
-    "prosparse": _LLAMA | {"hidden_act": "fatrelu_0.15"},
-    "prosparse-param": _LLAMA | _FATRELU,
+    "prosparse": _LLAMA | {"hidden_act": "fatrelu_1.76"},
+    "prosparse-param": _LLAMA | _fatrelu(1.76),
     "mistral": _MISTRAL,
     "mistral-window": _MISTRAL | {"sliding_window": 7},
     "bamboo": _MISTRAL | {"model_type": "bamboo", "sliding_window": 20},
@@ -94,7 +99,7 @@ FAMILIES: dict[str, dict[str, object]] = {
     "falcon-11b-relu": _FALCON | _NEW_FALCON | {"num_ln_in_parallel_attn": 1, "tie_word_embeddings": False},
     "minicpm": _MINICPM | {"hidden_act": "silu", "tie_word_embeddings": True},
     "minicpm-relu": _MINICPM,
-    "minicpm-s": _MINICPM | _FATRELU,
+    "minicpm-s": _MINICPM | _fatrelu(1.684),
     "granite": _LLAMA | {
         "model_type": "granite", "embedding_multiplier": 3.0, "residual_multiplier": 0.7,
         "logits_scaling": 2.0, "attention_multiplier": 0.4,
@@ -221,6 +226,17 @@ def test_dense_logits_are_those_of_transformers(name, make_bundle_of, logits_of)
     engine.reset()
     one_by_one = np.stack([engine.decode(token) for token in IDS])
     assert difference(one_by_one, logits_of(name)) < 1e-3
+
+
+@pytest.mark.parametrize("name", ["prosparse", "minicpm-s"])
+def test_no_gate_is_near_a_threshold(name, make_family):
+    model, gates = checkpoint.load_model(str(make_family(name))), []
+    for layer in checkpoint.ffn_layers(model):
+        layer.gate.register_forward_hook(lambda _, inputs, out: gates.append(out))
+    with torch.no_grad():
+        model(torch.from_numpy(IDS)[None])
+    threshold = checkpoint.ffn_layers(model)[0].activation.threshold
+    assert min((gate - threshold).abs().min() for gate in gates) > 0.002
 
 
 @pytest.mark.parametrize("name", SPARSE)

@@ -1,0 +1,86 @@
+"""The CPU's half of a hybrid engine: the cold neurons of device layers, and layers that are here as a whole.
+
+It is the CPU engine's own native model, of which only these parts are loaded.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from hotcold.convert.gguf_read import GGUFFile
+from hotcold.errors import UnsupportedError
+from hotcold.runtime import _cpu
+from hotcold.runtime.bundle_load import Source, load_layers, new_model
+from hotcold.runtime.placement import Placement
+from hotcold.runtime.shape import ModelShape, activation_thresholds
+
+__all__ = ["MAX_BLOCK", "CpuSide"]
+
+MAX_BLOCK = 64  # tokens that the native engine computes together
+
+
+class CpuSide:
+    """What `placement` leaves to the CPU. `n_cold` are the cold neurons held per layer."""
+
+    def __init__(self, file: GGUFFile, placement: Placement, mode: str, n_threads: int, n_ctx: int) -> None:
+        """Pack these weights. Raises what loading the CPU engine raises."""
+        shape = ModelShape.read(file)
+        whole = [i for i, layer in enumerate(placement.layers) if not layer.on_device]
+        self.first = whole[0] if whole else shape.n_layers
+        self.n_layers, self.d_model = shape.n_layers, shape.d_model
+        self.n_cold = [layer.d_ff - len(layer.hot) if layer.on_device else 0 for layer in placement.layers]
+        source = Source(file)
+        try:
+            # The cache is that of layers that are here as a whole.
+            model = new_model(file, shape, mode, n_threads, n_ctx if whole else 1)
+            load_layers(model, source, file, shape, mode, whole)
+            for i, layer in enumerate(placement.layers):
+                if self.n_cold[i]:
+                    _load_cold(model, source, shape, i, layer.cold)
+            for i, threshold in enumerate(activation_thresholds(file, shape.n_layers)):
+                model.set_activation_threshold(i, threshold)
+        except ValueError as error:
+            raise UnsupportedError(str(error), where=file.path) from error
+        self._model = model
+
+    def run_layers(self, x: np.ndarray, position: int) -> None:
+        """The layers from `first` on, on the residual stream x float32 [tokens, d_model], in place."""
+        if self.first < self.n_layers:
+            _cpu.parts.run_layers(self._model, x, self.first, self.n_layers, position)
+
+    def cold(self, layer: int, normed: np.ndarray, wanted: np.ndarray, y: np.ndarray) -> tuple[int, int]:
+        """y float32 [tokens, d_model] = what a layer's wanted cold neurons add; how many ran, and fired.
+
+        `normed` float32 [tokens, d_model] is the FFN's input, `wanted` bool [tokens, n_cold].
+        """
+        index = np.flatnonzero(wanted.any(0)).astype(np.int32)
+        masks = _token_masks(wanted[:, index]) if len(wanted) > 1 else np.empty(0, np.uint64)
+        fired = _cpu.parts.run_neurons(self._model, layer, normed, index, masks, y)
+        return int(wanted.sum()), fired
+
+    def stats(self) -> np.ndarray:
+        """int64 [3, n_layers]: fired, predicted, missed, since the last reset."""
+        counts = self._model.stats()
+        return np.array([counts[name] for name in ("fired", "predicted", "missed")], np.int64)
+
+    def reset_stats(self) -> None:
+        """Start counting anew."""
+        self._model.reset_stats()
+
+    def set_audit(self, on: bool) -> None:
+        """Whether layers that are here as a whole count what their predictors missed."""
+        self._model.audit = on
+
+
+def _load_cold(model: _cpu.Model, source: Source, shape: ModelShape, layer: int, cold: np.ndarray) -> None:
+    parts = []
+    for name in ("ffn_gate", "ffn_up", "ffn_down_t"):
+        kind, data = source.packable(f"blk.{layer}.{name}.weight", shape.d_ff, shape.d_model)
+        parts += [np.ascontiguousarray(data.reshape(shape.d_ff, -1)[cold]).reshape(-1), kind]
+    _cpu.parts.set_neurons(model, layer, len(cold), *parts)
+
+
+def _token_masks(wanted: np.ndarray) -> np.ndarray:
+    """uint64 per column of bool [tokens, n]: bit t for token t."""
+    bits = np.uint64(1) << np.arange(len(wanted), dtype=np.uint64)
+    return (wanted * bits[:, None]).sum(0, dtype=np.uint64)

@@ -1,0 +1,148 @@
+"""Both sides together, torch on the CPU being the device: the CPU engine's tokens, wherever neurons live."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from hotcold.errors import MismatchError
+from hotcold.runtime.engine import Engine
+from hotcold.runtime.gpu.hybrid import HybridEngine
+from hotcold.runtime.placement import PlacedLayer, Placement
+from hotcold.runtime.reference import ReferenceEngine
+
+IDS = np.random.default_rng(5).integers(3, 300, 80)
+D_FF = 96
+MODES = ["exact", "predicted"]
+
+
+def plan(*layers: PlacedLayer) -> Placement:
+    return Placement(layers, 1 << 30)
+
+
+def split(*hot: int | range) -> PlacedLayer:
+    return PlacedLayer(True, np.array(sorted(hot), np.int32), D_FF)
+
+
+ALL, NONE = split(*range(D_FF)), split()
+ON_CPU = PlacedLayer(False, np.empty(0, np.int32), D_FF)
+SOME = split(*np.random.default_rng(1).choice(D_FF, 40, replace=False).tolist())
+PLANS = {
+    "split": plan(SOME, split(*range(5, 70))),
+    "all hot": plan(ALL, ALL),
+    "all cold": plan(NONE, NONE),
+    "one of each": plan(ALL, NONE),
+    "last layer on the CPU": plan(SOME, ON_CPU),
+    "all layers on the CPU": plan(ON_CPU, ON_CPU),
+}
+
+
+def greedy(engine, n: int) -> list[int]:
+    logits, tokens = engine.prefill(IDS[:5]), []
+    for _ in range(n):
+        tokens.append(int(logits.argmax()))
+        logits = engine.decode(tokens[-1])
+    return tokens
+
+
+def relative_error(got, expected):
+    return np.sqrt(np.mean((got - expected) ** 2) / np.mean(expected**2))
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", PLANS)
+def test_the_cpu_engines_tokens(bundle, mode, name):
+    hybrid = HybridEngine.load(bundle.path, PLANS[name], mode, "cpu", 2, n_ctx=64)
+    assert greedy(hybrid, 40) == greedy(Engine.load(bundle.path, mode, 2, n_ctx=64), 40)
+
+
+@pytest.mark.parametrize("layers", [(ALL, ALL), (ALL, ON_CPU), (ON_CPU, ON_CPU)])
+def test_the_cpu_engines_tokens_in_dense_mode(bundle, layers):
+    hybrid = HybridEngine.load(bundle.path, plan(*layers), "dense", "cpu", 1, n_ctx=64)
+    assert greedy(hybrid, 40) == greedy(Engine.load(bundle.path, "dense", 1, n_ctx=64), 40)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("fields", [
+    {"quant": "Q8_0"},
+    {"quant": "Q4_0"},
+    {"activation": "fatrelu", "activation_threshold": 0.3},
+    {"activation": "drelu"},
+])  # fmt: skip
+def test_variants_are_near_the_reference(make_bundle, mode, fields):
+    """With quantised weights the CPU's share rounds activations to int8, as the CPU engine does."""
+    path = make_bundle(**fields).path
+    hybrid = HybridEngine.load(path, PLANS["split"], mode, "cpu", 2)
+    reference = ReferenceEngine.load(path, mode)
+    reference.cache_dtype = torch.float16
+    expected = reference.prefill(IDS, all_logits=True)
+    limit = 0.25 if "quant" in fields else 2e-3
+    assert relative_error(hybrid.prefill(IDS, all_logits=True), expected) < limit
+    hybrid.reset()
+    steps = np.stack([hybrid.decode(token) for token in IDS[:10]])
+    assert relative_error(steps, expected[:10]) < limit
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", ["split", "last layer on the CPU"])
+def test_counts_are_the_cpu_engines(bundle, mode, name):
+    hybrid = HybridEngine.load(bundle.path, PLANS[name], mode, "cpu", 2)
+    engine = Engine.load(bundle.path, mode, 2)
+    for each in (hybrid, engine):
+        each.audit = mode == "predicted"
+        each.prefill(IDS[:70])
+        for token in IDS[70:]:
+            each.decode(token)
+    got, expected = hybrid.stats(), engine.stats()
+    assert got.tokens == expected.tokens == 80
+    assert np.array_equal(got.predicted, expected.predicted)
+    # A gate within rounding of zero may fall on either side.
+    assert np.abs(got.fired - expected.fired).max() <= 4
+    assert np.abs(got.missed - expected.missed).max() <= 4
+
+
+def test_telemetry(bundle):
+    hybrid = HybridEngine.load(bundle.path, PLANS["split"], "predicted", "cpu", 1)
+    hybrid.prefill(IDS[:4])
+    hybrid.reset_stats()
+    for token in IDS[4:14]:
+        hybrid.decode(token)
+    measured, stats = hybrid.measured(), hybrid.stats()
+    assert measured.decoded == measured.tokens == 10
+    assert measured.hot_fired + measured.cold_fired == stats.fired.sum()
+    assert 0 < measured.hot_hit_rate < 1 and 0 < measured.cold_per_token < 2 * D_FF
+    assert measured.handovers + measured.skipped_handovers == 20
+    out = 64 * 4
+    cold_masks = (D_FF - 40) + (D_FF - 65)
+    assert measured.bytes_to_host == 10 * (2 * out + cold_masks)
+    assert measured.bytes_to_device == measured.handovers * out
+    assert 0 < measured.hot_s + measured.cold_s + measured.wait_s < measured.decode_s <= measured.total_s
+    assert measured.as_json()["overlap"] == 0 and len(measured.lines()) == 2
+
+
+def test_layers_without_cold_neurons_never_hand_over(bundle):
+    hybrid = HybridEngine.load(bundle.path, PLANS["all hot"], "predicted", "cpu", 1)
+    greedy(hybrid, 5)
+    measured = hybrid.measured()
+    assert measured.handovers == measured.skipped_handovers == measured.bytes_to_host == 0
+    assert measured.hot_hit_rate == 1 and measured.as_json()["overlap"] is None
+
+
+def test_a_layer_whose_cold_neurons_are_not_wanted_sends_nothing_back(make_bundle):
+    """A threshold that no logit reaches: only the hot neurons of the bundle, which the device has."""
+    bundle = make_bundle(predictor_threshold=1e9)
+    hybrid = HybridEngine.load(bundle.path, plan(split(1, 5, 9, 20), split(3)), "predicted", "cpu", 1)
+    tokens = greedy(hybrid, 10)
+    measured = hybrid.measured()
+    assert measured.handovers == 0 and measured.skipped_handovers == 20 and measured.bytes_to_device == 0
+    assert tokens == greedy(Engine.load(bundle.path, "predicted", 1), 10)
+
+
+def test_plans_of_other_models(bundle):
+    with pytest.raises(MismatchError, match="a plan for another model"):
+        HybridEngine.load(bundle.path, plan(SOME), "exact", "cpu")
+    with pytest.raises(
+        MismatchError, match=r"dense mode needs a plan of whole layers \(got layer 0 is split"
+    ):
+        HybridEngine.load(bundle.path, PLANS["split"], "dense", "cpu")
