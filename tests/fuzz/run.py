@@ -16,15 +16,17 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "support"))
 
 
-def fuzz(name: str, seconds: int, crashes: Path) -> tuple[bool, str]:
+def fuzz(name: str, args: argparse.Namespace) -> tuple[bool, str]:
     """Whether a reader took all inputs, and a line about it."""
-    command = [sys.executable, HERE / "fuzz_reader.py", name, "--seconds", str(seconds), "--crashes", crashes]
+    command = [sys.executable, HERE / "fuzz_reader.py", name]
+    for option in ("seconds", "crashes", "timeout"):
+        command += [f"--{option}", str(getattr(args, option))]
     child = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     output = child.stdout.decode(errors="replace")
     found = re.search(r"stat::number_of_executed_units:\s*(\d+)", output)
     inputs = int(found[1]) if found else 0
     good = child.returncode == 0 and inputs > 0
-    line = f"{name:<18}{inputs:>12,} inputs {inputs / seconds:>8,.0f}/s  {'ok' if good else 'BROKEN'}"
+    line = f"{name:<18}{inputs:>12,} inputs {inputs / args.seconds:>8,.0f}/s  {'ok' if good else 'BROKEN'}"
     return good, line if good else f"{line}\n{output[-2500:]}"
 
 
@@ -35,14 +37,13 @@ def main() -> int:
     parser.add_argument("--seconds", type=int, default=60, help="for each reader (default: %(default)s)")
     parser.add_argument("--jobs", type=int, default=2, help="readers at a time (default: %(default)s)")
     parser.add_argument("--crashes", type=Path, default=Path("crashes"), help="folder for inputs that break")
+    parser.add_argument("--timeout", type=int, default=60, help="for one input (default: %(default)s)")
     parser.add_argument("names", nargs="*", help="readers (default: all)", choices=[[], *READERS])
     args = parser.parse_args()
     args.crashes.mkdir(parents=True, exist_ok=True)
     broken = 0
     with ThreadPoolExecutor(args.jobs) as pool:
-        for good, line in pool.map(
-            lambda name: fuzz(name, args.seconds, args.crashes), args.names or READERS
-        ):
+        for good, line in pool.map(lambda name: fuzz(name, args), args.names or READERS):
             print(line, flush=True)
             broken += not good
     return 1 if broken else 0
