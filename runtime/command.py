@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from hotcold.errors import InputError
 from hotcold.progress import log
+from hotcold.runtime.backends import BackendOptions, add_backend_arguments, make_placement, open_engine
 
 if TYPE_CHECKING:
     from hotcold.runtime.engine import Engine
@@ -29,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     model = parser.add_mutually_exclusive_group(required=True)
     model.add_argument("path", nargs="?", metavar="PATH", help="a bundle, or a GGUF file, also PowerInfer's")
     model.add_argument("-m", "--model", "--bundle", dest="bundle", metavar="PATH", help="the same")
-    prompt = parser.add_mutually_exclusive_group(required=True)
+    prompt = parser.add_mutually_exclusive_group()
     prompt.add_argument("-p", "--prompt", help="the text to go on from")
     prompt.add_argument("-f", "--file", metavar="FILE", help="read the prompt from a UTF-8 file")
     parser.add_argument(
@@ -49,6 +50,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ignore-eos", action="store_true", help="go on after the end-of-text token")
     parser.add_argument("--no-display-prompt", action="store_true", help="print only what is generated")
     _add_sampling(parser.add_argument_group("sampling"))
+    group = parser.add_argument_group("where to compute")
+    add_backend_arguments(group)
+    group.add_argument("--dry-run", action="store_true", help="hybrid: print the plan and load nothing")
 
 
 def _add_sampling(group: argparse._ArgumentGroup) -> None:
@@ -75,6 +79,8 @@ def run(args: argparse.Namespace) -> int:
 
     _check(args)
     args.bundle = args.bundle or args.path
+    if args.dry_run:
+        return _print_plan(args)
     text = _prompt(args)
     sampler = Sampler(_sampling_params(args))
     vocabulary = Vocabulary.load(args.bundle)
@@ -90,9 +96,17 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _load_engine(args: argparse.Namespace) -> Engine:
-    from hotcold.runtime.engine import Engine
+    return open_engine(args.bundle, args.mode, args.threads, args.ctx_size, BackendOptions.of(args))
 
-    return Engine.load(args.bundle, mode=args.mode, n_threads=args.threads, n_ctx=args.ctx_size)
+
+def _print_plan(args: argparse.Namespace) -> int:
+    from hotcold.runtime.gpu.plan import plan_table
+
+    options = BackendOptions.of(args)
+    if options.backend != "hybrid":
+        raise InputError("--dry-run prints the plan of a hybrid run", fix="add --backend hybrid")
+    print(plan_table(make_placement(args.bundle, args.mode, args.threads, args.ctx_size, options)))
+    return 0
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -107,6 +121,8 @@ def _check(args: argparse.Namespace) -> None:
 
 def _prompt(args: argparse.Namespace) -> str:
     """The prompt; of a file's final newlines one is left out, since editors add it (so does llama.cpp)."""
+    if args.file is None and args.prompt is None:
+        raise InputError("no prompt", fix="give -p TEXT or -f FILE")
     if args.file is None:
         return args.prompt
     try:
@@ -159,6 +175,8 @@ def _report(generation: Generation, engine: Engine, sampler: Sampler) -> None:
     log(f"prompt:     {prompt}")
     log(f"generation: {generated}{seed}")
     log(f"neurons:    {_neurons(engine.stats(), engine.mode)} ({engine.mode} mode, -t {engine.n_threads})")
+    for line in engine.measured().lines() if hasattr(engine, "measured") else ():
+        log(line)
 
 
 def _rate(n_tokens: int, seconds: float) -> str:

@@ -1,0 +1,152 @@
+"""Which engine runs a model: the CPU engine, one device, or both together; and the options that say so.
+
+Nothing here imports torch before an engine on a device is asked for.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Self
+
+from hotcold.errors import InputError, StorageError
+from hotcold.progress import log
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from hotcold.convert.gguf_read import GGUFFile
+    from hotcold.runtime.engine import Engine
+    from hotcold.runtime.placement import Placement
+
+__all__ = ["BackendOptions", "add_backend_arguments", "make_placement", "open_engine"]
+
+BACKENDS = ("cpu", "gpu", "hybrid")
+
+
+@dataclass(frozen=True, slots=True)
+class BackendOptions:
+    """Where to compute. `place` is a plan to use, `firing` what tells how often neurons fire."""
+
+    backend: str = "cpu"
+    device: str = "cuda"
+    vram_budget: str = "auto"
+    place: str | None = None
+    firing: str | None = None
+    allow_pickle: bool = False
+
+    def __post_init__(self) -> None:
+        if self.backend not in BACKENDS:
+            raise InputError("unknown backend", got=self.backend, expected=" | ".join(BACKENDS))
+
+    @classmethod
+    def of(cls, args: argparse.Namespace) -> Self:
+        """From the options that `add_backend_arguments` declares."""
+        return cls(**{name: getattr(args, name) for name in cls.__slots__})
+
+
+def add_backend_arguments(group: argparse._ArgumentGroup) -> None:
+    """Declare the options of a command that loads a model."""
+    add = group.add_argument
+    add(
+        "--backend", choices=BACKENDS, default="cpu",
+        help="cpu; gpu: all on one device; hybrid: hot neurons there, cold ones on the CPU (%(default)s)",
+    )  # fmt: skip
+    add(
+        "--device", default="cuda", help="cuda, cuda:N, or cpu, where torch stands in for a GPU (%(default)s)"
+    )
+    add("--vram-budget", default="auto", metavar="SIZE", help="hybrid: such as 6G; auto: all that is free")
+    add("--place", metavar="FILE", help="hybrid: use this plan, or PowerInfer's .gpuidx")
+    add(
+        "--firing", metavar="DIR",
+        help="hybrid: traces, predictors, or activation_N.pt that tell what is hot (the bundle's predictors)",
+    )  # fmt: skip
+    add("--allow-pickle", action="store_true", help="--firing may hold pickles; they are read in a sandbox")
+
+
+def open_engine(
+    bundle: str | Path, mode: str, n_threads: int | None, n_ctx: int, options: BackendOptions | None = None
+) -> Engine:
+    """Load a bundle or a GGUF file into the engine that `options` asks for.
+
+    All engines have the contract of `hotcold.runtime.engine.Engine`. Raises what they raise, and
+    UnsupportedError for a device that is not there.
+    """
+    options = options or BackendOptions()
+    if options.backend == "cpu":
+        from hotcold.runtime.engine import Engine
+
+        return Engine.load(bundle, mode=mode, n_threads=n_threads, n_ctx=n_ctx)
+    if options.backend == "gpu":
+        from hotcold.runtime.gpu.engine import GpuEngine
+
+        return GpuEngine.load(bundle, mode, options.device, n_ctx)
+    from hotcold.runtime.gpu.hybrid import HybridEngine
+
+    placement = make_placement(bundle, mode, n_threads, n_ctx, options)
+    if not options.place:
+        _save(placement, bundle, mode)
+    return HybridEngine.load(bundle, placement, mode, options.device, n_threads, n_ctx)
+
+
+def make_placement(
+    bundle: str | Path, mode: str, n_threads: int | None, n_ctx: int, options: BackendOptions
+) -> Placement:
+    """The plan that a hybrid engine of these options would use; no weight is read for it."""
+    from hotcold.convert.gguf_read import GGUFFile
+    from hotcold.runtime.gpu.costs import measure_costs
+    from hotcold.runtime.gpu.device import open_device, parse_budget
+    from hotcold.runtime.gpu.engine import file_and_mode
+    from hotcold.runtime.gpu.plan import make_problem
+    from hotcold.runtime.placement import place, place_layers
+    from hotcold.runtime.placement_file import load_placement
+    from hotcold.runtime.shape import ModelShape
+
+    path, mode = file_and_mode(bundle, mode)
+    file, device = GGUFFile(path), open_device(options.device)
+    shape = ModelShape.read(file)
+    if options.place:
+        return load_placement(options.place, shape.n_layers, shape.d_ff, _fingerprint(file))
+    budget = parse_budget(options.vram_budget, device)
+    frequencies = None if mode == "dense" else _frequencies(bundle, shape.n_layers, shape.d_ff, options)
+    costs = measure_costs(device, n_threads or len(os.sched_getaffinity(0)), shape.d_model)
+    problem = make_problem(file, frequencies, mode=mode, n_ctx=n_ctx, budget=budget, costs=costs)
+    return place_layers(problem) if mode == "dense" else place(problem)
+
+
+def _frequencies(
+    bundle: str | Path, n_layers: int, d_ff: int, options: BackendOptions
+) -> Sequence[np.ndarray] | None:
+    """How often each neuron fires; None, with a word about it, where nothing tells."""
+    from hotcold.convert.firing import firing_frequencies
+
+    if options.firing:
+        return firing_frequencies(options.firing, n_layers, d_ff, pickles=options.allow_pickle)
+    try:
+        return firing_frequencies(bundle, n_layers, d_ff)
+    except InputError:
+        log(
+            "nothing tells how often neurons fire, so they are placed as if all were alike; --firing can tell"
+        )
+        return None
+
+
+def _fingerprint(file: GGUFFile) -> str | None:
+    return file.metadata.get("hotcold.model_fingerprint")
+
+
+def _save(placement: Placement, bundle: str | Path, mode: str) -> None:
+    from hotcold.convert.gguf_read import GGUFFile
+    from hotcold.runtime.gpu.engine import file_and_mode
+    from hotcold.runtime.placement_file import plan_path, save_placement
+
+    path, mode = file_and_mode(bundle, mode)
+    saved = plan_path(bundle, mode, placement.budget)
+    try:
+        save_placement(placement, saved, _fingerprint(GGUFFile(path)))
+        log(f"plan: {saved}")
+    except StorageError as error:
+        log(f"the plan is not saved: {error}")

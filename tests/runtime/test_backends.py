@@ -1,0 +1,183 @@
+"""From options to engines and plans, with torch on the CPU as the device."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from hotcold.cli import main
+from hotcold.convert.gguf_read import GGUFFile
+from hotcold.convert.gpu_index import GpuIndex
+from hotcold.errors import FormatError, InputError, MismatchError, UnsupportedError
+from hotcold.predictor.bundle import LayerPredictor, PredictorBundle
+from hotcold.runtime.backends import BackendOptions, make_placement, open_engine
+from hotcold.runtime.engine import Engine
+from hotcold.runtime.gpu.device import free_bytes, open_device, parse_budget
+from hotcold.runtime.placement import PlacedLayer, Placement
+from hotcold.runtime.placement_file import gpuidx_path, load_placement, save_placement
+
+IDS = [5, 9, 40, 77]
+
+
+@pytest.fixture
+def sized(bundle, tmp_path):
+    """A copy of the bundle that knows how often its neurons fire: the higher the index, the more often."""
+    path = tmp_path / "tiny"
+    shutil.copytree(bundle.path, path)
+    frequency = np.linspace(0, 1, 96, dtype=np.float32)
+    layers = [LayerPredictor(fc1, fc2, 0.0, frequency) for fc1, fc2 in bundle.predictors]
+    PredictorBundle("0" * 64, layers, 0.9, {}).save(path / "predictors")
+    return path
+
+
+def options(budget: str = "auto", **more: object) -> BackendOptions:
+    return BackendOptions("hybrid", device="cpu", vram_budget=budget, **more)
+
+
+def needed(path, mode: str) -> int:
+    """Bytes for all of the model, by a plan with room to spare."""
+    return make_placement(path, mode, 1, 64, options("4G")).device_bytes
+
+
+@pytest.mark.parametrize("mode", ["dense", "exact", "predicted"])
+@pytest.mark.parametrize("backend", ["gpu", "hybrid"])
+def test_every_backend_says_the_same(sized, backend, mode):
+    engine = open_engine(sized, mode, 1, 64, BackendOptions(backend, device="cpu"))
+    expected = Engine.load(sized, mode, 1).prefill(IDS)
+    assert np.allclose(engine.prefill(IDS), expected, atol=1e-3)
+    assert engine.mode == mode
+
+
+def test_a_tight_budget_keeps_the_most_frequent(sized):
+    budget = needed(sized, "exact") - 60 * 3 * 64 * 4
+    plan = make_placement(sized, "exact", 1, 64, options(str(budget)))
+    assert plan.device_bytes <= budget
+    assert sum(len(layer.hot) for layer in plan.layers) <= 2 * 96 - 60
+    for layer in plan.layers:
+        if 0 < len(layer.hot) < 96:
+            assert layer.hot.min() == 96 - len(layer.hot)
+
+
+def test_plans_are_saved_and_used_again(sized):
+    budget = needed(sized, "predicted") - 60 * 3 * 64 * 4
+    engine = open_engine(sized, "predicted", 1, 64, options(str(budget)))
+    [saved] = sized.parent.glob("*.placement.json")
+    again = open_engine(sized, "predicted", 1, 64, options(place=str(saved)))
+    assert np.array_equal(engine.prefill(IDS), again.prefill(IDS))
+    index = GpuIndex.read(GGUFFile(gpuidx_path(saved)))
+    for layer, bucket in zip(engine.placement.layers, index.buckets, strict=True):
+        assert np.array_equal(layer.hot, bucket)
+    by_index = make_placement(sized, "predicted", 1, 64, options(place=str(gpuidx_path(saved))))
+    assert all(
+        np.array_equal(a.hot, b.hot) for a, b in zip(by_index.layers, engine.placement.layers, strict=True)
+    )
+
+
+def test_without_frequencies_it_says_so(bundle, capsys):
+    make_placement(bundle.path, "exact", 1, 64, options())
+    assert "nothing tells how often neurons fire" in capsys.readouterr().err
+
+
+def test_firing_counts_of_another_model(sized, tmp_path):
+    with pytest.raises(InputError, match="nothing here tells how often neurons fire"):
+        make_placement(sized, "exact", 1, 64, options(firing=str(tmp_path)))
+
+
+def test_dry_run_prints_the_plan_and_loads_nothing(sized, capsys, monkeypatch):
+    monkeypatch.setattr("hotcold.runtime.gpu.hybrid.HybridEngine.load", None)
+    arguments = ["run", str(sized), "--backend", "hybrid", "--device", "cpu", "--dry-run", "-c", "64"]
+    assert main([*arguments, "--vram-budget", "100M", "--mode", "exact"]) == 0
+    printed = capsys.readouterr().out
+    assert "hit rate" in printed and "tokens/s expected" in printed
+    assert len(printed.splitlines()) == 1 + 2 + 1
+
+
+def test_run_reports_the_telemetry(sized, capsys):
+    arguments = ["run", str(sized), "-p", "fox", "-n", "4", "--ignore-eos", "--temp", "0", "-c", "64"]
+    assert main([*arguments, "--mode", "predicted", "--backend", "hybrid", "--device", "cpu"]) == 0
+    hybrid = capsys.readouterr()
+    assert "of firing neurons were hot" in hybrid.err and "per token:" in hybrid.err
+    assert main([*arguments, "--mode", "predicted"]) == 0
+    assert capsys.readouterr().out == hybrid.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--dry-run"], "--dry-run prints the plan of a hybrid run; add --backend hybrid"),
+        ([], "no prompt; give -p TEXT or -f FILE"),
+        (
+            ["-p", "a", "--backend", "hybrid", "--device", "cpu", "--vram-budget", "1M"],
+            "too little GPU memory",
+        ),
+        (["-p", "a", "--backend", "hybrid", "--device", "cpu", "--vram-budget", "x"], "not a size in bytes"),
+        (
+            ["-p", "a", "--backend", "hybrid", "--device", "cpu", "--vram-budget", "9999T"],
+            "more than is free",
+        ),
+        (
+            ["-p", "a", "--backend", "hybrid", "--device", "cpu", "--place", "no.json"],
+            "no.json: no such plan",
+        ),
+        (["-p", "a", "--backend", "gpu", "--device", "quux"], "unknown device"),
+    ],
+)
+def test_errors_are_one_line(sized, capsys, arguments, message):
+    assert main(["run", str(sized), *arguments]) == 2
+    error = capsys.readouterr().err.splitlines()
+    assert message in error[-1]
+
+
+PLAN = Placement(
+    (PlacedLayer(True, np.array([1, 4], np.int32), 8), PlacedLayer(False, np.empty(0, np.int32), 8)), 100
+)
+
+
+def test_a_plan_is_read_as_it_was_written(tmp_path):
+    save_placement(PLAN, tmp_path / "plan.json", "f" * 64)
+    read = load_placement(tmp_path / "plan.json", 2, 8, "f" * 64)
+    assert [layer.hot.tolist() for layer in read.layers] == [[1, 4], []]
+    assert [layer.on_device for layer in read.layers] == [True, False] and read.budget == 100
+    with pytest.raises(MismatchError, match="a plan for another model"):
+        load_placement(tmp_path / "plan.json", 2, 8, "e" * 64)
+    with pytest.raises(MismatchError, match="a plan for another model"):
+        load_placement(tmp_path / "plan.json", 3, 8)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("format", "other", "not a plan of this version"),
+        ("budget", "much", "a field is missing or of another type"),
+        ("layers", [{"on_device": True}], "a field is missing"),
+        (
+            "layers",
+            [{"on_device": True, "hot": [4, 1], "hit_rate": 1, "device_bytes": 1, "cpu_bytes": 1}],
+            "ascend",
+        ),
+        (
+            "layers",
+            [{"on_device": True, "hot": [8], "hit_rate": 1, "device_bytes": 1, "cpu_bytes": 1}],
+            "ascend",
+        ),
+    ],
+)
+def test_broken_plans(tmp_path, field, value, message):
+    save_placement(PLAN, tmp_path / "plan.json")
+    plan = json.loads((tmp_path / "plan.json").read_text()) | {field: value}
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    with pytest.raises(FormatError, match=message):
+        load_placement(tmp_path / "plan.json", 2, 8)
+
+
+def test_budgets():
+    device = open_device("cpu")
+    assert parse_budget("1M", device) == 1 << 20
+    assert 0 < parse_budget("auto", device) <= 2 * free_bytes(device)
+    with pytest.raises(UnsupportedError, match="more than is free"):
+        parse_budget("99999T", device)
+    with pytest.raises(InputError, match="unknown backend"):
+        BackendOptions("tpu")
