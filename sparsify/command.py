@@ -20,7 +20,8 @@ HELP = (
     "Replace the FFN activation by a sparse one and train the model until it works with it. --method relu "
     "takes minutes on a CPU for a small model; --method prosparse does what a config file says, on any "
     "number of GPUs (start it with `accelerate launch` or `torchrun`); --method pretrained takes the FFNs "
-    "that come with hotcold, for smollm2 alone. Interrupted, it goes on where it stopped when it is run again."
+    "that come with hotcold, for smollm2 alone. Interrupted, it goes on where it stopped when it is run "
+    "again."
 )
 EXAMPLE = "hotcold sparsify --model smollm2 --method relu --out sparse-smollm2"
 
@@ -89,6 +90,7 @@ def run(args: argparse.Namespace) -> int:
     from hotcold.sparsify.memory import keep_big_buffers
     from hotcold.sparsify.prosparse import prosparse
     from hotcold.sparsify.records import Records
+    from hotcold.sparsify.standalone import standalone_files
 
     keep_big_buffers()
     work = _work_folder(args, config)
@@ -101,6 +103,7 @@ def run(args: argparse.Namespace) -> int:
         "training.jsonl": work.log_path.read_bytes(),
         "sparsify.json": (json.dumps(_summary(args, config, result), indent=2) + "\n").encode(),
     }
+    files |= standalone_files(result.model)
     # Half the size, and Q4_0 makes the same blocks of these weights as of the float32 ones.
     checkpoint.save(result.model.half(), tokenizer, args.out, like=args.model, files=files)
     print(table(result.dense, result.sparse))
@@ -135,17 +138,9 @@ def _unpack(args: argparse.Namespace) -> int:
 
     dense = checkpoint.load_model(args.model)
     sparse = unpack(dense, checkpoint.fingerprint(args.model))
-    card = CARD.read_bytes()
-    checkpoint.save(
-        sparse.half(),
-        checkpoint.load_tokenizer(args.model),
-        args.out,
-        like=args.model,
-        files={"README.md": card},
-    )
-    print(
-        f"{args.out}: {sparse.config.hidden_act}; how it was made and what it scores: {args.out / 'README.md'}"
-    )
+    tokenizer, files = checkpoint.load_tokenizer(args.model), {"README.md": CARD.read_bytes()}
+    checkpoint.save(sparse.half(), tokenizer, args.out, like=args.model, files=files)
+    print(f"{args.out}: how it was made and what it scores says {args.out / 'README.md'}")
     return 0
 
 

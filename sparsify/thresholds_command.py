@@ -135,6 +135,7 @@ def _save(
 ) -> None:
     from hotcold import checkpoint
     from hotcold.sparsify.activations import set_activation
+    from hotcold.sparsify.standalone import standalone_files
     from hotcold.sparsify.thresholds import fold
 
     common = fold(model, chosen.thresholds)
@@ -146,4 +147,5 @@ def _save(
         "curve": list(map(asdict, points)),
     }
     files = {"thresholds.json": (json.dumps(content, indent=2) + "\n").encode()}
+    files |= standalone_files(model)
     checkpoint.save(model.half(), tokenizer, args.out, like=args.model, files=files)

@@ -15,7 +15,7 @@ from hotcold import checkpoint
 from hotcold.sparsify.config import L1, Checkpoints, Config, Learning, Loss, Text, WarmStart
 from hotcold.sparsify.prosparse import PHASES, prosparse
 from hotcold.sparsify.state import WorkFolder
-from hotcold.text import documents
+from hotcold.text import documents, token_stream
 
 SEEDS = (0, 1, 2)
 STEPS = 300
@@ -69,9 +69,8 @@ def dense(tokenizer, tmp_path_factory):
     )
     folder = tmp_path_factory.mktemp("toy")
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    ids = torch.tensor(
-        sum((tokenizer.encode(d.text).ids for d, _ in zip(documents("stdlib"), range(300))), [])
-    )
+    stream = token_stream(documents("stdlib"), tokenizer, 200_000)
+    ids = torch.cat([torch.from_numpy(part).long() for part in stream])
     generator = torch.Generator().manual_seed(0)
     for _ in range(600):
         starts = torch.randint(len(ids) - 64, (16,), generator=generator)
