@@ -12,11 +12,11 @@ from typing import Any
 
 from hotcold import storage
 from hotcold.eval.pipeline import Done, Step, run_steps
+from hotcold.shipped import BASE, FILE
 
 __all__ = ["build_report", "demo", "demo_steps", "summary"]
 
 _BENCH = "bench.json"
-_PRETRAINED = "smollm2"  # the model for which trained FFNs come with hotcold
 _SIDES = {
     "llama_cpp": "sparse, llama.cpp",
     "dense": "sparse, hotcold dense",
@@ -36,7 +36,8 @@ def demo_steps(
 
     The FFNs that come with hotcold are taken where they fit, unless `from_scratch`.
     """
-    method = "relu" if from_scratch or model != _PRETRAINED else "pretrained"
+    trained = model == BASE and FILE.is_file() and not from_scratch
+    method = "pretrained" if trained else "relu"
     sparse, traces, predictors, bundle = (out / name for name in ("sparse", "traces", "predictors", "bundle"))
     threads = ("-t", n_threads)
     modes = ("--mode", ",".join(_PPL_MODES), "--gguf", model)

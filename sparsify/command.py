@@ -134,7 +134,8 @@ def _config(args: argparse.Namespace) -> Config:
 def _unpack(args: argparse.Namespace) -> int:
     """Put the trained FFNs into the dense model, and print what its card says of it."""
     from hotcold import checkpoint
-    from hotcold.sparsify.pretrained import CARD, unpack
+    from hotcold.shipped import CARD
+    from hotcold.sparsify.pretrained import unpack
 
     dense = checkpoint.load_model(args.model)
     sparse = unpack(dense, checkpoint.fingerprint(args.model))

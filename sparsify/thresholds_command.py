@@ -13,6 +13,9 @@ from hotcold.errors import InputError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedModel
+
     from hotcold.sparsify.thresholds import Point
 
 HELP = (
@@ -131,7 +134,7 @@ def _table(points: list[Point], chosen: Point, knob: str) -> str:
 
 
 def _save(
-    args: argparse.Namespace, model: object, tokenizer: object, points: list[Point], chosen: Point
+    args: argparse.Namespace, model: PreTrainedModel, tokenizer: Tokenizer, points: list[Point], chosen: Point
 ) -> None:
     from hotcold import checkpoint
     from hotcold.sparsify.activations import set_activation

@@ -70,7 +70,6 @@ def test_a_dry_run_of_another_models_recipe(model_folder, tmp_path, capsys):
             "--tokens: is for --method relu; say it in smollm2-135m",
         ),
         (["--method", "pretrained", "--seed", "1"], "--seed: is for --method relu"),
-        (["--method", "pretrained"], "made for another dense model"),
         (["--tokens", "7"], "--tokens: too few tokens (got 7, expected >= 1024)"),
         (["--generated", "1.5"], "--generated: out of range (got 1.5, expected 0 to 1)"),
         (["--text", "/no/such.txt"], "/no/such.txt: no such file"),
