@@ -21,6 +21,22 @@ uint16_t unpack_block(Type type, const uint8_t* block, uint8_t out[kBlock]) {
   return scale;
 }
 
+// Four quants-bytes of a GGUF block, or of a block of zeros where there is none. Q4_0 stays as it is: byte j holds the
+// weights j and j + 16, which is what panels and gate rows want.
+uint32_t block_dword(Type type, const uint8_t* block, int step) {
+  const uint32_t sign = type == Type::Q8_0 ? 0x80808080 : 0;
+  if (!block) return type == Type::Q4_0 ? 0x88888888 : sign;
+  uint32_t v;
+  std::memcpy(&v, block + 2 + 4 * step, 4);
+  return v ^ sign;
+}
+
+uint16_t block_scale(const uint8_t* block) {
+  uint16_t scale = 0;
+  if (block) std::memcpy(&scale, block, 2);
+  return scale;
+}
+
 // A quantised row as unsigned bytes and scales; what lies past n is weight zero with scale zero.
 struct UnpackedRow {
   UnpackedRow(uint8_t* bytes, uint16_t* scales) : q(bytes), scale(scales) {}
@@ -69,18 +85,18 @@ void pack_panel_group(Type type, const uint8_t* src, int rows, int cols, const i
       }
       continue;
     }
-    UnpackedRow u(row_buffer().q, row_buffer().scale);
-    u.fill(type, row, row ? cols : 0, padded(cols));
     const int bytes = quant_bytes(type, kBlock);  // of one block and row
     const size_t pair_bytes = size_t(2) * kLanes * (bytes + 2);
     for (int b = 0; b < padded(cols) / kBlock; ++b) {
       uint8_t* pair = dst + b / 2 * pair_bytes;
       uint8_t* quants = pair + b % 2 * kLanes * bytes;
-      const uint8_t* q = u.q + b * kBlock;
-      for (int s = 0; s < bytes / 4; ++s)
-        for (int k = 0; k < 4; ++k)
-          quants[s * 64 + lane * 4 + k] = type == Type::Q4_0 ? nibbles(q[4 * s + k], q[4 * s + 16 + k]) : q[4 * s + k];
-      std::memcpy(pair + 2 * kLanes * bytes + (b % 2 * kLanes + lane) * 2, &u.scale[b], 2);
+      const uint8_t* block = row && b < cols / kBlock ? row + b * gguf_block(type) : nullptr;
+      for (int s = 0; s < bytes / 4; ++s) {
+        const uint32_t dword = block_dword(type, block, s);
+        std::memcpy(quants + s * 64 + lane * 4, &dword, 4);
+      }
+      const uint16_t scale = block_scale(block);
+      std::memcpy(pair + 2 * kLanes * bytes + (b % 2 * kLanes + lane) * 2, &scale, 2);
     }
   }
 }
@@ -150,23 +166,27 @@ void pack_row(Type type, const uint8_t* src, int n, uint8_t* dst) {
     return;
   }
   const int width = padded(n), blocks = width / kBlock, grouped = blocks / kLanes * kLanes;
-  UnpackedRow u(row_buffer().q, row_buffer().scale);
-  u.fill(type, src, n, width);
   const int steps = quant_bytes(type, kBlock) / 4;  // dwords per block
   for (int b = 0; b < grouped; ++b) {
     uint8_t* group = dst + row_quants_at(type, b / kLanes * kLanes, blocks);
-    const uint8_t* q = u.q + b * kBlock;
-    for (int s = 0; s < steps; ++s)
-      for (int k = 0; k < 4; ++k)
-        group[s * 64 + b % kLanes * 4 + k] = type == Type::Q4_0 ? nibbles(q[4 * s + k], q[4 * s + 16 + k]) : q[4 * s + k];
+    for (int s = 0; s < steps; ++s) {
+      const uint32_t dword = block_dword(type, b < n / kBlock ? src + b * gguf_block(type) : nullptr, s);
+      std::memcpy(group + s * 64 + b % kLanes * 4, &dword, 4);
+    }
   }
+  for (int b = 0; b < blocks; ++b) {
+    const uint16_t scale = block_scale(b < n / kBlock ? src + b * gguf_block(type) : nullptr);
+    std::memcpy(dst + row_scale_at(type, b), &scale, 2);
+  }
+  if (grouped == blocks) return;
+  UnpackedRow tail(row_buffer().q, row_buffer().scale);
+  tail.fill(type, src + grouped * gguf_block(type), n - grouped * kBlock, width - grouped * kBlock);
   for (int b = grouped; b < blocks; b += 2) {
     uint8_t* pair = dst + row_quants_at(type, b, blocks);
-    const uint8_t* q = u.q + b * kBlock;
+    const uint8_t* q = tail.q + (b - grouped) * kBlock;
     if (type == Type::Q8_0) std::memcpy(pair, q, 64);
     else for (int i = 0; i < kBlock; ++i) pair[i] = nibbles(q[i], q[i + kBlock]);
   }
-  pack_row_scales(type, u.scale, blocks, dst);
 }
 
 void pack_down(Type type, const uint8_t* src, int n, uint8_t* dst) {
