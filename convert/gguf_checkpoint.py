@@ -174,6 +174,8 @@ def _config(file: GGUFFile, architecture: str) -> dict[str, Any]:
     config |= _window(file, config["num_hidden_layers"])
     if "blk.0.attn_output.bias" in file.tensors:
         config["attention_bias"] = True
+    elif architecture == "smallthinker" and "blk.0.attn_q.bias" in file.tensors:
+        config["model_type"] = "qwen2"
     return config | _activation(file, architecture) | _special_tokens(file, config["vocab_size"])
 
 

@@ -92,14 +92,16 @@ def shapes(rank: int) -> dict[str, tuple[int, ...]]:
     return outer | {f"blk.{n}.{name}": shape for n in range(N_LAYERS) for name, shape in layer.items()}
 
 
-def write(
-    path: Path, *, body: str = "F16", predictor: str = "F16", rank: int = 24, architecture: str = "llama",
-    threshold: float | None = 0.25, leave_out: str = "", extra: str = "",
-) -> dict[str, np.ndarray]:  # fmt: skip
-    """Write a file; returns what its tensors hold, float64 by name without `.weight`."""
+def assemble(
+    path: Path,
+    kvs: list[bytes],
+    wanted: dict[str, tuple[int, ...]],
+    body: str = "F16",
+    predictor: str = "F16",
+) -> dict[str, np.ndarray]:
+    """Write a file of random tensors; returns what they hold, float64 by name without `.weight`."""
     rng, infos, data, arrays = np.random.default_rng(0), b"", b"", {}
-    wanted = {name: shape for name, shape in shapes(rank).items() if name != leave_out}
-    for name, shape in (wanted | ({extra: (D,)} if extra else {})).items():
+    for name, shape in wanted.items():
         values = rng.standard_normal(shape) * (1 if len(shape) == 1 else 1.5 * shape[1] ** -0.5)
         if name.endswith("fc2"):  # clear cases only, or the rounding of activations decides
             values = 4 * np.abs(values) * rng.choice([-1, 1], (D_FF, 1))
@@ -107,13 +109,22 @@ def write(
         content = encoded(values, kind)
         arrays[name] = decoded(content, kind, shape)
         ne = shape[::-1]
-        infos += text(f"{name}.weight") + struct.pack(f"<I{len(ne)}Q", len(ne), *ne)
-        infos += struct.pack("<IQ", TYPE_IDS[kind], len(data))
+        infos += text(name if name.endswith(".bias") else f"{name}.weight")
+        infos += struct.pack(f"<I{len(ne)}Q", len(ne), *ne) + struct.pack("<IQ", TYPE_IDS[kind], len(data))
         data += content + bytes(-len(content) % 32)
-    kvs = keys(architecture, threshold)
     head = b"PWRI" + struct.pack("<IQQ", 3, len(arrays), len(kvs)) + b"".join(kvs) + infos
     path.write_bytes(head + bytes(-len(head) % 32) + data)
     return arrays
+
+
+def write(
+    path: Path, *, body: str = "F16", predictor: str = "F16", rank: int = 24, architecture: str = "llama",
+    threshold: float | None = 0.25, leave_out: str = "", extra: str = "",
+) -> dict[str, np.ndarray]:  # fmt: skip
+    """Write a gated model as convert.py does."""
+    wanted = {name: shape for name, shape in shapes(rank).items() if name != leave_out}
+    wanted |= {extra: (D,)} if extra else {}
+    return assemble(path, keys(architecture, threshold), wanted, body, predictor)
 
 
 def forward(w: dict[str, np.ndarray], ids: list[int], threshold: float, *, second_relu: bool) -> np.ndarray:
@@ -228,3 +239,101 @@ def test_a_file_that_does_not_fit_is_one_line(tmp_path, changes, error, message)
     write(tmp_path / "m.powerinfer.gguf", **changes)
     with pytest.raises((error, ShapeError), match=message):
         Engine(tmp_path / "m.powerinfer.gguf", "predicted", n_threads=1, n_ctx=16)
+
+
+def plain_keys(architecture: str, *more: bytes, **numbers: int) -> list[bytes]:
+    """What convert-hf-to-powerinfer-gguf.py says: no rope, no vocabulary size, of OPT no epsilon either."""
+    numbers |= {"embedding_length": D, "feed_forward_length": D_FF, "block_count": N_LAYERS}
+    kvs = [key("general.architecture", STRING, text(architecture))]
+    kvs += [
+        key(f"{architecture}.{n.replace('__', '.')}", U32, struct.pack("<I", v)) for n, v in numbers.items()
+    ]
+    return [*kvs, *more, key("powerinfer.sparse_threshold", F32, struct.pack("<f", 0.25))]
+
+
+def normed(x: np.ndarray, w: dict[str, np.ndarray], name: str) -> np.ndarray:
+    centred = x - x.mean(axis=1, keepdims=True)
+    deviation = np.sqrt((centred**2).mean(axis=1, keepdims=True) + EPS)
+    return centred / deviation * w[name] + w[f"{name}.bias"]
+
+
+def attended(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
+    """Causal attention of q [n, heads, d] over k and v [n, kv heads, d]; [n, heads * d]."""
+    n = len(q)
+    k, v = (np.repeat(a, q.shape[1] // a.shape[1], axis=1) for a in (k, v))
+    scores = np.where(np.tri(n, dtype=bool), np.einsum("thd,shd->hts", q, k) / HEAD**0.5, -np.inf)
+    shares = np.exp(scores - scores.max(axis=2, keepdims=True))
+    shares /= shares.sum(axis=2, keepdims=True)
+    return np.einsum("hts,shd->thd", shares, v).reshape(n, -1)
+
+
+def kept(x: np.ndarray, b: dict[str, np.ndarray]) -> np.ndarray:
+    chosen = np.maximum(x @ b["fc1"].T, 0) @ b["fc2"].T >= 0.25
+    chosen[0] = True
+    return chosen
+
+
+def block(w: dict[str, np.ndarray], layer: int) -> dict[str, np.ndarray]:
+    prefix = f"blk.{layer}."
+    return {name.removeprefix(prefix): array for name, array in w.items() if name.startswith(prefix)}
+
+
+def test_opt_runs(tmp_path):
+    """Learned positions from row 2 on, biases everywhere, the embedding as head, an unsaid epsilon."""
+    linear = {
+        "attn_q": (D, D),
+        "attn_k": (D, D),
+        "attn_v": (D, D),
+        "attn_output": (D, D),
+        "ffn_up": (D_FF, D),
+    }
+    layer = linear | {f"{name}.bias": shape[:1] for name, shape in linear.items()}
+    layer |= {"ffn_down_t": (D_FF, D), "ffn_down_t.bias": (D,), "fc1": (24, D), "fc2": (D_FF, 24)}
+    layer |= {f"{name}{end}": (D,) for name in ("attn_norm", "ffn_norm") for end in ("", ".bias")}
+    wanted = {"token_embd": (VOCAB, D), "pos_embd": (66, D), "output_norm": (D,), "output_norm.bias": (D,)}
+    wanted |= {f"blk.{n}.{name}": shape for n in range(N_LAYERS) for name, shape in layer.items()}
+    kvs = plain_keys("opt", context_length=66, attention__head_count=HEADS)
+    w = assemble(tmp_path / "m.powerinfer.gguf", kvs, wanted)
+    x = w["token_embd"][IDS] + w["pos_embd"][2 : 2 + len(IDS)]
+    for n in range(N_LAYERS):
+        b = block(w, n)
+        h = normed(x, b, "attn_norm")
+        q, k, v = ((h @ b[f"attn_{s}"].T + b[f"attn_{s}.bias"]).reshape(-1, HEADS, HEAD) for s in "qkv")
+        x = x + attended(q, k, v) @ b["attn_output"].T + b["attn_output.bias"]
+        h = normed(x, b, "ffn_norm")
+        active = np.maximum(h @ b["ffn_up"].T + b["ffn_up.bias"], 0) * kept(x, b)
+        x = x + active @ b["ffn_down_t"] + b["ffn_down_t.bias"]
+    expected = normed(x, w, "output_norm") @ w["token_embd"].T
+    engine = Engine(tmp_path / "m.powerinfer.gguf", "predicted", n_threads=1, n_ctx=16)
+    assert distance(engine.prefill(IDS, all_logits=True), expected) < 0.01
+
+
+@pytest.mark.parametrize("two_norms", [False, True])
+def test_falcon_runs(tmp_path, two_norms):
+    """Attention and FFN side by side; the predictor sees the layer's input; rotary pairs are halves apart."""
+    layer = {"attn_qkv": (D + 2 * KV * HEAD, D), "attn_output": (D, D), "ffn_up": (D_FF, D)}
+    layer |= {"ffn_down_t": (D_FF, D), "fc1": (24, D), "fc2": (D_FF, 24)}
+    norms = ("attn_norm", "attn_norm_2") if two_norms else ("attn_norm",)
+    layer |= {f"{name}{end}": (D,) for name in norms for end in ("", ".bias")}
+    wanted = {"token_embd": (VOCAB, D), "output": (VOCAB, D), "output_norm": (D,), "output_norm.bias": (D,)}
+    wanted |= {f"blk.{n}.{name}": shape for n in range(N_LAYERS) for name, shape in layer.items()}
+    eps = key("falcon.attention.layer_norm_epsilon", F32, struct.pack("<f", EPS))
+    numbers = {"context_length": 2048, "attention__head_count": HEADS, "attention__head_count_kv": KV}
+    w = assemble(tmp_path / "m.powerinfer.gguf", plain_keys("falcon", eps, **numbers), wanted)
+    angle = np.arange(len(IDS))[:, None] * BASE ** (-np.arange(HEAD // 2) / (HEAD // 2))
+
+    def rotated(v: np.ndarray) -> np.ndarray:
+        first, second = np.split(v.reshape(len(IDS), -1, HEAD), 2, axis=2)
+        turned = (first + 1j * second) * np.exp(1j * angle)[:, None]
+        return np.concatenate([turned.real, turned.imag], axis=2)
+
+    x = w["token_embd"][IDS]
+    for n in range(N_LAYERS):
+        b = block(w, n)
+        q, k, v = np.split(normed(x, b, norms[-1]) @ b["attn_qkv"].T, [D, D + KV * HEAD], axis=1)
+        attention = attended(rotated(q), rotated(k), v.reshape(-1, KV, HEAD)) @ b["attn_output"].T
+        active = np.maximum(normed(x, b, "attn_norm") @ b["ffn_up"].T, 0) * kept(x, b)
+        x = x + attention + active @ b["ffn_down_t"]
+    expected = normed(x, w, "output_norm") @ w["output"].T
+    engine = Engine(tmp_path / "m.powerinfer.gguf", "predicted", n_threads=1, n_ctx=16)
+    assert distance(engine.prefill(IDS, all_logits=True), expected) < 0.01
