@@ -17,7 +17,7 @@ from hotcold.runtime.gpu.weights import DeviceFfn, DeviceWeights
 from hotcold.runtime.triton import tuning
 from hotcold.runtime.triton.rows import Rows
 
-__all__ = ["tune_weights"]
+__all__ = ["tune_ffns", "tune_weights"]
 
 _LISTED = 0.11  # share of active neurons: what real ReLU gates of a 7B model leave (ProSparse, table 1)
 
@@ -29,6 +29,13 @@ def tune_weights(weights: DeviceWeights, ops: ModuleType, device: torch.device) 
         _tune("dot", ops, x, rows, lambda w, x=x: ops.dot_rows(x, w))
     if not weights.dense_file:
         _tune_lists([layer.ffn for layer in weights.layers if layer.ffn], ops, device)
+
+
+def tune_ffns(ffns: Sequence[tuple[Rows, Rows, Rows]], ops: ModuleType, device: torch.device) -> None:
+    """The same for FFNs alone, as (gate, up, down)."""
+    x = torch.randn(1, ffns[0][0].width, device=device)
+    _tune("dot", ops, x, [gate for gate, _, _ in ffns], lambda w: ops.dot_rows(x, w))
+    _tune_lists([DeviceFfn(*ffn) for ffn in ffns], ops, device)
 
 
 def _products(weights: DeviceWeights) -> list[Rows]:
