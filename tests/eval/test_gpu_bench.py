@@ -79,20 +79,18 @@ def test_bench_kernels_errors(capsys, arguments, message):
 
 def test_bench_gpu(synthetic, capsys, tmp_path):
     arguments = ["bench-gpu", "--synthetic", "smollm2-135m", "--layers", "1", "--device", "cpu", "-t", "1"]
-    sizes = ["-r", "2", "-p", "4", "-n", "6", "--budgets", "80,300", "--cache", str(synthetic.parent)]
+    sizes = ["-r", "2", "-p", "3", "-n", "4", "--budgets", "300", "--cache", str(synthetic.parent)]
+    arguments += ["-m", "predicted"]
     assert main([*arguments, *sizes, "-o", "json", "--save", str(tmp_path / "report.json")]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report == json.loads((tmp_path / "report.json").read_text())
     rows = {row["name"]: row for row in report["rows"]}
-    modes = ("dense", "exact", "predicted")
-    assert set(rows) == {
-        f"{where} {mode}" for where in ("gpu", "hybrid 80%", "hybrid 300%") for mode in modes
-    }
+    assert set(rows) == {"gpu predicted", "hybrid 300% predicted"}
     for row in rows.values():
         assert row["generation"]["median"] > 0 and row["bytes_per_token"] > 0
     told = rows["hybrid 300% predicted"]["telemetry"]
-    assert told["hot_hit_rate"] == 1 and told["decoded"] == 12
-    assert rows["gpu exact"]["sparsity"] > 0.5 and rows["gpu dense"]["sparsity"] is None
+    assert told["hot_hit_rate"] == 1 and told["decoded"] == 8
+    assert rows["gpu predicted"]["sparsity"] > 0.3
 
 
 def test_sides(synthetic):
