@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from hotcold.errors import FormatError, UnsupportedError
 __all__ = ["ACTIVATIONS", "ModelSpec", "Scales", "interleave_rope", "split_rope"]
 
 ACTIVATIONS = ("relu", "fatrelu", "drelu", "silu", "gelu")
+_MAX_LAYERS = 1 << 12  # lists are made of that length before any weight is looked for
+_LARGEST = sys.float_info.max
 _SPARSE = ("relu", "fatrelu", "drelu")
 
 
@@ -87,9 +90,8 @@ class ModelSpec:
                 raise UnsupportedError(
                     f"{model_type} with {key}", where=where, got=config[key], expected=value
                 )
-        n_layers, d_model, n_heads = (
-            read.count(key) for key in ("num_hidden_layers", "hidden_size", "num_attention_heads")
-        )
+        n_layers = read.count("num_hidden_layers", most=_MAX_LAYERS)
+        d_model, n_heads = read.count("hidden_size"), read.count("num_attention_heads")
         head_dim = read.count("head_dim", d_model // n_heads)
         n_ctx = read.count("max_position_embeddings")
         activation, thresholds = _activation(read, family, n_layers)
@@ -134,7 +136,7 @@ def _activation(read: Fields, family: Family, n_layers: int) -> tuple[str, tuple
 def _thresholds(read: Fields, n_layers: int, default: float) -> tuple[float, ...]:
     value = read.config.get("activation_thresholds", read.config.get("hidden_act_param", default))
     values = value if isinstance(value, list) else [value] * n_layers
-    good = all(isinstance(t, int | float) and np.isfinite(t) and t >= 0 for t in values)
+    good = all(isinstance(t, int | float) and 0 <= t <= _LARGEST for t in values)
     if len(values) != n_layers or not good:
         expected = f"one number >= 0, or {n_layers} of them"
         field = "activation_thresholds"
@@ -159,7 +161,7 @@ def _windows(read: Fields, family: Family, n_layers: int, n_ctx: int) -> tuple[i
     window = read.count("sliding_window")
     kinds = read.config.get("layer_types") if chosen else None
     if kinds is None:
-        first = read.get("max_window_layers", 28) if chosen else 0
+        first = read.number("max_window_layers", 28) if chosen else 0
         kinds = ["sliding_attention" if i >= first else "full_attention" for i in range(n_layers)]
     if not isinstance(kinds, list) or len(kinds) != n_layers:
         raise read.bad("layer_types", kinds, f"{n_layers} names")

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from hotcold.errors import FormatError, UnsupportedError
 
 __all__ = ["Fields"]
+
+_MOST = (1 << 31) - 1
+_LARGEST = sys.float_info.max
 
 
 class Fields:
@@ -35,18 +37,19 @@ class Fields:
             raise FormatError("missing key", where=self.where, field=self.name(key))
         return value
 
-    def count(self, key: str, default: int | None = None) -> int:
-        """A positive integer."""
+    def count(self, key: str, default: int | None = None, most: int = _MOST) -> int:
+        """A positive integer, at most `most`."""
         value = self.get(key, default)
-        if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 1 << 31:
-            raise self.bad(key, value, "a positive integer")
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= most:
+            limit = "" if most == _MOST else f", at most {most}"
+            raise self.bad(key, value, f"a positive integer{limit}")
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
         """A finite number."""
         value = self.get(key, default)
-        if not isinstance(value, int | float) or isinstance(value, bool) or not np.isfinite(value):
-            raise self.bad(key, value, "a number")
+        if not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) <= _LARGEST:
+            raise self.bad(key, value, "a finite number")
         return float(value)
 
     def positive(self, key: str, default: float | None = None) -> float:

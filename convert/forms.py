@@ -26,8 +26,8 @@ class Form:
 
     `activation` is what llama.cpp or PowerInfer computes with it. `interleaved`: the rotary pairs of q and
     k rows are neighbours, not halves apart. `positions` names the tensor of learned positions, whose row
-    `first_position` is that of position 0. `experts`: the FFN is a mixture's only expert. `biases`: q, k, v
-    and output may have one. `rope_factors`: the tensor `rope_freqs` is known.
+    `first_position` is that of position 0. `experts`: the FFN is a mixture's only expert.
+    `rope_factors`: the tensor `rope_freqs` is known.
     """
 
     activation: str = "silu"
@@ -36,7 +36,6 @@ class Form:
     gated: bool = True
     parallel: bool = False
     head_norm: bool = False
-    biases: bool = True
     fused_qkv: bool = False
     experts: bool = False
     positions: str = ""
@@ -52,12 +51,12 @@ class Form:
 FORMS: dict[str, Form] = {
     "llama": Form(interleaved=True, rope_factors=True),
     "qwen2": Form(),
-    "qwen3": Form(head_norm=True, biases=False),
-    "smallthinker": Form("relu", experts=True, biases=False),
+    "qwen3": Form(head_norm=True),
+    "smallthinker": Form("relu", experts=True),
     "gpt2": Form("gelu", layer_norm=True, gated=False, fused_qkv=True, positions="position_embd"),
-    "falcon": Form("gelu", layer_norm=True, gated=False, parallel=True, fused_qkv=True, biases=False),
+    "falcon": Form("gelu", layer_norm=True, gated=False, parallel=True, fused_qkv=True),
     # PowerInfer's own
-    "bamboo": Form("drelu", interleaved=True, biases=False),
+    "bamboo": Form("drelu", interleaved=True),
     "opt": Form("relu", layer_norm=True, gated=False, positions="pos_embd", first_position=2),
 }
 
@@ -79,7 +78,8 @@ def hyper_parameters(spec: ModelSpec, architecture: str) -> dict[str, Any]:
     values: dict[str, Any] = {key: np.uint32(value) for key, value in numbers.items()}
     values[form.eps_key] = np.float32(spec.norm_eps)
     if spec.rope is not None:
-        values |= {"rope.dimension_count": np.uint32(spec.head_dim), **spec.rope.metadata()}
+        rope = spec.rope if form.rope_factors else spec.rope.as_yarn()  # ours read ROPE_FACTORS instead
+        values |= {"rope.dimension_count": np.uint32(spec.head_dim), **rope.metadata()}
     return {f"{architecture}.{key}": value for key, value in values.items()} | _own_keys(spec, form)
 
 

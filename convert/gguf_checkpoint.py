@@ -7,6 +7,7 @@ trusts them, and would forget activations, rope factors and the pre-tokenizer.
 
 from __future__ import annotations
 
+import mmap
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -95,7 +96,10 @@ class GGUFCheckpoint:
     def load(self, name: str) -> np.ndarray:
         """One tensor as float32, decoded if it is quantised."""
         weight = self._find(name)
-        return weight.change(dequantize(weight.tensor))
+        values = weight.change(dequantize(weight.tensor))
+        if isinstance(self._file.buffer, mmap.mmap):  # a model need not fit into memory
+            self._file.buffer.madvise(mmap.MADV_DONTNEED)
+        return values
 
     def _find(self, name: str) -> _Weight:
         if name not in self._weights:
@@ -169,6 +173,8 @@ def _config(file: GGUFFile, architecture: str) -> dict[str, Any]:
     config |= _window(file, config["num_hidden_layers"])
     if "blk.0.attn_output.bias" in file.tensors:
         config["attention_bias"] = True
+    elif architecture == "smallthinker" and "blk.0.attn_q.bias" in file.tensors:
+        config["model_type"] = "qwen2"
     return config | _activation(file, architecture) | _special_tokens(file, config["vocab_size"])
 
 

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from hotcold.convert.safetensors_read import SafetensorsFile, read_json
+from hotcold.safetensors_read import SafetensorsFile, read_json
 from hotcold.errors import FormatError, InputError
 
 __all__ = ["HFCheckpoint", "WeightSource"]

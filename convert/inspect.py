@@ -10,7 +10,11 @@ import numpy as np
 
 from hotcold.convert.gguf_read import GGUFFile
 from hotcold.convert.gguf_split import open_gguf
+from hotcold.convert.gpu_index import ARCHITECTURE, GpuIndex
+from hotcold.convert.layout import ExportOptions
 from hotcold.convert.manifest import MANIFEST, Manifest
+from hotcold.convert.powerinfer import hot_sets, predictor_thresholds
+from hotcold.convert.predictors import hot_neurons
 from hotcold.errors import InputError
 from hotcold.predictor.bundle import PredictorBundle
 from hotcold.safetensors_read import read_json
@@ -18,13 +22,16 @@ from hotcold.safetensors_read import read_json
 __all__ = ["describe", "render"]
 
 _LONG = 64  # characters of a value that are shown to people
+_NEURONS = ("hot_neurons", "gpu_neurons")
 
 
 def describe(path: str | Path) -> dict[str, Any]:
     """What is in a file or folder, ready for JSON. InputError for others, FormatError for broken ones."""
     path = Path(path)
     if path.is_file():
-        return _describe_gguf(open_gguf(path))
+        file = open_gguf(path)
+        is_index = file.metadata.get("general.architecture") == ARCHITECTURE
+        return _describe_gpu_index(file) if is_index else _describe_gguf(file)
     if (path / MANIFEST).is_file():
         return _describe_bundle(path)
     if (path / "config.json").is_file() and "thresholds" in read_json(path / "config.json"):
@@ -36,6 +43,7 @@ def _describe_gguf(file: GGUFFile) -> dict[str, Any]:
     by_type: Counter[str] = Counter()
     for tensor in file.tensors.values():
         by_type[tensor.type] += tensor.data.nbytes
+    layers = _layers_of(file)
     return {
         "kind": "gguf",
         "magic": file.magic,
@@ -46,30 +54,42 @@ def _describe_gguf(file: GGUFFile) -> dict[str, Any]:
             {"name": t.name, "shape": list(t.shape), "type": t.type, "bytes": t.data.nbytes}
             for t in file.tensors.values()
         ],
-        "layers": _layers_of(file),
+        "layers": layers,
+        "hot_neurons": [hot.tolist() for hot in hot_sets(file, len(layers))] if layers else [],
+    }
+
+
+def _describe_gpu_index(file: GGUFFile) -> dict[str, Any]:
+    index = GpuIndex.read(file)
+    sizes = [len(bucket) for bucket in index.buckets]
+    return {
+        "kind": "gpuidx",
+        "vram_capacity": index.vram_capacity,
+        "d_ff": index.d_ff,
+        "layers": [{"layer": n, "gpu": size, "share": size / index.d_ff} for n, size in enumerate(sizes)],
+        "gpu_neurons": [bucket.tolist() for bucket in index.buckets],
     }
 
 
 def _layers_of(file: GGUFFile) -> list[dict[str, Any]]:
     """The predictor table of a sparse file: rank and threshold, and how many neurons are hot."""
-    ranks = [t.shape[0] for t in file.tensors.values() if t.name.endswith(".fc1.weight")]
-    one_for_all = file.metadata.get("powerinfer.sparse_threshold", 0.0)
-    thresholds = file.metadata.get("hotcold.predictor.thresholds", [one_for_all] * len(ranks))
-    counts = file.metadata.get("hotcold.hot.counts", [0] * len(ranks))
+    ranks = [tensor.shape[0] for tensor in file.tensors.values() if tensor.name.endswith(".fc1.weight")]
+    table = zip(ranks, predictor_thresholds(file, len(ranks)), hot_sets(file, len(ranks)), strict=True)
     return [
-        {"layer": i, "rank": rank, "threshold": float(threshold), "hot": int(hot)}
-        for i, (rank, threshold, hot) in enumerate(zip(ranks, thresholds, counts, strict=False))
+        {"layer": number, "rank": rank, "threshold": threshold, "hot": len(hot)}
+        for number, (rank, threshold, hot) in enumerate(table)
     ]
 
 
 def _describe_predictors(path: Path) -> dict[str, Any]:
     predictors = PredictorBundle.load(path)
+    hot = [hot_neurons(layer, ExportOptions().hot_frequency).tolist() for layer in predictors.layers]
     table = [
-        {"layer": number, "rank": layer.rank, "threshold": layer.threshold}
+        {"layer": number, "rank": layer.rank, "threshold": layer.threshold, "hot": len(hot[number])}
         | (layer.metrics.to_json() if layer.metrics else {})
         for number, layer in enumerate(predictors.layers)
     ]
-    return {"kind": "predictors"} | predictors.config() | {"layers": table}
+    return {"kind": "predictors"} | predictors.config() | {"layers": table, "hot_neurons": hot}
 
 
 def _describe_bundle(path: Path) -> dict[str, Any]:
@@ -78,16 +98,9 @@ def _describe_bundle(path: Path) -> dict[str, Any]:
     if sparse := manifest.of_role("sparse"):
         file = GGUFFile(path / sparse[0])
         learned = _describe_predictors(path / "predictors")["layers"]
-        described["layers"] = [a | b for a, b in zip(_layers_of(file), learned, strict=False)]
-        described["hot_neurons"] = _hot_neurons(file)
+        described["layers"] = [a | b for a, b in zip(learned, _layers_of(file), strict=True)]
+        described["hot_neurons"] = [hot.tolist() for hot in hot_sets(file, len(described["layers"]))]
     return described
-
-
-def _hot_neurons(file: GGUFFile) -> list[list[int]]:
-    """The indices of the always-computed neurons of each layer."""
-    counts = np.asarray(file.metadata.get("hotcold.hot.counts", []), np.int64)
-    neurons = np.asarray(file.metadata.get("hotcold.hot.neurons", []), np.int64)
-    return [part.tolist() for part in np.split(neurons, np.cumsum(counts))[: len(counts)]]
 
 
 def _plain(value: Any) -> Any:
@@ -96,12 +109,32 @@ def _plain(value: Any) -> Any:
 
 def render(described: dict[str, Any]) -> str:
     """The same for people: one line per entry, long ones cut short, and tables."""
-    tables = [_table(described.get(name, [])) for name in ("tensors", "layers")]
+    tables = [_table(described.get("tensors", [])), _table(_with_neurons(described))]
     files = [{"file": name, **entry} for name, entry in described.get("files", {}).items()]
-    skipped = ("tensors", "layers", "files", "metadata", "hot_neurons")
+    skipped = ("tensors", "layers", "files", "metadata", *_NEURONS)
     lines = [f"{key}: {_cut(value)}" for key, value in described.items() if key not in skipped]
     lines += [f"  {key}: {_cut(value)}" for key, value in described.get("metadata", {}).items()]
     return "\n\n".join(part for part in ("\n".join(lines), _table(files), *tables) if part)
+
+
+def _with_neurons(described: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows of the layers, with the neurons that are hot or on the GPU."""
+    for name in _NEURONS:
+        if described.get(name):
+            rows = zip(described["layers"], described[name], strict=True)
+            return [row | {name.replace("_", " "): _cut(_ranges(neurons))} for row, neurons in rows]
+    return described.get("layers", [])
+
+
+def _ranges(neurons: list[int]) -> str:
+    """Ascending indices as `0-3, 7, 12-15`."""
+    runs: list[list[int]] = []
+    for neuron in neurons:
+        if runs and runs[-1][1] == neuron - 1:
+            runs[-1][1] = neuron
+        else:
+            runs.append([neuron, neuron])
+    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs) or "none"
 
 
 def _cut(value: Any) -> str:

@@ -7,7 +7,8 @@ import json
 from pathlib import Path
 
 HELP = (
-    "Show what is in a GGUF file, a bundle or a predictor bundle: metadata, tensors, predictors, hot neurons."
+    "Show what is in a GGUF file, a bundle, a predictor bundle or a GPU index: metadata, tensors, "
+    "predictors, and which neurons are hot."
 )
 EXAMPLE = "hotcold inspect bundle/ --json"
 
@@ -15,7 +16,7 @@ EXAMPLE = "hotcold inspect bundle/ --json"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     parser.add_argument(
-        "path", type=Path, metavar="FILE|DIR", help="a GGUF file, a bundle or a predictor bundle"
+        "path", type=Path, metavar="FILE|DIR", help="a GGUF file, GPU index, bundle or predictor bundle"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object with everything")
 

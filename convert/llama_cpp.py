@@ -27,13 +27,15 @@ from hotcold.errors import UnsupportedError
 __all__ = ["architecture_of", "dense_metadata", "dense_plans", "differences", "is_exact", "write_llama_twin"]
 
 _SOFTMAX = 1  # llama.cpp: LLAMA_EXPERT_GATING_FUNC_TYPE_SOFTMAX
+_EXPERT_BIASES = {"attn_q", "attn_k", "attn_v"}  # llama-cpp-python 0.3.36 loads these
 _EXPERT_NAMES = {"ffn_gate_exps": "ffn_gate", "ffn_up_exps": "ffn_up", "ffn_down_exps": "ffn_down"}
 
 
 def architecture_of(spec: ModelSpec) -> str:
     """The llama.cpp architecture that computes this model, or comes nearest (see `differences`)."""
-    one_expert = spec.is_sparse and spec.family.gated and not spec.biases and not spec.family.head_norm
-    return "smallthinker" if one_expert else spec.family.dense
+    gated_relu = spec.is_sparse and spec.family.gated
+    known = spec.biases <= _EXPERT_BIASES and not spec.family.head_norm
+    return "smallthinker" if gated_relu and known else spec.family.dense
 
 
 def differences(spec: ModelSpec) -> list[str]:
@@ -47,7 +49,7 @@ def differences(spec: ModelSpec) -> list[str]:
     if any(spec.windows):
         found.append(f"no sliding window of {max(spec.windows)} tokens")
     if spec.rope and spec.rope.kind == "llama3" and not form.rope_factors:
-        found.append("no Llama 3 rope scaling")
+        found.append("YaRN's ramp instead of Llama 3's rope scaling")
     return found
 
 

@@ -25,6 +25,8 @@ from hotcold.predictor.bundle import LayerPredictor, PredictorBundle
 __all__ = [
     "MAGIC",
     "architecture_of",
+    "hot_sets",
+    "predictor_thresholds",
     "runs_in_powerinfer",
     "sparse_metadata",
     "sparse_plans",
@@ -94,19 +96,43 @@ def sparse_predictors(file: GGUFFile, fingerprint: str) -> PredictorBundle | Non
     n_layers = sum(name.endswith(".fc1.weight") for name in file.tensors)
     layers = [
         LayerPredictor(_matrix(file, f"blk.{n}.fc1.weight"), _matrix(file, f"blk.{n}.fc2.weight"), threshold)
-        for n, threshold in enumerate(_thresholds(file, n_layers))
+        for n, threshold in enumerate(predictor_thresholds(file, n_layers))
     ]
     training = {"converted_from": file.path.name}
     return PredictorBundle(fingerprint, layers, training=training, path=file.path) if layers else None
 
 
-def _thresholds(file: GGUFFile, n_layers: int) -> list[float]:
-    one_for_all = float(file.metadata.get("powerinfer.sparse_threshold", 0.0))
-    values = file.metadata.get("hotcold.predictor.thresholds", np.full(n_layers, one_for_all))
+def predictor_thresholds(file: GGUFFile, n_layers: int) -> list[float]:
+    """One per layer, on raw logits. FormatError where the metadata does not give that."""
+    one_for_all = 0.0
+    if "powerinfer.sparse_threshold" in file.metadata:
+        one_for_all = float(file.require("powerinfer.sparse_threshold", float))
+    field = "hotcold.predictor.thresholds"
+    if field not in file.metadata:
+        return [one_for_all] * n_layers
+    values = file.require(field, np.ndarray)
     if len(values) != n_layers:
-        field, got = "hotcold.predictor.thresholds", len(values)
-        raise FormatError("one value per layer", where=file.path, field=field, got=got, expected=n_layers)
+        raise FormatError(
+            "one value per layer", where=file.path, field=field, got=len(values), expected=n_layers
+        )
     return [float(value) for value in values]
+
+
+def hot_sets(file: GGUFFile, n_layers: int) -> list[np.ndarray]:
+    """The indices of the neurons of each layer that are always computed; none in a file of PowerInfer's own.
+
+    FormatError where counts and indices do not fit each other.
+    """
+    if "hotcold.hot.counts" not in file.metadata:
+        return [np.empty(0, np.int32)] * n_layers
+    counts = file.require("hotcold.hot.counts", np.ndarray).astype(np.int64)
+    neurons = file.require("hotcold.hot.neurons", np.ndarray)
+    if len(counts) != n_layers or (counts < 0).any() or counts.sum() != len(neurons):
+        got, expected = f"{len(counts)} layers, {counts.sum()} neurons", f"{n_layers}, {len(neurons)}"
+        raise FormatError(
+            "counts of hot neurons", where=file.path, field="hotcold.hot.counts", got=got, expected=expected
+        )
+    return np.split(neurons, np.cumsum(counts)[:-1])
 
 
 def _matrix(file: GGUFFile, name: str) -> np.ndarray:

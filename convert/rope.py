@@ -9,7 +9,7 @@ for linear and YaRN; Llama 3's is a divisor per pair there, the tensor `rope_fre
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -118,6 +118,10 @@ class Rope:
         first, last = max(math.floor(pair_with(self.high)), 0), min(math.ceil(pair_with(self.low)), dim - 1)
         width = last - first or 0.001
         return np.clip((np.arange(dim // 2) - first) / width, 0, 1)
+
+    def as_yarn(self) -> Rope:
+        """Llama 3's scaling as YaRN comes nearest to it: the same ends, another ramp between them."""
+        return replace(self, kind="yarn") if self.kind == "llama3" else self
 
     def metadata(self) -> dict[str, Any]:
         """llama.cpp's keys, without the architecture before them. Llama 3's scaling has none: see above."""

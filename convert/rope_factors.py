@@ -35,7 +35,7 @@ def read_rope(file: GGUFFile, architecture: str) -> Rope:
         return _positive(file, f"{architecture}.rope.{name}", default)
 
     base, kind = number("freq_base", 10000.0), file.metadata.get(f"{architecture}.rope.scaling.type", "none")
-    if kind == "none":
+    if kind == "none" or ROPE_FACTORS in file.metadata:  # with factors, the scaling is for other programs
         return Rope(base)
     if kind not in ("linear", "yarn"):
         raise UnsupportedError("rope scaling", where=file.path, got=kind, expected="none | linear | yarn")

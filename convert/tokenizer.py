@@ -7,6 +7,7 @@ not guessed.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from hotcold.convert.sentencepiece import is_sentencepiece, sentencepiece_metadata
-from hotcold.errors import FormatError, UnsupportedError
+from hotcold.errors import FormatError, InputError, UnsupportedError
 from hotcold.safetensors_read import read_json
 
 __all__ = ["tokenizer_files", "tokenizer_metadata"]
@@ -50,16 +51,30 @@ def tokenizer_metadata(folder: Path, n_vocab: int, config: dict[str, Any]) -> di
     not a BPE which llama.cpp has too.
     """
     path = folder / "tokenizer.json"
-    data = read_json(path)
+    tokenizer = _load(path)
+    largest = max(tokenizer.get_vocab().values(), default=-1)
+    if largest >= n_vocab:
+        got = largest + 1
+        raise FormatError("more tokens than embeddings", where=path, field="vocab", got=got, expected=n_vocab)
+    data = json.loads(tokenizer.to_str())  # checked, complete, and in today's spelling
     tokens, types = _vocabulary(data, n_vocab, path)
     settings = _settings(folder)
     convert = sentencepiece_metadata if is_sentencepiece(data) else _byte_level_metadata
     metadata = convert(data, tokens, types, path)
     ids = {token: i for i, token in enumerate(tokens)}
-    metadata |= _special_ids(settings, config, ids) | _added_ends(path)
+    metadata |= _special_ids(settings, config, ids) | _added_ends(tokenizer, path)
     if template := settings.get("chat_template"):
         metadata["tokenizer.chat_template"] = template
     return metadata
+
+
+def _load(path: Path) -> Tokenizer:
+    if not path.is_file():
+        raise InputError("cannot read the file: there is none", where=path)
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises bare Exceptions
+        raise FormatError(f"not a tokenizer: {error}", where=path) from error
 
 
 def _byte_level_metadata(
@@ -78,15 +93,12 @@ def _byte_level_metadata(
 
 
 def _vocabulary(data: dict[str, Any], n_vocab: int, path: Path) -> tuple[list[str], list[int]]:
-    model = data.get("model") or {}
+    model = data["model"]
     if model.get("type") != "BPE":
         raise UnsupportedError("unknown tokenizer model", where=path, got=model.get("type"), expected="BPE")
     added = {entry["id"]: entry for entry in data.get("added_tokens", [])}
     names = {i: token for token, i in model["vocab"].items()}
     names |= {i: entry["content"] for i, entry in added.items()}
-    if max(names, default=-1) >= n_vocab:
-        got = max(names) + 1
-        raise FormatError("more tokens than embeddings", where=path, field="vocab", got=got, expected=n_vocab)
     tokens = [names.get(i, f"[PAD{i}]") for i in range(n_vocab)]
     return tokens, [_type(i, names, added) for i in range(n_vocab)]
 
@@ -147,21 +159,19 @@ def _special_ids(settings: dict[str, Any], config: dict[str, Any], ids: dict[str
         token = token.get("content") if isinstance(token, dict) else token
         number = config.get(f"{key}_token_id")
         number = number[0] if isinstance(number, list) and number else number
-        number = ids.get(token, number)
+        number = ids.get(token, number) if isinstance(token, str) else number
         if isinstance(number, int) and 0 <= number < len(ids):
             found[f"tokenizer.ggml.{name}_token_id"] = np.uint32(number)
     return found
 
 
-def _added_ends(path: Path) -> dict[str, bool]:
+def _added_ends(tokenizer: Tokenizer, path: Path) -> dict[str, bool]:
     """Whether encoding puts a token before the text or after it, as seen by doing it."""
-    try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # tokenizers raises bare Exceptions
-        raise FormatError(f"not a tokenizer: {error}", where=path) from error
     bare = tokenizer.encode("a", add_special_tokens=False).ids
     full = tokenizer.encode("a").ids
-    before = next(i for i in range(len(full)) if full[i : i + len(bare)] == bare)
+    before = next((i for i in range(len(full)) if full[i : i + len(bare)] == bare), None)
+    if before is None:
+        raise UnsupportedError("a post-processor that changes the text's tokens", where=path)
     return {
         "tokenizer.ggml.add_bos_token": before > 0,
         "tokenizer.ggml.add_eos_token": len(full) > before + len(bare),

@@ -73,6 +73,10 @@ def _damaged_file(path: Path, file: BundleFile) -> Iterator[HotcoldError]:
 def _check_content(folder: Path, manifest: Manifest) -> None:
     config = read_json(folder / "config.json")
     spec = ModelSpec.from_config(config, folder / "config.json")
+    total = sum(file.bytes for file in manifest.files.values())
+    if spec.n_vocab > total:  # whose tokens would fill the memory
+        where = folder / "config.json"
+        raise FormatError("more tokens than bytes", where=where, field="vocab_size", got=spec.n_vocab)
     predictors = PredictorBundle.load(folder / "predictors") if manifest.of_role("sparse") else None
     if predictors is not None:
         check_predictors(predictors, spec, manifest.model_fingerprint)

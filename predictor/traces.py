@@ -148,16 +148,18 @@ class Traces:
 
         FormatError names the shard and the field that is wrong.
         """
-        run = self.run
-        x = np.empty((run.n_tokens, run.d_model), np.float16)
-        active = np.empty((run.n_tokens, -(-run.d_ff // 8)), np.uint8)
+        run, whole = self.run, {}
+        kinds = {"x": (run.d_model, np.dtype(np.float16)), "active": (-(-run.d_ff // 8), np.dtype(np.uint8))}
         for shard in self.shards:
             if shard.layer == layer:
                 rows, tensors = run.shard_slice(shard.shard), shard.read(self.folder)
-                for name, target in (("x", x), ("active", active)):
-                    check_tensor(tensors, name, target[rows].shape, target.dtype, self.folder / shard.file)
-                    target[rows] = tensors[name]
-        return x, active
+                for name, (width, dtype) in kinds.items():
+                    shape, file = (rows.stop - rows.start, width), self.folder / shard.file
+                    part = check_tensor(tensors, name, shape, dtype, file)
+                    if name not in whole:  # not sooner: a width is true once a shard has it
+                        whole[name] = np.empty((run.n_tokens, width), dtype)
+                    whole[name][rows] = part
+        return whole["x"], whole["active"]
 
     def active(self, layer: int) -> Iterator[np.ndarray]:
         """Packed `active` uint8 [tokens, ceil(d_ff / 8)] of a layer, shard by shard. Raises like `layer`."""

@@ -5,6 +5,14 @@
 #include "pass.h"
 
 namespace hotcold {
+namespace {
+
+// The beginning of a run of keys or values; hardware prefetchers bring the rest of a long one once it is read.
+void ask_for_run(Asks& asks, const uint16_t* run, int n) {
+  asks.add(reinterpret_cast<const uint8_t*>(run), std::min<size_t>(n * sizeof(uint16_t), 32768));
+}
+
+}  // namespace
 
 uint16_t* Pass::keys(int l, int kv_head) const {
   const size_t tile_floats = size_t(c().head_dim) * kLanes;
@@ -23,8 +31,7 @@ void Pass::attention(int thread, int l) {
   multiply(thread, layer.q, norm, b.q.get(), layer.q.rows);
   multiply(thread, layer.k, norm, b.kk.get(), layer.k.rows);
   multiply(thread, layer.v, norm, b.v.get(), layer.v.rows);
-  m.team.barrier();
-  rope_and_store(thread, l);
+  if (n == 1) ask_for_first_keys(thread, l);
   m.team.barrier();
   if (n == 1) attend_one(thread, l);
   else attend_block(thread, l);
@@ -32,6 +39,7 @@ void Pass::attention(int thread, int l) {
   // In a parallel block the FFN still has to read the stream as it is.
   float* out = c().parallel ? b.attention.get() : b.out.get();
   multiply(thread, layer.o, s.heads.acts, out, stride);
+  ask_for(thread, c().mode == Mode::Predicted ? layer.fc1 : layer.gate);
   m.team.barrier();
   if (!c().parallel) add_to_stream(thread, out, stride, layer.o_bias);
 }
@@ -55,31 +63,28 @@ void Pass::finish_head(float* head, int t, int h, const std::vector<float>& bias
   rope(head, t);
 }
 
-void Pass::rope_and_store(int thread, int l) {
+// Query heads of one key-value head and token, ready to meet keys, into `out` [group, dim].
+void Pass::finish_queries(int l, int t, int kv_head, float* out) const {
   const Layer& layer = m.layers[l];
-  const int heads = c().n_heads, kv = c().n_kv_heads, dim = c().head_dim, units = heads + 2 * kv;
+  const int group = c().n_heads / c().n_kv_heads, dim = c().head_dim;
   const float scale = 1.0f / std::sqrt(float(dim));
+  std::copy_n(&b.q[(size_t(t) * c().n_heads + kv_head * group) * dim], group * dim, out);
+  for (int g = 0; g < group; ++g) finish_head(out + g * dim, t, kv_head * group + g, layer.q_bias, layer.q_norm);
+  for (int i = 0; i < group * dim; ++i) out[i] *= scale;
+}
+
+// Puts the key and value of token t into the cache.
+void Pass::store(int l, int t, int kv_head) const {
+  const Layer& layer = m.layers[l];
+  const int dim = c().head_dim, p = position + t;
+  const size_t at = (size_t(t) * c().n_kv_heads + kv_head) * dim;
   alignas(64) uint16_t half[512];
-  const Range r = split(n * units, thread, threads());
-  for (int u = r.first; u < r.last; ++u) {
-    const int t = u / units, h = u % units, p = position + t;
-    if (h < heads) {
-      float* q = &b.q[(size_t(t) * heads + h) * dim];
-      finish_head(q, t, h, layer.q_bias, layer.q_norm);
-      for (int i = 0; i < dim; ++i) q[i] *= scale;
-    } else if (h < heads + kv) {
-      float* key = &b.kk[(size_t(t) * kv + h - heads) * dim];
-      finish_head(key, t, h - heads, layer.k_bias, layer.k_norm);
-      m.k.to_f16(key, dim, half);
-      uint16_t* tile = keys(l, h - heads) + size_t(p / kLanes) * dim * kLanes + p % kLanes;
-      for (int i = 0; i < dim; ++i) tile[i * kLanes] = half[i];
-    } else {
-      const int v = h - heads - kv;
-      float* value = &b.v[(size_t(t) * kv + v) * dim];
-      if (!layer.v_bias.empty()) m.k.add(value, &layer.v_bias[size_t(v) * dim], dim);
-      m.k.to_f16(value, dim, values(l, v) + size_t(p) * dim);
-    }
-  }
+  finish_head(&b.kk[at], t, kv_head, layer.k_bias, layer.k_norm);
+  m.k.to_f16(&b.kk[at], dim, half);
+  uint16_t* tile = keys(l, kv_head) + size_t(p / kLanes) * dim * kLanes + p % kLanes;
+  for (int i = 0; i < dim; ++i) tile[i * kLanes] = half[i];
+  if (!layer.v_bias.empty()) m.k.add(&b.v[at], &layer.v_bias[size_t(kv_head) * dim], dim);
+  m.k.to_f16(&b.v[at], dim, values(l, kv_head) + size_t(p) * dim);
 }
 
 // The first position that a query at `position` sees.
@@ -88,62 +93,102 @@ int Pass::first_seen(int l, int position) const {
   return window ? std::max(0, position + 1 - window) : 0;
 }
 
-// One token: every thread takes all heads over its share of the positions; the shares are then merged by their maxima.
+// Asks for the keys that attend_one will read first: said before the barrier that it waits at.
+void Pass::ask_for_first_keys(int thread, int l) const {
+  const int skipped = first_seen(l, position) / kLanes, tiles = position / kLanes + 1 - skipped;
+  const Range units = split(c().n_kv_heads * tiles, thread, threads());
+  const int per_tile = c().head_dim * kLanes, first_tile = units.first % tiles;
+  Asks asks;
+  ask_for_run(asks, keys(l, units.first / tiles) + size_t(skipped + first_tile) * per_tile,
+              std::min(units.last - units.first, tiles - first_tile) * per_tile);
+  asks.feed(kAhead / 64);
+}
+
+// One token: the tiles of all key-value heads are shared out evenly, and where a head is shared by threads its parts are
+// merged by their maxima. Whoever has a head's last tile stores the new key and value first, so that nobody waits.
 void Pass::attend_one(int thread, int l) {
-  const int group = c().n_heads / c().n_kv_heads, dim = c().head_dim, stride = round_up(c().n_ctx, kLanes);
+  const int kv_heads = c().n_kv_heads, group = c().n_heads / kv_heads, dim = c().head_dim, stride = round_up(c().n_ctx, kLanes);
   ThreadScratch& mine = *b.scratch[thread];
-  const int from = first_seen(l, position), skipped = from / kLanes;
-  Range tiles = split(position / kLanes + 1 - skipped, thread, threads());
-  tiles = {tiles.first + skipped, tiles.last + skipped};
-  const int first = std::max(tiles.first * kLanes, from), last = std::min(tiles.last * kLanes, position + 1);
-  for (int h = 0; h < c().n_heads; ++h) mine.partial_sum[h] = 0;
-  for (int kv = 0; kv < c().n_kv_heads && first < last; ++kv) {
-    const int h0 = kv * group;
+  Asks asks;
+  const int from = first_seen(l, position), skipped = from / kLanes, tiles = position / kLanes + 1 - skipped;
+  const Range units = split(kv_heads * tiles, thread, threads());
+  std::fill_n(mine.partial_sum.get(), c().n_heads, 0.0f);
+  for (int u = units.first; u < units.last;) {
+    const int kv = u / tiles, first_tile = u % tiles, last_tile = std::min(tiles, first_tile + units.last - u), h0 = kv * group;
+    const int first = std::max((skipped + first_tile) * kLanes, from), last = std::min((skipped + last_tile) * kLanes, position + 1);
+    u += last_tile - first_tile;
+    ask_for_run(asks, values(l, kv) + size_t(first) * dim, (last - first) * dim);
+    finish_queries(l, 0, kv, mine.queries.get());
+    if (last_tile == tiles) store(l, 0, kv);
     float* scores = mine.scores.get();
-    m.k.scores(&b.q[size_t(h0) * dim], group, dim, keys(l, kv), tiles.first, tiles.last, scores, stride);
+    m.k.scores(mine.queries.get(), group, dim, keys(l, kv), skipped + first_tile, skipped + last_tile, scores, stride, asks);
     for (int g = 0; g < group; ++g)
       mine.partial_sum[h0 + g] = m.k.softmax(scores + size_t(g) * stride, first, last, &mine.partial_max[h0 + g]);
-    m.k.values(scores, stride, group, dim, values(l, kv), first, last, &mine.partial[size_t(h0) * dim]);
+    if (u < units.last) ask_for_run(asks, keys(l, kv + 1) + size_t(skipped) * kLanes * dim, tiles * kLanes * dim);
+    m.k.values(scores, stride, group, dim, values(l, kv), first, last, &mine.partial[size_t(h0) * dim], asks);
   }
+  ask_for(thread, m.layers[l].o);
   m.team.barrier();
   const Acts& heads = stream(thread).heads.acts;
-  for (int h = 0; h < c().n_heads; ++h) {
-    float max = -3e38f, sum = 0;
-    for (const auto& s : b.scratch)
-      if (s->partial_sum[h] > 0) max = std::max(max, s->partial_max[h]);
-    for (const auto& s : b.scratch)
-      if (s->partial_sum[h] > 0) sum += s->partial_sum[h] * std::exp(s->partial_max[h] - max);
-    float* out = heads.f + size_t(h) * dim;
-    std::fill(out, out + dim, 0.0f);
-    for (const auto& s : b.scratch) {
-      if (!(s->partial_sum[h] > 0)) continue;
-      const float weight = std::exp(s->partial_max[h] - max) / sum;
-      for (int i = 0; i < dim; ++i) out[i] += weight * s->partial[size_t(h) * dim + i];
-    }
-  }
+  for (int h = 0; h < c().n_heads; ++h) merge(h, heads.f + size_t(h) * dim);
   m.k.quantise(heads, 0, 0, heads.blocks());
 }
 
-// A block: every (token, key-value head) is one unit over all earlier positions.
-void Pass::attend_block(int thread, int l) {
-  const int kv_heads = c().n_kv_heads, group = c().n_heads / kv_heads, dim = c().head_dim;
-  const int stride = round_up(c().n_ctx, kLanes);
-  const Acts& heads = stream(thread).heads.acts;
-  float* scores = b.scratch[thread]->scores.get();
-  // Strided, so that the later tokens, which see more positions, are shared out evenly.
-  for (int u = thread; u < n * kv_heads; u += threads()) {
-    const int t = u / kv_heads, kv = u % kv_heads, last = position + t + 1, h0 = kv * group;
-    const int first = first_seen(l, last - 1);
-    float* out = heads.f + size_t(t) * heads.width + size_t(h0) * dim;
-    m.k.scores(&b.q[(size_t(t) * c().n_heads + h0) * dim], group, dim, keys(l, kv), first / kLanes, (last + kLanes - 1) / kLanes, scores,
-               stride);
-    float sum[kMaxGroup], max;
-    for (int g = 0; g < group; ++g) sum[g] = m.k.softmax(scores + size_t(g) * stride, first, last, &max);
-    m.k.values(scores, stride, group, dim, values(l, kv), first, last, out);
-    for (int i = 0; i < group * dim; ++i) out[i] /= sum[i / dim];
+// Brings together the threads' parts of the output of head h.
+void Pass::merge(int h, float* out) const {
+  const int dim = c().head_dim;
+  float max = -3e38f, sum = 0;
+  for (const auto& s : b.scratch)
+    if (s->partial_sum[h] > 0) max = std::max(max, s->partial_max[h]);
+  for (const auto& s : b.scratch)
+    if (s->partial_sum[h] > 0) sum += s->partial_sum[h] * std::exp(s->partial_max[h] - max);
+  std::fill(out, out + dim, 0.0f);
+  for (const auto& s : b.scratch) {
+    if (!(s->partial_sum[h] > 0)) continue;
+    const float weight = std::exp(s->partial_max[h] - max) / sum;
+    for (int i = 0; i < dim; ++i) out[i] += weight * s->partial[size_t(h) * dim + i];
   }
+}
+
+// A block: a unit is one key-value head and a few tokens, whose queries meet each key and value together.
+void Pass::attend_block(int thread, int l) {
+  const int kv_heads = c().n_kv_heads;
+  const Range stored = split(n * kv_heads, thread, threads());
+  for (int u = stored.first; u < stored.last; ++u) store(l, u / kv_heads, u % kv_heads);
   m.team.barrier();
+  const int side = tokens_side_by_side(c());
+  // Strided, so that the later tokens, which see more positions, are shared out evenly.
+  for (int u = thread; u < (n + side - 1) / side * kv_heads; u += threads())
+    attend_tokens(thread, l, u / kv_heads * side, std::min(n, (u / kv_heads + 1) * side), u % kv_heads);
+  m.team.barrier();
+  const Acts& heads = stream(thread).heads.acts;
   each_token(thread, [&](int t) { m.k.quantise(heads, t, 0, heads.blocks()); });
+}
+
+void Pass::attend_tokens(int thread, int l, int first_token, int last_token, int kv) {
+  const int group = c().n_heads / c().n_kv_heads, dim = c().head_dim, stride = round_up(c().n_ctx, kLanes);
+  ThreadScratch& mine = *b.scratch[thread];
+  Asks none;
+  const int rows = (last_token - first_token) * group;
+  const int first = first_seen(l, position + first_token), last = position + last_token;
+  for (int t = first_token; t < last_token; ++t)
+    finish_queries(l, t, kv, mine.queries.get() + size_t(t - first_token) * group * dim);
+  float *scores = mine.scores.get(), sum[kMaxGroup], max;
+  m.k.scores(mine.queries.get(), rows, dim, keys(l, kv), first / kLanes, (last + kLanes - 1) / kLanes, scores, stride, none);
+  for (int r = 0; r < rows; ++r) {
+    float* row = scores + size_t(r) * stride;
+    const int p = position + first_token + r / group, seen_from = first_seen(l, p);
+    sum[r] = m.k.softmax(row, seen_from, p + 1, &max);
+    std::fill(row + first, row + seen_from, 0.0f);
+    std::fill(row + p + 1, row + last, 0.0f);
+  }
+  float* out = mine.attended.get();
+  m.k.values(scores, stride, rows, dim, values(l, kv), first, last, out, none);
+  const Acts& heads = stream(thread).heads.acts;
+  for (int r = 0; r < rows; ++r) {
+    float* to = heads.f + size_t(first_token + r / group) * heads.width + size_t(kv * group + r % group) * dim;
+    for (int i = 0; i < dim; ++i) to[i] = out[size_t(r) * dim + i] / sum[r];
+  }
 }
 
 }  // namespace hotcold

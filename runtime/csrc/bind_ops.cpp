@@ -50,7 +50,8 @@ nb::ndarray<nb::numpy, float> panel(const std::string& isa, int type, Bytes w, M
   pack_panel(Type(type), w.data(), rows, cols, nullptr, 0, rows, packed.get());
   ActsBuffer acts = acts_of(k, x);
   auto out = array({size_t(tokens), size_t(stride)});
-  k.panel(Type(type), packed.get(), cols, 0, stride / kLanes, acts.acts, tokens, out.data(), stride);
+  Asks asks;
+  k.panel(Type(type), packed.get(), cols, 0, stride / kLanes, acts.acts, tokens, out.data(), stride, asks);
   return out;
 }
 
@@ -79,7 +80,8 @@ nb::ndarray<nb::numpy, float> row_dot(const std::string& isa, int type, Bytes w,
   }
   ActsBuffer acts = acts_of(k, x);
   auto out = array({w.shape(0), tokens.size()});
-  k.row_dot(Type(type), rows.data(), int(rows.size()), acts.acts, tokens.data(), int(tokens.size()), out.data());
+  Asks asks;
+  k.row_dot(Type(type), rows.data(), int(rows.size()), acts.acts, tokens.data(), int(tokens.size()), out.data(), asks);
   return out;
 }
 
@@ -96,7 +98,8 @@ nb::ndarray<nb::numpy, float> down(const std::string& isa, int type, Bytes w, Ve
     rows.push_back(packed.get() + r * bytes);
   }
   Block<float> y(round_up(n, 128));
-  k.down(Type(type), rows.data(), a.data(), int(a.size()), n, y.get());
+  Asks asks;
+  k.down(Type(type), rows.data(), a.data(), int(a.size()), n, y.get(), asks);
   auto out = array({size_t(n)});
   std::memcpy(out.data(), y.get(), n * sizeof(float));
   return out;
@@ -140,13 +143,14 @@ nb::ndarray<nb::numpy, float> attention(const std::string& isa, Matrix q, Matrix
   const int stride = tiles * kLanes;
   Block<float> scores(size_t(heads) * stride);
   auto out = array({size_t(heads), size_t(dim)});
-  k.scores(q.data(), heads, dim, key_tiles.get(), 0, tiles, scores.get(), stride);
+  Asks asks;
+  k.scores(q.data(), heads, dim, key_tiles.get(), 0, tiles, scores.get(), stride, asks);
   std::vector<float> sums;
   for (int h = 0; h < heads; ++h) {
     float max;
     sums.push_back(k.softmax(&scores[size_t(h) * stride], 0, n, &max));
   }
-  k.values(scores.get(), stride, heads, dim, value_rows.get(), 0, n, out.data());
+  k.values(scores.get(), stride, heads, dim, value_rows.get(), 0, n, out.data(), asks);
   for (int i = 0; i < heads * dim; ++i) out.data()[i] /= sums[i / dim];
   return out;
 }

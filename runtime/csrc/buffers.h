@@ -8,6 +8,7 @@
 #include <utility>
 #include <vector>
 
+#include "arena.h"
 #include "model.h"
 
 namespace hotcold {
@@ -17,8 +18,12 @@ template <class T>
 class Block {
  public:
   Block() = default;
-  explicit Block(size_t n) : bytes_((n * sizeof(T) + kSlack + 63) / 64 * 64), p_(static_cast<T*>(std::aligned_alloc(64, bytes_))) {
+  explicit Block(size_t n) {
+    const size_t alignment = n * sizeof(T) < kHugePage ? 64 : kHugePage;
+    bytes_ = (n * sizeof(T) + kSlack + alignment - 1) / alignment * alignment;
+    p_ = static_cast<T*>(std::aligned_alloc(alignment, bytes_));
     if (!p_) throw std::bad_alloc();
+    if (alignment == kHugePage) ask_for_huge_pages(p_, bytes_);
     std::memset(p_, 0, bytes_);
   }
   Block(Block&& o) noexcept : bytes_(o.bytes_), p_(std::exchange(o.p_, nullptr)) {}
@@ -78,9 +83,14 @@ struct DownQueue {
   int count = 0;
 };
 
+// Tokens of a block whose queries meet a key or value together: enough to use each for four queries or more.
+inline int tokens_side_by_side(const Config& c) { return c.n_heads / c.n_kv_heads >= 4 ? 1 : 4; }
+
 struct ThreadScratch {
   ThreadScratch(const Config& c, int tokens)
-      : scores(size_t(c.n_heads / c.n_kv_heads) * round_up(c.n_ctx, kLanes)),
+      : scores(size_t(query_rows(c)) * round_up(c.n_ctx, kLanes)),
+        queries(size_t(query_rows(c)) * c.head_dim),
+        attended(size_t(query_rows(c)) * c.head_dim),
         partial(size_t(c.n_heads) * c.head_dim),
         partial_max(c.n_heads),
         partial_sum(c.n_heads),
@@ -88,10 +98,14 @@ struct ThreadScratch {
         list(c.d_ff),
         queues(tokens),
         stats(c.n_layers) {}
-  Block<float> scores, partial, partial_max, partial_sum;
+  static int query_rows(const Config& c) { return c.n_heads / c.n_kv_heads * tokens_side_by_side(c); }
+
+  Block<float> scores, queries, attended, partial, partial_max, partial_sum;
   Block<float> y;  // [tokens, round_up(d_model, 128)], this thread's share of the FFN output
+  Asks asks;
   Block<int32_t> list;
   int listed = 0;
+  int asked = 0;  // of these, neurons whose rows were asked for while listing
   std::vector<DownQueue> queues;
   std::vector<LayerStats> stats;
   alignas(64) char pad[64];

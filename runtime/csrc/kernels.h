@@ -1,5 +1,6 @@
 // The table of kernels: one per ISA, all with the same meaning. Wrappers check, kernels trust.
 #pragma once
+#include <algorithm>
 #include <cstdint>
 
 #include "layout.h"
@@ -24,6 +25,37 @@ struct Acts {
   int lane_width() const { return (groups() + pairs()) * kLanes; }
 };
 
+// How far ahead of its reading a panel asks for itself, in bytes; 4 to 16 KiB are alike.
+constexpr int kAhead = 6144;
+
+// Rows that will be read soon, in that order. Kernels that read other rows meanwhile ask for them line by line, at
+// the pace of their own reading: what is asked for all at once comes late or not at all (docs/performance.md).
+class Asks {
+ public:
+  // Drops rows when there is no room: asking is a hint.
+  void add(const uint8_t* row, size_t bytes) {
+    if (last_ - first_ < kRows) rows_[last_++ % kRows] = {row, row + bytes};
+  }
+  void clear() { first_ = last_ = 0; }
+  void feed(int lines) {
+    while (lines > 0 && first_ != last_) {
+      Row& row = rows_[first_ % kRows];
+      const uint8_t *at = row.at, *stop = std::min(row.end, at + 64 * lines);
+      for (; at < stop; at += 64, --lines) __builtin_prefetch(at);
+      row.at = at;
+      if (at >= row.end) ++first_;
+    }
+  }
+
+ private:
+  static constexpr uint32_t kRows = 256;
+  struct Row {
+    const uint8_t *at, *end;
+  };
+  Row rows_[kRows];
+  uint32_t first_ = 0, last_ = 0;
+};
+
 struct Kernels {
   const char* name;
   // x [n] -> y = x / rms(x) * weight; y may be x.
@@ -35,12 +67,12 @@ struct Kernels {
 
   // out[t * stride + r] = panel row r . token t, for row groups [first, last) and all tokens.
   void (*panel)(Type type, const uint8_t* panel, int cols, int first, int last, const Acts& acts, int tokens,
-                float* out, int stride);
+                float* out, int stride, Asks& asks);
   // out[r * n_tokens + i] = rows[r] . token tokens[i].
   void (*row_dot)(Type type, const uint8_t* const* rows, int n_rows, const Acts& acts, const int* tokens, int n_tokens,
-                  float* out);
+                  float* out, Asks& asks);
   // y [round_up(n, 128)] += sum of a[i] * down row i, i < count <= 16.
-  void (*down)(Type type, const uint8_t* const* rows, const float* a, int count, int n, float* y);
+  void (*down)(Type type, const uint8_t* const* rows, const float* a, int count, int n, float* y, Asks& asks);
 
   // gate[i] = act(gate[i]) * up[i] with SiLU.
   void (*silu_mul)(float* gate, const float* up, int n);
@@ -49,12 +81,13 @@ struct Kernels {
   int (*relu_mul)(float* gate, const float* up, int n, float threshold, bool clip);
   // Scores of `heads` queries [heads, dim] against key tiles [first, last); keys: [tile][dim][16] f16.
   // score[h * stride + position]
-  void (*scores)(const float* q, int heads, int dim, const uint16_t* keys, int first, int last, float* scores, int stride);
+  void (*scores)(const float* q, int heads, int dim, const uint16_t* keys, int first, int last, float* scores, int stride,
+                 Asks& asks);
   // In place over positions [first, last): score -> exp(score - max); returns the sum, sets *max.
   float (*softmax)(float* scores, int first, int last, float* max);
   // out [heads, dim] = sum over positions [first, last) of weight[h * stride + position] * values[position * dim].
   void (*values)(const float* weights, int stride, int heads, int dim, const uint16_t* values, int first, int last,
-                 float* out);
+                 float* out, Asks& asks);
   void (*to_f16)(const float* x, int n, uint16_t* y);  // n a multiple of 16
   void (*add)(float* y, const float* x, int n);
   // Bits of lanes i with x[i] >= threshold.

@@ -11,6 +11,10 @@ namespace {
 constexpr int kTokenTile = 4;  // tokens that share one decoding of the weights
 constexpr int kRowTile = 4;    // rows that share the loads of one token
 
+// Lines to ask for while `lines` are read: a chunk of neurons asks for more gates than it reads ups and downs, so asking
+// must be the faster of the two; at equal pace it falls behind, and twice as fast it stalls the core.
+constexpr int pace(int lines) { return (3 * lines + 1) / 2; }
+
 inline F f_exp(F x) {
   x = f_min(f_max(x, f_set1(-87.0f)), f_set1(88.0f));
   const F n = f_round(f_mul(x, f_set1(1.44269504f)));
@@ -115,13 +119,25 @@ void arrange(const Acts& acts, int t) {
 }
 
 // ---- panels
+// A panel is one stream, but a core has only so many reads of its own under way: asked for early enough, it comes at the
+// machine's full bandwidth (docs/performance.md).
+template <int Bytes>
+void ask(const uint8_t* p) {
+  for (int i = 0; i < Bytes; i += 64) __builtin_prefetch(p + i);
+}
+
 template <class Q, int N>
-void panel_group(const uint8_t* p, int pairs, const Acts& acts, int t0, F acc[N]) {
+void panel_group(const uint8_t* p, int pairs, const Acts& acts, int t0, F acc[N], Asks& asks) {
   const int8_t* q = acts.q + size_t(t0) * acts.width;
   const float* d = acts.d + size_t(t0) * acts.blocks();
   const int32_t* negative_sum = acts.negative_sum + size_t(t0) * acts.blocks();
   for (int t = 0; t < N; ++t) acc[t] = f_zero();
+  constexpr int pair_bytes = 2 * Q::loads * 64 + 64;
   for (int b = 0; b < 2 * pairs; ++b) {
+    if (b % 2 == 0) {
+      ask<pair_bytes>(p + kAhead);
+      asks.feed(pace(pair_bytes / 64));
+    }
     B w[8];
     Q::decode(p + b % 2 * Q::loads * 64, w);
     const F scale = f_load_f16(p + 2 * Q::loads * 64 + b % 2 * 32);
@@ -134,24 +150,27 @@ void panel_group(const uint8_t* p, int pairs, const Acts& acts, int t0, F acc[N]
       }
       acc[t] = f_fma(f_from_i(i_add(even, odd)), f_mul(scale, f_set1(d[t * acts.blocks() + b])), acc[t]);
     }
-    if (b % 2) p += 2 * Q::loads * 64 + 64;
+    if (b % 2) p += pair_bytes;
   }
 }
 
 template <class T, int N>
-void panel_group_float(const uint8_t* p, int cols, const Acts& acts, int t0, F acc[N]) {
+void panel_group_float(const uint8_t* p, int cols, const Acts& acts, int t0, F acc[N], Asks& asks) {
   constexpr int kWays = N == 1 ? 8 : 2;  // independent sums hide the latency of the multiply-add
   const float* x = acts.f + size_t(t0) * acts.width;
   F sums[N][kWays];
   for (int t = 0; t < N; ++t)
     for (int u = 0; u < kWays; ++u) sums[t][u] = f_zero();
-  const int bytes = kLanes * float_size(T::type);
+  constexpr int bytes = kLanes * float_size(T::type);
   int c = 0;
-  for (; c + kWays <= cols; c += kWays)
+  for (; c + kWays <= cols; c += kWays) {
+    ask<kWays * bytes>(p + size_t(c) * bytes + kAhead);
+    asks.feed(pace(kWays * bytes / 64));
     for (int u = 0; u < kWays; ++u) {
       const F w = T::load(p + size_t(c + u) * bytes);
       for (int t = 0; t < N; ++t) sums[t][u] = f_fma(w, f_set1(x[t * acts.width + c + u]), sums[t][u]);
     }
+  }
   for (; c < cols; ++c)
     for (int t = 0; t < N; ++t)
       sums[t][0] = f_fma(T::load(p + size_t(c) * bytes), f_set1(x[t * acts.width + c]), sums[t][0]);
@@ -162,44 +181,46 @@ void panel_group_float(const uint8_t* p, int cols, const Acts& acts, int t0, F a
 }
 
 template <class T, int N>
-void panel_tile(const uint8_t* p, int cols, const Acts& acts, int t0, float* out, int stride) {
+void panel_tile(const uint8_t* p, int cols, const Acts& acts, int t0, float* out, int stride, Asks& asks) {
   F acc[N];
-  if constexpr (is_quantised(T::type)) panel_group<T, N>(p, acts.width / 64, acts, t0, acc);
-  else panel_group_float<T, N>(p, cols, acts, t0, acc);
+  if constexpr (is_quantised(T::type)) panel_group<T, N>(p, acts.width / 64, acts, t0, acc, asks);
+  else panel_group_float<T, N>(p, cols, acts, t0, acc, asks);
   for (int t = 0; t < N; ++t) f_store(out + size_t(t0 + t) * stride, acc[t]);
 }
 
 template <class T>
-void panel_of(const uint8_t* panel, int cols, int first, int last, const Acts& acts, int tokens, float* out, int stride) {
+void panel_of(const uint8_t* panel, int cols, int first, int last, const Acts& acts, int tokens, float* out, int stride,
+              Asks& asks) {
   const size_t bytes = panel_group_bytes(T::type, cols);
   for (int g = first; g < last; ++g) {
     const uint8_t* p = panel + g * bytes;
     int t = 0;
-    for (; t + kTokenTile <= tokens; t += kTokenTile) panel_tile<T, kTokenTile>(p, cols, acts, t, out + g * kLanes, stride);
-    for (; t < tokens; ++t) panel_tile<T, 1>(p, cols, acts, t, out + g * kLanes, stride);
+    for (; t + kTokenTile <= tokens; t += kTokenTile) panel_tile<T, kTokenTile>(p, cols, acts, t, out + g * kLanes, stride, asks);
+    for (; t < tokens; ++t) panel_tile<T, 1>(p, cols, acts, t, out + g * kLanes, stride, asks);
   }
 }
 
-void panel(Type type, const uint8_t* p, int cols, int first, int last, const Acts& acts, int tokens, float* out, int stride) {
+void panel(Type type, const uint8_t* p, int cols, int first, int last, const Acts& acts, int tokens, float* out, int stride,
+           Asks& asks) {
   switch (type) {
-    case Type::Q4_0: return panel_of<Q4>(p, cols, first, last, acts, tokens, out, stride);
-    case Type::Q8_0: return panel_of<Q8>(p, cols, first, last, acts, tokens, out, stride);
-    case Type::F32: return panel_of<Single>(p, cols, first, last, acts, tokens, out, stride);
-    case Type::F16: return panel_of<Half>(p, cols, first, last, acts, tokens, out, stride);
-    case Type::BF16: return panel_of<Brain>(p, cols, first, last, acts, tokens, out, stride);
+    case Type::Q4_0: return panel_of<Q4>(p, cols, first, last, acts, tokens, out, stride, asks);
+    case Type::Q8_0: return panel_of<Q8>(p, cols, first, last, acts, tokens, out, stride, asks);
+    case Type::F32: return panel_of<Single>(p, cols, first, last, acts, tokens, out, stride, asks);
+    case Type::F16: return panel_of<Half>(p, cols, first, last, acts, tokens, out, stride, asks);
+    case Type::BF16: return panel_of<Brain>(p, cols, first, last, acts, tokens, out, stride, asks);
   }
 }
 
 // ---- gate and up rows
 // R rows times N tokens: rows share the loads of activations, tokens the decoding of weights.
 template <class Q, int R, int N>
-void row_dot_quantised(const uint8_t* const* rows, const Acts& acts, const int* tokens, F acc[R][N]) {
-  const int quants = quant_bytes(Q::type, acts.width), grouped = acts.groups() * kLanes;
+void row_dot_quantised(const uint8_t* const* rows, const Acts& acts, const int* tokens, F acc[R][N], Asks& asks) {
+  const int blocks = acts.blocks(), grouped = acts.groups() * kLanes;
   for (int g = 0; g < acts.groups(); ++g)
     for (int r = 0; r < R; ++r) {
+      const F scale = f_load_f16(rows[r] + row_scale_at(Q::type, g * kLanes));
       B w[8];
-      Q::decode(rows[r] + g * Q::loads * 64, w);
-      const F scale = f_load_f16(rows[r] + quants + g * 32);
+      Q::decode(rows[r] + row_quants_at(Q::type, g * kLanes, blocks), w);
       for (int i = 0; i < N; ++i) {
         const int8_t* a = acts.lane_q + size_t(tokens[i]) * acts.width + g * 512;
         const size_t lane = size_t(tokens[i]) * acts.lane_width() + g * kLanes;
@@ -210,23 +231,25 @@ void row_dot_quantised(const uint8_t* const* rows, const Acts& acts, const int* 
         }
         acc[r][i] = f_fma(f_from_i(i_add(even, odd)), f_mul(scale, f_load(acts.lane_d + lane)), acc[r][i]);
       }
+      asks.feed(pace(Q::loads));
     }
   for (int p = 0; p < acts.pairs(); ++p)
     for (int r = 0; r < R; ++r) {
       const int b = grouped + 2 * p;
-      const B w = Q::pair(rows[r] + quant_bytes(Q::type, b * kBlock));
-      const F scale = f_pair_f16(rows[r] + quants + 2 * b);
+      const F scale = f_pair_f16(rows[r] + row_scale_at(Q::type, b));
+      const B w = Q::pair(rows[r] + row_quants_at(Q::type, b, blocks));
       for (int i = 0; i < N; ++i) {
         const int8_t* a = acts.lane_q + size_t(tokens[i]) * acts.width + b * kBlock;
         const size_t lane = size_t(tokens[i]) * acts.lane_width() + grouped + p * kLanes;
         const I sum = Q::dot(Q::bias(i_load(acts.lane_sum + lane)), w, b_load(a));
         acc[r][i] = f_fma(f_from_i(sum), f_mul(scale, f_load(acts.lane_d + lane)), acc[r][i]);
       }
+      asks.feed(pace(1));
     }
 }
 
 template <class T, int R, int N>
-void row_dot_float(const uint8_t* const* rows, const Acts& acts, const int* tokens, F acc[R][N]) {
+void row_dot_float(const uint8_t* const* rows, const Acts& acts, const int* tokens, F acc[R][N], Asks& asks) {
   F odd[R][N];
   for (int r = 0; r < R; ++r)
     for (int i = 0; i < N; ++i) odd[r][i] = f_zero();
@@ -240,44 +263,46 @@ void row_dot_float(const uint8_t* const* rows, const Acts& acts, const int* toke
         acc[r][i] = f_fma(w, f_load(x), acc[r][i]);
         odd[r][i] = f_fma(w_odd, f_load(x + kLanes), odd[r][i]);
       }
+      asks.feed(pace(2 * kLanes * float_size(T::type) / 64));
     }
   for (int r = 0; r < R; ++r)
     for (int i = 0; i < N; ++i) acc[r][i] = f_add(acc[r][i], odd[r][i]);
 }
 
 template <class T, int R, int N>
-void row_dot_tile(const uint8_t* const* rows, const Acts& acts, const int* tokens, float* out, int stride) {
+void row_dot_tile(const uint8_t* const* rows, const Acts& acts, const int* tokens, float* out, int stride, Asks& asks) {
   F acc[R][N];
   for (int r = 0; r < R; ++r)
     for (int i = 0; i < N; ++i) acc[r][i] = f_zero();
-  if constexpr (is_quantised(T::type)) row_dot_quantised<T, R, N>(rows, acts, tokens, acc);
-  else row_dot_float<T, R, N>(rows, acts, tokens, acc);
+  if constexpr (is_quantised(T::type)) row_dot_quantised<T, R, N>(rows, acts, tokens, acc, asks);
+  else row_dot_float<T, R, N>(rows, acts, tokens, acc, asks);
   for (int r = 0; r < R; ++r)
     for (int i = 0; i < N; ++i) out[r * stride + i] = f_sum(acc[r][i]);
 }
 
 template <class T>
-void row_dot_of(const uint8_t* const* rows, int n_rows, const Acts& acts, const int* tokens, int n_tokens, float* out) {
+void row_dot_of(const uint8_t* const* rows, int n_rows, const Acts& acts, const int* tokens, int n_tokens, float* out,
+                Asks& asks) {
   int r = 0;
   for (; n_tokens == 1 && r + kRowTile <= n_rows; r += kRowTile)
-    row_dot_tile<T, kRowTile, 1>(rows + r, acts, tokens, out + r, 1);
+    row_dot_tile<T, kRowTile, 1>(rows + r, acts, tokens, out + r, 1, asks);
   for (; r < n_rows; ++r) {
     float* row_out = out + size_t(r) * n_tokens;
     int i = 0;
     for (; i + kTokenTile <= n_tokens; i += kTokenTile)
-      row_dot_tile<T, 1, kTokenTile>(rows + r, acts, tokens + i, row_out + i, kTokenTile);
-    for (; i < n_tokens; ++i) row_dot_tile<T, 1, 1>(rows + r, acts, tokens + i, row_out + i, 1);
+      row_dot_tile<T, 1, kTokenTile>(rows + r, acts, tokens + i, row_out + i, kTokenTile, asks);
+    for (; i < n_tokens; ++i) row_dot_tile<T, 1, 1>(rows + r, acts, tokens + i, row_out + i, 1, asks);
   }
 }
 
 void row_dot(Type type, const uint8_t* const* rows, int n_rows, const Acts& acts, const int* tokens, int n_tokens,
-             float* out) {
+             float* out, Asks& asks) {
   switch (type) {
-    case Type::Q4_0: return row_dot_of<Q4>(rows, n_rows, acts, tokens, n_tokens, out);
-    case Type::Q8_0: return row_dot_of<Q8>(rows, n_rows, acts, tokens, n_tokens, out);
-    case Type::F32: return row_dot_of<Single>(rows, n_rows, acts, tokens, n_tokens, out);
-    case Type::F16: return row_dot_of<Half>(rows, n_rows, acts, tokens, n_tokens, out);
-    case Type::BF16: return row_dot_of<Brain>(rows, n_rows, acts, tokens, n_tokens, out);
+    case Type::Q4_0: return row_dot_of<Q4>(rows, n_rows, acts, tokens, n_tokens, out, asks);
+    case Type::Q8_0: return row_dot_of<Q8>(rows, n_rows, acts, tokens, n_tokens, out, asks);
+    case Type::F32: return row_dot_of<Single>(rows, n_rows, acts, tokens, n_tokens, out, asks);
+    case Type::F16: return row_dot_of<Half>(rows, n_rows, acts, tokens, n_tokens, out, asks);
+    case Type::BF16: return row_dot_of<Brain>(rows, n_rows, acts, tokens, n_tokens, out, asks);
   }
 }
 
@@ -314,7 +339,8 @@ void multipliers(const uint8_t* const* scales, const float* a, int count, int of
 }
 
 // One 64-byte chunk of 16 rows: 4 blocks of outputs for Q4_0, 2 for Q8_0, from block `b` of the multipliers on.
-void down_chunk(Q4, const uint8_t* const* rows, size_t at, int quads, const Multipliers& m, int b, float* y) {
+void down_chunk(Q4, const uint8_t* const* rows, size_t at, int quads, const Multipliers& m, int b, float* y,
+                Asks& asks) {
   I acc[8];
   for (int r = 0; r < 8; ++r) acc[r] = i_set1(m.bias[b + r / 2]);
   for (int g = 0; g < quads; ++g) {
@@ -326,12 +352,14 @@ void down_chunk(Q4, const uint8_t* const* rows, size_t at, int quads, const Mult
       acc[2 * r] = dot4(acc[2 * r], b_low(u[r]), multiplier);
       acc[2 * r + 1] = dot4(acc[2 * r + 1], b_high(u[r]), multiplier);
     }
+    asks.feed(pace(4));
   }
   for (int r = 0; r < 8; ++r)
     f_store(y + kLanes * r, f_fma(f_from_i(acc[r]), f_set1(m.step[b + r / 2]), f_load(y + kLanes * r)));
 }
 
-void down_chunk(Q8, const uint8_t* const* rows, size_t at, int quads, const Multipliers& m, int b, float* y) {
+void down_chunk(Q8, const uint8_t* const* rows, size_t at, int quads, const Multipliers& m, int b, float* y,
+                Asks& asks) {
   I acc[4];
   for (int r = 0; r < 4; ++r) acc[r] = i_set1(m.bias[b + r / 2]);
   for (int g = 0; g < quads; ++g) {
@@ -339,28 +367,29 @@ void down_chunk(Q8, const uint8_t* const* rows, size_t at, int quads, const Mult
     b_interleave4(b_load(rows[4 * g] + at), b_load(rows[4 * g + 1] + at), b_load(rows[4 * g + 2] + at),
                   b_load(rows[4 * g + 3] + at), u);
     for (int r = 0; r < 4; ++r) acc[r] = dot4_wide(acc[r], u[r], b_set1(m.quad(g, b + r / 2)));
+    asks.feed(pace(4));
   }
   for (int r = 0; r < 4; ++r)
     f_store(y + kLanes * r, f_fma(f_from_i(acc[r]), f_set1(m.step[b + r / 2]), f_load(y + kLanes * r)));
 }
 
 template <class Q>
-void down_quantised(const uint8_t* const* rows, const float* a, int count, int n, float* y) {
+void down_quantised(const uint8_t* const* rows, const float* a, int count, int n, float* y, Asks& asks) {
   const int width = round_up(n, 128), blocks = width / kBlock, chunk = Q::type == Type::Q4_0 ? 128 : 64;
   const uint8_t* all[16];
   for (int i = 0; i < 16; ++i) all[i] = rows[i < count ? i : 0];
   for (int b0 = 0; b0 < blocks; b0 += kLanes) {
     const uint8_t* scales[16];
-    for (int i = 0; i < count; ++i) scales[i] = rows[i] + quant_bytes(Q::type, width) + 2 * b0;
+    for (int i = 0; i < count; ++i) scales[i] = rows[i] + row_scale_at(Q::type, b0);
     Multipliers m;
     multipliers(scales, a, count, Q::offset, m);
     for (int b = 0; b < std::min(kLanes, blocks - b0); b += chunk / kBlock)
-      down_chunk(Q{}, all, size_t(b0 + b) * kBlock / chunk * 64, (count + 3) / 4, m, b, y + (b0 + b) * kBlock);
+      down_chunk(Q{}, all, row_quants_at(Q::type, b0 + b, blocks), (count + 3) / 4, m, b, y + (b0 + b) * kBlock, asks);
   }
 }
 
 template <class T>
-void down_float(const uint8_t* const* rows, const float* a, int count, int n, float* y) {
+void down_float(const uint8_t* const* rows, const float* a, int count, int n, float* y, Asks& asks) {
   for (int c = 0; c < n; c += 64) {
     F acc[4];
     for (int u = 0; u < 4; ++u) acc[u] = f_load(y + c + u * kLanes);
@@ -368,18 +397,19 @@ void down_float(const uint8_t* const* rows, const float* a, int count, int n, fl
       const F scale = f_set1(a[i]);
       for (int u = 0; u < 4; ++u)
         acc[u] = f_fma(T::load(rows[i] + size_t(c + u * kLanes) * float_size(T::type)), scale, acc[u]);
+      asks.feed(pace(kLanes * 4 * float_size(T::type) / 64));
     }
     for (int u = 0; u < 4; ++u) f_store(y + c + u * kLanes, acc[u]);
   }
 }
 
-void down(Type type, const uint8_t* const* rows, const float* a, int count, int n, float* y) {
+void down(Type type, const uint8_t* const* rows, const float* a, int count, int n, float* y, Asks& asks) {
   switch (type) {
-    case Type::Q4_0: return down_quantised<Q4>(rows, a, count, n, y);
-    case Type::Q8_0: return down_quantised<Q8>(rows, a, count, n, y);
-    case Type::F32: return down_float<Single>(rows, a, count, n, y);
-    case Type::F16: return down_float<Half>(rows, a, count, n, y);
-    case Type::BF16: return down_float<Brain>(rows, a, count, n, y);
+    case Type::Q4_0: return down_quantised<Q4>(rows, a, count, n, y, asks);
+    case Type::Q8_0: return down_quantised<Q8>(rows, a, count, n, y, asks);
+    case Type::F32: return down_float<Single>(rows, a, count, n, y, asks);
+    case Type::F16: return down_float<Half>(rows, a, count, n, y, asks);
+    case Type::BF16: return down_float<Brain>(rows, a, count, n, y, asks);
   }
 }
 
@@ -404,24 +434,31 @@ int relu_mul(float* gate, const float* up, int n, float threshold, bool clip) {
 }
 
 template <int H>
-void scores_of(const float* q, int dim, const uint16_t* keys, int first, int last, float* out, int stride) {
+void scores_of(const float* q, int dim, const uint16_t* keys, int first, int last, float* out, int stride, Asks& asks) {
+  constexpr int kWays = H >= 4 ? 1 : 2;  // independent sums hide the latency of the multiply-add
   for (int tile = first; tile < last; ++tile) {
-    F acc[H];
-    for (int h = 0; h < H; ++h) acc[h] = f_zero();
+    F acc[H][kWays];
+    for (int h = 0; h < H; ++h)
+      for (int u = 0; u < kWays; ++u) acc[h][u] = f_zero();
     const uint16_t* k = keys + size_t(tile) * dim * kLanes;
-    for (int d = 0; d < dim; ++d) {
-      const F key = f_load_f16(k + d * kLanes);
-      for (int h = 0; h < H; ++h) acc[h] = f_fma(key, f_set1(q[h * dim + d]), acc[h]);
+    for (int d = 0; d < dim; d += 2) {
+      for (int u = 0; u < 2; ++u) {
+        const F key = f_load_f16(k + (d + u) * kLanes);
+        for (int h = 0; h < H; ++h) acc[h][u % kWays] = f_fma(key, f_set1(q[h * dim + d + u]), acc[h][u % kWays]);
+      }
+      asks.feed(pace(1));
     }
-    for (int h = 0; h < H; ++h) f_store(out + h * stride + tile * kLanes, acc[h]);
+    for (int h = 0; h < H; ++h) f_store(out + h * stride + tile * kLanes, kWays == 1 ? acc[h][0] : f_add(acc[h][0], acc[h][kWays - 1]));
   }
 }
 
-void scores(const float* q, int heads, int dim, const uint16_t* keys, int first, int last, float* out, int stride) {
+void scores(const float* q, int heads, int dim, const uint16_t* keys, int first, int last, float* out, int stride, Asks& asks) {
+  const auto step = [&](auto run, int h) { run(q + h * dim, dim, keys, first, last, out + h * stride, stride, asks); };
   int h = 0;
-  for (; h + 4 <= heads; h += 4) scores_of<4>(q + h * dim, dim, keys, first, last, out + h * stride, stride);
-  for (; h + 2 <= heads; h += 2) scores_of<2>(q + h * dim, dim, keys, first, last, out + h * stride, stride);
-  for (; h < heads; ++h) scores_of<1>(q + h * dim, dim, keys, first, last, out + h * stride, stride);
+  for (; h + 4 <= heads; h += 4) step(scores_of<4>, h);
+  if (heads - h == 3) step(scores_of<3>, h);
+  if (heads - h == 2) step(scores_of<2>, h);
+  if (heads - h == 1) step(scores_of<1>, h);
 }
 
 float softmax(float* s, int first, int last, float* max) {
@@ -451,30 +488,36 @@ float softmax(float* s, int first, int last, float* max) {
 }
 
 template <int H, int V>
-void values_of(const float* w, int stride, int dim, const uint16_t* values, int first, int last, float* out) {
+void values_of(const float* w, int stride, int dim, const uint16_t* values, int first, int last, float* out, Asks& asks) {
   F acc[H][V];
   for (int h = 0; h < H; ++h)
     for (int v = 0; v < V; ++v) acc[h][v] = f_zero();
-  for (int p = first; p < last; ++p)
+  for (int p = first; p < last; ++p) {
     for (int v = 0; v < V; ++v) {
       const F value = f_load_f16(values + size_t(p) * dim + v * kLanes);
       for (int h = 0; h < H; ++h) acc[h][v] = f_fma(value, f_set1(w[h * stride + p]), acc[h][v]);
     }
+    asks.feed(pace((V + 1) / 2));
+  }
   for (int h = 0; h < H; ++h)
     for (int v = 0; v < V; ++v) f_store(out + h * dim + v * kLanes, acc[h][v]);
 }
 
 template <int H>
-void values_heads(const float* w, int stride, int dim, const uint16_t* values, int first, int last, float* out) {
+void values_heads(const float* w, int stride, int dim, const uint16_t* values, int first, int last, float* out, Asks& asks) {
+  constexpr int kWide = H == 1 ? 8 : 4;  // whole rows of values at a time, as far as registers go
   int d = 0;
-  for (; d + 64 <= dim; d += 64) values_of<H, 4>(w, stride, dim, values + d, first, last, out + d);
-  for (; d < dim; d += kLanes) values_of<H, 1>(w, stride, dim, values + d, first, last, out + d);
+  for (; d + kWide * kLanes <= dim; d += kWide * kLanes)
+    values_of<H, kWide>(w, stride, dim, values + d, first, last, out + d, asks);
+  for (; d < dim; d += kLanes) values_of<H, 1>(w, stride, dim, values + d, first, last, out + d, asks);
 }
 
-void values(const float* w, int stride, int heads, int dim, const uint16_t* v, int first, int last, float* out) {
+void values(const float* w, int stride, int heads, int dim, const uint16_t* v, int first, int last, float* out, Asks& asks) {
+  const auto step = [&](auto run, int h) { run(w + h * stride, stride, dim, v, first, last, out + h * dim, asks); };
   int h = 0;
-  for (; h + 3 <= heads; h += 3) values_heads<3>(w + h * stride, stride, dim, v, first, last, out + h * dim);
-  for (; h < heads; ++h) values_heads<1>(w + h * stride, stride, dim, v, first, last, out + h * dim);
+  for (; heads - h >= 3; h += 3) step(values_heads<3>, h);
+  if (heads - h == 2) step(values_heads<2>, h);
+  if (heads - h == 1) step(values_heads<1>, h);
 }
 
 void to_f16(const float* x, int n, uint16_t* y) {

@@ -44,6 +44,10 @@ RowBuffer& row_buffer() {
   return buffer;
 }
 
+void pack_row_scales(Type type, const uint16_t* scales, int blocks, uint8_t* dst) {
+  for (int b = 0; b < blocks; ++b) std::memcpy(dst + row_scale_at(type, b), &scales[b], 2);
+}
+
 uint8_t nibbles(uint8_t low, uint8_t high) { return uint8_t(low | high << 4); }
 
 // 128-bit lane l, dword k of interleaved vector r holds byte 16l + 4r + k: so that byte belongs to output
@@ -150,19 +154,19 @@ void pack_row(Type type, const uint8_t* src, int n, uint8_t* dst) {
   u.fill(type, src, n, width);
   const int steps = quant_bytes(type, kBlock) / 4;  // dwords per block
   for (int b = 0; b < grouped; ++b) {
-    uint8_t* group = dst + b / kLanes * kLanes * quant_bytes(type, kBlock);
+    uint8_t* group = dst + row_quants_at(type, b / kLanes * kLanes, blocks);
     const uint8_t* q = u.q + b * kBlock;
     for (int s = 0; s < steps; ++s)
       for (int k = 0; k < 4; ++k)
         group[s * 64 + b % kLanes * 4 + k] = type == Type::Q4_0 ? nibbles(q[4 * s + k], q[4 * s + 16 + k]) : q[4 * s + k];
   }
   for (int b = grouped; b < blocks; b += 2) {
-    uint8_t* pair = dst + quant_bytes(type, b * kBlock);
+    uint8_t* pair = dst + row_quants_at(type, b, blocks);
     const uint8_t* q = u.q + b * kBlock;
     if (type == Type::Q8_0) std::memcpy(pair, q, 64);
     else for (int i = 0; i < kBlock; ++i) pair[i] = nibbles(q[i], q[i + kBlock]);
   }
-  std::memcpy(dst + quant_bytes(type, width), u.scale, blocks * 2);
+  pack_row_scales(type, u.scale, blocks, dst);
 }
 
 void pack_down(Type type, const uint8_t* src, int n, uint8_t* dst) {
@@ -175,13 +179,15 @@ void pack_down(Type type, const uint8_t* src, int n, uint8_t* dst) {
   UnpackedRow u(row_buffer().q, row_buffer().scale);
   u.fill(type, src, n, width);
   const int chunk = type == Type::Q4_0 ? 128 : 64;  // outputs in 64 bytes
-  for (int c = 0; c < width / chunk; ++c)
+  for (int c = 0; c < width / chunk; ++c) {
+    uint8_t* to = dst + row_quants_at(type, c * chunk / kBlock, width / kBlock);
+    const uint8_t* q = u.q + c * chunk;
     for (int byte = 0; byte < 64; ++byte) {
-      const uint8_t* q = u.q + c * chunk;
       const int r = lane_vector(byte), o = lane_output(byte);
-      dst[c * 64 + byte] = type == Type::Q4_0 ? nibbles(q[32 * r + o], q[32 * r + 16 + o]) : q[16 * r + o];
+      to[byte] = type == Type::Q4_0 ? nibbles(q[32 * r + o], q[32 * r + 16 + o]) : q[16 * r + o];
     }
-  std::memcpy(dst + quant_bytes(type, width), u.scale, width / kBlock * 2);
+  }
+  pack_row_scales(type, u.scale, width / kBlock, dst);
 }
 
 }  // namespace hotcold

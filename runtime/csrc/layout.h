@@ -6,7 +6,8 @@
 //
 // Bundle: the gate, up and down rows of one neuron side by side, so that an inactive neuron is never touched. Gate and
 // up rows keep lane = 32-block (16 blocks per group, the rest in pairs); down rows are cut in chunks of 128 outputs (64
-// for Q8_0) whose bytes are ordered for b_interleave4. Each part holds its quants, then its f16 scales.
+// for Q8_0) whose bytes are ordered for b_interleave4. The f16 scales of 16 blocks stand before their quants, so that a
+// row is read strictly forwards: hardware prefetchers follow that, and lose a row whose scales lie at its end.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -40,6 +41,15 @@ void pack_panel(Type type, const uint8_t* src, int rows, int cols, const int32_t
 void panel_row(Type type, const uint8_t* panel, int cols, int row, float* out);
 
 // ---- neuron rows
+// Where the quants of 32-block b begin in a row of `blocks` blocks (b a multiple of 16 or, in a row's last group, of a
+// pair or chunk), and where the scale of block b is.
+constexpr size_t row_quants_at(Type t, int b, int blocks) {
+  const int group = b / kLanes * kLanes, here = blocks - group < kLanes ? blocks - group : kLanes;
+  return size_t(b) * quant_bytes(t, kBlock) + size_t(group + here) * 2;
+}
+constexpr size_t row_scale_at(Type t, int b) {
+  return size_t(b / kLanes * kLanes) * quant_bytes(t, kBlock) + size_t(b) * 2;
+}
 size_t row_bytes(Type type, int n);   // one gate or up row
 size_t down_bytes(Type type, int n);  // one transposed down row
 void pack_row(Type type, const uint8_t* src, int n, uint8_t* dst);

@@ -43,7 +43,13 @@ void Pass::layer(int thread, int l) {
 
 void Pass::multiply(int thread, const Panel& p, const Acts& acts, float* out, int stride) {
   const Range groups = split(round_up(p.rows, kLanes) / kLanes, thread, threads());
-  m.k.panel(p.type, p.data, p.cols, groups.first, groups.last, acts, n, out, stride);
+  m.k.panel(p.type, p.data, p.cols, groups.first, groups.last, acts, n, out, stride, b.scratch[thread]->asks);
+}
+
+void Pass::ask_for(int thread, const Panel& p) const {
+  const int first = split(round_up(p.rows, kLanes) / kLanes, thread, threads()).first;
+  const uint8_t* at = p.data + first * panel_group_bytes(p.type, p.cols);
+  for (int i = 0; p.data && i < kAhead; i += 64) __builtin_prefetch(at + i);
 }
 
 void Pass::embed(int thread) {
@@ -82,7 +88,7 @@ void Pass::logits(int thread) {
     norm_token(s, t, m.output_norm, t - first);
   });
   const Range groups = split(stride / kLanes, thread, threads());
-  m.k.panel(m.head.type, m.head.data, c().d_model, groups.first, groups.last, s.norm.acts, wanted, b.logits.get(), stride);
+  m.k.panel(m.head.type, m.head.data, c().d_model, groups.first, groups.last, s.norm.acts, wanted, b.logits.get(), stride, b.scratch[thread]->asks);
 }
 
 }  // namespace hotcold

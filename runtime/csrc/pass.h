@@ -37,6 +37,8 @@ struct Pass {
   void each_token(int thread, Step step);
   // This thread's rows of a panel, for all tokens; other rows may still be missing until the next barrier.
   void multiply(int thread, const Panel& panel, const Acts& acts, float* out, int stride);
+  // Asks for the beginning of this thread's rows: said before a barrier, after which they are multiplied.
+  void ask_for(int thread, const Panel& panel) const;
 
   // Norms the residual stream of token t into place `to` of the normed activations, and quantises it.
   void norm_token(Stream& s, int t, const NormWeights& weights, int to);
@@ -45,9 +47,13 @@ struct Pass {
   void embed(int thread);
   void layer(int thread, int l);
   void attention(int thread, int l);
-  void rope_and_store(int thread, int l);
+  void finish_queries(int l, int t, int kv_head, float* out) const;
+  void store(int l, int t, int kv_head) const;
+  void ask_for_first_keys(int thread, int l) const;
   void attend_one(int thread, int l);
+  void merge(int h, float* out) const;
   void attend_block(int thread, int l);
+  void attend_tokens(int thread, int l, int first_token, int last_token, int kv_head);
   void rope(float* head, int t) const;
   void finish_head(float* head, int t, int h, const std::vector<float>& bias, const std::vector<float>& norm) const;
   int first_seen(int l, int position) const;
@@ -55,9 +61,11 @@ struct Pass {
   uint16_t* values(int l, int kv_head) const;
 
   void ffn(int thread, int l);
+  const Panel& after(int l) const;
   void ffn_dense(int thread, int l);
   void add_gate_bias(const Layer& layer, int first, int last);
   void list_fired(int thread, int l);
+  void list_neurons(int thread, int l, const Panel& scores, const Acts& acts, float threshold);
   void list_predicted(int thread, int l);
   void list_group(ThreadScratch& s, int first_neuron, const float* scores, int stride, float threshold, uint32_t always,
                   uint32_t always_first);

@@ -22,6 +22,8 @@ __all__ = ["main"]
 # name -> (module, one line for `hotcold --help`)
 COMMANDS: dict[str, tuple[str, str]] = {
     "sparsify": ("hotcold.sparsify.command", "make a model sparsely activated"),
+    "shift-thresholds": ("hotcold.sparsify.thresholds_command", "make more gates zero, within a budget"),
+    "sparsity-card": ("hotcold.sparsify.card_command", "perplexity and sparsity of each step of the method"),
     "collect-traces": ("hotcold.predictor.collect_command", "record which neurons fire, and on what input"),
     "train-predictors": ("hotcold.predictor.train_command", "learn to predict which neurons will fire"),
     "export": ("hotcold.convert.export_command", "write GGUF files and the predictor bundle"),

@@ -18,6 +18,9 @@ __all__ = [
 ]
 
 
+_LONGEST = 300  # characters of a value in a message
+
+
 class HotcoldError(Exception):
     """Base of every error that a user can cause or cure.
 
@@ -40,7 +43,7 @@ class HotcoldError(Exception):
     def _line(self) -> str:
         line = self.what if self.where is None else f"{self.where}: {self.what}"
         sides = [
-            f"{name} {value}"
+            f"{name} {_short(value)}"
             for name, value in (("got", self.got), ("expected", self.expected))
             if value is not None
         ]
@@ -48,7 +51,13 @@ class HotcoldError(Exception):
             line += f" ({', '.join(sides)})"
         if self.fix:
             line += f"; {self.fix}"
-        return " ".join(line.split())
+        return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(line.split()))
+
+
+def _short(value: object) -> str:
+    """What a file says may be megabytes long, or move the cursor of a terminal."""
+    text = str(value)
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"
 
 
 class InputError(HotcoldError):

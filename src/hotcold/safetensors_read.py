@@ -7,6 +7,7 @@ numpy, and with it the library's numpy side, knows no bfloat16.
 from __future__ import annotations
 
 import json
+import mmap
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,11 +31,12 @@ class SafetensorsFile:
         self.path = Path(path)
         self._check()
         with self.path.open("rb") as file:
-            (n_header,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(n_header))
+            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        (n_header,) = struct.unpack_from("<Q", self._map)
+        header = json.loads(self._map[8 : 8 + n_header])
         self._metadata: dict[str, str] = header.pop("__metadata__", {})
         self._entries: dict[str, dict[str, Any]] = header
-        self._data = np.memmap(self.path, np.uint8, "r").view(np.ndarray)[8 + n_header :]
+        self._begin = 8 + n_header
 
     def _check(self) -> None:
         if not self.path.is_file():
@@ -68,8 +70,11 @@ class SafetensorsFile:
             raise UnsupportedError(f"dtype of {name}", where=self.path, got=entry["dtype"], expected=expected)
         array = self._mapped(entry)
         if entry["dtype"] == "BF16":
-            return (array.astype(np.uint32) << 16).view(np.float32)
-        return array.astype(np.float32)
+            values = (array.astype(np.uint32) << 16).view(np.float32)
+        else:
+            values = array.astype(np.float32)
+        self._forget(entry)
+        return values
 
     def floats(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
         """A float32 tensor of this shape as a read-only view of the file, which takes no memory until read.
@@ -84,8 +89,15 @@ class SafetensorsFile:
 
     def _mapped(self, entry: dict[str, Any]) -> np.ndarray:
         begin, end = entry["data_offsets"]
-        data: np.ndarray = self._data[begin:end]
+        data = np.frombuffer(self._map, np.uint8, end - begin, self._begin + begin)
         return data.view(_DTYPES[entry["dtype"]]).reshape(entry["shape"])
+
+    def _forget(self, entry: dict[str, Any]) -> None:
+        """Let go of the pages of a tensor that has been copied: a checkpoint need not fit into memory."""
+        begin, end = (self._begin + offset for offset in entry["data_offsets"])
+        aligned = begin - begin % mmap.PAGESIZE
+        if end > begin:
+            self._map.madvise(mmap.MADV_DONTNEED, aligned, end - aligned)
 
     def _entry(self, name: str) -> dict[str, Any]:
         if name not in self._entries:

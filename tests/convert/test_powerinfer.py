@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from hotcold.checkpoint import fingerprint
+from hotcold.cli import main
 from hotcold.convert.architectures import ModelSpec
 from hotcold.convert.export import ExportOptions, export_bundle
 from hotcold.convert.gguf_read import GGUFFile
@@ -85,6 +86,22 @@ def test_a_model_assembled_by_hand_is_read(tmp_path):
     for name, array in arrays.items():
         assert file.tensors[name].shape == array.shape
         np.testing.assert_array_equal(dequantize(file.tensors[name]), array.astype(np.float32))
+
+
+def test_a_model_assembled_by_hand_is_written_as_it_was(tmp_path):
+    """Read, decoded, turned to Hugging Face's order and back: F16 comes out bit for bit."""
+    data, arrays = sparse_llama_by_hand()
+    (tmp_path / "m.powerinfer.gguf").write_bytes(data)
+    out = tmp_path / "again.powerinfer.gguf"
+    assert (
+        main(["convert", str(tmp_path / "m.powerinfer.gguf"), "--to", "powerinfer", "--out", str(out)]) == 0
+    )
+    file = GGUFFile(out)
+    assert file.magic == "PWRI" and set(file.tensors) == set(arrays)
+    for name, array in arrays.items():
+        assert file.tensors[name].data.tobytes() == array.tobytes(), name
+    assert file.metadata["powerinfer.sparse_threshold"] == 0.25
+    assert file.metadata["tokenizer.ggml.tokens"] == ["<unk>", "a", "b", "c", "d"]
 
 
 def test_a_gpu_index_has_the_type_ids_of_its_time(tmp_path):

@@ -71,3 +71,12 @@ def test_yarn_without_a_factor_stretches_to_the_context():
 def test_variants_of_yarn_that_gguf_cannot_say_are_refused(more):
     with pytest.raises(UnsupportedError, match=f"YaRN with {next(iter(more))}"):
         read(rope_scaling={"rope_type": "yarn", "original_max_position_embeddings": 64, **more})
+
+
+def test_yarn_comes_near_to_llama_3():
+    """Both keep the pairs that turn often and divide the slow ones; only the ramp between is another."""
+    rope = Rope(5e5, "llama3", 8.0, 8192, 1.0, 4.0)
+    ratio = rope.as_yarn().frequencies(128) / rope.frequencies(128)
+    np.testing.assert_allclose(np.delete(ratio, slice(28, 36)), 1, rtol=1e-5)
+    assert 0.5 < ratio.min() <= ratio.max() < 1.5
+    assert rope.as_yarn().attention_factor == 1.0

@@ -112,8 +112,12 @@ def test_more_tokens_than_embeddings(folder):
     "content, error, message",
     [
         (None, InputError, "cannot read the file"),
-        ("{}", UnsupportedError, r"unknown tokenizer model \(expected BPE\)"),
-        ('{"model": {"type": "WordPiece"}}', UnsupportedError, "got WordPiece"),
+        ("{}", FormatError, "not a tokenizer: Model missing"),
+        (
+            '{"model": {"type": "WordLevel", "vocab": {}, "unk_token": "a"}}',
+            UnsupportedError,
+            "got WordLevel, expected BPE",
+        ),
         (
             '{"model": {"type": "BPE", "byte_fallback": true, "vocab": {}, "merges": []}}',
             UnsupportedError,

@@ -16,7 +16,9 @@ from hotcold.cli import main
 from hotcold.convert.export import export_bundle
 from hotcold.convert.gguf_read import GGUFFile
 from hotcold.convert.gguf_write import copied, planned, write_gguf
+from hotcold.convert.gpu_index import GpuIndex
 from hotcold.convert.hf_checkpoint import HFCheckpoint
+from hotcold.convert.inspect import describe
 from hotcold.convert.manifest import BundleFile, Manifest, _digest
 from hotcold.convert.verify import verify_bundle
 from hotcold.errors import FormatError, HotcoldError, InputError
@@ -271,7 +273,7 @@ def test_inspect_a_bundle(bundle, capsys):
     assert main(["inspect", str(bundle)]) == 0
     text = capsys.readouterr().out
     assert "predictors/model.safetensors" in text
-    assert "1      32    -0.2500    80" in text
+    assert "1      32    -0.2500    80   80-159" in text
 
 
 def test_inspect_files_and_predictors(bundle, capsys):
@@ -294,6 +296,35 @@ def test_inspect_files_and_predictors(bundle, capsys):
     assert main(["inspect", str(bundle / "predictors"), "--json"]) == 0
     described = json.loads(capsys.readouterr().out)
     assert [described[key] for key in ("kind", "n_layers", "d_model", "d_ff")] == ["predictors", 3, 64, 160]
+
+
+def test_inspect_a_gpu_index(tmp_path, capsys):
+    GpuIndex([np.array([0, 1, 2, 5], np.int32), np.array([], np.int32)], 8, 1 << 20).write(tmp_path / "i")
+    assert main(["inspect", str(tmp_path / "i")]) == 0
+    text = capsys.readouterr().out
+    assert "vram_capacity: 1048576" in text
+    assert "0      4    0.5000  0-2, 5" in text and "1      0    0.0000  none" in text
+
+
+@pytest.mark.parametrize(
+    "metadata, field",
+    [
+        ({"powerinfer.sparse_threshold": "low"}, "powerinfer.sparse_threshold"),
+        ({"hotcold.predictor.thresholds": np.zeros(2, np.float32)}, "hotcold.predictor.thresholds"),
+        ({"hotcold.hot.counts": "many"}, "hotcold.hot.counts"),
+        ({"hotcold.hot.counts": np.ones(1, np.uint32)}, "hotcold.hot.neurons"),
+        (
+            {"hotcold.hot.counts": np.ones(1, np.uint32), "hotcold.hot.neurons": np.ones(2, np.int32)},
+            "hotcold.hot.counts",
+        ),
+    ],
+)
+def test_inspect_names_metadata_that_does_not_fit(tmp_path, metadata, field):
+    fc1 = planned("blk.0.fc1.weight", (4, 8), "F32", lambda: np.zeros((4, 8), np.float32))
+    write_gguf(tmp_path / "m", metadata, [fc1], magic="PWRI")
+    with pytest.raises(FormatError) as caught:
+        describe(tmp_path / "m")
+    assert caught.value.field == field
 
 
 def test_inspect_refuses_what_it_does_not_know(tmp_path, capsys):

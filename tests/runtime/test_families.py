@@ -20,6 +20,7 @@ from hotcold.checkpoint import fingerprint
 from hotcold.cli import main
 from hotcold.convert.architectures import ModelSpec
 from hotcold.convert.export import ExportOptions, export_bundle
+from hotcold.convert.gguf_checkpoint import GGUFCheckpoint
 from hotcold.convert.gguf_read import GGUFFile
 from hotcold.convert.hf_checkpoint import HFCheckpoint
 from hotcold.convert.llama_cpp import is_exact
@@ -277,6 +278,20 @@ def test_llama_cpp_agrees_where_it_has_the_function(name, make_bundle_of, logits
     manifest = json.loads((bundle / "manifest.json").read_text())
     assert manifest["llama_cpp_exact"] == is_exact(spec) == (differs is None)
     assert error < 5e-3 if is_exact(spec) else error > 5e-3
+
+
+@pytest.mark.parametrize("name", ["llama-yarn", "mistral-window", "bamboo", "qwen2", "qwen3", "prosparse"])
+def test_our_gguf_files_are_read_back_as_the_checkpoint(name, make_family, make_bundle_of):
+    original = HFCheckpoint(make_family(name))
+    spec = ModelSpec.from_config(original.config)
+    for path in make_bundle_of(name).glob("*.gguf"):
+        again = GGUFCheckpoint(path)
+        read = ModelSpec.from_config(again.config)
+        assert (read.windows, read.activation, read.biases) == (spec.windows, spec.activation, spec.biases)
+        np.testing.assert_allclose(read.rope.frequencies(16), spec.rope.frequencies(16), rtol=1e-6)
+        assert again.names() == original.names()
+        for tensor in original.names():
+            np.testing.assert_array_equal(again.load(tensor), original.load(tensor))
 
 
 @pytest.mark.parametrize(
