@@ -79,16 +79,16 @@ def test_bench_kernels_errors(capsys, arguments, message):
 
 def test_bench_gpu(synthetic, capsys, tmp_path):
     arguments = ["bench-gpu", "--synthetic", "smollm2-135m", "--layers", "1", "--device", "cpu", "-t", "1"]
-    sizes = ["-r", "2", "-p", "3", "-n", "4", "--budgets", "300", "--cache", str(synthetic.parent)]
+    sizes = ["-r", "2", "-p", "3", "-n", "4", "--budgets", "900", "--cache", str(synthetic.parent)]
     arguments += ["-m", "predicted"]
     assert main([*arguments, *sizes, "-o", "json", "--save", str(tmp_path / "report.json")]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report == json.loads((tmp_path / "report.json").read_text())
     rows = {row["name"]: row for row in report["rows"]}
-    assert set(rows) == {"gpu predicted", "hybrid 300% predicted"}
+    assert set(rows) == {"gpu predicted", "hybrid 900% predicted"}
     for row in rows.values():
         assert row["generation"]["median"] > 0 and row["bytes_per_token"] > 0
-    told = rows["hybrid 300% predicted"]["telemetry"]
+    told = rows["hybrid 900% predicted"]["telemetry"]
     assert told["hot_hit_rate"] == 1 and told["decoded"] == 8
     assert rows["gpu predicted"]["sparsity"] > 0.3
 
