@@ -7,8 +7,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from hotcold.safetensors_read import SafetensorsFile, read_json
 from hotcold.errors import FormatError, InputError
+from hotcold.safetensors_read import SafetensorsFile, read_json
 
 __all__ = ["HFCheckpoint", "WeightSource"]
 
