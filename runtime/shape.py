@@ -66,7 +66,7 @@ class ModelShape:
             n_kv_heads=key("attention.head_count_kv", n_heads),
             head_dim=head_dim,
             n_vocab=file.tensors["token_embd.weight"].shape[0],
-            norm_eps=key(form.eps_key),
+            norm_eps=key(form.eps_key, form.default_eps),
             rope_frequencies=frequencies,
             rope_scale=rope.attention_factor,
             windows=_per_layer(file, WINDOWS, n_layers, 0),

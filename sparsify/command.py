@@ -5,80 +5,99 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hotcold.errors import InputError, StorageError
-from hotcold.sparsify.methods import METHODS, load_method
-from hotcold.sparsify.recipe import REDUCTIONS, Recipe
+from hotcold.sparsify.config import REDUCTIONS, Config, load_config, recipes
+from hotcold.sparsify.relu import DEFAULT_GENERATED, DEFAULT_L1, DEFAULT_TOKENS, relu_config
 
 if TYPE_CHECKING:
-    from hotcold.sparsify.relu import Result
+    from hotcold.sparsify.prosparse import Result
 
-HELP = "Replace the FFN activation by a sparse one and repair the model by distillation from its dense self."
+HELP = (
+    "Replace the FFN activation by a sparse one and train the model until it works with it. --method relu "
+    "takes minutes on a CPU for a small model; --method prosparse does what a config file says, on any "
+    "number of GPUs (start it with `accelerate launch` or `torchrun`). Interrupted, it goes on where it "
+    "stopped when it is run again."
+)
 EXAMPLE = "hotcold sparsify --model smollm2 --method relu --out sparse-smollm2"
+
+METHODS = ("relu", "prosparse")
+_QUICK = ("text", "tokens", "generated", "l1", "l1_reduction", "quantise", "seed")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options; those left out keep the recipe's defaults."""
-    add, default = parser.add_argument, Recipe()
+    """The options; those of --method relu that are left out keep its defaults."""
+    add = parser.add_argument
     add("--model", required=True, metavar="M", help="HF directory, .gguf file, hub id, or smollm2")
     add("--method", default="relu", metavar="NAME", help=f"{' | '.join(METHODS)} (default: %(default)s)")
     add("--out", required=True, type=Path, metavar="DIR", help="where the HF checkpoint goes")
     add(
-        "--text", default="stdlib", metavar="SRC",
-        help="file, glob, data set id, or stdlib, the text that Python carries (default: %(default)s)",
+        "--work", type=Path, metavar="DIR",
+        help="folder for what it takes to go on after a kill (default: OUT.training)",
     )  # fmt: skip
     add(
-        "--tokens", type=int, default=default.tokens, metavar="N",
-        help="tokens to train on, in all phases together; the time goes with it (default: %(default)s)",
+        "--config", metavar="FILE",
+        help=f"for --method prosparse: a YAML file, or one of {', '.join(recipes())}",
+    )  # fmt: skip
+    add("--dry-run", action="store_true", help="print stages, tokens, memory and time, and do nothing")
+    quick = parser.add_argument_group("for --method relu")
+    add = quick.add_argument
+    add(
+        "--text", metavar="SRC",
+        help="file, glob, data set id, or stdlib, the text that Python carries (default: stdlib)",
     )  # fmt: skip
     add(
-        "--generated", type=float, default=default.generated_share, metavar="SHARE",
-        help="share of them from text that the dense model writes itself (default: %(default)s)",
+        "--tokens", type=int, metavar="N",
+        help=f"tokens to train on, in all phases together; the time goes with it (default: {DEFAULT_TOKENS})",
     )  # fmt: skip
     add(
-        "--l1", type=float, default=default.l1_peak, metavar="PEAK",
-        help="final factor of the L1 term: higher is sparser and less exact (default: %(default)s)",
+        "--generated", type=float, metavar="SHARE",
+        help=f"share of them from text that the dense model writes itself (default: {DEFAULT_GENERATED})",
     )  # fmt: skip
     add(
-        "--l1-reduction", default=default.l1_reduction, metavar="R",
-        help=f"over what the L1 norm is averaged: {' | '.join(REDUCTIONS)} (default: %(default)s)",
+        "--l1", type=float, metavar="PEAK",
+        help=f"final factor of the L1 term: higher is sparser and less exact (default: {DEFAULT_L1})",
     )  # fmt: skip
-    add("--no-quantise", action="store_true", help="do not train for the rounding of Q4_0")
     add(
-        "--seed",
-        type=int,
-        default=default.seed,
-        metavar="S",
-        help="of sampling and shuffling (default: %(default)s)",
-    )
+        "--l1-reduction", metavar="R",
+        help=f"over what the L1 norm is averaged: {' | '.join(REDUCTIONS)} (default: mean)",
+    )  # fmt: skip
+    add(
+        "--no-quantise", dest="quantise", action="store_const", const=False,
+        help="do not train for the rounding of Q4_0",
+    )  # fmt: skip
+    add("--seed", type=int, metavar="S", help="of sampling and shuffling (default: 0)")
 
 
 def run(args: argparse.Namespace) -> int:
     """Sparsify, save, and print the summary table."""
-    method = load_method(args.method)
+    config = _config(args)
     _check_out(args.out)
-    recipe = _recipe(args)
+    if args.dry_run:
+        from hotcold.sparsify.plan import plan
+
+        print(plan(args.model, config))
+        return 0
 
     from hotcold import checkpoint
     from hotcold.sparsify.evaluate import table
     from hotcold.sparsify.memory import keep_big_buffers
+    from hotcold.sparsify.prosparse import prosparse
+    from hotcold.sparsify.records import Records
 
     keep_big_buffers()
+    work = _work_folder(args, config)
     tokenizer = checkpoint.load_tokenizer(args.model)
-    lines: list[str] = []
-    result = method(
-        checkpoint.load_model(args.model),
-        tokenizer,
-        args.text,
-        recipe,
-        lambda record: lines.append(json.dumps(record)),
-    )
+    with Records(work.path / "tensorboard") as records:
+        result = prosparse(lambda: checkpoint.load_model(args.model), tokenizer, config, work, records.add)
+    if result is None:
+        return 0
     files = {
-        "training.jsonl": "".join(f"{line}\n" for line in lines).encode(),
-        "sparsify.json": (json.dumps(_summary(args, recipe, result), indent=2) + "\n").encode(),
+        "training.jsonl": work.log_path.read_bytes(),
+        "sparsify.json": (json.dumps(_summary(args, config, result), indent=2) + "\n").encode(),
     }
     # Half the size, and Q4_0 makes the same blocks of these weights as of the float32 ones.
     checkpoint.save(result.model.half(), tokenizer, args.out, like=args.model, files=files)
@@ -86,15 +105,32 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _recipe(args: argparse.Namespace) -> Recipe:
-    chosen = Recipe(
-        tokens=args.tokens,
-        generated_share=args.generated,
-        l1_peak=args.l1,
-        l1_reduction=args.l1_reduction,
-        seed=args.seed,
-    )
-    return replace(chosen, quantise_from=1.0) if args.no_quantise else chosen
+def _config(args: argparse.Namespace) -> Config:
+    """What the arguments ask for. InputError for an unknown method, and for options of another one."""
+    if args.method not in METHODS:
+        raise InputError("unknown method", where="--method", got=args.method, expected=" | ".join(METHODS))
+    quick = {name: getattr(args, name) for name in _QUICK if getattr(args, name) is not None}
+    if args.method == "relu":
+        if args.config is not None:
+            raise InputError("is for another method", where="--config", fix="add --method prosparse")
+        return relu_config(**quick)
+    if args.config is None:
+        known = " | ".join(recipes())
+        raise InputError("--method prosparse needs a config", expected=f"--config FILE or one of {known}")
+    if quick:
+        option = "--no-quantise" if "quantise" in quick else f"--{next(iter(quick)).replace('_', '-')}"
+        raise InputError("is for --method relu", where=option, fix=f"say it in {args.config}")
+    return load_config(args.config)
+
+
+def _work_folder(args: argparse.Namespace, config: Config):  # noqa: ANN202 - imported here only
+    from hotcold import checkpoint
+    from hotcold.sparsify.prosparse import PHASES
+    from hotcold.sparsify.state import WorkFolder
+
+    path = args.work or args.out.with_name(f"{args.out.name}.training")
+    identity = {"model": checkpoint.fingerprint(args.model), "config": config.digest()}
+    return WorkFolder(path, identity, PHASES, config.checkpoints.keep)
 
 
 def _check_out(out: Path) -> None:
@@ -114,11 +150,10 @@ def _check_out(out: Path) -> None:
         raise StorageError("no permission to write here", where=parent)
 
 
-def _summary(args: argparse.Namespace, recipe: Recipe, result: Result) -> dict[str, object]:
+def _summary(args: argparse.Namespace, config: Config, result: Result) -> dict[str, object]:
     return {
         "method": args.method,
-        "text": args.text,
-        "recipe": asdict(recipe),
+        "config": asdict(config),
         "perplexity_dense": result.dense.perplexity,
         "perplexity_sparse": result.sparse.perplexity,
         "heldout_tokens": result.sparse.tokens,

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from hotcold.sparsify.activations import recorded_intermediates
+from hotcold.sparsify.hooks import recorded_intermediates
 
 __all__ = ["Quality", "measure", "table", "zero_share"]
 
@@ -37,7 +37,7 @@ def measure(model: PreTrainedModel, windows: Tensor) -> Quality:
     loss, zeros = 0.0, []
     with recorded_intermediates(model) as seen:
         for ids in windows.split(_BATCH):
-            with torch.autocast("cpu", dtype=torch.bfloat16):
+            with torch.autocast(ids.device.type, dtype=torch.bfloat16):
                 hidden = model.model(ids, use_cache=False).last_hidden_state
             loss += _loss(model, hidden[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
             zeros.append(torch.stack([zero_share(layer) for layer in seen]) * len(ids))
@@ -55,7 +55,7 @@ def _loss(model: PreTrainedModel, hidden: Tensor, targets: Tensor) -> float:
     """Summed negative log likelihood of `targets` [tokens] given `hidden` [tokens, d_model]."""
     total = 0.0
     for states, ids in zip(hidden.split(_CHUNK), targets.split(_CHUNK), strict=True):
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast(ids.device.type, dtype=torch.bfloat16):
             logits = model.lm_head(states)
         total += functional.cross_entropy(logits.float(), ids, reduction="sum").item()
     return total

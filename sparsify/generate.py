@@ -1,8 +1,11 @@
 """Text written by the dense model itself, to distil on: it covers what the model knows, whatever is at hand.
 
-Each sequence begins with a random word of the vocabulary and is then sampled freely at temperature 1, so
-a batch spreads over all that the model was trained on. LLM-QAT (arXiv 2305.17888) found such data as good as
-the original corpus for distillation.
+Each row begins with a random word of the vocabulary, after the special token of `begin` if any, and is then
+sampled freely at temperature 1, so that a batch spreads over all that the model was trained on. LLM-QAT
+(arXiv 2305.17888) found such data as good as the original corpus for distillation.
+
+Keys and values live in a static cache: nothing is copied from step to step on a CPU, and on a GPU a step is
+one compiled graph, so that a batch of hundreds costs little more than one row.
 """
 
 from __future__ import annotations
@@ -10,32 +13,73 @@ from __future__ import annotations
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel, StaticCache
 
 from hotcold.errors import InputError
-from hotcold.progress import Progress
+from hotcold.sparsify.config import Generated
 
-__all__ = ["write_text"]
+__all__ = ["Sampler"]
 
-_BATCH = 128
-_TOP_K = 256  # cuts the tail, in which a small model's sampling goes astray
 _MIN_LETTERS = 3
 
 
-def write_text(
-    teacher: PreTrainedModel, tokenizer: Tokenizer, length: int, n_tokens: int, seed: int
-) -> Tensor:
-    """Sample windows, int64 [ceil(n_tokens / length), length], from the dense model. Same seed, same text."""
-    generator = torch.Generator().manual_seed(seed)
-    words = _words(tokenizer)
-    n = -(-n_tokens // length)
-    parts = []
-    with Progress("teacher's text", n * length, "tok") as progress, torch.inference_mode():
-        for begin in range(0, n, _BATCH):
-            size = min(_BATCH, n - begin)
-            first = words[torch.randint(len(words), (size,), generator=generator)]
-            parts.append(_continue(teacher, first, length, generator, progress))
-    return torch.cat(parts)
+class Sampler:
+    """Samples windows of `length` tokens from a dense model, many at a time."""
+
+    def __init__(
+        self,
+        teacher: PreTrainedModel,
+        tokenizer: Tokenizer,
+        length: int,
+        settings: Generated,
+        *,
+        compile: bool | None = None,
+    ) -> None:
+        """`compile` (by default on a GPU) compiles a step. InputError where no word can begin a text."""
+        self._teacher, self._length, self._settings = teacher, length, settings
+        self._device = teacher.device
+        self._words = _words(tokenizer)
+        self._begin = _special_token(tokenizer, settings.begin)
+        compiled = self._device.type == "cuda" if compile is None else compile
+        self._step = torch.compile(self._plain_step, mode="reduce-overhead") if compiled else self._plain_step
+
+    @torch.no_grad()
+    def write(self, rows: int, seed: int) -> Tensor:
+        """int64 [rows, length] on the CPU. Same seed, same text."""
+        generator = torch.Generator(self._device).manual_seed(seed)
+        chooser = torch.Generator().manual_seed(seed)
+        first = self._words[torch.randint(len(self._words), (rows,), generator=chooser)]
+        head = [first] if self._begin is None else [torch.full_like(first, self._begin), first]
+        tokens = torch.zeros(rows, self._length, dtype=torch.int64, device=self._device)
+        tokens[:, : len(head)] = torch.stack(head, 1).to(self._device)
+        cache = self._cache(rows)
+        for position in range(self._length - 1):
+            at = torch.full((1,), position, device=self._device)
+            scores, candidates = self._step(tokens[:, position : position + 1].contiguous(), at, cache)
+            if position + 1 >= len(head):
+                chosen = torch.multinomial(scores, 1, generator=generator)
+                tokens[:, position + 1 : position + 2] = candidates.gather(1, chosen)
+        return tokens.cpu()
+
+    def _cache(self, rows: int) -> StaticCache:
+        return StaticCache(config=self._teacher.config, max_cache_len=self._length)
+
+    def _plain_step(self, ids: Tensor, at: Tensor, cache: StaticCache) -> tuple[Tensor, Tensor]:
+        """Probabilities and ids of what may follow `ids` [rows, 1] at position `at`; both [rows, top_k]."""
+        hidden = self._teacher.model(
+            ids, past_key_values=cache, use_cache=True, position_ids=at[None].expand(len(ids), 1)
+        ).last_hidden_state[:, -1]
+        values, candidates = self._teacher.lm_head(hidden).float().topk(self._settings.top_k, dim=-1)
+        return values.softmax(-1), candidates
+
+
+def _special_token(tokenizer: Tokenizer, name: str) -> int | None:
+    """The id of the token with which each row begins, or None."""
+    if not name:
+        return None
+    if (token := tokenizer.token_to_id(name)) is None:
+        raise InputError("the vocabulary has no such token", where="generated.begin", got=name)
+    return token
 
 
 def _words(tokenizer: Tokenizer) -> Tensor:
@@ -48,21 +92,6 @@ def _words(tokenizer: Tokenizer) -> Tensor:
     ]
     if not fitting:
         raise InputError(
-            "the vocabulary has no words to begin a text with", fix="set the generated share to 0"
+            "the vocabulary has no words to begin a text with", fix="give the source `generated` no share"
         )
     return torch.tensor(fitting)
-
-
-def _continue(
-    teacher: PreTrainedModel, first: Tensor, length: int, generator: torch.Generator, progress: Progress
-) -> Tensor:
-    """Sample on from `first` [batch]; int64 [batch, length]."""
-    cache = DynamicCache(config=teacher.config)
-    tokens = [first[:, None]]
-    for _ in range(length - 1):
-        hidden = teacher.model(tokens[-1], past_key_values=cache, use_cache=True).last_hidden_state[:, -1]
-        values, candidates = teacher.lm_head(hidden).float().topk(_TOP_K, dim=-1)
-        chosen = torch.multinomial(values.softmax(-1), 1, generator=generator)
-        tokens.append(candidates.gather(1, chosen))
-        progress.advance(len(first))
-    return torch.cat(tokens, dim=1)

@@ -1,6 +1,7 @@
-"""The terms of the training loss: L1 on the intermediate output, KL from the dense model, relative error.
+"""The terms of the training loss, each as a sum over tokens with its divisor kept apart.
 
-Kept apart from the training loops so that each can be checked against its definition.
+Sums add up over micro-batches and processes, means do not: what is divided by is counted over the whole
+batch. Kept apart from the training loops so that each term can be checked against its definition.
 """
 
 from __future__ import annotations
@@ -8,49 +9,64 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from hotcold.errors import InputError
-from hotcold.sparsify.recipe import REDUCTIONS, Reduction
+from hotcold.sparsify.config import REDUCTIONS, Reduction
 
-__all__ = ["kl_from_hidden", "l1_norm", "relative_error"]
+__all__ = ["cross_entropy_from_hidden", "kl_from_hidden", "l1_divisor", "l1_sum", "squared_error"]
 
 _CHUNK = 256  # tokens whose logits exist at a time
 
 
-def l1_norm(intermediate: Tensor, reduction: Reduction = "mean") -> Tensor:
-    """‖act(gate)·up‖₁ of one layer, `intermediate` [..., d_ff], as a scalar.
+def l1_sum(intermediate: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Sum of |act(gate)·up| of one layer, [rows, tokens, d_ff], where `mask` [rows, tokens] is set."""
+    if mask is not None:
+        intermediate = intermediate[mask]
+    return intermediate.abs().sum(dtype=torch.float32)
+
+
+def l1_divisor(reduction: Reduction, tokens: float, d_ff: int) -> float:
+    """What a layer's `l1_sum` over `tokens` is divided by.
 
     ProSparse (arXiv 2402.13516, eq. 2) writes ‖·‖₁ and does not say over what it is averaged; its published
-    factors (up to 0.2) fit a language model's loss only as `mean` over tokens and d_ff. `token_sum` sums over
-    d_ff and averages over tokens; `sum` sums over both. Raises InputError for another reduction.
+    factors (up to 0.2) fit a language model's loss only as `mean` over tokens and d_ff, which is therefore
+    the default: an inference. `token_sum` sums over d_ff and averages over tokens; `sum` sums over both.
+    Raises InputError for another reduction.
     """
-    magnitude = intermediate.abs()
-    if reduction == "mean":
-        return magnitude.mean(dtype=torch.float32)
-    if reduction == "token_sum":
-        return magnitude.sum(dim=-1, dtype=torch.float32).mean()
-    if reduction == "sum":
-        return magnitude.sum(dtype=torch.float32)
-    raise InputError("unknown reduction of the L1 term", got=reduction, expected=" | ".join(REDUCTIONS))
+    divisors = {"mean": tokens * d_ff, "token_sum": tokens, "sum": 1.0}
+    if reduction not in divisors:
+        raise InputError("unknown reduction of the L1 term", got=reduction, expected=" | ".join(REDUCTIONS))
+    return divisors[reduction]
 
 
-def relative_error(output: Tensor, target: Tensor) -> Tensor:
-    """‖output - target‖² over the variance of `target` about its mean over tokens; both [..., d_model].
+def squared_error(output: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Sum over tokens of the mean over d_model of (output - target)², both [rows, tokens, d_model]."""
+    if mask is not None:
+        output, target = output[mask], target[mask]
+    return (output.float() - target.float()).square().sum() / output.shape[-1]
 
-    Massive activations, equal at each token, would else hide the error in all that varies.
+
+def cross_entropy_from_hidden(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
+    """Sum over tokens of -log p(target) for `hidden` [tokens, d_model], `head` [n_vocab, d_model].
+
+    Logits exist for 256 tokens at a time, and again in the backward pass.
     """
-    target = target.float()
-    mean = target.flatten(0, -2).mean(0)
-    spread = (target - mean).square().mean().clamp_min(torch.finfo(torch.float32).tiny)
-    return (output.float() - target).square().mean() / spread
+
+    def part(states: Tensor, ids: Tensor) -> Tensor:
+        logits = states.to(head.dtype) @ head.T
+        return functional.cross_entropy(logits.float(), ids, reduction="sum")
+
+    chunks = zip(hidden.split(_CHUNK), targets.split(_CHUNK), strict=True)
+    return torch.stack([checkpoint(part, *chunk, use_reentrant=False) for chunk in chunks]).sum()
 
 
 def kl_from_hidden(student: Tensor, teacher: Tensor, student_head: Tensor, teacher_head: Tensor) -> Tensor:
-    """Mean over tokens of KL(teacher ‖ student) of the next-token distributions.
+    """Sum over tokens of KL(teacher ‖ student) of the next-token distributions.
 
     `student` and `teacher` are last hidden states [tokens, d_model] after the final norm, the heads
-    [n_vocab, d_model]. Logits exist for 256 tokens at a time, and the gradient (of `student` alone: heads
-    are frozen) is computed on the way, so that no [tokens, n_vocab] is ever kept.
+    [n_vocab, d_model]. Logits exist for 256 tokens at a time, and the gradients of `student` and its head are
+    computed on the way, so that no [tokens, n_vocab] is ever kept.
     """
     return _KLFromHidden.apply(student, teacher, student_head, teacher_head)
 
@@ -58,23 +74,27 @@ def kl_from_hidden(student: Tensor, teacher: Tensor, student_head: Tensor, teach
 class _KLFromHidden(torch.autograd.Function):
     @staticmethod
     def forward(ctx, student, teacher, student_head, teacher_head):  # noqa: ANN001, ANN205
-        total, gradient = torch.zeros((), dtype=torch.float32), torch.empty_like(student)
+        total, gradient = student.new_zeros((), dtype=torch.float32), torch.empty_like(student)
+        head_gradient = torch.zeros_like(student_head) if ctx.needs_input_grad[2] else None
         for start in range(0, len(student), _CHUNK):
             part = slice(start, start + _CHUNK)
-            log_q = functional.log_softmax(
-                (student[part].to(student_head.dtype) @ student_head.T).float(), -1
-            )
-            log_p = functional.log_softmax(
-                (teacher[part].to(teacher_head.dtype) @ teacher_head.T).float(), -1
-            )
+            states = student[part].to(student_head.dtype)
+            log_q = functional.log_softmax((states @ student_head.T).float(), -1)
+            targets = teacher[part].to(teacher_head.dtype)
+            log_p = functional.log_softmax((targets @ teacher_head.T).float(), -1)
             p = log_p.exp()
             total += torch.dot(p.flatten(), log_p.sub_(log_q).flatten())
             # d KL / d logits = q - p
             slope = log_q.exp_().sub_(p).to(student_head.dtype)
             gradient[part] = (slope @ student_head).to(student.dtype)
-        ctx.save_for_backward(gradient.div_(len(student)))
-        return total / len(student)
+            if head_gradient is not None:
+                head_gradient += slope.T @ states
+        ctx.save_for_backward(gradient, head_gradient)
+        return total
 
     @staticmethod
     def backward(ctx, upstream):  # noqa: ANN001, ANN205
-        return ctx.saved_tensors[0] * upstream, None, None, None
+        gradient, head_gradient = ctx.saved_tensors
+        return (
+            gradient * upstream, None, None if head_gradient is None else head_gradient * upstream, None,
+        )  # fmt: skip

@@ -16,7 +16,15 @@ from transformers import PreTrainedModel
 
 from hotcold.checkpoint import ffn_layers
 
-__all__ = ["bake", "quantisable", "quantise_while_training", "round_q4_0"]
+__all__ = [
+    "bake",
+    "pack_q4_0",
+    "prepare_rounding",
+    "quantisable",
+    "round_q4_0",
+    "start_rounding",
+    "unpack_q4_0",
+]
 
 _BLOCK = 32
 
@@ -27,12 +35,36 @@ def round_q4_0(weight: Tensor) -> Tensor:
     The rule is ggml's `quantize_row_q4_0_ref`: scale = (the entry of largest magnitude) / -8, codes 0 … 15.
     cols must be a multiple of 32.
     """
+    scale, codes = _scale_and_codes(weight.reshape(-1, _BLOCK))
+    return ((codes - 8) * scale.float()).reshape(weight.shape)
+
+
+def pack_q4_0(weight: Tensor) -> Tensor:
+    """The bytes in which ggml stores float32 [rows, cols] as Q4_0, uint8 [rows, cols / 32 * 18].
+
+    A block is its float16 scale and 16 bytes, of which byte i holds code i below code i + 16.
+    """
     blocks = weight.reshape(-1, _BLOCK)
+    scale, codes = _scale_and_codes(blocks)
+    codes = codes.to(torch.uint8)
+    nibbles = codes[:, :16] | codes[:, 16:] << 4
+    return torch.cat([scale.view(torch.uint8), nibbles], 1).reshape(len(weight), -1)
+
+
+def unpack_q4_0(packed: Tensor) -> Tensor:
+    """The inverse of `pack_q4_0`: float32 [rows, cols] of uint8 [rows, cols / 32 * 18]."""
+    blocks = packed.reshape(-1, 18)
+    scale = blocks[:, :2].contiguous().view(torch.float16).float()
+    codes = torch.cat([blocks[:, 2:] & 15, blocks[:, 2:] >> 4], 1)
+    return ((codes.float() - 8) * scale).reshape(len(packed), -1)
+
+
+def _scale_and_codes(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """Of blocks [n, 32]: scales float16 [n, 1] and codes 0 … 15, float [n, 32]."""
     largest = blocks.gather(1, blocks.abs().argmax(1, keepdim=True))
     scale = largest / -8
     inverse = torch.where(scale == 0, 0.0, 1 / scale)
-    codes = torch.floor(blocks * inverse + 8.5).clamp_(max=15)
-    return ((codes - 8) * scale.half().float()).reshape(weight.shape)
+    return scale.half(), torch.floor(blocks * inverse + 8.5).clamp_(max=15)
 
 
 class _Straight(torch.autograd.Function):
@@ -48,10 +80,10 @@ class _Straight(torch.autograd.Function):
 class _FakeQuantise(nn.Module):
     def __init__(self, transposed: bool) -> None:
         super().__init__()
-        self.transposed = transposed
+        self.transposed, self.on = transposed, False
 
     def forward(self, weight: Tensor) -> Tensor:
-        return _Straight.apply(weight, self.transposed)
+        return _Straight.apply(weight, self.transposed) if self.on else weight
 
 
 def quantisable(model: PreTrainedModel) -> Iterator[tuple[nn.Module, bool]]:
@@ -67,11 +99,21 @@ def quantisable(model: PreTrainedModel) -> Iterator[tuple[nn.Module, bool]]:
                 yield module, transposed
 
 
-def quantise_while_training(model: PreTrainedModel) -> None:
-    """Make each linear layer compute with its weight rounded to Q4_0; frozen ones are rounded here, once."""
+def prepare_rounding(model: PreTrainedModel) -> None:
+    """Give each linear layer that learns a switch for rounding, off at first.
+
+    The switches are there from the start, so that parameters keep their names for optimisers and wrappers.
+    """
     for module, transposed in list(quantisable(model)):
         if module.weight.requires_grad:
             parametrize.register_parametrization(module, "weight", _FakeQuantise(transposed), unsafe=True)
+
+
+def start_rounding(model: PreTrainedModel) -> None:
+    """Make each linear layer compute with its weight rounded to Q4_0; frozen ones are rounded here, once."""
+    for module, transposed in list(quantisable(model)):
+        if parametrize.is_parametrized(module, "weight"):
+            module.parametrizations.weight[0].on = True
         else:
             with torch.no_grad():
                 module.weight.copy_(_Straight.apply(module.weight, transposed))

@@ -1,4 +1,4 @@
-"""Schedules over training steps: ProSparse's stages of the L1 factor, and the learning rate.
+"""Schedules over steps: ProSparse's stages of the L1 factor, or a controller of it, and the learning rate.
 
 The L1 factor follows Algorithm 1 of ProSparse (arXiv 2402.13516, appendix B): nothing during stage 0, a
 constant first peak during the warm-up, then one sine ramp per stage from peak to peak. Ramps are flat at both
@@ -14,7 +14,7 @@ from itertools import pairwise
 
 from hotcold.errors import InputError
 
-__all__ = ["ProgressiveL1", "Stage", "cosine"]
+__all__ = ["ProgressiveL1", "Stage", "TargetSparsity", "cosine", "wsd"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +60,39 @@ class ProgressiveL1:
         return before.peak + math.sin(math.pi * u / 2) ** 2 * (stage.peak - before.peak)
 
 
+class TargetSparsity:
+    """The L1 factor as a controller sets it from the measured density, as ReMoE does (arXiv 2412.14711).
+
+    While the model is denser than wanted the factor grows by `multiplier` each step, else it shrinks.
+    """
+
+    def __init__(self, target: float, start: float, multiplier: float, first_step: int) -> None:
+        self.target, self.start, self.multiplier, self.first_step = target, start, multiplier, first_step
+        self.factor = start
+
+    def __call__(self, step: int) -> float:
+        """λ at `step`: 0 until `first_step`, the end of stage 0."""
+        return self.factor if step > self.first_step else 0.0
+
+    def observe(self, step: int, sparsity: float) -> None:
+        """Take into account the sparsity that `step` had."""
+        if step > self.first_step:
+            grown = self.factor * self.multiplier if sparsity < self.target else self.factor / self.multiplier
+            self.factor = max(grown, self.start)
+
+
 def cosine(step: int, steps: int, warmup: int, floor: float = 0.05) -> float:
     """Factor on the peak learning rate at `step` = 1 … `steps`: linear warm-up, then a cosine to `floor`."""
     rise = min(1.0, step / warmup) if warmup else 1.0
     return rise * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, step / steps))))
+
+
+def wsd(step: int, steps: int, warmup: int, floor: float = 0.05, decay_share: float = 0.1) -> float:
+    """Factor on the peak learning rate: warm-up, stable, then an exponential decay to `floor`.
+
+    As MiniCPM (arXiv 2404.06395) trained; the last `decay_share` of the steps decays.
+    """
+    rise = min(1.0, step / warmup) if warmup else 1.0
+    begin = steps * (1 - decay_share)
+    u = max(0.0, step - begin) / (steps - begin) if decay_share else 0.0
+    return rise * floor**u

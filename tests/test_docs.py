@@ -20,7 +20,7 @@ README = (ROOT / "README.md").read_text()
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 FOLDERS = ("predictor", "runtime", "convert", "eval", "sparsify", "src")
 # Import names that differ from those of their distributions.
-DISTRIBUTIONS = {"sklearn": "scikit-learn", "llama_cpp": "llama-cpp-python"}
+DISTRIBUTIONS = {"sklearn": "scikit-learn", "llama_cpp": "llama-cpp-python", "yaml": "pyyaml"}
 # Asked for by name, in an error that says how to install it.
 ON_DEMAND = {"datasets"}
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn, where
+from torch import Tensor, nn, relu, where
 
-__all__ = ["FATReLU", "rectify_output"]
+__all__ = ["DReLU", "FATReLU", "ReLU2", "ShiftedReLU", "make_activation", "rectify_output"]
 
 
 class FATReLU(nn.Module):
@@ -21,6 +21,48 @@ class FATReLU(nn.Module):
     def extra_repr(self) -> str:
         """What `print(model)` shows."""
         return f"threshold={self.threshold:g}"
+
+
+class ShiftedReLU(nn.Module):
+    """max(x - shift, 0) (arXiv 2310.04564)."""
+
+    def __init__(self, shift: float) -> None:
+        super().__init__()
+        self.shift = shift
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Any shape."""
+        return relu(x - self.shift)
+
+    def extra_repr(self) -> str:
+        """What `print(model)` shows."""
+        return f"shift={self.shift:g}"
+
+
+class ReLU2(nn.Module):
+    """max(x, 0)² (arXiv 2402.03804)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Any shape."""
+        return relu(x).square()
+
+
+class DReLU(nn.ReLU):
+    """ReLU that wants to be applied to the up projection too (arXiv 2406.05955)."""
+
+    rectifies_up = True
+
+
+def make_activation(kind: str, parameter: float) -> nn.Module:
+    """The module of an activation whose name `hotcold.activation_names.parse` has taken apart."""
+    match kind:
+        case "fatrelu":
+            return FATReLU(parameter)
+        case "shifted_relu":
+            return ShiftedReLU(parameter)
+        case "relu2":
+            return ReLU2()
+    return DReLU()
 
 
 def rectify_output(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:

@@ -38,6 +38,7 @@ __all__ = [
     "ffn_layers",
     "fingerprint",
     "load_chat_template",
+    "load_config",
     "load_model",
     "load_tokenizer",
     "resolve",
@@ -154,6 +155,14 @@ def load_model(model: str, dtype: str = "float32") -> PreTrainedModel:
     loaded = load(path, torch_dtype)
     loaded.config._name_or_path = ""
     return loaded.eval()
+
+
+def load_config(model: str) -> dict[str, Any]:
+    """What `config.json` says of a model, or would say of one that lies in a GGUF file."""
+    from hotcold.convert.gguf_checkpoint import GGUFCheckpoint
+
+    path = resolve(model)
+    return read_json(path / "config.json") if path.is_dir() else GGUFCheckpoint(path).config
 
 
 def _load_directory(path: Path, dtype: torch.dtype) -> PreTrainedModel:

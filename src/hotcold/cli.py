@@ -22,6 +22,8 @@ __all__ = ["main"]
 # name -> (module, one line for `hotcold --help`)
 COMMANDS: dict[str, tuple[str, str]] = {
     "sparsify": ("hotcold.sparsify.command", "make a model sparsely activated"),
+    "shift-thresholds": ("hotcold.sparsify.thresholds_command", "make more gates zero, within a budget"),
+    "sparsity-card": ("hotcold.sparsify.card_command", "perplexity and sparsity of each step of the method"),
     "collect-traces": ("hotcold.predictor.collect_command", "record which neurons fire, and on what input"),
     "train-predictors": ("hotcold.predictor.train_command", "learn to predict which neurons will fire"),
     "export": ("hotcold.convert.export_command", "write GGUF files and the predictor bundle"),
@@ -30,6 +32,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "verify": ("hotcold.convert.verify_command", "check every hash, shape and reference of a bundle"),
     "run": ("hotcold.runtime.command", "generate text"),
     "bench": ("hotcold.eval.bench_command", "measure tokens/s against llama.cpp, and quality beside it"),
+    "bench-kernels": ("hotcold.eval.kernel_bench_command", "measure the sparse GPU operators by themselves"),
+    "bench-gpu": ("hotcold.eval.gpu_bench_command", "measure decoding on a GPU, alone or with the CPU"),
     "perplexity": ("hotcold.eval.perplexity_command", "measure perplexity in any mode"),
     "demo": ("hotcold.eval.demo_command", "all of the above on SmolLM2-135M"),
 }

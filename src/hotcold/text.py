@@ -42,9 +42,9 @@ def documents(source: str) -> Iterator[Document]:
     """Yield the non-empty documents of `source`, in a fixed order.
 
     `source` is a file (`.jsonl`: one document per line, its text-like field; else: chunks of about 4,000
-    characters that end at a blank line), a glob of such files, `stdlib`, or a Hugging Face data set id
-    `NAME[:CONFIG[:SPLIT]]`. InputError where there is no such source or nothing in it, FormatError for a
-    broken `.jsonl` line.
+    characters that end at a blank line), a glob of such files, `stdlib`, a Hugging Face data set id
+    `NAME[:CONFIG[:SPLIT]]`, or a folder with the Parquet files of a data set. InputError where there is no
+    such source or nothing in it, FormatError for a broken `.jsonl` line.
     """
     found = 0
     for document in _open(source):
@@ -103,6 +103,8 @@ def _is_heldout(document_id: str, share: float) -> bool:
 def _open(source: str) -> Iterator[Document]:
     if source == "stdlib":
         yield from (Document(*pair) for pair in stdlib_documents())
+    elif any(Path(source).glob("**/*.parquet")):
+        yield from _dataset(source)
     elif paths := _paths(source):
         for path in paths:
             yield from _read_jsonl(path) if path.suffix == ".jsonl" else _read_plain(path)

@@ -1,34 +1,22 @@
 """Activations, training data, the teacher's text, evaluation: the pieces around the training loops."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from torch.nn import functional
 
-from hotcold.checkpoint import activation_name, ffn_layers
-from hotcold.errors import InputError, UnsupportedError
-from hotcold.sparsify.activations import recorded_intermediates, set_activation
+from hotcold.checkpoint import ffn_layers
+from hotcold.errors import InputError
+from hotcold.sparsify.activations import set_activation
 from hotcold.sparsify.attention import use_grouped_attention
-from hotcold.sparsify.data import Windows, read_windows
+from hotcold.sparsify.config import Generated
 from hotcold.sparsify.evaluate import Quality, measure, table
-from hotcold.sparsify.generate import write_text
+from hotcold.sparsify.generate import Sampler
+from hotcold.sparsify.hooks import recorded_intermediates
 from hotcold.sparsify.memory import keep_big_buffers
-from hotcold.text import documents, split
-
-
-def test_relu_takes_the_place_of_silu(dense):
-    set_activation(dense, "relu")
-    layer, x = ffn_layers(dense)[1], torch.randn(3, 32)
-    expected = layer.down(functional.relu(layer.gate(x)) * layer.up(x))
-    torch.testing.assert_close(layer.mlp(x), expected)
-    assert activation_name(dense) == "relu"
-
-
-def test_unknown_activation_leaves_the_model_alone(dense):
-    with pytest.raises(UnsupportedError, match=r"unknown activation \(got swish, expected relu\)"):
-        set_activation(dense, "swish")
-    assert activation_name(dense) == "silu"
+from hotcold.sparsify.teacher_text import teacher_text
 
 
 def test_intermediates_are_recorded_only_inside_the_block(dense):
@@ -40,32 +28,11 @@ def test_intermediates_are_recorded_only_inside_the_block(dense):
     assert not layer.down._forward_pre_hooks
 
 
-def test_windows_cover_everything_once_per_pass_and_depend_on_the_seed():
-    ids = torch.arange(20).reshape(10, 2)
-    batches = [Windows(ids, seed=3).batch(4) for _ in range(2)]
-    assert torch.equal(*batches)
-    windows = Windows(ids, seed=3)
-    first, second = (torch.cat([windows.batch(5), windows.batch(5)]) for _ in range(2))
-    assert sorted(first[:, 0].tolist()) == sorted(second[:, 0].tolist()) == ids[:, 0].tolist()
-    assert not torch.equal(first, second)
-    assert not torch.equal(first, Windows(ids, seed=4).batch(10))
-
-
-def test_windows_of_text_hold_its_tokens(text_file, tokenizer):
-    ids = read_windows(split(documents(str(text_file)), "train"), tokenizer, 64, 1000, "story")
-    assert ids.shape[1] == 64
-    assert len(ids) >= 1000 // 64
-    first = next(split(documents(str(text_file)), "train"))
-    assert ids[0].tolist() == tokenizer.encode(first.text).ids[:64]
-
-
-def test_too_little_text(tokenizer):
-    with pytest.raises(InputError, match=r"story: too little text \(got 0 tokens, expected at least 64\)"):
-        read_windows([], tokenizer, 64, 1000, "story")
+SETTINGS = Generated(top_k=64)
 
 
 def test_the_teacher_writes_the_same_text_for_the_same_seed(dense, tokenizer):
-    texts = [write_text(dense, tokenizer, 16, 70, seed) for seed in (1, 1, 2)]
+    texts = [Sampler(dense, tokenizer, 16, SETTINGS).write(5, seed) for seed in (1, 1, 2)]
     assert texts[0].shape == (5, 16)
     assert torch.equal(texts[0], texts[1])
     assert not torch.equal(texts[0], texts[2])
@@ -73,12 +40,33 @@ def test_the_teacher_writes_the_same_text_for_the_same_seed(dense, tokenizer):
         assert tokenizer.decode([first]).istitle()
 
 
+def test_text_can_begin_with_a_special_token(dense, tokenizer):
+    text = Sampler(dense, tokenizer, 16, replace(SETTINGS, begin="<|end|>")).write(5, 0)
+    assert set(text[:, 0].tolist()) == {tokenizer.token_to_id("<|end|>")}
+    for second in text[:, 1].tolist():
+        assert tokenizer.decode([second]).istitle()
+    with pytest.raises(InputError, match=r"generated.begin: the vocabulary has no such token \(got <s>\)"):
+        Sampler(dense, tokenizer, 16, replace(SETTINGS, begin="<s>"))
+
+
 def test_sampling_with_a_cache_follows_the_model(dense, tokenizer):
     dense.lm_head.weight.data.mul_(50)  # all but deterministic: sampling is then argmax
-    text = write_text(dense, tokenizer, 12, 12, seed=0)
+    text = Sampler(dense, tokenizer, 12, SETTINGS).write(1, seed=0)
     with torch.no_grad():
         best = dense(text).logits.argmax(-1)
     assert torch.equal(text[0, 1:], best[0, :-1])
+
+
+def test_the_teachers_text_is_written_once_part_by_part(dense, tokenizer, tmp_path, monkeypatch):
+    wanted = replace(SETTINGS, tokens=16 * 10, batch=4)
+    text = teacher_text(dense, tokenizer, 16, wanted, tmp_path, seed=0)
+    assert text.shape == (10, 16)
+    parts = sorted(tmp_path.iterdir())
+    assert len(parts) == 3
+    parts[1].unlink()  # as if killed there
+    assert torch.equal(teacher_text(dense, tokenizer, 16, wanted, tmp_path, seed=0), text)
+    monkeypatch.setattr(Sampler, "write", None)
+    assert torch.equal(teacher_text(dense, tokenizer, 16, wanted, tmp_path, seed=0), text)
 
 
 def test_measured_perplexity_and_sparsity(dense):

@@ -8,7 +8,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hotcold.checkpoint import ffn_layers
-from hotcold.sparsify.quantise import bake, quantisable, quantise_while_training, round_q4_0
+from hotcold.sparsify.quantise import (
+    bake,
+    pack_q4_0,
+    prepare_rounding,
+    quantisable,
+    round_q4_0,
+    start_rounding,
+    unpack_q4_0,
+)
 
 Q4_0 = gguf.GGMLQuantizationType.Q4_0
 
@@ -27,6 +35,16 @@ def test_it_is_what_q4_0_stores(seed, scale):
 
 
 @settings(max_examples=50, deadline=None)
+@given(st.integers(0, 2**31 - 1), st.sampled_from([1e-4, 0.02, 30.0]))
+def test_packed_bytes_are_ggmls(seed, scale):
+    weight = torch.randn(6, 64, generator=torch.Generator().manual_seed(seed)) * scale
+    packed = pack_q4_0(weight)
+    assert np.array_equal(packed.numpy(), gguf.quants.quantize(weight.numpy(), Q4_0))
+    assert torch.equal(unpack_q4_0(packed), round_q4_0(weight))
+    assert torch.equal(pack_q4_0(unpack_q4_0(packed).half().float()), packed)  # as a float16 checkpoint
+
+
+@settings(max_examples=50, deadline=None)
 @given(st.integers(0, 2**31 - 1))
 def test_rounding_twice_is_rounding_once(seed):
     once = round_q4_0(torch.randn(4, 96, generator=torch.Generator().manual_seed(seed)))
@@ -39,7 +57,8 @@ def test_gradients_pass_straight_through(dense):
     layer.gate(x).sum().backward()
     expected = layer.gate.weight.grad.clone()
     layer.gate.weight.grad = None
-    quantise_while_training(dense)
+    prepare_rounding(dense)
+    start_rounding(dense)
     layer.gate(x).sum().backward()
     torch.testing.assert_close(layer.gate.parametrizations.weight.original.grad, expected)
 
@@ -50,7 +69,9 @@ def test_baking_keeps_the_function_and_q4_0_stores_it(dense):
         layer.mlp.requires_grad_(True)
     ids = torch.arange(40)[None]
     before = dense(ids).logits
-    quantise_while_training(dense)
+    prepare_rounding(dense)
+    torch.testing.assert_close(dense(ids).logits, before)
+    start_rounding(dense)
     rounded = dense(ids).logits
     bake(dense)
     torch.testing.assert_close(dense(ids).logits, rounded)

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hotcold.errors import InputError
-from hotcold.sparsify.schedule import ProgressiveL1, Stage, cosine
+from hotcold.sparsify.schedule import ProgressiveL1, Stage, TargetSparsity, cosine, wsd
 
 # ProSparse, appendix L, LLaMA2-7B
 PROSPARSE_7B = [
@@ -82,3 +82,34 @@ def test_learning_rate():
     assert factors[0] < factors[4] < factors[9] == max(factors)
     assert factors[-1] == pytest.approx(0.05)
     assert all(a >= b for a, b in pairwise(factors[10:]))
+
+
+def test_warm_up_stable_decay():
+    factors = [wsd(step, 100, 10, floor=0.1, decay_share=0.2) for step in range(1, 101)]
+    assert factors[4] == pytest.approx(0.5)
+    assert set(factors[9:80]) == {1.0}
+    assert factors[89] == pytest.approx(0.1**0.5)
+    assert factors[-1] == pytest.approx(0.1)
+    assert [wsd(step, 10, 0, decay_share=0.0) for step in (1, 10)] == [1.0, 1.0]
+
+
+def test_a_controller_finds_the_factor_that_gives_the_sparsity():
+    """A model whose sparsity is a rising function of the factor, as the paper's law says it is."""
+
+    def sparsity(factor):
+        return 1 - math.exp(-1.76 * factor**0.3)
+
+    control = TargetSparsity(0.6, start=1e-4, multiplier=1.05, first_step=10)
+    for step in range(1, 400):
+        factor = control(step)
+        assert (factor == 0) == (step <= 10)
+        control.observe(step, sparsity(factor))
+    assert sparsity(control(400)) == pytest.approx(0.6, abs=0.01)
+
+
+@given(st.lists(st.floats(0, 1), max_size=50))
+def test_a_controller_never_falls_below_its_start(seen):
+    control = TargetSparsity(0.5, start=1e-3, multiplier=1.2, first_step=0)
+    for step, sparsity in enumerate(seen, start=1):
+        control.observe(step, sparsity)
+        assert control(step + 1) >= 1e-3

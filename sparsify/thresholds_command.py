@@ -1,0 +1,149 @@
+"""`hotcold shift-thresholds`: more zeros without training, as far as perplexity allows."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hotcold.errors import InputError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from hotcold.sparsify.thresholds import Point
+
+HELP = (
+    "Raise the threshold below which a gate counts as zero (FATReLU, ProSparse's third step), print sparsity "
+    "and perplexity for each, and save the model with the sparsest one that keeps perplexity within the "
+    "budget. Interrupted, it goes on where it stopped when it is run again."
+)
+EXAMPLE = "hotcold shift-thresholds --model sparse --budget 1.01 --out sparser"
+
+_GLOBAL = "0,0.002,0.005,0.01,0.02,0.03,0.05,0.08,0.12,0.2"
+_SHARES = "0,0.0003,0.001,0.002,0.004,0.007,0.012,0.02,0.035"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of `hotcold shift-thresholds`."""
+    add = parser.add_argument
+    add("--model", required=True, metavar="M", help="a ReLU model: HF directory or hub id")
+    add("--out", required=True, type=Path, metavar="DIR", help="where the HF checkpoint goes")
+    add(
+        "--budget", type=float, default=1.01, metavar="X",
+        help="perplexity may grow by this factor (default: %(default)s)",
+    )  # fmt: skip
+    add(
+        "--per-layer", action="store_true",
+        help="a threshold per layer, at an equal error of each FFN's output, instead of one for all",
+    )  # fmt: skip
+    add(
+        "--try", dest="knobs", metavar="LIST",
+        help=f"thresholds to try (default: {_GLOBAL}), or with --per-layer shares of the output's variance "
+        f"(default: {_SHARES})",
+    )  # fmt: skip
+    add(
+        "--top", type=float, default=0.25, metavar="T",
+        help="with --per-layer: the largest threshold; others are T/2, T/4, … T/64 (default: %(default)s)",
+    )  # fmt: skip
+    add(
+        "--text", default="stdlib", metavar="SRC",
+        help="perplexity is measured on its held-out part: file, glob, data set id or stdlib (default)",
+    )  # fmt: skip
+    add("--tokens", type=int, default=8192, metavar="N", help="tokens of it (default: %(default)s)")
+    add("--window", type=int, default=512, metavar="N", help="tokens a window (default: %(default)s)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure the curve, print it, and save the chosen model."""
+    knobs = _knobs(args.knobs or (_SHARES if args.per_layer else _GLOBAL))
+    if args.budget < 1:
+        raise InputError(
+            "the budget is a factor on perplexity", where="--budget", got=args.budget, expected=">= 1"
+        )
+
+    from hotcold import checkpoint, text
+    from hotcold.sparsify.attention import use_grouped_attention
+    from hotcold.sparsify.data import read_windows
+    from hotcold.sparsify.memory import keep_big_buffers
+    from hotcold.sparsify.thresholds import best, curve, per_layer, tail_errors
+
+    keep_big_buffers()
+    tokenizer = checkpoint.load_tokenizer(args.model)
+    documents = text.split(text.documents(args.text), "heldout")
+    windows = read_windows(documents, tokenizer, args.window, args.tokens, f"{args.text}, heldout part")
+    model = checkpoint.load_model(args.model)
+    use_grouped_attention(model)
+    n = model.config.num_hidden_layers
+    settings = [(knob, [knob] * n) for knob in knobs]
+    if args.per_layer:
+        errors = tail_errors(model, windows, args.top)
+        settings = [(knob, per_layer(errors, args.top, knob) if knob else [0.0] * n) for knob in knobs]
+    known, found = _journal(args, checkpoint.fingerprint(args.model))
+    points = curve(model, windows, settings, known, found)
+    chosen = best(points, args.budget)
+    print(_table(points, chosen, "share" if args.per_layer else "threshold"))
+    _save(args, model, tokenizer, points, chosen)
+    return 0
+
+
+def _knobs(given: str) -> list[float]:
+    """The list of an option, with 0 first: that is what others are compared with."""
+    try:
+        knobs = sorted({0.0, *map(float, given.split(","))})
+    except ValueError as error:
+        raise InputError("not numbers between commas", where="--try", got=given) from error
+    if knobs[0] < 0:
+        raise InputError("must not be negative", where="--try", got=knobs[0])
+    return knobs
+
+
+def _journal(
+    args: argparse.Namespace, fingerprint: str
+) -> tuple[Callable[[float], Point | None], Callable[[Point], None]]:
+    """Points of an earlier run with the same settings, and where new ones are written at once."""
+    from hotcold import storage
+    from hotcold.sparsify.thresholds import Point
+
+    path = args.out.with_name(f"{args.out.name}.curve.jsonl")
+    run = [fingerprint, args.text, args.tokens, args.window, args.per_layer, args.top]
+    lines = path.read_text().split("\n")[:-1] if path.is_file() else []
+    entries = [json.loads(line) for line in lines]
+    points = {e["point"]["knob"]: Point(**e["point"]) for e in entries if e["run"] == run}
+
+    def write(point: Point) -> None:
+        storage.append_line(path, json.dumps({"run": run, "point": asdict(point)}))
+
+    return points.get, write
+
+
+def _table(points: list[Point], chosen: Point, knob: str) -> str:
+    lines = [f"{knob:>9}  perplexity   ratio  sparsity"]
+    for point in points:
+        ratio = point.perplexity / points[0].perplexity
+        mark = "  <- chosen" if point is chosen else ""
+        lines.append(
+            f"{point.knob:>9g}  {point.perplexity:>10.3f}  {ratio:>6.4f}  {point.sparsity:>7.2%}{mark}"
+        )
+    return "\n".join(lines)
+
+
+def _save(
+    args: argparse.Namespace, model: object, tokenizer: object, points: list[Point], chosen: Point
+) -> None:
+    from hotcold import checkpoint
+    from hotcold.sparsify.activations import set_activation
+    from hotcold.sparsify.thresholds import fold
+
+    common = fold(model, chosen.thresholds)
+    set_activation(model, f"fatrelu_{common:.9g}" if common else "relu")
+    content = {
+        "budget": args.budget,
+        "text": args.text,
+        "chosen": asdict(chosen),
+        "curve": list(map(asdict, points)),
+    }
+    files = {"thresholds.json": (json.dumps(content, indent=2) + "\n").encode()}
+    checkpoint.save(model.half(), tokenizer, args.out, like=args.model, files=files)
