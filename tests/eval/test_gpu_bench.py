@@ -88,8 +88,10 @@ def test_bench_gpu(synthetic, capsys, tmp_path):
     assert set(rows) == {"gpu predicted", "hybrid 900% predicted"}
     for row in rows.values():
         assert row["generation"]["median"] > 0 and row["bytes_per_token"] > 0
-    told = rows["hybrid 900% predicted"]["telemetry"]
-    assert told["hot_hit_rate"] == 1 and told["decoded"] == 8
+    hybrid = rows["hybrid 900% predicted"]
+    told = hybrid["telemetry"]
+    assert told["decoded"] == 8 and told["hot_fired"] + told["cold_fired"] > 0
+    assert 0 < hybrid["planned_bytes"] <= hybrid["side"]["budget"]
     assert rows["gpu predicted"]["sparsity"] > 0.3
 
 
