@@ -205,7 +205,7 @@ PIECES = [
     "the", " word", "B", "é", "日本", "😀", "1", "23", " ", "  ", "\n", "\n\n", "\t", "\r\n", "'s", "'LL",
     "’", "'", ".", "!!", "_", "<|im_end|>", "\u00a0", "٣", "½", "e\u0301", "{", "0x1F",
 ]  # fmt: skip
-# llama.cpp and tokenizers have tables of different Unicode versions: unassigned code points split differently.
+# llama.cpp and tokenizers have tables of different Unicode versions: unassigned code points differ.
 ASSIGNED = st.text(st.characters(exclude_categories=["Cs", "Cn"]), min_size=1)
 MIXED = st.lists(st.sampled_from(PIECES), min_size=1, max_size=15).map("".join)
 
