@@ -16,12 +16,21 @@ from gguf import GGMLQuantizationType, quants
 
 from hotcold.cli import main
 from hotcold.errors import FormatError, ShapeError, UnsupportedError
+from hotcold.predictor.bundle import PredictorBundle
 from hotcold.runtime.engine import Engine
 from hotcold.runtime.reference import ReferenceEngine
 
 N_LAYERS, D, D_FF, HEADS, KV, HEAD, VOCAB, BASE, EPS = 2, 64, 192, 4, 2, 16, 300, 10000.0, 1e-5
 U32, I32, F32, STRING, ARRAY = 4, 5, 6, 8, 9
-TYPE_IDS = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q5_0": 6, "Q8_0": 8}  # ggml.h of November 2023
+TYPE_IDS = {
+    "F32": 0,
+    "F16": 1,
+    "Q4_0": 2,
+    "Q4_1": 3,
+    "Q5_0": 6,
+    "Q8_0": 8,
+    "Q6_K": 14,
+}  # ggml.h of November 2023
 PIECES = [
     "<unk>",
     "<s>",
@@ -47,7 +56,23 @@ def key(name: str, kind: int, payload: bytes) -> bytes:
 def encoded(array: np.ndarray, kind: str) -> bytes:
     if kind in ("F32", "F16"):
         return array.astype({"F32": "<f4", "F16": "<f2"}[kind]).tobytes()
+    if kind == "Q6_K":
+        return q6_k(array)
     return quants.quantize(array.astype(np.float32), GGMLQuantizationType[kind]).tobytes()
+
+
+def q6_k(array: np.ndarray) -> bytes:
+    """Blocks of 256: 192 bytes of quants, 16 scales, a factor. Plain: every scale 1, quants -32 to 31."""
+    blocks = array.reshape(-1, 256)
+    factor = (np.abs(blocks).max(axis=1, keepdims=True) / 31).astype("<f2")
+    q = np.rint(blocks / factor.astype(np.float64)).clip(-32, 31).astype(np.int64) + 32
+    halves = q.reshape(-1, 2, 4, 32)  # of 128: four rows of 32, whose high bits share a byte
+    low = np.concatenate([halves[:, :, :2] & 15 | (halves[:, :, 2:] & 15) << 4], axis=2).reshape(-1, 128)
+    high = sum((halves[:, :, n] >> 4) << 2 * n for n in range(4)).reshape(-1, 64)
+    ones = np.ones((len(blocks), 16), np.uint8)
+    return np.concatenate(
+        [low.astype(np.uint8), high.astype(np.uint8), ones, factor.view(np.uint8)], 1
+    ).tobytes()
 
 
 def decoded(data: bytes, kind: str, shape: tuple[int, ...]) -> np.ndarray:
@@ -106,6 +131,7 @@ def assemble(
         if name.endswith("fc2"):  # clear cases only, or the rounding of activations decides
             values = 4 * np.abs(values) * rng.choice([-1, 1], (D_FF, 1))
         kind = "F32" if len(shape) == 1 else predictor if name.endswith(("fc1", "fc2")) else body
+        kind = "F16" if kind == "Q6_K" and shape[-1] % 256 else kind
         content = encoded(values, kind)
         arrays[name] = decoded(content, kind, shape)
         ne = shape[::-1]
@@ -176,6 +202,7 @@ def distance(got: np.ndarray, expected: np.ndarray) -> float:
         ("F16", "F16", 1, 0.01),
         ("F16", "Q4_0", 32, 0.01),
         ("F16", "Q5_0", 64, 0.01),
+        ("F16", "Q6_K", 256, 0.01),
         ("Q4_0", "Q4_0", 32, 0.1),
         ("Q4_0", "F16", 37, 0.1),
     ],
@@ -306,6 +333,13 @@ def test_opt_runs(tmp_path):
     expected = normed(x, w, "output_norm") @ w["token_embd"].T
     engine = Engine(tmp_path / "m.powerinfer.gguf", "predicted", n_threads=1, n_ctx=16)
     assert distance(engine.prefill(IDS, all_logits=True), expected) < 0.01
+    out = tmp_path / "predictors"
+    assert (
+        main(["convert", str(tmp_path / "m.powerinfer.gguf"), "--to", "predictors", "--out", str(out)]) == 0
+    )
+    bundle = PredictorBundle.load(out)
+    assert bundle.thresholds == [0.25] * N_LAYERS
+    np.testing.assert_array_equal(bundle.layers[1].fc2, w["blk.1.fc2"])
 
 
 @pytest.mark.parametrize("two_norms", [False, True])
