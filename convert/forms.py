@@ -27,7 +27,8 @@ class Form:
     `activation` is what llama.cpp or PowerInfer computes with it. `interleaved`: the rotary pairs of q and
     k rows are neighbours, not halves apart. `positions` names the tensor of learned positions, whose row
     `first_position` is that of position 0. `experts`: the FFN is a mixture's only expert.
-    `rope_factors`: the tensor `rope_freqs` is known.
+    `rope_factors`: the tensor `rope_freqs` is known. `default_eps`: the norm's epsilon in files that do not
+    say it, as those of PowerInfer's OPT converter.
     """
 
     activation: str = "silu"
@@ -41,6 +42,7 @@ class Form:
     positions: str = ""
     first_position: int = 0
     rope_factors: bool = False
+    default_eps: float | None = None
 
     @property
     def eps_key(self) -> str:
@@ -57,7 +59,9 @@ FORMS: dict[str, Form] = {
     "falcon": Form("gelu", layer_norm=True, gated=False, parallel=True, fused_qkv=True),
     # PowerInfer's own
     "bamboo": Form("drelu", interleaved=True),
-    "opt": Form("relu", layer_norm=True, gated=False, positions="pos_embd", first_position=2),
+    "opt": Form(
+        "relu", layer_norm=True, gated=False, positions="pos_embd", first_position=2, default_eps=1e-5
+    ),
 }
 
 

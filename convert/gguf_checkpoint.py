@@ -44,6 +44,7 @@ _LAYER_NAMES = {name: module for name, module in _MODULES.items() if "{}" in mod
 _LAYER_NAMES |= {f"{name}_exps": _MODULES[name] for name in ("ffn_gate", "ffn_up", "ffn_down")}
 _LAYER_NAMES["ffn_down_t"] = _MODULES["ffn_down"]
 _OUTER_NAMES = {name: module for name, module in _MODULES.items() if "{}" not in module}
+_MAX_HEAD = 1 << 16  # frequencies are made of that length before any weight is looked at
 _NOT_WEIGHTS = re.compile(r"rope_freqs\.weight|blk\.\d+\.(fc1|fc2|ffn_gate_inp)\.weight")
 _BLOCK = re.compile(r"blk\.(\d{1,6})\.(\w+)\.(weight|bias)")
 _OUTER = re.compile(r"(\w+)\.(weight|bias)")
@@ -158,13 +159,13 @@ def _config(file: GGUFFile, architecture: str) -> dict[str, Any]:
     if architecture == "smallthinker" and file.require("smallthinker.expert_count", int) != 1:
         got = file.metadata["smallthinker.expert_count"]
         raise UnsupportedError("a mixture of experts", where=file.path, got=got, expected="one expert")
-    config = {key: _count(file, f"{architecture}.{name}") for key, name in _COUNTS.items()}
+    config = {key: file.count(f"{architecture}.{name}") for key, name in _COUNTS.items()}
     n_heads = config["num_attention_heads"]
     head_dim = _head_dim(file, architecture, config["hidden_size"] // n_heads)
     config |= {
         "model_type": _MODEL_TYPES[architecture],
         "vocab_size": embedding.shape[0],
-        "num_key_value_heads": _count(file, f"{architecture}.attention.head_count_kv", n_heads),
+        "num_key_value_heads": file.count(f"{architecture}.attention.head_count_kv", n_heads),
         "head_dim": head_dim,
         "rms_norm_eps": file.require(f"{architecture}.attention.layer_norm_rms_epsilon", float),
         "rope_parameters": rope_parameters(file, architecture, head_dim),
@@ -178,17 +179,10 @@ def _config(file: GGUFFile, architecture: str) -> dict[str, Any]:
     return config | _activation(file, architecture) | _special_tokens(file, config["vocab_size"])
 
 
-def _count(file: GGUFFile, key: str, default: int | None = None) -> int:
-    value = default if default is not None and key not in file.metadata else file.require(key, int)
-    if not 0 < value < 1 << 31:
-        raise FormatError("bad value", where=file.path, field=key, got=value, expected="a positive integer")
-    return value
-
-
 def _head_dim(file: GGUFFile, architecture: str, default: int) -> int:
-    head_dim = _count(file, f"{architecture}.attention.key_length", max(default, 1))
+    head_dim = file.count(f"{architecture}.attention.key_length", max(default, 1), _MAX_HEAD)
     for name in ("attention.value_length", "rope.dimension_count"):
-        value = _count(file, f"{architecture}.{name}", head_dim)
+        value = file.count(f"{architecture}.{name}", head_dim)
         if value != head_dim:
             raise UnsupportedError(f"{name} of another size", where=file.path, got=value, expected=head_dim)
     return head_dim
@@ -211,7 +205,9 @@ def _activation(file: GGUFFile, architecture: str) -> dict[str, Any]:
 
 def _window(file: GGUFFile, n_layers: int) -> dict[str, Any]:
     """hotcold's own key: the same window in every layer is Mistral's."""
-    windows = np.asarray(file.metadata.get(WINDOWS, []))
+    if WINDOWS not in file.metadata:
+        return {}
+    windows = file.require(WINDOWS, np.ndarray)
     if not windows.any():
         return {}
     if len(windows) != n_layers or (windows != windows[0]).any():

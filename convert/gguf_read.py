@@ -123,6 +123,14 @@ class GGUFFile:
             raise FormatError("wrong type of metadata", where=self.path, field=key, got=got, expected=wanted)
         return value
 
+    def count(self, key: str, default: int | None = None, most: int = (1 << 31) - 1) -> int:
+        """The positive integer under `key`, at most `most`, by which memory is taken; else FormatError."""
+        value = default if default is not None and key not in self.metadata else self.require(key, int)
+        if not 0 < value <= most:
+            expected = f"1 to {most}"
+            raise FormatError("bad value", where=self.path, field=key, got=value, expected=expected)
+        return value
+
 
 def _map(path: Path) -> mmap.mmap | bytes:
     if path.exists() and not path.is_file():  # opening a pipe would wait for ever

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import tempfile
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +49,8 @@ def read_bundle(path: Path, parts: Parts, options: Options, stack: ExitStack) ->
         raise FormatError("a bundle without GGUF files", where=path)
     file = next(iter(ready.values()))
     own = PredictorBundle.load(path / "predictors") if "powerinfer" in ready else None
-    source, fingerprint = GGUFCheckpoint(file), manifest.model_fingerprint
-    parts.model = Model(source, manifest.name, fingerprint, path, GGUFFile(file), ready, own)
+    weights, fingerprint = partial(GGUFCheckpoint, file), manifest.model_fingerprint
+    parts.model = Model(weights, manifest.name, fingerprint, path, GGUFFile(file), ready, own)
     parts.bundle = own or parts.bundle
 
 
@@ -60,7 +61,7 @@ def read_gguf(path: Path, parts: Parts, options: Options, stack: ExitStack) -> N
     own = sparse_predictors(file, fingerprint)
     name = path.name.removesuffix(".gguf").removesuffix(".powerinfer")
     folder = _unpacked_tokenizer(path, file, stack)
-    parts.model = Model(GGUFCheckpoint(path), name, fingerprint, folder, file, {}, own)
+    parts.model = Model(partial(GGUFCheckpoint, path), name, fingerprint, folder, file, {}, own)
     parts.bundle = own or parts.bundle
 
 
@@ -79,14 +80,14 @@ def read_checkpoint(path: Path, parts: Parts, options: Options, stack: ExitStack
     """Add the model of a Hugging Face directory."""
     from hotcold.checkpoint import fingerprint
 
-    parts.model = Model(HFCheckpoint(path), path.resolve().name, fingerprint(str(path)), path)
+    parts.model = Model(partial(HFCheckpoint, path), path.resolve().name, fingerprint(str(path)), path)
 
 
 def write_bundle(parts: Parts, out: Path, options: Options) -> None:
     """Write a bundle; without predictors it holds the dense file only."""
     model = parts.need_model()
     predictors = parts.need_predictors(options) if parts.bundle else None
-    export_bundle(model.source, out, predictors=predictors, **_common(model, options))
+    export_bundle(model.weights(), out, predictors=predictors, **_common(model, options))
 
 
 def write_sparse(parts: Parts, out: Path, options: Options) -> None:
@@ -96,14 +97,14 @@ def write_sparse(parts: Parts, out: Path, options: Options) -> None:
     if own and _copied(model, "powerinfer", out, options):
         return
     predictors = parts.need_predictors(options)
-    export_file(model.source, out, "sparse", predictors=predictors, **_common(model, options))
+    export_file(model.weights(), out, "sparse", predictors=predictors, **_common(model, options))
 
 
 def write_dense(parts: Parts, out: Path, options: Options) -> None:
     """Write the file for stock llama.cpp."""
     model = parts.need_model()
     if not _copied(model, "gguf", out, options):
-        export_file(model.source, out, "dense", **_common(model, options))
+        export_file(model.weights(), out, "dense", **_common(model, options))
 
 
 def _common(model: Model, options: Options) -> dict[str, Any]:
@@ -147,4 +148,5 @@ def bytes_per_neuron(model: Model) -> int:
         raise InputError("the size of a neuron depends on its type", fix=fix)
     names = {f"blk.0.{name}{suffix}.weight" for name in _FFN for suffix in ("", "_exps")}
     total = sum(tensor.data.nbytes for name, tensor in model.file.tensors.items() if name in names)
-    return total // model.source.config["intermediate_size"]
+    architecture = model.file.require("general.architecture", str)
+    return total // model.file.require(f"{architecture}.feed_forward_length", int)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ class Options:
 class Model:
     """Weights, and what belongs to them. `folder` holds the tokenizer's files, `file` is the GGUF, if any."""
 
-    source: WeightSource
+    weights: Callable[[], WeightSource]  # opened when they are needed: predictors alone come out of any file
     name: str
     fingerprint: str
     folder: Path | None

@@ -223,7 +223,7 @@ def _split(time: FfnTime, n: int) -> PlacedLayer:
 
 
 def _on_cpu(layer: LayerLoad, costs: Costs) -> PlacedLayer:
-    read = layer.frame_read + layer.frequency.sum() * layer.neuron_bytes
+    read = layer.frame_read + float(layer.frequency.sum()) * layer.neuron_bytes
     return PlacedLayer(
         on_device=False,
         hot=np.empty(0, np.int32),

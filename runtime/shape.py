@@ -15,6 +15,8 @@ from hotcold.errors import FormatError, UnsupportedError
 
 __all__ = ["ModelShape", "Predictor", "activation_thresholds", "read_predictors"]
 
+_MAX_LAYERS = 1 << 12  # lists are made of that length before any weight is looked at
+_MAX_HEAD, _MAX_WIDTH = 1 << 16, 1 << 20
 ACTIVATIONS = ("relu", "fatrelu", "drelu", "silu", "gelu")
 
 
@@ -48,10 +50,11 @@ class ModelShape:
             known = ", ".join(FORMS)
             raise UnsupportedError("unknown model architecture", where=file.path, got=arch, expected=known)
         form, key = FORMS[arch], _Keys(file, arch)
-        d_model, n_heads, n_layers = key("embedding_length"), key("attention.head_count"), key("block_count")
-        if "token_embd.weight" not in file.tensors:
+        d_model, n_heads = key.count("embedding_length"), key.count("attention.head_count")
+        n_layers = key.count("block_count", most=_MAX_LAYERS)
+        if len(file.tensors["token_embd.weight"].shape if "token_embd.weight" in file.tensors else ()) != 2:
             raise FormatError("missing tensor", where=file.path, field="token_embd.weight")
-        head_dim = key("attention.key_length", d_model // max(n_heads, 1))
+        head_dim = key.count("attention.key_length", max(d_model // n_heads, 1), _MAX_HEAD)
         rope, frequencies = Rope(), np.empty(0, np.float32)
         if not form.positions:
             rope, divisors = read_rope(file, arch), rope_divisors(file, head_dim)
@@ -61,12 +64,12 @@ class ModelShape:
             form=form,
             n_layers=n_layers,
             d_model=d_model,
-            d_ff=key("feed_forward_length"),
+            d_ff=key.count("feed_forward_length", most=_MAX_WIDTH),
             n_heads=n_heads,
-            n_kv_heads=key("attention.head_count_kv", n_heads),
+            n_kv_heads=key.count("attention.head_count_kv", n_heads),
             head_dim=head_dim,
             n_vocab=file.tensors["token_embd.weight"].shape[0],
-            norm_eps=key(form.eps_key),
+            norm_eps=key(form.eps_key, form.default_eps),
             rope_frequencies=frequencies,
             rope_scale=rope.attention_factor,
             windows=_per_layer(file, WINDOWS, n_layers, 0),
@@ -86,6 +89,10 @@ class _Keys:
             return default
         return self._file.require(key, (int, float))
 
+    def count(self, name: str, default: int | None = None, most: int = (1 << 31) - 1) -> int:
+        """A positive integer, at most `most`."""
+        return self._file.count(f"{self._arch}.{name}", default, most)
+
 
 def _activation(file: GGUFFile, form: Form) -> str:
     """What the file says, else what llama.cpp does, or PowerInfer, whose files by neurons are ReLU models."""
@@ -100,14 +107,14 @@ def _activation(file: GGUFFile, form: Form) -> str:
 
 
 def _per_layer(file: GGUFFile, field: str, n_layers: int, default: float) -> list[Any]:
-    values = file.metadata.get(field)
-    if values is None:
+    if field not in file.metadata:
         return [default] * n_layers
+    values = file.require(field, np.ndarray)
     if len(values) != n_layers:
         raise FormatError(
             "one value per layer", where=file.path, field=field, got=len(values), expected=n_layers
         )
-    return [value.item() for value in np.asarray(values)]
+    return values.tolist()
 
 
 def activation_thresholds(file: GGUFFile, n_layers: int) -> list[float]:
@@ -125,17 +132,24 @@ class Predictor:
 
 def read_predictors(file: GGUFFile, shape: ModelShape) -> list[Predictor]:
     """One per layer. PowerInfer's own files have one threshold for all layers and no hot neurons."""
-    n, d_ff = shape.n_layers, shape.d_ff
-    one_for_all = float(file.metadata.get("powerinfer.sparse_threshold", 0.0))
+    key, n = "powerinfer.sparse_threshold", shape.n_layers
+    one_for_all = file.require(key, float) if key in file.metadata else 0.0
     thresholds = _per_layer(file, "hotcold.predictor.thresholds", n, one_for_all)
     counts = _per_layer(file, "hotcold.hot.counts", n, 0)
-    neurons = np.asarray(file.metadata.get("hotcold.hot.neurons", []), np.int64)
-    neurons, missing = neurons[: sum(counts)], sum(counts) - len(neurons)
-    if missing > 0 or (len(neurons) and not (neurons.min() >= 0 and neurons.max() < d_ff)):
-        raise FormatError("hot neurons do not fit the model", where=file.path, field="hotcold.hot.neurons")
+    neurons = _hot_neurons(file, counts, shape.d_ff)
     predictors = []
     for threshold, indices in zip(thresholds, np.split(neurons, np.cumsum(counts)), strict=False):
-        hot = np.zeros(d_ff, bool)
+        hot = np.zeros(shape.d_ff, bool)
         hot[indices] = True
         predictors.append(Predictor(threshold, hot))
     return predictors
+
+
+def _hot_neurons(file: GGUFFile, counts: list[Any], d_ff: int) -> np.ndarray:
+    """The indices of all layers; FormatError unless they are as many as `counts` says, and below d_ff."""
+    neurons = np.asarray(file.metadata.get("hotcold.hot.neurons", np.empty(0, np.int32)))
+    whole = neurons.dtype.kind in "iu" and all(type(n) is int and n >= 0 for n in counts)
+    neurons = neurons[: sum(counts)] if whole and neurons.ndim == 1 else neurons
+    if not whole or len(neurons) != sum(counts) or (neurons < 0).any() or (neurons >= d_ff).any():
+        raise FormatError("hot neurons do not fit the model", where=file.path, field="hotcold.hot.neurons")
+    return neurons

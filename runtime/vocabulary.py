@@ -53,12 +53,13 @@ class Vocabulary:
         else:
             metadata = GGUFFile(file_of_role(bundle, "dense", "sparse")).metadata
             tokenizer = _read_tokenizer(Path(bundle) / "tokenizer.json")
+        template = metadata.get("tokenizer.chat_template")
         return cls(
             tokenizer=tokenizer,
             stop_ids=_stop_ids(tokenizer, metadata),
             bos=_token_text(tokenizer, metadata, "bos_token_id"),
             eos=_token_text(tokenizer, metadata, "eos_token_id"),
-            chat_template=metadata.get("tokenizer.chat_template"),
+            chat_template=template if isinstance(template, str) else None,
         )
 
     def encode(self, text: str) -> list[int]:
@@ -89,12 +90,13 @@ def _read_tokenizer(path: Path) -> Tokenizer:
 def _stop_ids(tokenizer: Tokenizer, metadata: dict[str, Any]) -> frozenset[int]:
     named = (tokenizer.token_to_id(name) for name in _STOP_NAMES)
     keyed = (metadata.get(f"tokenizer.ggml.{key}") for key in _STOP_KEYS)
-    return frozenset(int(token) for token in (*named, *keyed) if token is not None)
+    return frozenset(token for token in (*named, *keyed) if isinstance(token, int))
 
 
 def _token_text(tokenizer: Tokenizer, metadata: dict[str, Any], key: str) -> str:
     token = metadata.get(f"tokenizer.ggml.{key}")
-    return "" if token is None else tokenizer.id_to_token(int(token)) or ""
+    known = isinstance(token, int) and 0 <= token < 1 << 32
+    return (tokenizer.id_to_token(token) if known else None) or ""
 
 
 def _valid(text: str) -> str:

@@ -49,15 +49,20 @@ def _library() -> ModuleType:
 
 
 class LlamaCpp:
-    """A GGUF model in llama.cpp, on the CPU.
+    """A GGUF model in llama.cpp, on the CPU, or with its last `n_gpu_layers` layers on a GPU.
 
     `seconds` is the time spent in `llama_decode` since `reset()`. Logits are float32.
     Raises UnsupportedError where llama-cpp-python is missing or refuses the model, InputError where there is
     no such file or the context is full.
     """
 
-    def __init__(self, path: str | Path, *, n_threads: int, n_ctx: int = 2048) -> None:
+    def __init__(self, path: str | Path, *, n_threads: int, n_ctx: int = 2048, n_gpu_layers: int = 0) -> None:
         self._lib = _library()
+        if n_gpu_layers and not self._lib.llama_supports_gpu_offload():
+            raise UnsupportedError(
+                "this llama.cpp was built without a GPU", fix="leave llama.cpp out of --backends"
+            )
+        self._n_gpu_layers = n_gpu_layers
         self.path, self.n_ctx, self.n_threads = Path(path), n_ctx, n_threads
         if not self.path.is_file():
             raise InputError("no such file", where=self.path, expected="a GGUF model")
@@ -71,7 +76,7 @@ class LlamaCpp:
 
     def _load_model(self) -> object:
         parameters = self._lib.llama_model_default_params()
-        parameters.n_gpu_layers = 0
+        parameters.n_gpu_layers = self._n_gpu_layers
         _errors.clear()
         model = self._lib.llama_model_load_from_file(str(self.path).encode(), parameters)
         if not model:

@@ -12,48 +12,31 @@ constexpr int kGgufQ4 = 18, kGgufQ8 = 34;  // bytes of a GGUF block: f16 scale, 
 
 int gguf_block(Type type) { return type == Type::Q4_0 ? kGgufQ4 : kGgufQ8; }
 
-// One GGUF block as 32 unsigned bytes (0..15 for Q4_0, weight + 128 for Q8_0); returns its f16 scale.
-uint16_t unpack_block(Type type, const uint8_t* block, uint8_t out[kBlock]) {
-  uint16_t scale;
-  std::memcpy(&scale, block, 2);
-  for (int i = 0; i < kBlock; ++i)
-    out[i] = type == Type::Q8_0 ? block[2 + i] ^ 0x80 : i < 16 ? block[2 + i] & 15 : block[2 + i - 16] >> 4;
+// Four quants-bytes of a GGUF block, or of a block of zeros where there is none. Q4_0 stays as it is: byte j holds the
+// weights j and j + 16, which is what panels and gate rows want.
+uint32_t block_dword(Type type, const uint8_t* block, int step) {
+  const uint32_t sign = type == Type::Q8_0 ? 0x80808080 : 0;
+  if (!block) return type == Type::Q4_0 ? 0x88888888 : sign;
+  uint32_t v;
+  std::memcpy(&v, block + 2 + 4 * step, 4);
+  return v ^ sign;
+}
+
+uint16_t block_scale(const uint8_t* block) {
+  uint16_t scale = 0;
+  if (block) std::memcpy(&scale, block, 2);
   return scale;
 }
 
-// A quantised row as unsigned bytes and scales; what lies past n is weight zero with scale zero.
-struct UnpackedRow {
-  UnpackedRow(uint8_t* bytes, uint16_t* scales) : q(bytes), scale(scales) {}
-  uint8_t* q;
-  uint16_t* scale;
-
-  void fill(Type type, const uint8_t* src, int n, int width) {
-    std::memset(q, type == Type::Q4_0 ? 8 : 128, width);
-    std::memset(scale, 0, width / kBlock * sizeof(uint16_t));
-    for (int b = 0; b < n / kBlock; ++b) scale[b] = unpack_block(type, src + b * gguf_block(type), q + b * kBlock);
+// A GGUF block, or one of zeros, as 32 unsigned bytes: 0..15 for Q4_0, weight + 128 for Q8_0.
+void unpack_block(Type type, const uint8_t* block, uint8_t out[kBlock]) {
+  for (int i = 0; i < kBlock; ++i) {
+    const int j = type == Type::Q4_0 ? i % 16 : i, byte = block_dword(type, block, j / 4) >> (j % 4 * 8) & 255;
+    out[i] = uint8_t(type == Type::Q8_0 ? byte : i < 16 ? byte & 15 : byte >> 4);
   }
-};
-
-constexpr int kMaxWidth = 1 << 16;
-struct RowBuffer {
-  alignas(64) uint8_t q[kMaxWidth];
-  uint16_t scale[kMaxWidth / kBlock];
-};
-RowBuffer& row_buffer() {
-  static thread_local RowBuffer buffer;
-  return buffer;
-}
-
-void pack_row_scales(Type type, const uint16_t* scales, int blocks, uint8_t* dst) {
-  for (int b = 0; b < blocks; ++b) std::memcpy(dst + row_scale_at(type, b), &scales[b], 2);
 }
 
 uint8_t nibbles(uint8_t low, uint8_t high) { return uint8_t(low | high << 4); }
-
-// 128-bit lane l, dword k of interleaved vector r holds byte 16l + 4r + k: so that byte belongs to output
-// 16 * unit + 4l + k, where a unit is one vector of 16 outputs.
-int lane_output(int byte) { return 4 * (byte / 16) + byte % 4; }
-int lane_vector(int byte) { return byte % 16 / 4; }
 
 void pack_panel_group(Type type, const uint8_t* src, int rows, int cols, const int32_t* order, int group, uint8_t* dst) {
   const size_t stride = gguf_row_bytes(type, cols);
@@ -69,18 +52,18 @@ void pack_panel_group(Type type, const uint8_t* src, int rows, int cols, const i
       }
       continue;
     }
-    UnpackedRow u(row_buffer().q, row_buffer().scale);
-    u.fill(type, row, row ? cols : 0, padded(cols));
     const int bytes = quant_bytes(type, kBlock);  // of one block and row
     const size_t pair_bytes = size_t(2) * kLanes * (bytes + 2);
     for (int b = 0; b < padded(cols) / kBlock; ++b) {
       uint8_t* pair = dst + b / 2 * pair_bytes;
       uint8_t* quants = pair + b % 2 * kLanes * bytes;
-      const uint8_t* q = u.q + b * kBlock;
-      for (int s = 0; s < bytes / 4; ++s)
-        for (int k = 0; k < 4; ++k)
-          quants[s * 64 + lane * 4 + k] = type == Type::Q4_0 ? nibbles(q[4 * s + k], q[4 * s + 16 + k]) : q[4 * s + k];
-      std::memcpy(pair + 2 * kLanes * bytes + (b % 2 * kLanes + lane) * 2, &u.scale[b], 2);
+      const uint8_t* block = row && b < cols / kBlock ? row + b * gguf_block(type) : nullptr;
+      for (int s = 0; s < bytes / 4; ++s) {
+        const uint32_t dword = block_dword(type, block, s);
+        std::memcpy(quants + s * 64 + lane * 4, &dword, 4);
+      }
+      const uint16_t scale = block_scale(block);
+      std::memcpy(pair + 2 * kLanes * bytes + (b % 2 * kLanes + lane) * 2, &scale, 2);
     }
   }
 }
@@ -149,24 +132,27 @@ void pack_row(Type type, const uint8_t* src, int n, uint8_t* dst) {
     std::memcpy(dst, src, gguf_row_bytes(type, n));
     return;
   }
-  const int width = padded(n), blocks = width / kBlock, grouped = blocks / kLanes * kLanes;
-  UnpackedRow u(row_buffer().q, row_buffer().scale);
-  u.fill(type, src, n, width);
+  const int blocks = padded(n) / kBlock, grouped = blocks / kLanes * kLanes;
   const int steps = quant_bytes(type, kBlock) / 4;  // dwords per block
+  const auto source = [&](int b) { return b < n / kBlock ? src + b * gguf_block(type) : nullptr; };
+  for (int b = 0; b < blocks; ++b) {
+    const uint16_t scale = block_scale(source(b));
+    std::memcpy(dst + row_scale_at(type, b), &scale, 2);
+  }
   for (int b = 0; b < grouped; ++b) {
     uint8_t* group = dst + row_quants_at(type, b / kLanes * kLanes, blocks);
-    const uint8_t* q = u.q + b * kBlock;
-    for (int s = 0; s < steps; ++s)
-      for (int k = 0; k < 4; ++k)
-        group[s * 64 + b % kLanes * 4 + k] = type == Type::Q4_0 ? nibbles(q[4 * s + k], q[4 * s + 16 + k]) : q[4 * s + k];
+    for (int s = 0; s < steps; ++s) {
+      const uint32_t dword = block_dword(type, source(b), s);
+      std::memcpy(group + s * 64 + b % kLanes * 4, &dword, 4);
+    }
   }
   for (int b = grouped; b < blocks; b += 2) {
-    uint8_t* pair = dst + row_quants_at(type, b, blocks);
-    const uint8_t* q = u.q + b * kBlock;
-    if (type == Type::Q8_0) std::memcpy(pair, q, 64);
+    uint8_t q[2 * kBlock], *pair = dst + row_quants_at(type, b, blocks);
+    unpack_block(type, source(b), q);
+    unpack_block(type, source(b + 1), q + kBlock);
+    if (type == Type::Q8_0) std::memcpy(pair, q, sizeof q);
     else for (int i = 0; i < kBlock; ++i) pair[i] = nibbles(q[i], q[i + kBlock]);
   }
-  pack_row_scales(type, u.scale, blocks, dst);
 }
 
 void pack_down(Type type, const uint8_t* src, int n, uint8_t* dst) {
@@ -175,19 +161,20 @@ void pack_down(Type type, const uint8_t* src, int n, uint8_t* dst) {
     std::memcpy(dst, src, gguf_row_bytes(type, n));
     return;
   }
-  const int width = round_up(n, 128);
-  UnpackedRow u(row_buffer().q, row_buffer().scale);
-  u.fill(type, src, n, width);
-  const int chunk = type == Type::Q4_0 ? 128 : 64;  // outputs in 64 bytes
-  for (int c = 0; c < width / chunk; ++c) {
-    uint8_t* to = dst + row_quants_at(type, c * chunk / kBlock, width / kBlock);
-    const uint8_t* q = u.q + c * chunk;
-    for (int byte = 0; byte < 64; ++byte) {
-      const int r = lane_vector(byte), o = lane_output(byte);
-      to[byte] = type == Type::Q4_0 ? nibbles(q[32 * r + o], q[32 * r + 16 + o]) : q[16 * r + o];
+  const int blocks = round_up(n, 128) / kBlock, per_chunk = type == Type::Q4_0 ? 4 : 2;  // blocks in 64 bytes
+  const auto source = [&](int b) { return b < n / kBlock ? src + b * gguf_block(type) : nullptr; };
+  // 128-bit lane l, dword r of a chunk: four outputs of the interleaved vector r (see b_interleave4).
+  for (int b = 0; b < blocks; b += per_chunk)
+    for (int i = 0; i < 16; ++i) {
+      const int l = i / 4, r = i % 4;
+      const uint32_t dword = type == Type::Q4_0 ? block_dword(type, source(b + r), l)
+                                                : block_dword(type, source(b + r / 2), r % 2 * 4 + l);
+      std::memcpy(dst + row_quants_at(type, b, blocks) + 4 * i, &dword, 4);
     }
+  for (int b = 0; b < blocks; ++b) {
+    const uint16_t scale = block_scale(source(b));
+    std::memcpy(dst + row_scale_at(type, b), &scale, 2);
   }
-  pack_row_scales(type, u.scale, width / kBlock, dst);
 }
 
 }  // namespace hotcold

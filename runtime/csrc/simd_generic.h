@@ -95,9 +95,9 @@ inline I i_add(I x, I y) { return i_map([&](int i) { return x.v[i] + y.v[i]; });
 inline I i_mul(I x, I y) { return i_map([&](int i) { return x.v[i] * y.v[i]; }); }
 template <int N>
 inline I i_shift(I x) { return i_map([&](int i) { return x.v[i] * (1 << N); }); }
-// Lanes past the last block may hold anything; they are clamped so that the conversion stays defined.
+// Lanes past the last block may hold anything; they become 0, so that conversion and sums stay defined.
 inline I i_from_f(F x) {
-  return i_map([&](int i) { return x.v[i] > -1e9f && x.v[i] < 1e9f ? int32_t(std::nearbyint(x.v[i])) : 0; });
+  return i_map([&](int i) { return x.v[i] > -1e5f && x.v[i] < 1e5f ? int32_t(std::nearbyint(x.v[i])) : 0; });
 }
 inline F f_from_i(I x) { return f_map([&](int i) { return float(x.v[i]); }); }
 inline int32_t i_sum(I x) {

@@ -11,7 +11,7 @@ import torch
 from hotcold.runtime import _cpu
 from hotcold.runtime.placement import Costs
 
-__all__ = ["measure_costs"]
+__all__ = ["device_bandwidth", "measure_costs"]
 
 _PROBE = 1 << 28  # bytes; several times any L2 cache
 _FIRST, _REPETITIONS = 3, 20
@@ -20,14 +20,14 @@ _FIRST, _REPETITIONS = 3, 20
 def measure_costs(device: torch.device, n_threads: int, d_model: int) -> Costs:
     """Read bandwidths of both memories, a hand-over's round trip, and the launch of a few small kernels."""
     return Costs(
-        device_bandwidth=_device_bandwidth(device, n_threads),
+        device_bandwidth=device_bandwidth(device, n_threads),
         cpu_bandwidth=1e9 * _cpu.read_bandwidth(n_threads, _PROBE, 3),
         handover_s=_seconds(device, _round_trip(device, d_model)),
         split_s=_seconds(device, _few_kernels(device, d_model)),
     )
 
 
-def _device_bandwidth(device: torch.device, n_threads: int) -> float:
+def device_bandwidth(device: torch.device, n_threads: int) -> float:
     """Bytes per second of a large sum, which reads and hardly writes."""
     if device.type == "cpu":
         return 1e9 * _cpu.read_bandwidth(n_threads, _PROBE, 3)

@@ -62,6 +62,10 @@ class GpuEngine:
         shape, device = self._weights.shape, self.device
         self._layers = Layers(self._weights, self.n_ctx, device, operators(device))
         self._ops, self._clip = self._layers.ops, shape.activation == "drelu"
+        if device.type == "cuda":
+            from hotcold.runtime.gpu.tune import tune_weights
+
+            tune_weights(self._weights, self._ops, device)
         self._graphs = Graphs(device)
         self._counts = torch.zeros(3, shape.n_layers, dtype=torch.int64, device=device)
         self._token = torch.zeros(1, dtype=torch.int64, device=device)

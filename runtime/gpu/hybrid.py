@@ -26,6 +26,7 @@ from hotcold.runtime.gpu.cpu_side import MAX_BLOCK, CpuSide
 from hotcold.runtime.gpu.device import open_device
 from hotcold.runtime.gpu.engine import GpuEngine, file_and_mode
 from hotcold.runtime.gpu.layers import MAX_TOKENS
+from hotcold.runtime.gpu.plan import part_bytes
 from hotcold.runtime.gpu.staging import Staging
 from hotcold.runtime.gpu.telemetry import Telemetry
 from hotcold.runtime.gpu.weights import DeviceLayer, read_weights
@@ -81,6 +82,7 @@ class HybridEngine(GpuEngine):
 
     def _load(self, file: GGUFFile) -> None:
         _check_placement(self.placement, ModelShape.read(file), self.mode)
+        self._sizes = part_bytes(file)
         n_threads = self._threads or len(os.sched_getaffinity(0))
         self._cpu = CpuSide(file, self.placement, self.mode, n_threads, self.n_ctx)
         hot = [layer.hot for layer in self.placement.layers if layer.on_device]
@@ -111,6 +113,22 @@ class HybridEngine(GpuEngine):
         """What was computed since `reset_stats()`, on both sides."""
         fired, predicted, missed = self._counts.cpu().numpy() + self._cpu.stats()
         return Stats(self._tokens, self._weights.shape.d_ff, fired, predicted, missed, audit=self.audit)
+
+    def bytes_per_token(self, position: int | None = None) -> dict[str, float]:
+        """Bytes that one decoded token reads of both memories, by part; as `Engine.bytes_per_token`."""
+        sizes, shape, stats = self._sizes, self._weights.shape, self.stats()
+        all_neurons = max(stats.tokens, 1) * shape.n_layers * shape.d_ff
+        fired = stats.fired.sum() / all_neurons if self.mode != "dense" else 1.0
+        predicted = stats.predicted.sum() / all_neurons if self.mode == "predicted" else 1.0
+        position = self.position if position is None else position
+        return {
+            "attention": float(sizes["attention"]),
+            "predictor": float(sizes["predictor"] if self.mode == "predicted" else 0),
+            "ffn": float(predicted * sizes["gate"] + fired * (sizes["up"] + sizes["down"])),
+            "head": float(sizes["head"]),
+            "kv": float(2 * 2 * shape.n_layers * shape.n_kv_heads * shape.head_dim * position),
+            "other": float(sizes["other"]),
+        }
 
     def measured(self) -> Telemetry:
         """The telemetry, with the counts that are kept on the device."""

@@ -11,7 +11,7 @@ from hotcold.convert.gguf_read import GGUFFile
 from hotcold.runtime.placement import Costs, LayerLoad, Placement, Problem, format_bytes
 from hotcold.runtime.shape import ModelShape
 
-__all__ = ["make_problem", "plan_table"]
+__all__ = ["make_problem", "part_bytes", "plan_table"]
 
 _FFN = ("ffn_gate", "ffn_up", "ffn_down")
 _ROUTER = "ffn_gate_inp"
@@ -59,6 +59,20 @@ def _layer_bytes(file: GGUFFile, layer: int, mode: str) -> tuple[int, int]:
             vector = len(tensor.shape) == 1
             frame += 4 * math.prod(tensor.shape) if vector else tensor.data.nbytes
     return ffn, frame
+
+
+def part_bytes(file: GGUFFile) -> dict[str, int]:
+    """Bytes of a file's tensors by part: attention, predictor, gate, up, down, head, other."""
+    kinds = {"attn_": "attention", "fc": "predictor", "ffn_gate": "gate", "ffn_up": "up", "ffn_down": "down"}
+    sizes = dict.fromkeys([*kinds.values(), "head", "other"], 0)
+    head = "output.weight" if "output.weight" in file.tensors else "token_embd.weight"
+    for name, tensor in file.tensors.items():
+        part = next((kind for start, kind in kinds.items() if f".{start}" in name), "other")
+        is_vector = len(tensor.shape) == 1 or _ROUTER in name
+        part = "head" if name == head else "other" if is_vector else part
+        if name != "token_embd.weight" or part == "head":
+            sizes[part] += tensor.data.nbytes
+    return sizes
 
 
 def plan_table(placement: Placement) -> str:

@@ -17,7 +17,7 @@ from hotcold.runtime.triton import kernels
 from hotcold.runtime.triton.launch import wrap_triton
 from hotcold.runtime.triton.reference import PLAIN_RELU
 from hotcold.runtime.triton.rows import Rows
-from hotcold.runtime.triton.tuning import tiles_for
+from hotcold.runtime.triton.tuning import Tiles, tiles_for
 
 __all__ = [
     "MAX_TOKENS",
@@ -29,6 +29,7 @@ __all__ = [
     "s2",
     "s3",
     "select",
+    "shape_key",
 ]
 
 MAX_TOKENS = 8  # beyond that, a dense product on tensor cores is the better tool
@@ -36,9 +37,14 @@ _CHUNK = 1024  # neurons that one program lists
 _SUM_BLOCK = 256
 
 
-def shape_key(x: Tensor, w: Tensor, kind: int) -> str:
-    """What tile sizes depend on."""
-    return f"{w.shape[0]}x{w.shape[1]} {str(w.dtype).removeprefix('torch.')} kind {kind} tokens {x.shape[0]}"
+def shape_key(kernel: str, x: Tensor, w: Tensor, kind: int) -> str:
+    """What tile sizes depend on; where a list says which rows are read, not on how many there are."""
+    n = "" if kernel in ("listed", "down") else f"{w.shape[0]}x"
+    return f"{n}{w.shape[1]} {str(w.dtype).removeprefix('torch.')} kind {kind} tokens {x.shape[0]}"
+
+
+def _tiles(kernel: str, x: Tensor, w: Tensor, kind: int) -> Tiles:
+    return dict(tiles_for(kernel, x.device, shape_key(kernel, x, w, kind)))
 
 
 def _batch(x: Tensor) -> int:
@@ -49,7 +55,7 @@ def _batch(x: Tensor) -> int:
 def _dot_rows(x: Tensor, w: Tensor, scales: Tensor, kind: int, relu: bool) -> Tensor:
     n, (tokens, width) = w.shape[0], x.shape
     out = x.new_empty(tokens, n)
-    tiles = tiles_for("dot", x.device, shape_key(x, w, kind))
+    tiles = _tiles("dot", x, w, kind)
     wrap_triton(kernels.dot_kernel)[(cdiv(n, tiles["ROWS"]),)](
         x, w, scales, out, n, tokens, width, KIND=kind, RELU=relu, TOKENS=_batch(x), **tiles
     )
@@ -62,7 +68,7 @@ def _s2(
 ) -> Tensor:
     n, (tokens, width) = up.shape[0], x.shape
     out = torch.empty_like(scores)
-    tiles = tiles_for("s2", x.device, shape_key(x, up, kind))
+    tiles = _tiles("s2", x, up, kind)
     wrap_triton(kernels.s2_kernel)[(cdiv(n, tiles["GROUP"]),)](
         scores, x, up, scales, out, n, tokens, width, threshold,
         KIND=kind, CLIP=clip, TOKENS=_batch(x), **tiles,
@@ -73,7 +79,7 @@ def _s2(
 @triton_op("hotcold::s3", mutates_args=())
 def _s3(a: Tensor, down: Tensor, scales: Tensor, kind: int, width: int) -> Tensor:
     tokens, n = a.shape
-    tiles = tiles_for("s3", a.device, shape_key(a, down, kind))
+    tiles = _tiles("s3", a, down, kind)
     groups = cdiv(n, tiles["GROUP"])
     partial = a.new_empty(groups, tokens, width)
     wrap_triton(kernels.s3_kernel)[(cdiv(width, tiles["BLOCK"]), groups)](
@@ -126,7 +132,7 @@ def _ffn_listed(
 ) -> Tensor:
     n, (tokens, width) = up.shape[0], x.shape
     a = x.new_empty(tokens, n)
-    tiles = dict(tiles_for("listed", x.device, shape_key(x, up, up_kind)))
+    tiles = _tiles("listed", x, up, up_kind)
     programs = min(tiles.pop("PROGRAMS"), cdiv(n, tiles["ROWS"]))
     wrap_triton(kernels.listed_kernel)[(programs,)](
         x, gate, gate_scales, up, up_scales, gate, index, count, a, n, tokens, width, threshold,
@@ -140,7 +146,7 @@ def _down_listed(
     a: Tensor, down: Tensor, scales: Tensor, kind: int, width: int, index: Tensor, count: Tensor
 ) -> Tensor:
     tokens, n = a.shape
-    tiles = dict(tiles_for("down", a.device, shape_key(a, down, kind)))
+    tiles = _tiles("down", a, down, kind)
     partial = a.new_empty(tiles.pop("SPLITS"), tokens, width)
     wrap_triton(kernels.down_kernel)[(cdiv(width, tiles["BLOCK"]), partial.shape[0])](
         a, down, scales, index, count, partial, n, tokens, width, KIND=kind, TOKENS=_batch(a), **tiles

@@ -23,6 +23,8 @@ __all__ = ["CANDIDATES", "Tiles", "tiles_for", "tune"]
 
 Tiles = dict[str, int]
 
+_CALLS, _REPLAYS = 16, 8
+
 
 def _tiles(rows: int, block: int, num_warps: int, **more: int) -> Tiles:
     return {"ROWS": rows, "BLOCK": block, "num_warps": num_warps, **more}
@@ -96,18 +98,39 @@ def tune(kernel: str, device: torch.device, shape: str, run: Callable[[], object
 
 
 def _milliseconds(known: dict[str, Tiles], key: str, tiles: Tiles, run: Callable[[], object]) -> float:
-    """Median time of `run` with these tiles, which it will look up; infinite where they do not compile."""
+    """Median time of `run` with these tiles, which it will look up; infinite where they do not compile.
+
+    Several calls are one CUDA graph, as a launch takes longer than a small kernel. `triton.testing.do_bench`
+    would take a buffer to empty the cache with, which a memory budget has no room for.
+    """
     from triton.runtime.errors import OutOfResources
-    from triton.testing import do_bench
 
     known[key] = tiles
     try:
-        times = do_bench(run, warmup=5, rep=20, return_mode="all")
+        run()  # compiles
+        times = _replay_milliseconds(run)
     except OutOfResources:
         return float("inf")
     finally:
         del known[key]
-    return statistics.median(times)
+    return statistics.median(times[1:])
+
+
+def _replay_milliseconds(run: Callable[[], object]) -> list[float]:
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(_CALLS):
+            run()
+    times = []
+    for _ in range(_REPLAYS):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end))
+    return times
 
 
 def _small(tiles: Tiles) -> Tiles:

@@ -32,6 +32,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "verify": ("hotcold.convert.verify_command", "check every hash, shape and reference of a bundle"),
     "run": ("hotcold.runtime.command", "generate text"),
     "bench": ("hotcold.eval.bench_command", "measure tokens/s against llama.cpp, and quality beside it"),
+    "bench-kernels": ("hotcold.eval.kernel_bench_command", "measure the sparse GPU operators by themselves"),
+    "bench-gpu": ("hotcold.eval.gpu_bench_command", "measure decoding on a GPU, alone or with the CPU"),
     "perplexity": ("hotcold.eval.perplexity_command", "measure perplexity in any mode"),
     "demo": ("hotcold.eval.demo_command", "all of the above on SmolLM2-135M"),
 }

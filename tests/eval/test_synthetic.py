@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hotcold.convert.gguf_read import GGUFFile
-from hotcold.convert.plans import check_weights
+from hotcold.convert.weights import check_weights
 from hotcold.errors import InputError, UnsupportedError
 from hotcold.eval import planted
 from hotcold.eval.planted import PlantedModel, firing_frequencies, pseudo_text

@@ -10,7 +10,7 @@ import json
 import struct
 from pathlib import Path
 
-from malformed_gguf import BOOL, F32, I32, STRING, U64, array, gguf, info, kv, text, u32
+from malformed_gguf import BOOL, F32, I32, STRING, U32, U64, array, gguf, info, kv, text, u32
 
 FINGERPRINT = "0123456789abcdef" * 4
 
@@ -179,6 +179,43 @@ def model_gguf(extra: tuple[bytes, ...] = (), magic: bytes = b"GGUF") -> bytes:
         data += content + bytes(-len(content) % 32)
         offset = len(data)
     return gguf(magic=magic, kvs=[*kvs, *extra], infos=infos, data=data)
+
+
+def engine_gguf(sparse: bool) -> bytes:
+    """A ReLU Llama of one layer, of sizes that the native engine takes, with every key that it knows."""
+    d, ff, rank = 32, 64, 32
+    counts = {
+        "block_count": 1, "context_length": 16, "embedding_length": d, "feed_forward_length": ff,
+        "attention.head_count": 2, "attention.head_count_kv": 1, "attention.key_length": 16,
+    }  # fmt: skip
+    shapes = {
+        "token_embd": (5, d), "output_norm": (d,), "output": (5, d), "blk.0.attn_norm": (d,),
+        "blk.0.ffn_norm": (d,), "blk.0.attn_q": (d, d), "blk.0.attn_k": (16, d), "blk.0.attn_v": (16, d),
+        "blk.0.attn_output": (d, d), "blk.0.ffn_gate": (ff, d), "blk.0.ffn_up": (ff, d),
+    }  # fmt: skip
+    predictor = {"blk.0.ffn_down_t": (ff, d), "blk.0.fc1": (rank, d), "blk.0.fc2": (ff, rank)}
+    shapes |= predictor if sparse else {"blk.0.ffn_down": (d, ff)}
+    one, three = struct.pack("<f", 0.5), struct.pack("<3i", 1, 2, 63)
+    kvs = [
+        string("general.architecture", "llama"), *(u32(f"llama.{k}", n) for k, n in counts.items()),
+        f32("llama.attention.layer_norm_rms_epsilon", 0.5), f32("llama.rope.freq_base", 100.0),
+        string("hotcold.activation", "fatrelu"), array("hotcold.activation_thresholds", F32, 1, one),
+        f32("powerinfer.sparse_threshold", 0.5), array("hotcold.predictor.thresholds", F32, 1, one),
+        array("hotcold.predictor.ranks", U32, 1, struct.pack("<I", rank)),
+        array("hotcold.hot.counts", U32, 1, struct.pack("<I", 3)),
+        array("hotcold.hot.neurons", I32, 3, three),
+        array("hotcold.attention.windows", U32, 1, struct.pack("<I", 4)), *vocabulary_kvs(),
+        string("tokenizer.chat_template", "{{ messages[0].content }}"),
+    ]  # fmt: skip
+    infos, data = [], b""
+    for name, shape in shapes.items():
+        is_matrix = len(shape) > 1
+        kind = 2 if is_matrix else 0  # Q4_0: blocks of a float16 scale and 16 bytes
+        infos.append(info(f"{name}.weight", tuple(reversed(shape)), kind, len(data)))
+        content = (struct.pack("<e", 0.25) + bytes(range(16))) * (size(shape) // 32)
+        content = content if is_matrix else floats(size(shape))
+        data += content + bytes(-len(content) % 32)
+    return gguf(magic=b"PWRI" if sparse else b"GGUF", kvs=kvs, infos=infos, data=data)
 
 
 def vocabulary_kvs() -> tuple[bytes, ...]:

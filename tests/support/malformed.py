@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import handmade
-from malformed_gguf import F32, I32, STRING, array, gguf, info, kv, text, u32
+from malformed_gguf import F32, I32, STRING, U32, array, gguf, info, kv, text, u32
 from readers import SHARD
 
 from hotcold.errors import FormatError, HotcoldError, InputError, MismatchError, ShapeError, UnsupportedError
@@ -95,6 +95,7 @@ LONG = b'{"n_layers": ' + b"9" * 5000 + b"}"
 TWICE = b'{"n_layers": 1, "n_layers": 2}'
 ST, CK, MA, PR, TR, SH = "safetensors", "checkpoint", "manifest", "predictors", "traces", "trace shard"
 SP, GI, VO, TK, MO, BU = "split", "gpuidx", "gguf vocabulary", "tokenizer", "gguf model", "bundle"
+EN = "engine"
 T, CFG, INDEX, PART = "t.safetensors", "config.json", "model.safetensors.index.json", "model-1.safetensors"
 MAN, RUN, TOK, LINES, MODEL = (
     "manifest.json",
@@ -123,7 +124,64 @@ def gpu_index(mask: tuple[int, ...], bucket: tuple[int, ...], kind: int = 18) ->
 GPT2, PRE = handmade.string("tokenizer.ggml.model", "gpt2"), handmade.string("tokenizer.ggml.pre", "gpt-2")
 AB = array("tokenizer.ggml.tokens", STRING, 2, text("a") + text("b"))
 
+
+def engine(old: bytes, new: bytes) -> Edit:
+    """Exchange a piece of the sparse file's metadata for one of the same length."""
+    return put("m.gguf", lambda data: data.replace(old, new, 1))
+
+
+def number(key: str, old: int, new: int) -> Edit:
+    return engine(u32(key, old), u32(key, new))
+
+
 CASES: dict[str, Case] = {
+    "engine: layers 2^31": Case(
+        EN, number("llama.block_count", 1, 2**31 - 1), Fm, "llama.block_count: bad value"
+    ),
+    "engine: layers 0": Case(EN, number("llama.block_count", 1, 0), Fm, "llama.block_count: bad value"),
+    "engine: two layers": Case(EN, number("llama.block_count", 1, 2), Fm, "one value per layer"),
+    "engine: heads of 2^31": Case(
+        EN, number("llama.attention.key_length", 16, 2**31 - 16), Fm, "llama.attention.key_length: bad value"
+    ),
+    "engine: d_ff 2^31": Case(
+        EN, number("llama.feed_forward_length", 64, 2**31 - 1), Fm, "forward_length: bad"
+    ),
+    "engine: d_ff 96": Case(EN, number("llama.feed_forward_length", 64, 96), Sh, "tensor blk.0.ffn_"),
+    "engine: no heads": Case(
+        EN, number("llama.attention.head_count", 2, 0), Fm, "attention.head_count: bad value"
+    ),
+    "engine: three heads on two": Case(
+        EN, number("llama.attention.head_count_kv", 1, 3), Un, "multiple of key-value heads"
+    ),
+    "engine: unknown activation": Case(
+        EN, engine(b"fatrelu", b"fatrely"), Un, "unknown activation (got fatrely"
+    ),
+    "engine: hot neuron 64": Case(
+        EN, engine(struct.pack("<3i", 1, 2, 63), struct.pack("<3i", 1, 2, 64)), Fm, "hotcold.hot.neurons: hot"
+    ),
+    "engine: hot neuron -1": Case(
+        EN,
+        engine(struct.pack("<3i", 1, 2, 63), struct.pack("<3i", -1, 2, 63)),
+        Fm,
+        "hotcold.hot.neurons: hot",
+    ),
+    "engine: four hot of three": Case(
+        EN,
+        engine(
+            array("hotcold.hot.counts", U32, 1, b"\3\0\0\0"), array("hotcold.hot.counts", U32, 1, b"\4\0\0\0")
+        ),
+        Fm,
+        "hotcold.hot.neurons: hot",
+    ),
+    "engine: counts are floats": Case(
+        EN,
+        engine(array("hotcold.hot.counts", U32, 1, b""), array("hotcold.hot.counts", F32, 1, b"")),
+        Fm,
+        "hotcold.hot.neurons: hot",
+    ),
+    "engine: a tensor of another name": Case(
+        EN, engine(b"blk.0.fc2.weight", b"blk.0.fc3.weight"), Fm, "blk.0.fc2.weight: missing tensor"
+    ),
     "safetensors: empty": Case(ST, put(T, b""), Fm, T),
     "safetensors: length alone": Case(ST, put(T, bytes(8)), Fm, T),
     "safetensors: header of 2^63": Case(ST, put(T, header({}, length=1 << 63)), Fm, T),
@@ -231,6 +289,12 @@ CASES: dict[str, Case] = {
     "trace shard: of one token": Case(
         SH, put(SHARD, handmade.trace_shard(1)), Fm, f"{SHARD}, x: wrong shape"
     ),
+    "trace shard: bfloat16": Case(
+        SH,
+        put(SHARD, lambda data: data.replace(b'"F16"', b'"BF16"').replace(b"}}  ", b"}} ")),
+        Fm,
+        "another dtype",
+    ),
     "trace shard: no x": Case(SH, put(SHARD, header({})), Fm, f"{SHARD}, x: missing tensor"),
     "split: second missing": Case(SP, gone(SECOND), In, SECOND),
     "split: not the first": Case(SP, put(FIRST, handmade.split_part(1, 2, "a", 2)), In, "not the first part"),
@@ -308,6 +372,12 @@ CASES: dict[str, Case] = {
         put("tokenizer.json", lambda data: data.replace(b'"a": 1', b'"a": 4294967295')),
         Fm,
         "tokenizer.json, vocab: more tokens than embeddings",
+    ),
+    "tokenizer: an unknown token that is unknown": Case(
+        TK,
+        keys("tokenizer.json", model={"type": "BPE", "vocab": {"<s>": 0}, "merges": [], "unk_token": "x"}),
+        Fm,
+        "cannot encode: Unk token",
     ),
     "tokenizer: not BPE": Case(
         TK,

@@ -30,7 +30,9 @@ from hotcold.errors import HotcoldError
 from hotcold.gguf_tokenizer import build_tokenizer
 from hotcold.predictor.bundle import PredictorBundle
 from hotcold.predictor.traces import Traces
-from hotcold.runtime.shape import ModelShape, activation_thresholds, read_predictors
+from hotcold.runtime.engine import Engine
+from hotcold.runtime.shape import ModelShape, activation_thresholds
+from hotcold.runtime.vocabulary import Vocabulary
 from hotcold.safetensors_read import SafetensorsFile
 from hotcold.text import documents
 
@@ -75,11 +77,18 @@ def read_model(folder: Path) -> None:
     with suppress(HotcoldError):
         shape = ModelShape.read(file)
         activation_thresholds(file, shape.n_layers)
-        read_predictors(file, shape)
     source = GGUFCheckpoint(folder / "m.gguf")
     for name in source.names():
         source.load(name)
     check_weights(source, ModelSpec.from_config(source.config))
+
+
+def read_engine(folder: Path) -> None:
+    """Load a file into the native engine and run three tokens through it."""
+    sparse = (folder / "m.gguf").read_bytes()[:4] == b"PWRI"
+    Engine.load(folder / "m.gguf", "predicted" if sparse else "dense", 1, 8).prefill([0, 1, 2])
+    if "tokenizer.ggml.tokens" in GGUFFile(folder / "m.gguf").metadata:
+        Vocabulary.load(folder / "m.gguf").encode_chat("ab")
 
 
 def read_vocabulary(folder: Path) -> None:
@@ -150,6 +159,12 @@ READERS: dict[str, Reader] = {
     "gguf": Reader(_file("m.gguf", handmade.model_gguf), ("m.gguf",), read_gguf),
     "gguf model": Reader(_file("m.gguf", handmade.model_gguf), ("m.gguf",), read_model),
     "pwri": Reader(_file("m.gguf", lambda: handmade.model_gguf(magic=b"PWRI")), ("m.gguf",), read_model),
+    "engine": Reader(
+        _file("m.gguf", lambda: handmade.engine_gguf(True)),
+        ("m.gguf",),
+        read_engine,
+        seeds=(handmade.engine_gguf(False),),
+    ),
     "gguf vocabulary": Reader(
         _file("m.gguf", lambda: handmade.model_gguf(handmade.vocabulary_kvs())), ("m.gguf",), read_vocabulary
     ),

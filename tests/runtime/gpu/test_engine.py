@@ -130,3 +130,23 @@ def test_out_of_memory_says_so(bundle, monkeypatch):
     monkeypatch.setattr(gpu_engine, "read_weights", full)
     with pytest.raises(UnsupportedError, match="out of GPU memory; a smaller --vram-budget"):
         GpuEngine.load(bundle.path, "exact", "cpu")
+
+
+def test_tuning_measures_each_kind_of_matrix_once(bundle, monkeypatch):
+    """The stopwatch is replaced, the calls that it would time are made."""
+    from hotcold.convert.gguf_read import GGUFFile
+    from hotcold.runtime.gpu.tune import tune_weights
+    from hotcold.runtime.gpu.weights import read_weights
+    from hotcold.runtime.triton import ops, tuning
+
+    tuned = {}
+
+    def once(kernel, device, shape, run):
+        tuned[f"{kernel} {shape}"] = run()
+
+    monkeypatch.setattr(tuning, "tune", once)
+    file = GGUFFile(bundle.path / "tiny.powerinfer.gguf")
+    tune_weights(read_weights(file, torch.device("cpu"), with_predictors=True), ops, torch.device("cpu"))
+    dots = ["320x64", "64x64", "32x64", "96x32", "96x64"]
+    kernels = [f"dot {size}" for size in dots] + ["listed 64", "down 64"]
+    assert sorted(tuned) == sorted(f"{kernel} float32 kind 0 tokens 1" for kernel in kernels)

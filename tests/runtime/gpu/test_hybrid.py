@@ -146,3 +146,17 @@ def test_plans_of_other_models(bundle):
         MismatchError, match=r"dense mode needs a plan of whole layers \(got layer 0 is split"
     ):
         HybridEngine.load(bundle.path, PLANS["split"], "dense", "cpu")
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_bytes_are_the_cpu_engines(bundle, mode):
+    """But for padding, and for what the CPU engine keeps in another type."""
+    hybrid, engine = (
+        HybridEngine.load(bundle.path, PLANS["split"], mode, "cpu", 1),
+        Engine.load(bundle.path, mode, 1),
+    )
+    for each in (hybrid, engine):
+        each.prefill(IDS[:20])
+    got, expected = hybrid.bytes_per_token(), engine.bytes_per_token()
+    for part in ("attention", "predictor", "ffn", "head", "kv", "other"):
+        assert got[part] == pytest.approx(expected[part], rel=0.3), part

@@ -44,14 +44,16 @@ std::vector<uint8_t> random_matrix(Type type, int rows, int cols) {
   return bytes;
 }
 
-constexpr int kLayers = 2, kModel = 96, kFf = 200, kHeads = 6, kKvHeads = 2, kDim = 16, kVocab = 70, kRank = 32;
+constexpr int kLayers = 2, kModel = 96, kFf = 200, kHeads = 6, kKvHeads = 2, kDim = 16, kVocab = 70, kRank = 32,
+              kContext = 200;
 
 struct Weights {
   Type type;
-  std::vector<uint8_t> embedding, q, k, v, o, gate, up, down, down_t, fc1, fc2;
+  std::vector<uint8_t> embedding, positions, q, k, v, o, gate, up, down, down_t, fc1, fc2;
   explicit Weights(Type t) : type(t) {
     // d_ff need not be a multiple of 32 where down is stored by neurons; the dense form then falls back to F16.
     embedding = random_matrix(t, kVocab, kModel);
+    positions = random_matrix(t, kContext, kModel);
     q = random_matrix(t, kHeads * kDim, kModel);
     k = random_matrix(t, kKvHeads * kDim, kModel);
     v = random_matrix(t, kKvHeads * kDim, kModel);
@@ -65,8 +67,35 @@ struct Weights {
   }
 };
 
-std::unique_ptr<Model> make(const Weights& w, Mode mode, int threads, const Kernels& k, float threshold) {
-  const Config c{kLayers, kModel, kFf, kHeads, kKvHeads, kDim, kVocab, 200, 1e-5f, Activation::Relu, mode};
+// What a Llama lacks: LayerNorm, biases, learned positions, norms of heads, a window, a parallel FFN without a gate.
+void add_parts(Model& m, const Weights& w) {
+  std::normal_distribution<float> normal(0, 0.3f);
+  std::mt19937 same(11);  // the same parts for every engine that is compared
+  const auto fill = [&](std::vector<float>& v, int n) {
+    for (int i = 0; i < n; ++i) v.push_back(normal(same));
+  };
+  m.positions = m.add_panel(w.type, w.positions.data(), kContext, kModel, nullptr);
+  m.rope_frequency.clear();
+  fill(m.output_norm.bias, kModel);
+  for (Layer& l : m.layers) {
+    for (NormWeights* norm : {&l.attn_norm, &l.ffn_norm}) fill(norm->bias, kModel);
+    fill(l.q_bias, kHeads * kDim);
+    fill(l.k_bias, kKvHeads * kDim);
+    fill(l.v_bias, kKvHeads * kDim);
+    fill(l.o_bias, kModel);
+    fill(l.gate_bias, kFf);
+    l.gate_bias.resize(round_up(kFf, kLanes));
+    fill(l.down_bias, kModel);
+    l.q_norm.assign(kDim, 1.1f);
+    l.k_norm.assign(kDim, 0.9f);
+  }
+  m.layers[0].window = 9;
+}
+
+std::unique_ptr<Model> make(const Weights& w, Mode mode, int threads, const Kernels& k, float threshold, bool llama = true) {
+  Config c{kLayers, kModel, kFf, kHeads, kKvHeads, kDim, kVocab, kContext, 1e-5f, Activation::Relu, mode};
+  c.layer_norm = c.parallel = !llama;
+  c.gated = llama;
   auto m = std::make_unique<Model>(c, threads, size_t(8) << 20, k);
   m->embedding = m->head = m->add_panel(w.type, w.embedding.data(), kVocab, kModel, nullptr);
   m->output_norm.weight.assign(kModel, 1.0f);
@@ -80,10 +109,11 @@ std::unique_ptr<Model> make(const Weights& w, Mode mode, int threads, const Kern
     l.o = m->add_panel(w.type, w.o.data(), kModel, kHeads * kDim, nullptr);
     if (mode != Mode::Predicted) l.gate = m->add_panel(w.type, w.gate.data(), kFf, kModel, nullptr);
     if (mode == Mode::Dense) {
-      l.up = m->add_panel(w.type, w.up.data(), kFf, kModel, nullptr);
+      if (llama) l.up = m->add_panel(w.type, w.up.data(), kFf, kModel, nullptr);
       l.down = m->add_panel(Type::F16, w.down.data(), kModel, kFf, nullptr);
     } else {
-      m->add_bundles(l, mode == Mode::Predicted ? w.gate.data() : nullptr, w.type, w.up.data(), w.type, w.down_t.data(), w.type);
+      m->add_bundles(l, mode == Mode::Predicted ? w.gate.data() : nullptr, w.type, llama ? w.up.data() : nullptr, w.type, w.down_t.data(),
+                     w.type);
     }
     if (mode == Mode::Predicted) {
       l.fc1 = m->add_panel(w.type, w.fc1.data(), kRank, kModel, nullptr);
@@ -92,6 +122,7 @@ std::unique_ptr<Model> make(const Weights& w, Mode mode, int threads, const Kern
       l.hot.assign(round_up(kFf, kLanes) / kLanes, 0x0101);
     }
   }
+  if (!llama) add_parts(*m, w);
   return m;
 }
 
@@ -143,6 +174,27 @@ void test_models() {
   }
 }
 
+// The other structures: threads, blocks and kernels against plain C++ on one thread.
+void test_structures() {
+  std::vector<int32_t> tokens;
+  for (int i = 0; i < 70; ++i) tokens.push_back(int32_t(rng() % kVocab));
+  for (Type type : {Type::F32, Type::Q4_0}) {
+    const Weights w(type);
+    for (Mode mode : {Mode::Dense, Mode::Exact, Mode::Predicted}) {
+      const std::vector<float> expected = run(*make(w, mode, 1, kernels("generic"), -1e9f, false), tokens, false);
+      for (int threads : {1, 3})
+        for (bool by_token : {false, true}) {
+          const auto m = make(w, mode, threads, kernels(), -1e9f, false);
+          m->audit = mode == Mode::Predicted;
+          const double e = error(run(*m, tokens, by_token), expected);
+          expect(e < (is_quantised(type) ? 0.05 : 1e-3), "LayerNorm, biases, window, mode " + std::to_string(int(mode)) +
+                                                              " threads " + std::to_string(threads) +
+                                                              (by_token ? " by token: " : " block: ") + std::to_string(e));
+        }
+    }
+  }
+}
+
 void test_team() {
   for (int threads : {1, 2, 3, 8})
     for (int round = 0; round < 4; ++round) {
@@ -169,6 +221,7 @@ int main() {
   std::setvbuf(stdout, nullptr, _IOLBF, 0);
   test_team();
   test_models();
+  test_structures();
   std::printf("%d failed\n", failures);
   return failures ? 1 : 0;
 }

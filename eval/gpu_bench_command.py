@@ -1,0 +1,119 @@
+"""`hotcold bench-gpu`: decoding speed on a GPU, alone or together with the CPU at several memory budgets."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import numpy as np
+
+HELP = (
+    "Measure decoding with a GPU: each mode on the GPU alone, and hybrid at shares of the model's size, "
+    "where `dense` is whole layers on either side. With telemetry, and peak memory beside the plan's."
+)
+EXAMPLE = "hotcold bench-gpu --bundle demo/bundle --backends gpu,hybrid --budgets 25,50,75"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of `hotcold bench-gpu`."""
+    model = parser.add_mutually_exclusive_group(required=True)
+    model.add_argument("--bundle", metavar="DIR", help="a folder that `hotcold export` wrote")
+    model.add_argument("--synthetic", metavar="SHAPE", help="random weights, as `hotcold bench` makes them")
+    add = parser.add_argument
+    add("--backends", default="gpu,hybrid", metavar="LIST", help="of gpu, hybrid, llama.cpp (%(default)s)")
+    add("-m", "--modes", default="dense,exact,predicted", metavar="LIST", help="(%(default)s)")
+    add("--budgets", default="25,50,75", metavar="LIST", help="percent of the model's bytes (%(default)s)")
+    add("--device", default="cuda", help="cuda, cuda:N, or cpu for a dry run (%(default)s)")
+    add("-t", "--threads", type=int, metavar="N", help="threads of the CPU's share (default: all CPUs)")
+    add("-r", "--repetitions", type=int, default=5, metavar="N", help="rounds (%(default)s)")
+    add("-p", "--n-prompt", type=int, default=64, metavar="N", help="tokens per prompt (%(default)s)")
+    add("-n", "--n-gen", type=int, default=128, metavar="N", help="tokens per generation (%(default)s)")
+    add("--text", default="stdlib", metavar="SRC", help="held-out text for --bundle (%(default)s)")
+    add("-o", "--output", default="md", choices=("md", "json"))
+    add("--save", metavar="FILE", help="write the JSON object to this file too")
+    group = parser.add_argument_group("synthetic models")
+    group.add_argument("--layers", type=int, metavar="N", help="layers (default: all of the shape)")
+    group.add_argument("--sparsity", type=float, default=0.89, metavar="S", help="idle neurons (%(default)s)")
+    group.add_argument("--quant", default="bf16", metavar="Q", help="q4_0, q8_0, f16 or bf16 (%(default)s)")
+    group.add_argument("--cache", metavar="DIR", help="keep the synthetic files here for the next time")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure, and print the table or one JSON object."""
+    import tempfile
+    from pathlib import Path
+
+    from hotcold import storage
+    from hotcold.eval.gpu_bench import as_table
+
+    with tempfile.TemporaryDirectory(prefix="hotcold-bench-") as scratch:
+        report, rows = _measure(args, Path(scratch))
+    if args.save:
+        storage.write_json(args.save, report)
+    print(json.dumps(report) if args.output == "json" else as_table(rows), flush=True)
+    return 0
+
+
+def _measure(args: argparse.Namespace, scratch: Path) -> tuple[dict, list]:
+    from hotcold.eval import machine
+    from hotcold.eval.bench import Plan, segments
+    from hotcold.eval.gpu_bench import bench_gpu, sides_of
+    from hotcold.eval.kernel_bench_command import device_name
+    from hotcold.eval.sides import checked_modes
+    from hotcold.runtime.gpu.costs import device_bandwidth
+    from hotcold.runtime.gpu.device import open_device
+
+    device = open_device(args.device)
+    plan, threads = Plan(args.repetitions, args.n_prompt, args.n_gen), machine.thread_count(args.threads)
+    modes = checked_modes(args.modes, ("dense", "exact", "predicted"))
+    shares = [_percent(text) for text in args.budgets.split(",") if text.strip()]
+    bundle, ids = _synthetic(args, plan.n_tokens, scratch) if args.synthetic else _real(args, plan.n_tokens)
+    sides = sides_of(bundle, [name.strip() for name in args.backends.split(",")], modes, shares)
+    bandwidth = device_bandwidth(device, threads)
+    texts = segments(ids, plan)
+    rows = bench_gpu(bundle, sides, texts, device=args.device, n_threads=threads, bandwidth=bandwidth)
+    settings = ("synthetic", "layers", "quant", "sparsity") if args.synthetic else ("bundle", "text")
+    report = {
+        "rows": [row.as_json() for row in rows],
+        "device": device_name(device),
+        "bandwidth": bandwidth,
+        "settings": {name: getattr(args, name) for name in (*settings, "repetitions", "n_prompt", "n_gen")},
+        "threads": threads,
+        "machine": machine.describe(),
+    }
+    return report, rows
+
+
+def _percent(text: str) -> float:
+    from hotcold.errors import InputError
+
+    try:
+        share = float(text) / 100
+    except ValueError:
+        share = -1.0
+    if not 0 < share <= 10:
+        raise InputError("--budgets are percents", got=text, expected="such as 25,50,75")
+    return share
+
+
+def _real(args: argparse.Namespace, n_tokens: int) -> tuple[Path, np.ndarray]:
+    from pathlib import Path
+
+    from hotcold.eval import windows
+
+    return Path(args.bundle), windows.text_ids(args.text, windows.load_tokenizer(args.bundle), n_tokens)
+
+
+def _synthetic(args: argparse.Namespace, n_tokens: int, scratch: Path) -> tuple[Path, np.ndarray]:
+    from hotcold.eval.planted import pseudo_text
+    from hotcold.eval.synthetic import Synthetic, write_synthetic
+
+    synthetic = Synthetic(
+        shape=args.synthetic, sparsity=args.sparsity, quant=args.quant, n_layers=args.layers
+    )
+    ids = pseudo_text(synthetic.config["vocab_size"], n_tokens, seed=synthetic.seed + 2)
+    return write_synthetic(synthetic, args.cache or scratch), ids

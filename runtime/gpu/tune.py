@@ -1,0 +1,79 @@
+"""Tile sizes for a model's own matrices, measured when it is loaded for the first time on a GPU.
+
+Weights of several layers take turns, as in a token, so that a matrix is not found in the cache that the call
+before has left it in.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from itertools import cycle
+from types import ModuleType
+
+import torch
+
+from hotcold.runtime.gpu.weights import DeviceFfn, DeviceWeights
+from hotcold.runtime.triton import tuning
+from hotcold.runtime.triton.rows import Rows
+
+__all__ = ["tune_ffns", "tune_weights"]
+
+_LISTED = 0.11  # share of active neurons: what real ReLU gates of a 7B model leave (ProSparse, table 1)
+
+
+def tune_weights(weights: DeviceWeights, ops: ModuleType, device: torch.device) -> None:
+    """Measure what has not been measured on this GPU before."""
+    for rows in _alike(_products(weights)):
+        x = torch.randn(1, rows[0].width, device=device)
+        _tune("dot", ops, x, rows, lambda w, x=x: ops.dot_rows(x, w))
+    if not weights.dense_file:
+        _tune_lists([layer.ffn for layer in weights.layers if layer.ffn], ops, device)
+
+
+def tune_ffns(ffns: Sequence[tuple[Rows, Rows, Rows]], ops: ModuleType, device: torch.device) -> None:
+    """The same for FFNs alone, as (gate, up, down)."""
+    x = torch.randn(1, ffns[0][0].width, device=device)
+    _tune("dot", ops, x, [gate for gate, _, _ in ffns], lambda w: ops.dot_rows(x, w))
+    _tune_lists([DeviceFfn(*ffn) for ffn in ffns], ops, device)
+
+
+def _products(weights: DeviceWeights) -> list[Rows]:
+    """Matrices that are read as a whole."""
+    products = [weights.head]
+    for layer in weights.layers:
+        products += [layer.q, layer.k, layer.v, layer.o]
+        products += [layer.predictor.fc1, layer.predictor.fc2] if layer.predictor else []
+        if layer.ffn:
+            products.append(layer.ffn.gate)
+            products += [layer.ffn.up, layer.ffn.down] if weights.dense_file else []
+    return products
+
+
+def _alike(products: Sequence[Rows]) -> list[list[Rows]]:
+    """In groups of one shape and type."""
+    groups: dict[tuple, list[Rows]] = defaultdict(list)
+    for rows in products:
+        groups[rows.data.shape, rows.data.dtype, rows.kind].append(rows)
+    return list(groups.values())
+
+
+def _tune_lists(ffns: Sequence[DeviceFfn], ops: ModuleType, device: torch.device) -> None:
+    """The kernels over lists, on the FFNs of the greatest number of neurons."""
+    if not ffns:
+        return
+    most = max(ffn.up.n for ffn in ffns)
+    alike = [ffn for ffn in ffns if ffn.up.n == most]
+    x, a = torch.randn(1, alike[0].up.width, device=device), torch.randn(1, most, device=device)
+    index, count = ops.select(torch.rand(1, most, device=device), 1 - _LISTED)
+    scores = a.abs() + 1  # every listed neuron fires
+    _tune("listed", ops, x, [ffn.up for ffn in alike], lambda w: ops.ffn_listed(x, scores, w, index, count))
+    _tune("down", ops, a, [ffn.down for ffn in alike], lambda w: ops.down_listed(a, w, index, count))
+
+
+def _tune(
+    kernel: str, ops: ModuleType, x: torch.Tensor, rows: Sequence[Rows], call: Callable[[Rows], object]
+) -> None:
+    turn = cycle(rows)
+    key = ops.shape_key(kernel, x, rows[0].data, rows[0].kind)
+    tuning.tune(kernel, x.device, key, lambda: call(next(turn)))

@@ -1,0 +1,110 @@
+"""The GPU benchmarks run dry: torch on the CPU is the device, and every figure is of a real run."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from hotcold.cli import main
+from hotcold.errors import InputError, MismatchError, UnsupportedError
+from hotcold.eval import kernel_bench
+from hotcold.eval.gpu_bench import GpuSide, sides_of
+from hotcold.eval.kernel_bench import KernelPlan, KernelRow, check_kernels
+from hotcold.eval.peers.llama_cpp import LlamaCpp
+from hotcold.eval.synthetic import Synthetic, write_synthetic
+from hotcold.runtime.gpu.device import open_device
+from hotcold.runtime.triton import ops
+
+TINY = ["--d-model", "64", "--d-ff", "96", "--device", "cpu", "-r", "3"]
+
+
+@pytest.fixture(scope="module")
+def synthetic(tmp_path_factory):
+    """One layer of the smallest shape."""
+    return write_synthetic(Synthetic("smollm2-135m", n_layers=1, quant="bf16"), tmp_path_factory.mktemp("s"))
+
+
+def test_bench_kernels_prints_what_it_measured(capsys):
+    assert main(["bench-kernels", *TINY, "-o", "json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert [row["operator"] for row in report["rows"]] == ["s2", "s3", "ffn"]
+    for row in report["rows"]:
+        assert 0 < row["us_low"] <= row["us"] <= row["us_high"] and row["dense_us"] > 0
+    active = round(96 * 0.11)
+    assert [row["bytes"] for row in report["rows"]] == [
+        active * 64 * 2, active * 64 * 2, (96 + 2 * active) * 64 * 2,
+    ]  # fmt: skip
+    assert main(["bench-kernels", *TINY]) == 0
+    assert "| s2 |" in capsys.readouterr().out
+
+
+def test_ratios():
+    row = KernelRow("s2", us=10, us_low=9, us_high=11, dense_us=50, bytes=8e3, bandwidth=1e9)
+    assert row.speedup == 5 and row.limit_us == pytest.approx(8) and row.over_limit == pytest.approx(1.25)
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.89, 1.0])
+def test_the_check_runs_the_kernels_themselves(monkeypatch, sparsity):
+    monkeypatch.setattr(kernel_bench, "operators", lambda device: ops)
+    found = check_kernels(KernelPlan(48, 70, sparsity=sparsity, rotated=1), open_device("cpu"))
+    assert set(found) == {"dot_rows", "s2", "s3", "ffn", "select"} and max(found.values()) < 1e-4
+
+
+def test_the_check_finds_a_wrong_kernel(monkeypatch):
+    class Wrong:
+        def __getattr__(self, name):
+            return getattr(ops, name)
+
+        def s3(self, a, down):
+            return ops.s3(a, down) * 1.01
+
+    monkeypatch.setattr(kernel_bench, "operators", lambda device: Wrong())
+    with pytest.raises(MismatchError, match="operator s3 disagrees with its reference"):
+        check_kernels(KernelPlan(32, 32, rotated=1), open_device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--dtype", "q4"], "unknown type"),
+        (["--sparsity", "2"], "--sparsity out of range"),
+        (["--shape", "gpt-9"], "unknown synthetic shape"),
+    ],
+)
+def test_bench_kernels_errors(capsys, arguments, message):
+    assert main(["bench-kernels", *TINY, *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_bench_gpu(synthetic, capsys, tmp_path):
+    arguments = ["bench-gpu", "--synthetic", "smollm2-135m", "--layers", "1", "--device", "cpu", "-t", "1"]
+    sizes = ["-r", "2", "-p", "3", "-n", "4", "--budgets", "900", "--cache", str(synthetic.parent)]
+    arguments += ["-m", "predicted"]
+    assert main([*arguments, *sizes, "-o", "json", "--save", str(tmp_path / "report.json")]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report == json.loads((tmp_path / "report.json").read_text())
+    rows = {row["name"]: row for row in report["rows"]}
+    assert set(rows) == {"gpu predicted", "hybrid 900% predicted"}
+    for row in rows.values():
+        assert row["generation"]["median"] > 0 and row["bytes_per_token"] > 0
+    hybrid = rows["hybrid 900% predicted"]
+    told = hybrid["telemetry"]
+    assert told["decoded"] == 8 and told["hot_fired"] + told["cold_fired"] > 0
+    assert 0 < hybrid["planned_bytes"] <= hybrid["side"]["budget"]
+    assert rows["gpu predicted"]["sparsity"] > 0.3
+
+
+def test_sides(synthetic):
+    sides = sides_of(synthetic, ["hybrid", "llama.cpp"], ["exact"], [0.5])
+    assert [side.name for side in sides] == ["llama.cpp 50%", "hybrid 50% exact"]
+    assert sides[0].budget == sides[1].budget > 1 << 20
+    assert GpuSide("gpu", "dense").name == "gpu dense"
+    with pytest.raises(InputError, match="unknown backend"):
+        sides_of(synthetic, ["tpu"], ["exact"], [0.5])
+
+
+def test_llama_cpp_without_a_gpu_says_so(synthetic):
+    pytest.importorskip("llama_cpp")
+    with pytest.raises(UnsupportedError, match="built without a GPU"):
+        LlamaCpp(next(synthetic.glob("*.gguf")), n_threads=1, n_gpu_layers=3)
