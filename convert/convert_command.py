@@ -17,7 +17,7 @@ Convert models, predictors and firing statistics between the formats of hotcold,
   predictors   hotcold's predictor bundle, a folder      predictors          predictors, firing
   model-pt     PowerInfer's folder of model_N.pt         predictors          predictors
   activation   PowerInfer's folder of activation_N.pt    firing              firing
-  gpuidx       PowerInfer's .generated.gpuidx            model, firing       -
+  gpuidx       PowerInfer's .generated.gpuidx            model, firing       firing (1: on GPU)
   traces       what collect-traces wrote                 (source only)       firing
   checkpoint   a Hugging Face folder                     (source only)       model
 

@@ -45,7 +45,8 @@ class HFCheckpoint:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.config = read_json(self.path / "config.json")
-        self._files = self._index()
+        # Meta's OPT checkpoints lack the name of the base model; transformers adds it while loading.
+        self._files = {_with_base(name): (file, name) for name, file in self._index().items()}
 
     def _index(self) -> dict[str, SafetensorsFile]:
         if (self.path / _SINGLE).is_file():
@@ -77,13 +78,19 @@ class HFCheckpoint:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of one tensor; FormatError where the checkpoint has none of this name."""
-        return self._file(name).shape(name)
+        file, stored = self._find(name)
+        return file.shape(stored)
 
     def load(self, name: str) -> np.ndarray:
         """One tensor as float32."""
-        return self._file(name).load(name)
+        file, stored = self._find(name)
+        return file.load(stored)
 
-    def _file(self, name: str) -> SafetensorsFile:
+    def _find(self, name: str) -> tuple[SafetensorsFile, str]:
         if name not in self._files:
             raise FormatError("missing tensor", where=self.path, field=name)
         return self._files[name]
+
+
+def _with_base(name: str) -> str:
+    return f"model.{name}" if name.startswith("decoder.") else name

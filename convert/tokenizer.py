@@ -167,8 +167,11 @@ def _special_ids(settings: dict[str, Any], config: dict[str, Any], ids: dict[str
 
 def _added_ends(tokenizer: Tokenizer, path: Path) -> dict[str, bool]:
     """Whether encoding puts a token before the text or after it, as seen by doing it."""
-    bare = tokenizer.encode("a", add_special_tokens=False).ids
-    full = tokenizer.encode("a").ids
+    try:
+        bare = tokenizer.encode("a", add_special_tokens=False).ids
+        full = tokenizer.encode("a").ids
+    except Exception as error:  # tokenizers raises bare Exceptions
+        raise FormatError(f"a tokenizer that cannot encode: {error}", where=path) from error
     before = next((i for i in range(len(full)) if full[i : i + len(bare)] == bare), None)
     if before is None:
         raise UnsupportedError("a post-processor that changes the text's tokens", where=path)

@@ -45,6 +45,8 @@ def read_tensors(data: bytes, path: Path) -> dict[str, np.ndarray]:
         return load(data)
     except SafetensorError as error:
         raise FormatError("is not a safetensors file", where=path, got=str(error)) from error
+    except KeyError as error:  # bfloat16 and other types that numpy has not
+        raise FormatError("a tensor of another dtype", where=path, got=error.args[0]) from error
 
 
 def check_tensor(

@@ -17,7 +17,7 @@ import numpy as np
 
 from hotcold.convert.gguf_read import GGUFFile, Tensor
 from hotcold.convert.quantize import dequantize
-from hotcold.errors import FormatError, ShapeError, UnsupportedError
+from hotcold.errors import FormatError, InputError, ShapeError, UnsupportedError
 from hotcold.progress import log
 from hotcold.runtime import _cpu
 from hotcold.runtime.shape import ModelShape, activation_thresholds, read_predictors
@@ -91,10 +91,11 @@ def load_model(
     """Pack the weights of `file` for `mode`.
 
     Raises FormatError for missing tensors, ShapeError for wrong shapes, UnsupportedError for a model that the
-    engine or this mode cannot run.
+    engine or this mode cannot run, InputError for more context than a model has learned positions for.
     """
     shape = ModelShape.read(file)
     source = Source(file)
+    _check_context(source, shape, n_ctx)
     try:
         model = new_model(file, shape, mode, n_threads, n_ctx, isa)
         _load(model, source, file, shape, mode)
@@ -104,6 +105,14 @@ def load_model(
     if source.converted:
         log(f"{file.path.name}: {', '.join(sorted(source.converted))} became F16, for want of kernels")
     return model, shape
+
+
+def _check_context(source: Source, shape: ModelShape, n_ctx: int) -> None:
+    rows = source.shape_of(f"{shape.form.positions}.weight")
+    if shape.form.positions and rows and n_ctx > rows[0] - shape.form.first_position:
+        limit = f"at most {rows[0] - shape.form.first_position}"
+        what = "the model has no positions for so long a context"
+        raise InputError(what, where=source.path, got=n_ctx, expected=limit, fix="lower it with -c")
 
 
 def new_model(

@@ -130,12 +130,12 @@ def _read_gguf(path: Path, _mtime_ns: int, _size: int) -> GGUFFile:
 
 @contextmanager
 def _loading(path: Path) -> Iterator[None]:
-    """Turn what transformers and safetensors raise on bad files into one line."""
-    from safetensors import SafetensorError
-
+    """Turn what transformers and safetensors raise on bad files, which is of all kinds, into one line."""
     try:
         yield
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except (HotcoldError, MemoryError):
+        raise
+    except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise FormatError(f"cannot load this checkpoint: {reason}", where=path, fix="re-create it") from error
 
@@ -168,12 +168,25 @@ def load_config(model: str) -> dict[str, Any]:
 def _load_directory(path: Path, dtype: torch.dtype) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
+    values = read_json(path / "config.json")
+    _check_depth(values, path)
     with _loading(path), _quiet():
-        config, activation = _transformers_config(read_json(path / "config.json"))
+        config, activation = _transformers_config(values)
         loaded = AutoModelForCausalLM.from_pretrained(
             str(path), config=config, dtype=dtype, use_safetensors=True
         )
     return loaded if activation is None else install_activation(loaded, activation)
+
+
+def _check_depth(values: dict[str, Any], path: Path) -> None:
+    """A claim of a million layers must not cost more than the tensors that are there."""
+    from hotcold.safetensors_read import SafetensorsFile
+
+    n_tensors = sum(len(list(SafetensorsFile(file))) for file in path.glob("*.safetensors"))
+    for key in ("num_hidden_layers", "n_layer", "num_layers"):
+        if isinstance(values.get(key), int) and values[key] > n_tensors:
+            where, expected = path / "config.json", f"at most {n_tensors} tensors' worth"
+            raise FormatError("too many layers", where=where, field=key, got=values[key], expected=expected)
 
 
 def _transformers_config(values: dict[str, Any]) -> tuple[PretrainedConfig, str | None]:

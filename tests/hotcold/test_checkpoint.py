@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from hotcold import checkpoint
 from hotcold.convert.gguf_read import GGUFFile
-from hotcold.errors import FormatError, InputError, UnsupportedError
+from hotcold.errors import FormatError, HotcoldError, InputError, UnsupportedError
 from hotcold.gguf_tokenizer import build_tokenizer
 
 
@@ -130,6 +130,26 @@ def test_a_truncated_gguf(smollm2, tmp_path, share):
         checkpoint.load_model(str(cut))
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_hidden_layers": 2**31 - 1},
+        {"num_hidden_layers": "two"},
+        {"num_attention_heads": 0},
+        {"hidden_size": -1},
+        {"intermediate_size": 2**31 - 1},
+        {"rope_parameters": [1]},
+        {"hidden_act": ["relu"]},
+    ],
+)
+def test_configs_that_make_no_model(folder, changes):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    with pytest.raises(HotcoldError) as caught:
+        checkpoint.load_model(str(folder))
+    assert str(folder) in str(caught.value)
+
+
 def test_folders_that_are_no_checkpoints(folder):
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     with pytest.raises(InputError, match=r"no \*\.safetensors in this folder"):
@@ -142,7 +162,7 @@ def test_folders_that_are_no_checkpoints(folder):
 def test_truncated_safetensors(folder):
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
-    with pytest.raises(FormatError, match="cannot load this checkpoint"):
+    with pytest.raises(FormatError, match=r"model\.safetensors: not a safetensors file"):
         checkpoint.load_model(str(folder))
 
 

@@ -25,6 +25,7 @@ from hotcold.convert.gguf_read import GGUFFile
 from hotcold.convert.hf_checkpoint import HFCheckpoint
 from hotcold.convert.llama_cpp import is_exact
 from hotcold.convert.verify import verify_bundle
+from hotcold.errors import InputError
 from hotcold.predictor.bundle import PredictorBundle
 from hotcold.runtime.engine import Engine
 from hotcold.runtime.reference import ReferenceEngine
@@ -292,6 +293,29 @@ def test_our_gguf_files_are_read_back_as_the_checkpoint(name, make_family, make_
         assert again.names() == original.names()
         for tensor in original.names():
             np.testing.assert_array_equal(again.load(tensor), original.load(tensor))
+
+
+def test_learned_positions_bound_the_context(make_bundle_of):
+    with pytest.raises(InputError, match=r"so long a context \(got 65, expected at most 64\)"):
+        Engine.load(make_bundle_of("opt"), "dense", 1, n_ctx=65)
+    Engine.load(make_bundle_of("opt"), "exact", 1, n_ctx=64)
+
+
+def test_opt_without_the_name_of_the_base_model(make_family, tmp_path):
+    """As Meta's own checkpoints are; transformers reads them too."""
+    tensors = load_file(make_family("opt") / "model.safetensors")
+    write_model(tmp_path / "bare", FAMILIES["opt"])
+    bare = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
+    storage.write_tensors(tmp_path / "bare" / "model.safetensors", bare, {"format": "pt"})
+    source = HFCheckpoint(tmp_path / "bare")
+    assert source.names() == set(tensors)
+    np.testing.assert_array_equal(
+        source.load("model.decoder.layers.1.fc1.weight"), tensors["model.decoder.layers.1.fc1.weight"]
+    )
+    loaded = checkpoint.load_model(str(tmp_path / "bare")).state_dict()
+    np.testing.assert_array_equal(
+        loaded["model.decoder.layers.1.fc1.weight"].numpy(), tensors["model.decoder.layers.1.fc1.weight"]
+    )
 
 
 @pytest.mark.parametrize(

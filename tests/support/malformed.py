@@ -289,6 +289,12 @@ CASES: dict[str, Case] = {
     "trace shard: of one token": Case(
         SH, put(SHARD, handmade.trace_shard(1)), Fm, f"{SHARD}, x: wrong shape"
     ),
+    "trace shard: bfloat16": Case(
+        SH,
+        put(SHARD, lambda data: data.replace(b'"F16"', b'"BF16"').replace(b"}}  ", b"}} ")),
+        Fm,
+        "another dtype",
+    ),
     "trace shard: no x": Case(SH, put(SHARD, header({})), Fm, f"{SHARD}, x: missing tensor"),
     "split: second missing": Case(SP, gone(SECOND), In, SECOND),
     "split: not the first": Case(SP, put(FIRST, handmade.split_part(1, 2, "a", 2)), In, "not the first part"),
@@ -366,6 +372,12 @@ CASES: dict[str, Case] = {
         put("tokenizer.json", lambda data: data.replace(b'"a": 1', b'"a": 4294967295')),
         Fm,
         "tokenizer.json, vocab: more tokens than embeddings",
+    ),
+    "tokenizer: an unknown token that is unknown": Case(
+        TK,
+        keys("tokenizer.json", model={"type": "BPE", "vocab": {"<s>": 0}, "merges": [], "unk_token": "x"}),
+        Fm,
+        "cannot encode: Unk token",
     ),
     "tokenizer: not BPE": Case(
         TK,
