@@ -205,13 +205,13 @@ PIECES = [
     "the", " word", "B", "é", "日本", "😀", "1", "23", " ", "  ", "\n", "\n\n", "\t", "\r\n", "'s", "'LL",
     "’", "'", ".", "!!", "_", "<|im_end|>", "\u00a0", "٣", "½", "e\u0301", "{", "0x1F",
 ]  # fmt: skip
+# llama.cpp and tokenizers have tables of different Unicode versions: unassigned code points differ.
+ASSIGNED = st.text(st.characters(exclude_categories=["Cs", "Cn"]), min_size=1)
 MIXED = st.lists(st.sampled_from(PIECES), min_size=1, max_size=15).map("".join)
 
 
 @settings(max_examples=500, deadline=None)
-@given(
-    st.one_of(st.lists(st.sampled_from(PIECES), min_size=1, max_size=15).map("".join), st.text(min_size=1))
-)
+@given(st.one_of(st.lists(st.sampled_from(PIECES), min_size=1, max_size=15).map("".join), ASSIGNED))
 def test_smollm2_tokens_are_those_of_llama_cpp(both_tokenizers, text):
     ours, theirs = both_tokenizers
     expected = theirs.tokenize(text.encode(), add_bos=False, special=True)

@@ -1,0 +1,122 @@
+"""The sparse FFN as one operator: listed neurons' rows against a readable reference.
+
+Every ISA x type x shape x activity x threads. Rows of neurons that are not listed are NaN, and so are the up
+and down rows of listed neurons whose gate does not fire: reading any of them would show.
+"""
+
+import numpy as np
+import pytest
+from gguf import GGMLQuantizationType, quants
+
+from hotcold.runtime import _cpu
+
+TYPES = {"F32": 0, "F16": 1, "BF16": 2, "Q8_0": 3, "Q4_0": 4}
+ACTIVITY = {"none": 0.0, "one": -1.0, "1%": 0.01, "10%": 0.1, "50%": 0.5, "all": 1.0}
+# (d_model, neurons): whole groups of blocks, groups and a tail of pairs, less than a group
+SHAPES = [(1024, 160), (576, 300), (96, 1000)]
+RELU, DRELU = 1, 2
+
+
+def stored(kind, rows):
+    """GGUF bytes [n, row] of `rows`, and the values they stand for, float64."""
+    data = quants.quantize(rows.astype(np.float32), GGMLQuantizationType[kind])
+    values = quants.dequantize(data, GGMLQuantizationType[kind]).reshape(rows.shape)
+    return np.ascontiguousarray(data).view(np.uint8).reshape(len(rows), -1).copy(), values.astype(np.float64)
+
+
+def poison(kind, data, rows):
+    """Overwrite rows with NaN: floats themselves, or the f16 scale of every block."""
+    if kind in ("Q8_0", "Q4_0"):
+        block = 34 if kind == "Q8_0" else 18
+        scales = data[rows].reshape(len(rows), data.shape[1] // block, block)
+        scales[:, :, :2] = np.frombuffer(np.float16(np.nan).tobytes(), np.uint8)
+        data[rows] = scales.reshape(len(rows), data.shape[1])
+    else:
+        data[rows] = 0xFF  # NaN in all float formats
+
+
+def int8_blocks(x):
+    """x as the kernels see it beside quantised weights: int8 per 32 values."""
+    blocks = x.reshape(len(x), -1, 32)
+    scale = np.abs(blocks).max(-1, keepdims=True) / np.float32(127)
+    return (np.rint(blocks / np.where(scale > 0, scale, 1)) * scale).reshape(x.shape).astype(np.float64)
+
+
+def listed_neurons(n, activity, rng):
+    """bool [n]: which neurons are listed."""
+    listed = np.zeros(n, bool)
+    count = 1 if activity < 0 else round(activity * n)
+    listed[rng.choice(n, count, replace=False)] = True
+    return listed
+
+
+def make_model(isa, threads, d_model, n, activation):
+    return _cpu.Model(
+        n_layers=1, d_model=d_model, d_ff=n, n_heads=2, n_kv_heads=1, head_dim=16, n_vocab=32, n_ctx=16,
+        norm_eps=1e-5, activation=activation, mode=2, threads=threads, weight_bytes=64 << 20, isa=isa,
+    )  # fmt: skip
+
+
+def reference(x, gate, up, down, wanted, threshold, clip):
+    """What the wanted neurons add, and who fires; x [tokens, d_model], wanted bool [tokens, n]."""
+    g, u = x @ gate.T, x @ up.T
+    fires = wanted & (g >= threshold)
+    return np.where(fires, g * (np.maximum(u, 0) if clip else u), 0) @ down, fires
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("activity", ACTIVITY)
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"{s[0]}x{s[1]}")
+@pytest.mark.parametrize("kind", TYPES)
+@pytest.mark.parametrize("isa", _cpu.available_isas())
+def test_listed_neurons(isa, kind, shape, activity, threads):
+    check(isa, kind, shape, ACTIVITY[activity], threads, tokens=1)
+
+
+@pytest.mark.parametrize("tokens", [2, 7, 64])
+@pytest.mark.parametrize("activity", ACTIVITY)
+@pytest.mark.parametrize("kind", TYPES)
+@pytest.mark.parametrize("isa", _cpu.available_isas())
+def test_a_block_of_tokens(isa, kind, activity, tokens):
+    check(isa, kind, (96, 300), ACTIVITY[activity], 2, tokens)
+
+
+@pytest.mark.parametrize("kind", TYPES)
+@pytest.mark.parametrize("isa", _cpu.available_isas())
+def test_drelu_and_thresholds(isa, kind):
+    check(isa, kind, (576, 300), 0.5, 2, tokens=1, activation=DRELU)
+    check(isa, kind, (576, 300), 0.5, 2, tokens=1, threshold=0.4)
+
+
+def check(isa, kind, shape, activity, threads, tokens, activation=RELU, threshold=0.0):
+    d_model, n = shape
+    rng = np.random.default_rng([d_model, n, tokens, threads])
+    rows = [rng.standard_normal((n, d_model)) / np.sqrt(d_model) for _ in range(3)]
+    (gate, gates), (up, ups), (down, downs) = (stored(kind, matrix) for matrix in rows)
+    x = rng.standard_normal((tokens, d_model)).astype(np.float32)
+    wanted = np.stack([listed_neurons(n, activity, rng) for _ in range(tokens)])
+    seen = int8_blocks(x) if kind.startswith("Q") else x.astype(np.float64)
+    g = seen @ gates.T
+    wanted &= np.abs(g - threshold) > 1e-4  # rounding alone decides no neuron
+    expected, fires = reference(seen, gates, ups, downs, wanted, threshold, activation == DRELU)
+
+    idle, silent = np.flatnonzero(~wanted.any(0)), np.flatnonzero(~fires.any(0))
+    poison(kind, gate, idle)
+    poison(kind, up, silent)
+    poison(kind, down, silent)
+    model = make_model(isa, threads, d_model, n, activation)
+    if threshold:
+        model.set_activation_threshold(0, threshold)
+    kind_id = TYPES[kind]
+    _cpu.parts.set_neurons(model, 0, n, gate.ravel(), kind_id, up.ravel(), kind_id, down.ravel(), kind_id)
+    index = np.flatnonzero(wanted.any(0)).astype(np.int32)
+    weights = np.uint64(1) << np.arange(tokens, dtype=np.uint64)
+    masks = (wanted[:, index].T * weights).sum(1, dtype=np.uint64)
+    y = np.empty_like(x)
+    fired = _cpu.parts.run_neurons(model, 0, x, index, masks if tokens > 1 else np.empty(0, np.uint64), y)
+
+    assert fired == fires.sum()
+    size = np.sqrt(np.mean(expected**2))
+    error = np.sqrt(np.mean((y - expected) ** 2))
+    # Quantised downs share one int8 scale among the products of 16 neurons.
+    assert error <= (1.5e-2 if kind.startswith("Q") else 1e-4) * size + 1e-7
