@@ -71,8 +71,10 @@ def free_bytes(device: torch.device) -> int:
 
 
 def parse_budget(text: str, device: torch.device) -> int:
-    """Bytes of `--vram-budget`: `auto` is all that is free. Raises InputError, or for more than there is
-    UnsupportedError."""
+    """Bytes of `--vram-budget`; `auto` is all that is free.
+
+    Raises InputError for what is no size, UnsupportedError for more than there is.
+    """
     free = free_bytes(device)
     if text == "auto":
         return free
@@ -86,14 +88,15 @@ def parse_budget(text: str, device: torch.device) -> int:
 @contextmanager
 def memory_or_error(device: torch.device) -> Iterator[None]:
     """Turn running out of GPU memory into one line, with what was loaded so far given back."""
+    short = False
     try:
         yield
     except torch.OutOfMemoryError:
         short = True
-    else:
+    if not short:
         return
-    # Outside of the handler, so that no traceback keeps tensors alive.
-    if short and device.type == "cuda":
+    # Outside of the handler, where no traceback keeps tensors alive.
+    if device.type == "cuda":
         torch.cuda.empty_cache()
     raise UnsupportedError(
         "out of GPU memory",

@@ -33,6 +33,8 @@ _BLOCK = 512  # tokens of a prompt that are computed together
 class GpuEngine:
     """One sequence of tokens through a model on a device."""
 
+    _block = _BLOCK
+
     def __init__(self, path: str | Path, mode: str, device: torch.device, n_ctx: int = 2048) -> None:
         """Load the GGUF file `path`. Raises InputError, FormatError, UnsupportedError."""
         if n_ctx < 1:
@@ -107,8 +109,6 @@ class GpuEngine:
             ]
             logits = torch.cat(found) if all_logits else found[-1]
         return (logits if all_logits else logits[0]).cpu().numpy().copy()
-
-    _block = _BLOCK
 
     def _decode(self, token: int) -> Tensor:
         """One token after others, by the recorded step; logits [1, n_vocab]."""

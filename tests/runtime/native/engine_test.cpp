@@ -1,6 +1,7 @@
 // The engine without Python, for the sanitizers: random models of every type and mode on 1 to 4 threads, in blocks and
 // token by token, every ISA that the machine runs against plain C++; and the thread team on its own, started and stopped many times.
 // Prints one line per case; exits with 1 if any fails.
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -195,6 +196,40 @@ void test_structures() {
   }
 }
 
+// Layers one by one, and the neurons of a layer in two parts, against all at once on one thread.
+void test_parts() {
+  const int tokens = 20;
+  std::normal_distribution<float> normal(0, 1);
+  std::vector<float> input(size_t(tokens) * kModel);
+  for (float& v : input) v = normal(rng);
+  std::vector<int32_t> all, even, odd;
+  for (int i = 0; i < kFf; ++i) {
+    all.push_back(i);
+    (i % 2 ? odd : even).push_back(i);
+  }
+  const std::vector<uint64_t> every(kFf, (uint64_t(1) << tokens) - 1);
+  const Weights w(Type::F32);
+  for (int threads : {1, 3})
+    for (int n : {1, tokens}) {
+      const auto m = make(w, Mode::Predicted, threads, kernels(), -1e9f), one = make(w, Mode::Predicted, 1, kernels(), -1e9f);
+      m->layers[0].n_neurons = one->layers[0].n_neurons = kFf;
+      const std::string what = " threads " + std::to_string(threads) + " tokens " + std::to_string(n);
+      std::vector<float> together(size_t(n) * kModel), first = together, second = together;
+      const int64_t fired = one->run_neurons(0, input.data(), n, all.data(), every.data(), kFf, together.data());
+      const int64_t halves = m->run_neurons(0, input.data(), n, even.data(), every.data(), kFf / 2, first.data()) +
+                             m->run_neurons(0, input.data(), n, odd.data(), every.data(), kFf / 2, second.data());
+      for (size_t i = 0; i < first.size(); ++i) first[i] += second[i];
+      expect(halves == fired && error(first, together) < 1e-5, "neurons in two parts" + what);
+      m->run_neurons(0, input.data(), n, all.data(), every.data(), 0, first.data());
+      expect(std::all_of(first.begin(), first.end(), [](float v) { return v == 0; }), "no neurons" + what);
+
+      std::vector<float> x(input.begin(), input.begin() + size_t(n) * kModel), y = x;
+      one->run_layers(x.data(), n, 0, kLayers, 0);
+      for (int l = 0; l < kLayers; ++l) m->run_layers(y.data(), n, l, l + 1, 0);
+      expect(error(y, x) < 1e-4, "layers one by one" + what);
+    }
+}
+
 void test_team() {
   for (int threads : {1, 2, 3, 8})
     for (int round = 0; round < 4; ++round) {
@@ -222,6 +257,7 @@ int main() {
   test_team();
   test_models();
   test_structures();
+  test_parts();
   std::printf("%d failed\n", failures);
   return failures ? 1 : 0;
 }
