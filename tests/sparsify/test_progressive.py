@@ -19,7 +19,7 @@ from hotcold.text import documents, token_stream
 
 SEEDS = (0, 1, 2)
 STEPS = 300
-PEAK = 1.0
+PEAK = 2.0
 SCHEDULES = {
     "no L1": L1(),
     "fixed": L1(((0.0, 0), (PEAK, 1))),

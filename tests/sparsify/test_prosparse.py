@@ -141,10 +141,11 @@ def test_a_stronger_l1_is_sparser(model_folder, tokenizer, config, tmp_path):
 
 
 def test_a_target_sparsity_is_reached(model_folder, tokenizer, config, tmp_path):
-    target = L1(((0.0, 4),), target_sparsity=0.75, start=0.05, multiplier=1.2)
-    config = dataclasses.replace(config, l1=target, steps=120, quantise_from=1.0)
+    target = L1(((0.0, 4),), target_sparsity=0.75, start=0.05, multiplier=1.05)
+    config = dataclasses.replace(config, l1=target, steps=150, quantise_from=1.0)
     _, records = train(model_folder, tokenizer, config, tmp_path)
-    assert records[-1]["sparsity"] == pytest.approx(0.75, abs=0.05)
+    last = [record["sparsity"] for record in records[-30:]]
+    assert sum(last) / len(last) == pytest.approx(0.75, abs=0.03)
 
 
 def test_every_weight_can_learn(model_folder, tokenizer, config, tmp_path):
@@ -189,9 +190,8 @@ def config_file(config, path):
     return path
 
 
-@pytest.mark.parametrize("target", [None, 0.7])
-def test_a_killed_run_goes_on_as_if_it_had_not_been(model_folder, tokenizer, config, tmp_path, target):
-    l1 = dataclasses.replace(config.l1, target_sparsity=target)
+def test_a_killed_run_goes_on_as_if_it_had_not_been(model_folder, tokenizer, config, tmp_path):
+    l1 = dataclasses.replace(config.l1, target_sparsity=0.7)  # so that the controller has to go on too
     config = dataclasses.replace(config, l1=l1, checkpoints=Checkpoints(every=3))
     whole = train(model_folder, tokenizer, config, tmp_path / "whole")
     file = config_file(config, tmp_path / "config.yaml")
@@ -219,7 +219,7 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(model_folder, tokenizer, con
         assert torch.equal(saved[name].half(), value)
 
 
-@pytest.mark.parametrize("gone", range(4))
+@pytest.mark.parametrize("gone", [0, 3])
 def test_any_of_the_last_states_is_good_to_go_on_from(model_folder, tokenizer, config, tmp_path, gone):
     """Whatever was lost from the end, the curve is the same, on both sides of the warm start's end."""
     config = dataclasses.replace(config, checkpoints=Checkpoints(every=6, keep=9))
