@@ -12,6 +12,7 @@ from typing import Any
 
 from hotcold import storage
 from hotcold.eval.pipeline import Done, Step, run_steps
+from hotcold.shipped import BASE, FILE
 
 __all__ = ["build_report", "demo", "demo_steps", "summary"]
 
@@ -28,13 +29,20 @@ _TRACE_TOKENS = 40_000  # about two minutes of collecting
 _PPL_MODES = ("dense", "exact", "predicted", "llama.cpp")
 
 
-def demo_steps(out: Path, *, model: str, quant: str, n_threads: int) -> list[Step]:
-    """The commands of the demo, in order. `model` must be a GGUF file, or a name that stands for one."""
+def demo_steps(
+    out: Path, *, model: str, quant: str, n_threads: int, from_scratch: bool = False
+) -> list[Step]:
+    """The commands of the demo, in order. `model` must be a GGUF file, or a name that stands for one.
+
+    The FFNs that come with hotcold are taken where they fit, unless `from_scratch`.
+    """
+    trained = model == BASE and FILE.is_file() and not from_scratch
+    method = "pretrained" if trained else "relu"
     sparse, traces, predictors, bundle = (out / name for name in ("sparse", "traces", "predictors", "bundle"))
     threads = ("-t", n_threads)
     modes = ("--mode", ",".join(_PPL_MODES), "--gguf", model)
     return [
-        _step("sparsify", "--model", model, "--method", "relu", "--out", sparse, output=sparse),
+        _step("sparsify", "--model", model, "--method", method, "--out", sparse, output=sparse),
         _step("collect-traces", "--model", sparse, "--tokens", _TRACE_TOKENS, "--out", traces, *threads,
               output=traces),
         _step("train-predictors", "--traces", traces, "--out", predictors, *threads, output=predictors),
@@ -52,13 +60,15 @@ def _step(command: str, *arguments: object, output: Path | None = None) -> Step:
     return Step(command, (command, *map(str, arguments)), output)
 
 
-def demo(out: Path, *, model: str, quant: str, n_threads: int) -> dict[str, object]:
+def demo(
+    out: Path, *, model: str, quant: str, n_threads: int, from_scratch: bool = False
+) -> dict[str, object]:
     """Run what is left of the demo in folder `out`, write `report.json` there and return it.
 
     Raises StepError where a step fails; a rerun goes on from there.
     """
     out.mkdir(parents=True, exist_ok=True)
-    steps = demo_steps(out, model=model, quant=quant, n_threads=n_threads)
+    steps = demo_steps(out, model=model, quant=quant, n_threads=n_threads, from_scratch=from_scratch)
     done = run_steps(steps, out / "steps.jsonl")
     report = build_report(done, json.loads((out / _BENCH).read_text()), model=model, quant=quant)
     storage.write_json(out / "report.json", report)

@@ -19,12 +19,13 @@ if TYPE_CHECKING:
 HELP = (
     "Replace the FFN activation by a sparse one and train the model until it works with it. --method relu "
     "takes minutes on a CPU for a small model; --method prosparse does what a config file says, on any "
-    "number of GPUs (start it with `accelerate launch` or `torchrun`). Interrupted, it goes on where it "
-    "stopped when it is run again."
+    "number of GPUs (start it with `accelerate launch` or `torchrun`); --method pretrained takes the FFNs "
+    "that come with hotcold, for smollm2 alone. Interrupted, it goes on where it stopped when it is run "
+    "again."
 )
 EXAMPLE = "hotcold sparsify --model smollm2 --method relu --out sparse-smollm2"
 
-METHODS = ("relu", "prosparse")
+METHODS = ("relu", "prosparse", "pretrained")
 _QUICK = ("text", "tokens", "generated", "l1", "l1_reduction", "quantise", "seed")
 
 
@@ -76,6 +77,8 @@ def run(args: argparse.Namespace) -> int:
     """Sparsify, save, and print the summary table."""
     config = _config(args)
     _check_out(args.out)
+    if args.method == "pretrained":
+        return _unpack(args)
     if args.dry_run:
         from hotcold.sparsify.plan import plan
 
@@ -87,6 +90,7 @@ def run(args: argparse.Namespace) -> int:
     from hotcold.sparsify.memory import keep_big_buffers
     from hotcold.sparsify.prosparse import prosparse
     from hotcold.sparsify.records import Records
+    from hotcold.sparsify.standalone import standalone_files
 
     keep_big_buffers()
     work = _work_folder(args, config)
@@ -99,6 +103,7 @@ def run(args: argparse.Namespace) -> int:
         "training.jsonl": work.log_path.read_bytes(),
         "sparsify.json": (json.dumps(_summary(args, config, result), indent=2) + "\n").encode(),
     }
+    files |= standalone_files(result.model)
     # Half the size, and Q4_0 makes the same blocks of these weights as of the float32 ones.
     checkpoint.save(result.model.half(), tokenizer, args.out, like=args.model, files=files)
     print(table(result.dense, result.sparse))
@@ -109,18 +114,35 @@ def _config(args: argparse.Namespace) -> Config:
     """What the arguments ask for. InputError for an unknown method, and for options of another one."""
     if args.method not in METHODS:
         raise InputError("unknown method", where="--method", got=args.method, expected=" | ".join(METHODS))
+    if args.dry_run and args.method == "pretrained":
+        raise InputError("there is nothing to plan", where="--method", got=args.method)
     quick = {name: getattr(args, name) for name in _QUICK if getattr(args, name) is not None}
+    if args.method != "prosparse" and args.config is not None:
+        raise InputError("is for another method", where="--config", fix="add --method prosparse")
     if args.method == "relu":
-        if args.config is not None:
-            raise InputError("is for another method", where="--config", fix="add --method prosparse")
         return relu_config(**quick)
-    if args.config is None:
+    if args.config is None and args.method == "prosparse":
         known = " | ".join(recipes())
         raise InputError("--method prosparse needs a config", expected=f"--config FILE or one of {known}")
     if quick:
         option = "--no-quantise" if "quantise" in quick else f"--{next(iter(quick)).replace('_', '-')}"
-        raise InputError("is for --method relu", where=option, fix=f"say it in {args.config}")
-    return load_config(args.config)
+        fix = f"say it in {args.config}" if args.config else None
+        raise InputError("is for --method relu", where=option, fix=fix)
+    return load_config(args.config) if args.config else Config()
+
+
+def _unpack(args: argparse.Namespace) -> int:
+    """Put the trained FFNs into the dense model, and print what its card says of it."""
+    from hotcold import checkpoint
+    from hotcold.shipped import CARD
+    from hotcold.sparsify.pretrained import unpack
+
+    dense = checkpoint.load_model(args.model)
+    sparse = unpack(dense, checkpoint.fingerprint(args.model))
+    tokenizer, files = checkpoint.load_tokenizer(args.model), {"README.md": CARD.read_bytes()}
+    checkpoint.save(sparse.half(), tokenizer, args.out, like=args.model, files=files)
+    print(f"{args.out}: how it was made and what it scores says {args.out / 'README.md'}")
+    return 0
 
 
 def _work_folder(args: argparse.Namespace, config: Config):  # noqa: ANN202 - imported here only

@@ -40,6 +40,7 @@ class Sampler:
         self._device = teacher.device
         self._words = _words(tokenizer)
         self._begin = _special_token(tokenizer, settings.begin)
+        self._caches: dict[int, StaticCache] = {}
         compiled = self._device.type == "cuda" if compile is None else compile
         self._step = torch.compile(self._plain_step, mode="reduce-overhead") if compiled else self._plain_step
 
@@ -55,14 +56,20 @@ class Sampler:
         cache = self._cache(rows)
         for position in range(self._length - 1):
             at = torch.full((1,), position, device=self._device)
-            scores, candidates = self._step(tokens[:, position : position + 1].contiguous(), at, cache)
+            step = self._step if position else self._plain_step  # the first one allocates the cache
+            scores, candidates = step(tokens[:, position : position + 1].contiguous(), at, cache)
             if position + 1 >= len(head):
                 chosen = torch.multinomial(scores, 1, generator=generator)
                 tokens[:, position + 1 : position + 2] = candidates.gather(1, chosen)
         return tokens.cpu()
 
     def _cache(self, rows: int) -> StaticCache:
-        return StaticCache(config=self._teacher.config, max_cache_len=self._length)
+        """An empty cache; the same one for the same `rows`, as a compiled step knows it by its addresses."""
+        if rows in self._caches:
+            self._caches[rows].reset()
+        else:
+            self._caches[rows] = StaticCache(config=self._teacher.config, max_cache_len=self._length)
+        return self._caches[rows]
 
     def _plain_step(self, ids: Tensor, at: Tensor, cache: StaticCache) -> tuple[Tensor, Tensor]:
         """Probabilities and ids of what may follow `ids` [rows, 1] at position `at`; both [rows, top_k]."""

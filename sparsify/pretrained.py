@@ -21,14 +21,13 @@ from transformers import PreTrainedModel
 
 from hotcold import storage
 from hotcold.checkpoint import ffn_layers
-from hotcold.errors import FormatError, MismatchError, ShapeError
+from hotcold.errors import FormatError, InputError, MismatchError, ShapeError
+from hotcold.shipped import FILE
 from hotcold.sparsify.activations import set_activation
 from hotcold.sparsify.quantise import pack_q4_0, start_rounding, unpack_q4_0
 
-__all__ = ["BASE", "FILE", "pack", "unpack"]
+__all__ = ["pack", "unpack"]
 
-FILE = Path(__file__).parent / "models" / "smollm2-135m-sparse.safetensors"
-BASE = "smollm2"  # the model that it belongs to
 _FORMAT, _VERSION = "hotcold-ffn", "1"
 
 
@@ -48,8 +47,11 @@ def pack(sparse: PreTrainedModel, base_fingerprint: str, path: Path) -> None:
 def unpack(dense: PreTrainedModel, base_fingerprint: str, path: Path = FILE) -> PreTrainedModel:
     """`dense`, changed in place to the sparse model of the file.
 
-    Raises FormatError for another file, MismatchError for another dense model, ShapeError for another size.
+    Raises InputError where there is no file, FormatError for another one, MismatchError for another dense
+    model, ShapeError for another size.
     """
+    if not path.is_file():
+        raise InputError("these trained FFNs are not installed", where=path, fix="train: --method relu")
     metadata, tensors = _read(path)
     if metadata["base"] != base_fingerprint:
         raise MismatchError(

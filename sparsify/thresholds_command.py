@@ -13,6 +13,9 @@ from hotcold.errors import InputError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedModel
+
     from hotcold.sparsify.thresholds import Point
 
 HELP = (
@@ -131,10 +134,11 @@ def _table(points: list[Point], chosen: Point, knob: str) -> str:
 
 
 def _save(
-    args: argparse.Namespace, model: object, tokenizer: object, points: list[Point], chosen: Point
+    args: argparse.Namespace, model: PreTrainedModel, tokenizer: Tokenizer, points: list[Point], chosen: Point
 ) -> None:
     from hotcold import checkpoint
     from hotcold.sparsify.activations import set_activation
+    from hotcold.sparsify.standalone import standalone_files
     from hotcold.sparsify.thresholds import fold
 
     common = fold(model, chosen.thresholds)
@@ -146,4 +150,5 @@ def _save(
         "curve": list(map(asdict, points)),
     }
     files = {"thresholds.json": (json.dumps(content, indent=2) + "\n").encode()}
+    files |= standalone_files(model)
     checkpoint.save(model.half(), tokenizer, args.out, like=args.model, files=files)

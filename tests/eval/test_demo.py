@@ -63,6 +63,20 @@ def test_each_step_takes_what_the_one_before_made(steps):
         made |= {str(step.output)} if step.output else set()
 
 
+def test_the_trained_ffns_are_taken_where_they_fit(tmp_path, monkeypatch):
+    def method(model, **options):
+        first = demo_steps(tmp_path, model=model, quant="q4_0", n_threads=2, **options)[0].arguments
+        return first[first.index("--method") + 1]
+
+    for there in (True, False):
+        file = tmp_path / "ffns"
+        file.touch() if there else file.unlink()
+        monkeypatch.setattr("hotcold.eval.demo.FILE", file)
+        assert method("smollm2") == ("pretrained" if there else "relu")
+        assert method("smollm2", from_scratch=True) == "relu"
+        assert method("other.gguf") == "relu"
+
+
 @pytest.fixture
 def report():
     done = {"run": Done("run", "", 3.0, "A text.\n"), "perplexity": Done("perplexity", "", 57.0, PERPLEXITY)}

@@ -59,13 +59,17 @@ def test_a_dry_run_of_another_models_recipe(model_folder, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--method", "lottery"], "--method: unknown method (got lottery, expected relu | prosparse)"),
+        (
+            ["--method", "lottery"],
+            "--method: unknown method (got lottery, expected relu | prosparse | ",
+        ),
         (["--method", "prosparse"], "--method prosparse needs a config"),
         (["--config", "smollm2-135m"], "--config: is for another method; add --method prosparse"),
         (
             ["--method", "prosparse", "--config", "smollm2-135m", "--tokens", "9"],
             "--tokens: is for --method relu; say it in smollm2-135m",
         ),
+        (["--method", "pretrained", "--seed", "1"], "--seed: is for --method relu"),
         (["--tokens", "7"], "--tokens: too few tokens (got 7, expected >= 1024)"),
         (["--generated", "1.5"], "--generated: out of range (got 1.5, expected 0 to 1)"),
         (["--text", "/no/such.txt"], "/no/such.txt: no such file"),

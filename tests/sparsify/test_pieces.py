@@ -57,6 +57,20 @@ def test_sampling_with_a_cache_follows_the_model(dense, tokenizer):
     assert torch.equal(text[0, 1:], best[0, :-1])
 
 
+def test_a_cache_is_used_again(dense, tokenizer):
+    sampler = Sampler(dense, tokenizer, 16, SETTINGS)
+    texts = [sampler.write(rows, seed) for rows, seed in ((3, 0), (3, 1), (2, 0), (3, 0))]
+    assert torch.equal(texts[0], texts[3])
+    assert torch.equal(texts[1], Sampler(dense, tokenizer, 16, SETTINGS).write(3, 1))
+
+
+@pytest.mark.slow
+def test_a_compiled_step_writes_the_same_text(dense, tokenizer):
+    plain, compiled = (Sampler(dense, tokenizer, 16, SETTINGS, compile=c) for c in (False, True))
+    for rows, seed in ((4, 0), (4, 1)):
+        assert torch.equal(compiled.write(rows, seed), plain.write(rows, seed))
+
+
 def test_the_teachers_text_is_written_once_part_by_part(dense, tokenizer, tmp_path, monkeypatch):
     wanted = replace(SETTINGS, tokens=16 * 10, batch=4)
     text = teacher_text(dense, tokenizer, 16, wanted, tmp_path, seed=0)

