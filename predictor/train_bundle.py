@@ -12,10 +12,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from hotcold import storage
-from hotcold.errors import HotcoldError, InputError
+from hotcold.errors import FormatError, HotcoldError, InputError
 from hotcold.predictor.bundle import LayerPredictor, PredictorBundle, read_config
 from hotcold.predictor.exclusive import exclusive
 from hotcold.predictor.metrics import LayerMetrics
@@ -111,8 +111,13 @@ def _write_layer(file: Path, layer: LayerPredictor) -> None:
 
 
 def _read_layer(file: Path) -> LayerPredictor:
-    with safe_open(file, framework="numpy") as content:
-        arrays = [content.get_tensor(name) for name in ("fc1.weight", "fc2.weight", "firing_frequency")]
-        figures = json.loads(content.metadata()["figures"])
-    fc1, fc2, frequency = arrays
-    return LayerPredictor(fc1, fc2, figures["threshold"], frequency, LayerMetrics(**figures["metrics"]))
+    """A finished layer; FormatError if the file is damaged."""
+    try:
+        with safe_open(file, framework="numpy") as content:
+            arrays = [content.get_tensor(name) for name in ("fc1.weight", "fc2.weight", "firing_frequency")]
+            figures = json.loads(content.metadata()["figures"])
+        metrics = LayerMetrics(**figures["metrics"])
+        return LayerPredictor(arrays[0], arrays[1], float(figures["threshold"]), arrays[2], metrics)
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        fix = "delete this file: only its layer is trained again"
+        raise FormatError(f"a damaged layer of unfinished training ({error})", where=file, fix=fix) from error

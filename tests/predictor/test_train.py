@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hotcold.cli import main
-from hotcold.errors import InputError
+from hotcold.errors import FormatError, InputError
 from hotcold.predictor import train_bundle as train_bundle_module
 from hotcold.predictor.bundle import PredictorBundle, raw_logits
 from hotcold.predictor.calibrate import threshold_for_recall
@@ -231,6 +231,28 @@ def test_finished_layers_are_kept(
     assert len(trained) == 3  # layer 0, layer 1 broken off, layer 1
     assert snapshot(tmp_path / "p") == snapshot(tmp_path / "whole")
     assert not (tmp_path / "p.partial").exists()
+
+
+def test_a_damaged_layer_of_unfinished_training_is_named(
+    traces: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options, real = TrainOptions(rank=32, epochs=1), train_layer
+    calls = []
+
+    def once(*args: object) -> object:
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(train_bundle_module, "train_layer", once)
+    with pytest.raises(KeyboardInterrupt):
+        train_bundle(Traces(traces), tmp_path / "p", options)
+    layer = tmp_path / "p.partial" / "layer-000.safetensors"
+    layer.write_bytes(layer.read_bytes()[:-100])
+    with pytest.raises(FormatError, match="a damaged layer of unfinished training") as caught:
+        train_bundle(Traces(traces), tmp_path / "p", options)
+    assert str(layer) in str(caught.value)
 
 
 def test_layers_trained_in_another_way_are_not_taken_up(
