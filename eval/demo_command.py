@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 HELP = (
-    "Do the whole job on SmolLM2-135M: make it sparse, with trained FFNs where they come with hotcold, record "
+    "Do the whole job on SmolLM2-135M: make it sparse, with trained FFNs if they come with hotcold, record "
     "its activations, train predictors, export, generate, and measure perplexity and tokens/s against "
     "llama.cpp. Needs the package registry only. Interrupted, it goes on where it stopped when it is run "
     "again. The figures go to DIR/report.json."
