@@ -22,9 +22,9 @@ from hotcold.convert.predictors import check_predictors
 from hotcold.convert.tokenizer import tokenizer_files
 from hotcold.convert.weights import check_weights
 from hotcold.errors import HotcoldError, InputError, UnsupportedError
+from hotcold.json_file import read_json
 from hotcold.predictor.bundle import FILES, PredictorBundle
 from hotcold.progress import log
-from hotcold.safetensors_read import read_json
 
 __all__ = ["ExportOptions", "copy_file", "export_bundle", "export_file"]
 

@@ -8,7 +8,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from hotcold.errors import FormatError, InputError
-from hotcold.safetensors_read import SafetensorsFile, read_json
+from hotcold.json_file import read_json
+from hotcold.safetensors_read import SafetensorsFile
 
 __all__ = ["HFCheckpoint", "WeightSource"]
 

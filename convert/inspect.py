@@ -16,8 +16,8 @@ from hotcold.convert.manifest import MANIFEST, Manifest
 from hotcold.convert.powerinfer import hot_sets, predictor_thresholds
 from hotcold.convert.predictors import hot_neurons
 from hotcold.errors import InputError
+from hotcold.json_file import read_json
 from hotcold.predictor.bundle import PredictorBundle
-from hotcold.safetensors_read import read_json
 
 __all__ = ["describe", "render"]
 

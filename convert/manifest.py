@@ -12,7 +12,7 @@ from typing import Any, Self
 
 from hotcold import storage
 from hotcold.errors import FormatError
-from hotcold.safetensors_read import read_json
+from hotcold.json_file import read_json
 
 __all__ = ["MANIFEST", "BundleFile", "Manifest"]
 

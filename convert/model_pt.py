@@ -19,9 +19,10 @@ import numpy as np
 from hotcold import storage
 from hotcold.convert.pickles import read_pickles
 from hotcold.errors import FormatError, InputError, MismatchError, ShapeError
+from hotcold.json_file import read_json
 from hotcold.predictor.bundle import LayerPredictor, PredictorBundle, parse_config
 from hotcold.progress import Progress
-from hotcold.safetensors_read import SafetensorsFile, read_json
+from hotcold.safetensors_read import SafetensorsFile
 
 __all__ = ["layer_pairs", "numbered_files", "read_model_pt", "tensor_file", "write_model_pt"]
 

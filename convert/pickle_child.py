@@ -9,7 +9,6 @@ time beyond what the size of the input explains.
 
 from __future__ import annotations
 
-import math
 import re
 import resource
 import sys
@@ -41,7 +40,7 @@ def _limit(seconds: int, memory: int) -> None:
     mapped, used = pages * resource.getpagesize(), sum(resource.getrusage(resource.RUSAGE_SELF)[:2])
     for kind, limit in (
         (resource.RLIMIT_AS, mapped + memory),
-        (resource.RLIMIT_CPU, math.ceil(used) + seconds),  # whole seconds: rounded down, none might be left
+        (resource.RLIMIT_CPU, int(used) + 1 + seconds),  # whole seconds: rounded down, none might be left
         (resource.RLIMIT_FSIZE, memory),
         (resource.RLIMIT_CORE, 0),
         (resource.RLIMIT_NPROC, 0),

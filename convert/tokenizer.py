@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 
 from hotcold.convert.sentencepiece import is_sentencepiece, sentencepiece_metadata
 from hotcold.errors import FormatError, InputError, UnsupportedError
-from hotcold.safetensors_read import read_json
+from hotcold.json_file import read_json
 
 __all__ = ["tokenizer_files", "tokenizer_metadata"]
 

@@ -21,9 +21,9 @@ from hotcold.convert.manifest import MANIFEST, BundleFile, Manifest
 from hotcold.convert.predictors import check_predictors
 from hotcold.convert.tokenizer import tokenizer_files
 from hotcold.errors import FormatError, HotcoldError, MismatchError, ShapeError
+from hotcold.json_file import read_json
 from hotcold.predictor.bundle import FILES, PredictorBundle
 from hotcold.progress import Progress
-from hotcold.safetensors_read import read_json
 
 __all__ = ["verify_bundle"]
 

@@ -17,9 +17,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from hotcold.errors import FormatError, InputError, UnsupportedError
-from hotcold.json_file import read_json
 
-__all__ = ["SafetensorsFile", "read_json"]
+__all__ = ["SafetensorsFile"]
 
 _DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 

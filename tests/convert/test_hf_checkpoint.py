@@ -12,7 +12,8 @@ from safetensors.torch import save_file
 
 from hotcold.convert.hf_checkpoint import HFCheckpoint
 from hotcold.errors import FormatError, InputError, UnsupportedError
-from hotcold.safetensors_read import SafetensorsFile, read_json
+from hotcold.json_file import read_json
+from hotcold.safetensors_read import SafetensorsFile
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
