@@ -94,7 +94,8 @@ def main() -> None:
             (corpus / f"{number:03d}").write_bytes(seed)
         options = {
             "max_total_time": args.seconds, "max_len": 16384, "timeout": args.timeout, "rss_limit_mb": 1024,
-            "seed": args.seed, "print_final_stats": 1, "artifact_prefix": f"{args.crashes / args.name.replace(' ', '-')}-",
+            "seed": args.seed, "print_final_stats": 1,
+            "artifact_prefix": f"{args.crashes / args.name.replace(' ', '-')}-",
         }  # fmt: skip
         flags = [f"-{key}={value}" for key, value in options.items()]
         atheris.Setup([sys.argv[0], *flags, str(corpus)], target, custom_mutator=custom_mutator)

@@ -15,8 +15,8 @@ from typing import Any
 
 ODD: list[Any] = [
     None, True, 0, -1, 1, 2, 7, 1 << 31, (1 << 31) - 1, 1 << 40, 1 << 63, 1 << 64, -(1 << 63), 0.0, -0.5,
-    1e308, 5e-324, float("inf"), float("-inf"), float("nan"), "", "x", "../x", "\0", "é", "F32", "BF16", "relu",
-    "fatrelu", "fatrelu_0.01", "silu", "llama3", "yarn", "mistral", "qwen2", [], [0], {}, {"x": 1},
+    1e308, 5e-324, float("inf"), float("-inf"), float("nan"), "", "x", "../x", "\0", "é", "F32", "BF16",
+    "relu", "fatrelu", "fatrelu_0.01", "silu", "llama3", "yarn", "mistral", "qwen2", [], [0], {}, {"x": 1},
 ]  # fmt: skip
 _GONE = object()
 
