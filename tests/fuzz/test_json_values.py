@@ -1,4 +1,4 @@
-"""Each JSON value in a reader's files, removed or replaced by each odd one: refused by a named error, or read.
+"""Each JSON value of a reader, removed or replaced by each odd one: refused by a named error, or read.
 
 What a fuzzer finds by chance in one run and not in the next is tried here without chance.
 """
