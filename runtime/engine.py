@@ -23,6 +23,7 @@ from hotcold.runtime.stats import Stats
 __all__ = ["Engine"]
 
 MODES = ("auto", "dense", "exact", "predicted")
+_MOST_THREADS = 256  # of the native team
 
 
 class Engine:
@@ -37,8 +38,10 @@ class Engine:
         """
         if n_ctx < 1:
             raise InputError("the context must hold at least one token", got=n_ctx)
+        if n_threads is not None and not 1 <= n_threads <= _MOST_THREADS:
+            raise InputError("no such number of threads", got=n_threads, expected=f"1 to {_MOST_THREADS}")
         self.mode, self.n_ctx = mode, n_ctx
-        self.n_threads = n_threads or len(os.sched_getaffinity(0))
+        self.n_threads = n_threads or min(len(os.sched_getaffinity(0)), _MOST_THREADS)
         self._model, self._shape = load_model(GGUFFile(path), mode, self.n_threads, n_ctx, _isa())
         self.n_vocab = self._shape.n_vocab
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -22,29 +22,23 @@ def on_intermediates(model: PreTrainedModel, callback: OnIntermediate) -> Iterat
 
     With activation checkpointing it is called again when the layer is recomputed.
     """
-    handles = [
-        layer.down.register_forward_pre_hook(lambda _, inputs, i=i: callback(i, inputs[0]))
-        for i, layer in enumerate(ffn_layers(model))
-    ]
-    try:
+    with ExitStack() as hooks:
+        for i, layer in enumerate(ffn_layers(model)):
+            hooks.enter_context(
+                layer.down.register_forward_pre_hook(lambda _, inputs, i=i: callback(i, inputs[0]))
+            )
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager
 def on_ffns(model: PreTrainedModel, callback: OnFfn) -> Iterator[None]:
     """Call `callback(layer, input, output)` for every FFN of each forward pass, [rows, tokens, d_model]."""
-    handles = [
-        layer.mlp.register_forward_hook(lambda _, inputs, output, i=i: callback(i, inputs[0], output))
-        for i, layer in enumerate(ffn_layers(model))
-    ]
-    try:
+    with ExitStack() as hooks:
+        for i, layer in enumerate(ffn_layers(model)):
+            hooks.enter_context(
+                layer.mlp.register_forward_hook(lambda _, inputs, output, i=i: callback(i, inputs[0], output))
+            )
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager

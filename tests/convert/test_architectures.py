@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from hotcold.convert.architectures import ModelSpec, interleave_rope, split_rope
 from hotcold.convert.forms import hyper_parameters
-from hotcold.errors import FormatError, UnsupportedError
+from hotcold.errors import FormatError, HotcoldError, UnsupportedError
 
 LLAMA = {
     "model_type": "llama", "num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 128,
@@ -122,6 +122,59 @@ def test_head_dim_that_differs_is_written_out():
     spec = ModelSpec.from_config(LLAMA | {"head_dim": 32})
     assert hyper_parameters(spec, "llama")["llama.attention.key_length"] == np.uint32(32)
     assert "llama.attention.key_length" not in hyper_parameters(ModelSpec.from_config(LLAMA), "llama")
+
+
+SLIDING = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}
+YARN = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 128}
+LLAMA3 = {
+    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}  # fmt: skip
+FALCON = {
+    "model_type": "falcon", "num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 4,
+    "vocab_size": 100, "max_position_embeddings": 256, "new_decoder_architecture": True, "num_kv_heads": 2,
+    "num_ln_in_parallel_attn": 2, "multi_query": True, "layer_norm_epsilon": 1e-5, "activation": "relu",
+    "ffn_hidden_size": 128, "alibi": False, "parallel_attn": True, "bias": False,
+}  # fmt: skip
+OPT = {
+    "model_type": "opt", "num_hidden_layers": 2, "hidden_size": 64, "ffn_dim": 128,
+    "num_attention_heads": 4, "max_position_embeddings": 256, "vocab_size": 100,
+    "activation_function": "relu", "do_layer_norm_before": True, "enable_bias": True,
+}  # fmt: skip
+SPELLINGS = [
+    LLAMA | {"rope_scaling": {"type": "linear", "factor": 2.0}, "tie_word_embeddings": True, "head_dim": 16},
+    LLAMA | {"rope_parameters": YARN | {"attention_factor": 1.0, "beta_fast": 32, "beta_slow": 1}},
+    LLAMA | {"rope_parameters": LLAMA3, "hidden_act": "fatrelu", "hidden_act_param": 0.01},
+    LLAMA | {"hidden_act": "fatrelu", "activation_thresholds": [0.1, 0.2], "attention_bias": True},
+    LLAMA | {"model_type": "mistral", "sliding_window": 16, "num_key_value_heads": 2},
+    LLAMA | {"model_type": "qwen2"} | SLIDING,
+    LLAMA | {"model_type": "qwen3", "layer_types": ["full_attention", "sliding_attention"]} | SLIDING,
+    LLAMA | {"model_type": "minicpm", "scale_emb": 12, "scale_depth": 1.4, "dim_model_base": 256},
+    LLAMA | {"model_type": "granite", "logits_scaling": 2.0, "attention_multiplier": 0.1},
+    FALCON,
+    OPT,
+]  # fmt: skip
+ODD = [
+    None, True, [], [1], {}, {"a": []}, "", "x", "fatrelu_1e999", 0, -1, 1, 2.5, 1 << 31, 10**400,
+    5e-324, 1e308, float("inf"), float("nan"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("good", SPELLINGS, ids=lambda config: config["model_type"])
+def test_no_odd_value_of_any_key_gets_past_its_check(good):
+    spec = ModelSpec.from_config(good)
+    assert spec.n_layers == 2
+    changed = [good | {key: value} for key in good for value in ODD]
+    for rope in ("rope_parameters", "rope_scaling"):
+        inner = good.get(rope, {})
+        changed += [good | {rope: inner | {key: value}} for key in inner for value in ODD]
+    refused = 0
+    for config in changed:
+        try:
+            ModelSpec.from_config(config)
+        except HotcoldError:  # anything else is a crash
+            refused += 1
+    assert refused > len(changed) // 3
 
 
 @given(n_heads=st.integers(1, 6), half=st.integers(1, 5), width=st.integers(1, 4))

@@ -238,7 +238,12 @@ def test_a_full_context_and_bad_tokens_are_refused(bundle):
         engine.prefill([])
 
 
-def test_unknown_mode_and_isa_are_refused(bundle, monkeypatch):
+def test_unknown_modes_isas_and_thread_counts_are_refused(bundle, monkeypatch):
+    for n_threads in (-1, 0, 4000):
+        with pytest.raises(
+            InputError, match=rf"no such number of threads \(got {n_threads}, expected 1 to 256\)"
+        ):
+            Engine.load(bundle.path, "exact", n_threads)
     with pytest.raises(InputError, match="unknown mode"):
         Engine.load(bundle.path, "fast")
     monkeypatch.setenv("HOTCOLD_CPU_ISA", "sse9")
