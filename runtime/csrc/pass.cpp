@@ -6,6 +6,8 @@
 namespace hotcold {
 namespace {
 
+constexpr size_t kPiece = 16 << 10;  // bytes of a panel that are worth a turn of their own
+
 // x [n] -> y = (x - mean) / sqrt(variance + eps) * weight + bias. Not one of the kernels: no Llama has it, and it is a
 // thousandth of a layer's work.
 void layer_norm(const float* x, const NormWeights& w, int n, float eps, float* y) {
@@ -42,8 +44,14 @@ void Pass::layer(int thread, int l) {
 }
 
 void Pass::multiply(int thread, const Panel& p, const Acts& acts, float* out, int stride) {
-  const Range groups = split(round_up(p.rows, kLanes) / kLanes, thread, threads());
-  m.k.panel(p.type, p.data, p.cols, groups.first, groups.last, acts, n, out, stride, b.scratch[thread]->asks);
+  multiply(thread, p, acts, n, out, stride);
+}
+
+void Pass::multiply(int thread, const Panel& p, const Acts& acts, int count, float* out, int stride) {
+  const int least = 1 + int(kPiece / panel_group_bytes(p.type, p.cols));
+  m.team.share(thread, round_up(p.rows, kLanes) / kLanes, least, [&](int first, int last) {
+    m.k.panel(p.type, p.data, p.cols, first, last, acts, count, out, stride, b.scratch[thread]->asks);
+  });
 }
 
 void Pass::ask_for(int thread, const Panel& p) const {
@@ -87,8 +95,7 @@ void Pass::logits(int thread) {
     if (t < first) return;
     norm_token(s, t, m.output_norm, t - first);
   });
-  const Range groups = split(stride / kLanes, thread, threads());
-  m.k.panel(m.head.type, m.head.data, c().d_model, groups.first, groups.last, s.norm.acts, wanted, b.logits.get(), stride, b.scratch[thread]->asks);
+  multiply(thread, m.head, s.norm.acts, wanted, b.logits.get(), stride);
 }
 
 }  // namespace hotcold

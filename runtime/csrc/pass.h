@@ -37,6 +37,7 @@ struct Pass {
   void each_token(int thread, Step step);
   // This thread's rows of a panel, for all tokens; other rows may still be missing until the next barrier.
   void multiply(int thread, const Panel& panel, const Acts& acts, float* out, int stride);
+  void multiply(int thread, const Panel& panel, const Acts& acts, int count, float* out, int stride);
   // Asks for the beginning of this thread's rows: said before a barrier, after which they are multiplied.
   void ask_for(int thread, const Panel& panel) const;
 

@@ -1,5 +1,7 @@
 #include "threads.h"
 
+#include <algorithm>
+
 namespace hotcold {
 namespace {
 
@@ -18,7 +20,7 @@ inline void pause() {
 }  // namespace
 
 Team::Team(int threads)
-    : size_(threads), spins_(threads > int(std::thread::hardware_concurrency()) ? kSpinsIfCrowded : kSpinsBeforeYield) {
+    : size_(threads), spins_(threads > int(std::thread::hardware_concurrency()) ? kSpinsIfCrowded : kSpinsBeforeYield), parts_(threads) {
   for (int t = 1; t < threads; ++t) threads_.emplace_back([this, t] { serve(t); });
 }
 
@@ -50,6 +52,20 @@ void Team::serve(int thread) {
     ++seen;
     (*work_)(thread);
     barrier();
+  }
+}
+
+// Pieces get smaller as a part runs out: few of them, and yet an even end. A part of another call is one that its owner
+// has not begun, or is done with.
+Range Team::take(Part& part, uint32_t call, int least, bool front) {
+  uint64_t left = part.left.load(std::memory_order_acquire);
+  while (true) {
+    Range r{int(left >> 16 & 0xFFFF), int(left & 0xFFFF)};
+    if (left >> 32 != call || r.first >= r.last) return {0, 0};
+    const int count = std::min(std::max((r.last - r.first) / 4, least), r.last - r.first);
+    const Range piece = front ? Range{r.first, r.first + count} : Range{r.last - count, r.last};
+    (front ? r.first : r.last) = front ? piece.last : piece.first;
+    if (part.left.compare_exchange_weak(left, pack(call, r), std::memory_order_acq_rel, std::memory_order_acquire)) return piece;
   }
 }
 
