@@ -6,7 +6,7 @@
 namespace hotcold {
 namespace {
 
-constexpr size_t kPiece = 16 << 10;  // bytes of a panel that are worth a turn of their own
+constexpr size_t kPiece = 16 << 10;  // bytes of a panel, at least, that are handed from thread to thread
 
 // x [n] -> y = (x - mean) / sqrt(variance + eps) * weight + bias. Not one of the kernels: no Llama has it, and it is a
 // thousandth of a layer's work.
@@ -41,10 +41,6 @@ void Pass::layer(int thread, int l) {
   attention(thread, l);
   ffn(thread, l);
   if (c().parallel) add_to_stream(thread, b.attention.get(), round_up(c().d_model, kLanes), m.layers[l].o_bias);
-}
-
-void Pass::multiply(int thread, const Panel& p, const Acts& acts, float* out, int stride) {
-  multiply(thread, p, acts, n, out, stride);
 }
 
 void Pass::multiply(int thread, const Panel& p, const Acts& acts, int count, float* out, int stride) {

@@ -48,7 +48,8 @@ struct RowWork {
   bool predicted() const { return layer.gate_row.bytes > 0; }
   const uint8_t* row(int neuron, const RowKind& kind) const { return layer.bundle(neuron) + kind.at; }
   const RowKind& first_row() const { return predicted() ? layer.gate_row : layer.after_gate(); }
-  void touch(const int* neurons, int n) {
+  // One line of each row: to find a row's page takes as long as to read some of it, and must not hold up asking for all.
+  void find_pages(const int* neurons, int n) const {
     for (int i = 0; i < n; ++i) __builtin_prefetch(row(neurons[i], first_row()));
   }
   void ask(int neuron, const RowKind& kind) { s.asks.add(row(neuron, kind), kind.bytes); }
@@ -67,7 +68,7 @@ class Single : RowWork {
     int current[kChunk], next[kChunk], done = 0;
     for (int n = share.take(current), n_next; n; n = n_next) {
       n_next = share.take(next);
-      if (predicted()) touch(next, n_next);
+      if (predicted()) find_pages(next, n_next);
       const int fired = predicted() ? compute_gates(current, n) : look_up_gates(current, n);
       // In exact mode, what was asked for while listing had its downs asked for too.
       const bool early = !predicted() && done + n <= s.asked;

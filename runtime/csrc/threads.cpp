@@ -55,17 +55,17 @@ void Team::serve(int thread) {
   }
 }
 
-// Pieces get smaller as a part runs out: few of them, and yet an even end. A part of another call is one that its owner
-// has not begun, or is done with.
-Range Team::take(Part& part, uint32_t call, int least, bool front) {
-  uint64_t left = part.left.load(std::memory_order_acquire);
+// A quarter of what is left: few pieces, and yet an even end. A part of another call is one that its owner has not
+// begun, or is done with.
+Range Team::take(Part& part, uint64_t call, int least, bool owner) {
+  uint64_t seen = part.left.load(std::memory_order_acquire);
   while (true) {
-    Range r{int(left >> 16 & 0xFFFF), int(left & 0xFFFF)};
-    if (left >> 32 != call || r.first >= r.last) return {0, 0};
-    const int count = std::min(std::max((r.last - r.first) / 4, least), r.last - r.first);
-    const Range piece = front ? Range{r.first, r.first + count} : Range{r.last - count, r.last};
-    (front ? r.first : r.last) = front ? piece.last : piece.first;
-    if (part.left.compare_exchange_weak(left, pack(call, r), std::memory_order_acq_rel, std::memory_order_acquire)) return piece;
+    Range left{int(seen >> 20 & 0xFFFFF), int(seen & 0xFFFFF)};
+    const int n = left.last - left.first, count = std::min(std::max(n / 4, least), n);
+    if (seen >> 40 != call || n <= 0) return {0, 0};
+    const Range piece = owner ? Range{left.first, left.first + count} : Range{left.last - count, left.last};
+    (owner ? left.first : left.last) = owner ? piece.last : piece.first;
+    if (part.left.compare_exchange_weak(seen, pack(call, left), std::memory_order_acq_rel, std::memory_order_acquire)) return piece;
   }
 }
 

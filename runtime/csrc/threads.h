@@ -30,21 +30,21 @@ class Team {
   void run(const std::function<void(int)>& work);
   // Inside run(): waits until every thread has come here.
   void barrier();
-  // Inside run(), on every thread in the same order: work(first, last) for pieces of this thread's part of [0, n), of at
-  // least `least` where so many are left, and then for pieces of what slower threads have not begun. Returns when
-  // nothing is left to begin; a barrier tells when all is done.
+  // Inside run(), by every thread in the same order of calls: work(first, last) for pieces of this thread's part of
+  // [0, n), then for pieces of what slower threads have not begun, each of `least` or more where so many are left.
+  // Returns when there is nothing left to begin; that all is done, a barrier tells. n < 2^20.
   template <class Work>
   void share(int thread, int n, int least, Work work);
 
  private:
-  // What is left of one thread's part in its latest call of share(). The owner takes from the front, so that it reads
-  // on and on; others from the back.
+  // What nobody has begun of one thread's part in its latest call of share().
   struct alignas(64) Part {
-    std::atomic<uint64_t> left{0};  // call number, first, last: 32, 16 and 16 bits
-    uint32_t call = 0;              // known to the owner alone
+    std::atomic<uint64_t> left{0};  // number of the call, first, last: 24, 20 and 20 bits
+    uint64_t call = 0;              // the owner's own
   };
-  static uint64_t pack(uint32_t call, Range r) { return uint64_t(call) << 32 | uint64_t(r.first) << 16 | uint64_t(r.last); }
-  Range take(Part& part, uint32_t call, int least, bool front);
+  static uint64_t pack(uint64_t call, Range r) { return call << 40 | uint64_t(r.first) << 20 | uint64_t(r.last); }
+  // A piece of `part`, empty if there is none. Its owner takes from the front, so that it reads one stream; others from the back.
+  Range take(Part& part, uint64_t call, int least, bool owner);
   void serve(int thread);
 
   const int size_, spins_;
@@ -60,11 +60,11 @@ class Team {
 template <class Work>
 void Team::share(int thread, int n, int least, Work work) {
   Part& mine = parts_[thread];
-  const uint32_t call = ++mine.call;
+  const uint64_t call = mine.call = (mine.call + 1) & 0xFFFFFF;
   mine.left.store(pack(call, split(n, thread, size_)), std::memory_order_release);
   for (int i = 0; i < size_; ++i) {
     Part& part = parts_[(thread + i) % size_];
-    for (Range r = take(part, call, least, i == 0); r.first < r.last; r = take(part, call, least, i == 0)) work(r.first, r.last);
+    for (Range r; (r = take(part, call, least, i == 0)).first < r.last;) work(r.first, r.last);
   }
 }
 
