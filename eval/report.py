@@ -123,8 +123,8 @@ def markdown(report: Report) -> str:
         _table(_SPEED, report.rows),
         "",
         "t/s: median (smallest–largest) of the rounds. Ratios: medians of the rounds' own, of prompts to "
-        f"{report.baseline_prompt}, of generation to {report.baseline}. Shares of bandwidth: medians too, each of "
-        "what was measured beside the run.",
+        f"{report.baseline_prompt}, of generation to {report.baseline}. Shares of bandwidth: medians "
+        "of the rounds', each of what was measured beside the run.",
         "",
         _table(_BYTES, report.rows),
         "",
