@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "asks.h"
 #include "layout.h"
 
 namespace hotcold {
@@ -27,34 +28,6 @@ struct Acts {
 
 // How far ahead of its reading a panel asks for itself, in bytes; 4 to 16 KiB are alike.
 constexpr int kAhead = 6144;
-
-// Rows that will be read soon, in that order. Kernels that read other rows meanwhile ask for them line by line, at
-// the pace of their own reading: what is asked for all at once comes late or not at all (docs/performance.md).
-class Asks {
- public:
-  // Drops rows when there is no room: asking is a hint.
-  void add(const uint8_t* row, size_t bytes) {
-    if (last_ - first_ < kRows) rows_[last_++ % kRows] = {row, row + bytes};
-  }
-  void clear() { first_ = last_ = 0; }
-  void feed(int lines) {
-    while (lines > 0 && first_ != last_) {
-      Row& row = rows_[first_ % kRows];
-      const uint8_t *at = row.at, *stop = std::min(row.end, at + 64 * lines);
-      for (; at < stop; at += 64, --lines) __builtin_prefetch(at);
-      row.at = at;
-      if (at >= row.end) ++first_;
-    }
-  }
-
- private:
-  static constexpr uint32_t kRows = 256;
-  struct Row {
-    const uint8_t *at, *end;
-  };
-  Row rows_[kRows];
-  uint32_t first_ = 0, last_ = 0;
-};
 
 struct Kernels {
   const char* name;

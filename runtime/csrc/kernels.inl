@@ -216,14 +216,24 @@ void panel(Type type, const uint8_t* p, int cols, int first, int last, const Act
 template <class Q, int R, int N>
 void row_dot_quantised(const uint8_t* const* rows, const Acts& acts, const int* tokens, F acc[R][N], Asks& asks) {
   const int blocks = acts.blocks(), grouped = acts.groups() * kLanes;
-  for (int g = 0; g < acts.groups(); ++g)
+  const uint8_t* row[R];
+  const int8_t* q[N];
+  size_t lanes[N];
+  for (int r = 0; r < R; ++r) row[r] = rows[r];
+  for (int i = 0; i < N; ++i) {
+    q[i] = acts.lane_q + size_t(tokens[i]) * acts.width;
+    lanes[i] = size_t(tokens[i]) * acts.lane_width();
+  }
+  for (int g = 0; g < acts.groups(); ++g) {
+    const size_t scales = row_scale_at(Q::type, g * kLanes), quants = scales + kLanes * 2;
+#pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
-      const F scale = f_load_f16(rows[r] + row_scale_at(Q::type, g * kLanes));
+      const F scale = f_load_f16(row[r] + scales);
       B w[8];
-      Q::decode(rows[r] + row_quants_at(Q::type, g * kLanes, blocks), w);
+      Q::decode(row[r] + quants, w);
       for (int i = 0; i < N; ++i) {
-        const int8_t* a = acts.lane_q + size_t(tokens[i]) * acts.width + g * 512;
-        const size_t lane = size_t(tokens[i]) * acts.lane_width() + g * kLanes;
+        const int8_t* a = q[i] + g * 512;
+        const size_t lane = lanes[i] + g * kLanes;
         I even = Q::bias(i_load(acts.lane_sum + lane)), odd = i_zero();
         for (int s = 0; s < 8; s += 2) {
           even = Q::dot(even, w[s], b_load(a + 64 * s));
@@ -233,6 +243,7 @@ void row_dot_quantised(const uint8_t* const* rows, const Acts& acts, const int* 
       }
       asks.feed(pace(Q::loads));
     }
+  }
   for (int p = 0; p < acts.pairs(); ++p)
     for (int r = 0; r < R; ++r) {
       const int b = grouped + 2 * p;
@@ -310,11 +321,9 @@ void row_dot(Type type, const uint8_t* const* rows, int n_rows, const Acts& acts
 // 16 neurons at a time: per 32-block of outputs the products a_i * scale_i share one int8 scale, so that four neurons
 // meet in one dot4 and all sixteen in one int32 sum. Rows past `count` repeat row 0 with multiplier zero.
 struct Multipliers {
-  alignas(64) uint32_t quads[4][4][4];  // [block / 4][four neurons][block % 4]: four int8 multipliers
+  alignas(64) int32_t quads[4][kLanes];  // [four neurons][block]: four int8 multipliers
   int32_t bias[kLanes];                 // per block
   float step[kLanes];                   // per block
-
-  const uint32_t* quad(int g, int block) const { return &quads[block / 4][g][block % 4]; }
 };
 
 void multipliers(const uint8_t* const* scales, const float* a, int count, int offset, Multipliers& out) {
@@ -323,19 +332,19 @@ void multipliers(const uint8_t* const* scales, const float* a, int count, int of
     m[i] = f_mul(f_set1(a[i]), f_load_f16(scales[i]));
     max = f_max(max, f_abs(m[i]));
   }
+  for (int i = count; i < 16; ++i) m[i] = f_zero();
   const F inverse = f_div(f_set1(127.0f), max);
   f_store(out.step, f_mul(max, f_set1(1.0f / 127.0f)));
-  alignas(64) int8_t q[4][4][kLanes] = {};  // [neuron % 4][neuron / 4][block], as b_interleave4 wants it
   I sum = i_zero();
-  for (int i = 0; i < count; ++i) {
-    const I v = i_from_f(f_mul(m[i], inverse));
-    i_store_i8(q[i % 4][i / 4], v);
-    sum = i_add(sum, v);
+  for (int g = 0; 4 * g < count; ++g) {
+    I v[4];
+    for (int i = 0; i < 4; ++i) {
+      v[i] = i_from_f(f_mul(m[4 * g + i], inverse));
+      sum = i_add(sum, v[i]);
+    }
+    b_store(out.quads[g], b_join4(v[0], v[1], v[2], v[3]));
   }
   i_store(out.bias, i_mul(sum, i_set1(-offset)));
-  B quads[4];
-  b_interleave4(b_load(q[0]), b_load(q[1]), b_load(q[2]), b_load(q[3]), quads);
-  for (int r = 0; r < 4; ++r) b_store(out.quads[r], quads[r]);
 }
 
 // One 64-byte chunk of 16 rows: 4 blocks of outputs for Q4_0, 2 for Q8_0, from block `b` of the multipliers on.
@@ -348,7 +357,7 @@ void down_chunk(Q4, const uint8_t* const* rows, size_t at, int quads, const Mult
     b_interleave4(b_load(rows[4 * g] + at), b_load(rows[4 * g + 1] + at), b_load(rows[4 * g + 2] + at),
                   b_load(rows[4 * g + 3] + at), u);
     for (int r = 0; r < 4; ++r) {
-      const B multiplier = b_set1(m.quad(g, b + r));
+      const B multiplier = b_set1(&m.quads[g][b + r]);
       acc[2 * r] = dot4(acc[2 * r], b_low(u[r]), multiplier);
       acc[2 * r + 1] = dot4(acc[2 * r + 1], b_high(u[r]), multiplier);
     }
@@ -366,7 +375,7 @@ void down_chunk(Q8, const uint8_t* const* rows, size_t at, int quads, const Mult
     B u[4];
     b_interleave4(b_load(rows[4 * g] + at), b_load(rows[4 * g + 1] + at), b_load(rows[4 * g + 2] + at),
                   b_load(rows[4 * g + 3] + at), u);
-    for (int r = 0; r < 4; ++r) acc[r] = dot4_wide(acc[r], u[r], b_set1(m.quad(g, b + r / 2)));
+    for (int r = 0; r < 4; ++r) acc[r] = dot4_wide(acc[r], u[r], b_set1(&m.quads[g][b + r / 2]));
     asks.feed(pace(4));
   }
   for (int r = 0; r < 4; ++r)

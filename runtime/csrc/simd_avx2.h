@@ -130,6 +130,14 @@ inline B b_load_pair(const void* p) {
   const __m256i v = _mm256_loadu_si256((const __m256i*)p);
   return {low(v), low(_mm256_srli_epi16(v, 4))};
 }
+// Byte k of dword i is the low byte of lane i of a, b, c, d.
+inline __m256i join4(__m256i a, __m256i b, __m256i c, __m256i d) {
+  const __m256i low = _mm256_set1_epi32(255);
+  const __m256i ab = _mm256_or_si256(_mm256_and_si256(a, low), _mm256_slli_epi32(_mm256_and_si256(b, low), 8));
+  const __m256i cd = _mm256_or_si256(_mm256_and_si256(c, low), _mm256_slli_epi32(d, 8));
+  return _mm256_or_si256(ab, _mm256_slli_epi32(cd, 16));
+}
+inline B b_join4(I a, I b, I c, I d) { return {join4(a.a, b.a, c.a, d.a), join4(a.b, b.b, c.b, d.b)}; }
 inline __m256i dot4(__m256i acc, __m256i u, __m256i s) {
   return _mm256_add_epi32(acc, _mm256_madd_epi16(_mm256_maddubs_epi16(u, s), _mm256_set1_epi16(1)));
 }

@@ -80,6 +80,13 @@ inline B b_load_pair(const void* p) {
   const __m256i v = _mm256_loadu_si256((const __m256i*)p);
   return b_low(_mm512_inserti64x4(_mm512_castsi256_si512(v), _mm256_srli_epi16(v, 4), 1));
 }
+// Byte k of dword i is the low byte of lane i of a, b, c, d.
+inline B b_join4(I a, I b, I c, I d) {
+  const I low = _mm512_set1_epi32(255);
+  const I ab = _mm512_or_si512(_mm512_and_si512(a, low), _mm512_slli_epi32(_mm512_and_si512(b, low), 8));
+  const I cd = _mm512_or_si512(_mm512_and_si512(c, low), _mm512_slli_epi32(d, 8));
+  return _mm512_or_si512(ab, _mm512_slli_epi32(cd, 16));
+}
 inline I dot4(I acc, B weights, B acts) { return _mm512_dpbusd_epi32(acc, weights, acts); }
 inline I dot4_wide(I acc, B weights, B acts) { return _mm512_dpbusd_epi32(acc, weights, acts); }
 

@@ -123,6 +123,11 @@ inline B b_load_pair(const void* p) {
   const uint8_t* q = static_cast<const uint8_t*>(p);
   return b_map([&](int i) { return uint8_t(i < 32 ? q[i] & 15 : q[i - 32] >> 4); });
 }
+// Byte k of dword i is the low byte of lane i of a, b, c, d.
+inline B b_join4(const I& a, const I& b, const I& c, const I& d) {
+  const I* in[4] = {&a, &b, &c, &d};
+  return b_map([&](int i) { return uint8_t(in[i % 4]->v[i / 4]); });
+}
 inline I dot4(I acc, B u, B s) {
   for (int i = 0; i < 64; ++i) acc.v[i / 4] += int32_t(u.v[i]) * int8_t(s.v[i]);
   return acc;

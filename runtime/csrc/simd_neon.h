@@ -122,6 +122,13 @@ inline B b_load_pair(const void* p) {
   const uint8x16_t a = vld1q_u8((const uint8_t*)p), b = vld1q_u8((const uint8_t*)p + 16), low = vdupq_n_u8(15);
   return {{vandq_u8(a, low), vandq_u8(b, low), vshrq_n_u8(a, 4), vshrq_n_u8(b, 4)}};
 }
+// Byte k of dword i is the low byte of lane i of a, b, c, d.
+inline B b_join4(I a, I b, I c, I d) {
+  return map4<B>([&](int i) {
+    const int32x4_t ab = vsliq_n_s32(a.v[i], b.v[i], 8), cd = vsliq_n_s32(c.v[i], d.v[i], 8);
+    return vreinterpretq_u8_s32(vsliq_n_s32(ab, cd, 16));
+  });
+}
 inline I dot4(I acc, B weights, B acts) {
   return map4<I>([&](int i) {
     return vdotq_s32(acc.v[i], vreinterpretq_s8_u8(weights.v[i]), vreinterpretq_s8_u8(acts.v[i]));

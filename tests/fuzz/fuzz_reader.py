@@ -82,6 +82,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=int, required=True)
     parser.add_argument("--crashes", type=Path, required=True, help="folder for inputs that break a reader")
     parser.add_argument("--timeout", type=int, default=60, help="seconds for one input")
+    parser.add_argument("--seed", type=int, default=0, help="of all chance; 0: another one in each run")
     args = parser.parse_args()
     instrument()
     with tempfile.TemporaryDirectory() as temporary:
@@ -93,7 +94,8 @@ def main() -> None:
             (corpus / f"{number:03d}").write_bytes(seed)
         options = {
             "max_total_time": args.seconds, "max_len": 16384, "timeout": args.timeout, "rss_limit_mb": 1024,
-            "print_final_stats": 1, "artifact_prefix": f"{args.crashes / args.name.replace(' ', '-')}-",
+            "seed": args.seed, "print_final_stats": 1,
+            "artifact_prefix": f"{args.crashes / args.name.replace(' ', '-')}-",
         }  # fmt: skip
         flags = [f"-{key}={value}" for key, value in options.items()]
         atheris.Setup([sys.argv[0], *flags, str(corpus)], target, custom_mutator=custom_mutator)

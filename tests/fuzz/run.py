@@ -19,7 +19,7 @@ sys.path.insert(0, str(HERE.parent / "support"))
 def fuzz(name: str, args: argparse.Namespace) -> tuple[bool, str]:
     """Whether a reader took all inputs, and a line about it."""
     command = [sys.executable, HERE / "fuzz_reader.py", name]
-    for option in ("seconds", "crashes", "timeout"):
+    for option in ("seconds", "crashes", "timeout", "seed"):
         command += [f"--{option}", str(getattr(args, option))]
     child = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     output = child.stdout.decode(errors="replace")
@@ -38,6 +38,7 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=2, help="readers at a time (default: %(default)s)")
     parser.add_argument("--crashes", type=Path, default=Path("crashes"), help="folder for inputs that break")
     parser.add_argument("--timeout", type=int, default=60, help="for one input (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of all chance; 0: another one in each run")
     parser.add_argument("names", nargs="*", help="readers (default: all)", choices=[[], *READERS])
     args = parser.parse_args()
     args.crashes.mkdir(parents=True, exist_ok=True)
