@@ -20,7 +20,7 @@ from hotcold.errors import InputError, UnsupportedError
 from hotcold.runtime.bundle_files import file_of_role
 from hotcold.runtime.gpu.device import memory_or_error, open_device, operators
 from hotcold.runtime.gpu.graphs import Graphs
-from hotcold.runtime.gpu.layers import MAX_TOKENS, Layers, activated
+from hotcold.runtime.gpu.layers import MAX_TOKENS, Layers
 from hotcold.runtime.gpu.weights import DeviceLayer, DeviceWeights, read_weights
 from hotcold.runtime.stats import Stats
 from hotcold.runtime.triton.rows import Rows
@@ -85,8 +85,16 @@ class GpuEngine:
 
     def stats(self) -> Stats:
         """What was computed since `reset_stats()`."""
-        fired, predicted, missed = self._counts.cpu().numpy().copy()
+        fired, predicted, missed = self._device_counts()
         return Stats(self._tokens, self._weights.shape.d_ff, fired, predicted, missed, audit=self.audit)
+
+    def _device_counts(self) -> np.ndarray:
+        """int64 [3, n_layers]: fired, predicted (all, where nothing predicts), missed."""
+        counts = self._counts.cpu().numpy().copy()
+        if self.mode != "predicted":
+            n_hot = [layer.n_hot for layer in self._weights.layers]
+            counts[1, : len(n_hot)] = self._tokens * np.array(n_hot, np.int64)
+        return counts
 
     def decode(self, token: int) -> np.ndarray:
         """Append one token; logits of the next one, float32 [n_vocab]."""
@@ -121,38 +129,39 @@ class GpuEngine:
         return self._logits
 
     def _one_token(self, seen: int) -> Tensor:
-        x = self._layers.embed(self._token)
+        x, layers = self._layers.embed(self._token), self._layers
+        h = layers.norm(x, self._norm_before(0))
         for i, layer in enumerate(self._weights.layers):
-            x = x + self._layers.attention(i, x, self._position, seen)
-            h = self._layers.norm(x, layer.ffn_norm)
-            x = x + self._ffn_of_one(i, layer, x, h)
-        return self._layers.logits(x)
+            x, h = layers.add_norm(x, layers.attention(i, h, self._position, seen), layer.ffn_norm)
+            x, h = layers.add_norm(x, self._ffn_of_one(i, layer, x, h), self._norm_before(i + 1))
+        return layers.dot(h, self._weights.head)
+
+    def _norm_before(self, i: int) -> Tensor:
+        """The norm's weight before layer i's attention, or before the head."""
+        layers = self._weights.layers
+        return layers[i].attn_norm if i < len(layers) else self._weights.output_norm
 
     def _ffn_of_one(self, i: int, layer: DeviceLayer, x: Tensor, h: Tensor) -> Tensor:
         """The FFN of one token by lists of active neurons; x is the residual stream, h its norm."""
         if self.mode == "dense":
             return self._ffn_of_many(i, layer, x, h, self._position)
         ops, ffn = self._ops, layer.ffn
-        h = h.contiguous()
         if self.mode == "exact":
             gate = ops.dot_rows(h, ffn.gate)
             index, count = ops.select(gate, layer.firing)
-            self._counts[1, i] += layer.n_hot
         else:
             gate, predictor = ffn.gate, layer.predictor
             index, count = ops.predict(
-                x.contiguous(), predictor.fc1, predictor.fc2, predictor.threshold, predictor.always
+                x, predictor.fc1, predictor.fc2, predictor.threshold, predictor.always, self._counts[1, i]
             )
-            self._counts[1, i] += count[0]
         return self._listed(i, layer, gate, h, index, count)
 
     def _listed(
         self, i: int, layer: DeviceLayer, gate: Rows | Tensor, h: Tensor, index: Tensor, count: Tensor
     ) -> Tensor:
         """What the listed neurons add, by their gate rows or known gate scores."""
-        a = self._ops.ffn_listed(h, gate, layer.ffn.up, index, count, layer.firing, self._clip)
-        listed = torch.arange(a.shape[1], device=self.device) < count
-        self._counts[0, i] += ((a[0] != 0) & listed).sum()
+        fired = self._counts[0, i]
+        a = self._ops.ffn_listed(h, gate, layer.ffn.up, index, count, layer.firing, self._clip, fired)
         return self._ops.down_listed(a, layer.ffn.down, index, count)
 
     def _prompt(self, ids: np.ndarray, logits_of: int) -> Tensor | None:
@@ -161,8 +170,8 @@ class GpuEngine:
         positions = torch.arange(self.position, self.position + len(ids), device=self.device)
         x, seen = self._layers.embed(tokens), self._layers.cache.bucket(self.position + len(ids))
         for i, layer in enumerate(self._weights.layers):
-            x = x + self._layers.attention(i, x, positions, seen)
-            h = self._layers.norm(x, layer.ffn_norm)
+            h = self._layers.norm(x, layer.attn_norm)
+            x, h = self._layers.add_norm(x, self._layers.attention(i, h, positions, seen), layer.ffn_norm)
             x = x + self._ffn_of_many(i, layer, x, h, positions)
         x = self._after_layers(x)
         self.position += len(ids)
@@ -181,15 +190,14 @@ class GpuEngine:
     def _masked(self, i: int, layer: DeviceLayer, h: Tensor, computed: Tensor | None) -> Tensor:
         """The neurons on the device, all of them or those that are `computed`, bool [tokens, n]."""
         ffn, dot = layer.ffn, self._layers.dot
-        a = activated(self._weights.shape.activation, dot(h, ffn.gate), dot(h, ffn.up), layer.firing)
+        gate, up, fired = dot(h, ffn.gate), dot(h, ffn.up), self._counts[0, i]
+        a = self._layers.activate(gate, up, layer.firing, fired if computed is None else None)
         if computed is not None:
             self._counts[1, i] += computed.sum()
             if self.audit:
                 self._counts[2, i] += ((a != 0) & ~computed).sum()
             a = torch.where(computed, a, 0.0)
-        else:
-            self._counts[1, i] += a.numel()
-        self._counts[0, i] += (a != 0).sum()
+            fired += (a != 0).sum()
         return dot(a, ffn.down) if self._weights.dense_file else weighted(self._ops, a, ffn.down)
 
     def bytes_per_token(self, position: int | None = None) -> dict[str, float]:

@@ -111,7 +111,7 @@ class HybridEngine(GpuEngine):
 
     def stats(self) -> Stats:
         """What was computed since `reset_stats()`, on both sides."""
-        fired, predicted, missed = self._counts.cpu().numpy() + self._cpu.stats()
+        fired, predicted, missed = self._device_counts() + self._cpu.stats()
         return Stats(self._tokens, self._weights.shape.d_ff, fired, predicted, missed, audit=self.audit)
 
     def bytes_per_token(self, position: int | None = None) -> dict[str, float]:
@@ -175,15 +175,18 @@ class HybridEngine(GpuEngine):
             self._graphs.run(("hot", i), lambda: self._hot_of_one(i, layer))
         returned = n_cold > 0 and self._cold_of_one(i, n_cold)
         if returned:
-            self._graphs.run(("add both", i), lambda: one.x.copy_(one.attended + one.hot + one.cold))
+            self._graphs.run(("add both", i), lambda: torch.add(one.attended + one.hot, one.cold, out=one.x))
         else:
-            self._graphs.run(("add hot", i), lambda: one.x.copy_(one.attended + one.hot))
+            self._graphs.run(("add hot", i), lambda: torch.add(one.attended, one.hot, out=one.x))
 
     def _attend_one(self, i: int, layer: DeviceLayer, seen: int) -> None:
         """Attention and predictor; the FFN's input and the wanted cold neurons go to the host."""
         one, layers, n_cold = self._one, self._layers, self._cpu.n_cold[i]
-        one.attended.copy_(one.x + layers.attention(i, one.x, self._position, seen))
-        one.normed.copy_(layers.norm(one.attended, layer.ffn_norm))
+        h = layers.norm(one.x, layer.attn_norm)
+        added = layers.attention(i, h, self._position, seen)
+        attended, normed = layers.add_norm(one.x, added, layer.ffn_norm)
+        one.attended.copy_(attended)
+        one.normed.copy_(normed)
         wanted = None
         if self.mode == "predicted":
             predictor = layer.predictor
@@ -205,8 +208,7 @@ class HybridEngine(GpuEngine):
         """The hot neurons that the predictor has chosen, its scores being known."""
         ops, n, predictor = self._ops, layer.n_hot, layer.predictor
         scores, always = self._one.scores[:, :n].contiguous(), predictor.always[:n].contiguous()
-        index, count = ops.select(scores, predictor.threshold, always)
-        self._counts[1, i] += count[0]
+        index, count = ops.select(scores, predictor.threshold, always, self._counts[1, i])
         return self._listed(i, layer, layer.ffn.gate, self._one.normed, index, count)
 
     def _cold_of_one(self, i: int, n_cold: int) -> bool:

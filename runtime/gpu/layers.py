@@ -11,22 +11,16 @@ from types import ModuleType
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hotcold.runtime.gpu.weights import DeviceLayer, DeviceWeights
 from hotcold.runtime.shape import ModelShape
 from hotcold.runtime.triton.rows import FLOAT, Rows
 
-__all__ = ["Cache", "Layers", "activated"]
+__all__ = ["Cache", "Layers"]
 
 MAX_TOKENS = 8
 _SMALLEST_BUCKET = 256
-
-
-def activated(activation: str, gate: Tensor, up: Tensor, firing: float) -> Tensor:
-    """act(gate) · up, the neurons' values; zero where a neuron does not fire."""
-    if activation == "silu":
-        return torch.nn.functional.silu(gate) * up
-    return torch.where(gate >= firing, gate * (up.relu() if activation == "drelu" else up), 0.0)
 
 
 class Cache:
@@ -66,7 +60,20 @@ class Layers:
 
     def norm(self, x: Tensor, weight: Tensor) -> Tensor:
         """RMSNorm of x [tokens, d_model]."""
-        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.shape.norm_eps) * weight
+        return self.ops.norm(x.contiguous(), weight, self.shape.norm_eps)
+
+    def add_norm(self, x: Tensor, added: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """x + added, both [tokens, d_model], and the RMSNorm of that."""
+        return self.ops.add_norm(x, added.contiguous(), weight, self.shape.norm_eps)
+
+    def activate(self, gate: Tensor, up: Tensor, firing: float, fired: Tensor | None = None) -> Tensor:
+        """act(gate) · up, the neurons' values; how many are not zero is added to `fired`, int64 []."""
+        if self.shape.activation != "silu":
+            return self.ops.activate(gate, up, firing, self.shape.activation == "drelu", fired)
+        a = torch.nn.functional.silu(gate) * up
+        if fired is not None:
+            fired += (a != 0).sum()
+        return a
 
     def dot(self, x: Tensor, w: Rows) -> Tensor:
         """x · wᵀ, float32 [tokens, w.n]."""
@@ -85,13 +92,13 @@ class Layers:
         """Logits float32 [tokens, n_vocab] of the residual stream."""
         return self.dot(self.norm(x, self.weights.output_norm), self.weights.head)
 
-    def attention(self, i: int, x: Tensor, positions: Tensor, seen: int) -> Tensor:
-        """What layer i's attention adds to x [tokens, d_model]; the tokens enter the cache at `positions`.
+    def attention(self, i: int, h: Tensor, positions: Tensor, seen: int) -> Tensor:
+        """What layer i's attention adds, h [tokens, d_model] being its input after the norm.
 
-        `positions` is int64 [tokens] on the device; `seen` bounds the cache positions that are looked at.
+        The tokens enter the cache at `positions`, int64 [tokens] on the device; `seen` bounds the cache
+        positions that are looked at.
         """
         layer = self.weights.layers[i]
-        h = self.norm(x, layer.attn_norm)
         q, k, v = (
             self._heads(h, w, bias, norm)
             for w, bias, norm in (
@@ -100,26 +107,21 @@ class Layers:
                 (layer.v, layer.v_bias, None),
             )
         )
-        q, k = self._turned(q, positions), self._turned(k, positions)
         keys, values = self.cache.keys[i], self.cache.values[i]
-        keys.index_copy_(1, positions, k.transpose(0, 1).half())
-        values.index_copy_(1, positions, v.transpose(0, 1).half())
-        mixed = self._attend(q, keys[:, :seen], values[:, :seen], positions, layer.window)
+        q = self.ops.turn(q, k, v, self._cos, self._sin, positions, keys, values)
+        if len(q) <= MAX_TOKENS:
+            mixed = self.ops.attend(q, keys, values, positions, seen, layer.window)
+        else:
+            mixed = self._attend_many(q, keys[:, :seen], values[:, :seen], positions, layer.window)
         return _plus(self.dot(mixed, layer.o), layer.o_bias)
 
     def _heads(self, h: Tensor, w: Rows, bias: Tensor | None, norm: Tensor | None) -> Tensor:
         """One projection of h, [tokens, heads, head_dim]."""
         heads = _plus(self.dot(h, w), bias).unflatten(-1, (-1, self.shape.head_dim))
-        return heads if norm is None else self.norm(heads, norm)
+        return heads if norm is None else self.norm(heads.flatten(0, 1), norm).view_as(heads)
 
-    def _turned(self, x: Tensor, positions: Tensor) -> Tensor:
-        """Rotary positions: pairs (i, i + head_dim/2) of x [tokens, heads, head_dim]."""
-        cos, sin = self._cos[positions][:, None], self._sin[positions][:, None]
-        first, second = x.chunk(2, -1)
-        return torch.cat([first * cos - second * sin, first * sin + second * cos], -1)
-
-    def _attend(self, q: Tensor, keys: Tensor, values: Tensor, positions: Tensor, window: int) -> Tensor:
-        """softmax(q·k) v, float32 [tokens, heads · head_dim]; keys and values [kv_heads, seen, head_dim].
+    def _attend_many(self, q: Tensor, keys: Tensor, values: Tensor, positions: Tensor, window: int) -> Tensor:
+        """`attend` for a block of a prompt, by torch; keys and values are [kv_heads, seen, head_dim].
 
         The query heads that share a key-value head are laid out as more queries of it, so that grouped-query
         attention needs no copy of the cache.
@@ -131,9 +133,11 @@ class Layers:
         if window:
             visible &= position > positions[:, None] - window
         visible = visible.repeat(grouped.shape[1] // tokens, 1)
-        out = torch.nn.functional.scaled_dot_product_attention(
-            grouped[None].to(dtype), keys[None].to(dtype), values[None].to(dtype), attn_mask=visible
-        )
+        # Not cuDNN's, which torch prefers on an H100: it plans for long at every new length of a prompt.
+        with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
+            out = torch.nn.functional.scaled_dot_product_attention(
+                grouped[None].to(dtype), keys[None].to(dtype), values[None].to(dtype), attn_mask=visible
+            )
         return out[0].float().unflatten(1, (-1, tokens)).permute(2, 0, 1, 3).reshape(tokens, -1)
 
     def predictions(self, layer: DeviceLayer, x: Tensor, positions: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
 """The Triton kernels. ops.py checks and launches them; reference.py says what each computes.
 
-Sums are float32 and in a fixed order: no atomics, so a result depends on nothing but its inputs. Sizes that
-vary from token to token stay on the device: the grid is fixed, programs loop up to a count that they load.
+Sums are float32 and in a fixed order: no atomics but on counters, so a result depends on nothing but its
+inputs. Sizes that vary from token to token stay on the device: the grid is fixed, programs loop up to a count
+that they load.
 """
 
 from __future__ import annotations
@@ -73,10 +74,12 @@ def list_kernel(
     counts,
     index,
     count,
+    counter,
     n,
     tokens,
     threshold,
     ALWAYS: tl.constexpr,
+    COUNTED: tl.constexpr,
     TOKENS: tl.constexpr,
     CHUNK: tl.constexpr,
     CHUNKS: tl.constexpr,
@@ -91,7 +94,10 @@ def list_kernel(
     place = before + tl.cumsum(wanted, 0) - 1
     tl.store(index + place, neuron, mask=wanted > 0)
     if chunk == 0:
-        tl.store(count, tl.sum(per_chunk, 0))
+        total = tl.sum(per_chunk, 0)
+        tl.store(count, total)
+        if COUNTED:
+            tl.store(counter, tl.load(counter) + total)
 
 
 @triton.jit
@@ -105,6 +111,7 @@ def listed_kernel(
     index,
     count,
     a,
+    fired,
     n,
     tokens,
     width,
@@ -113,6 +120,7 @@ def listed_kernel(
     KIND_UP: tl.constexpr,
     SCORED: tl.constexpr,
     CLIP: tl.constexpr,
+    COUNTED: tl.constexpr,
     TOKENS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -120,6 +128,7 @@ def listed_kernel(
     """a [tokens, n] by list position: gate dot (or known score), activation, up dot where it fires."""
     listed = tl.load(count)
     token = tl.arange(0, TOKENS)[None, :]
+    n_fired = tl.zeros((ROWS, TOKENS), tl.int32)
     for first in range(tl.program_id(0) * ROWS, listed, tl.num_programs(0) * ROWS):
         position = first + tl.arange(0, ROWS)
         live = position < listed
@@ -134,7 +143,11 @@ def listed_kernel(
         ups = row_dots(x, up, up_scales, rows, live_up, tokens, width, KIND_UP, TOKENS, ROWS, BLOCK)
         if CLIP:
             ups = tl.maximum(ups, 0.0)
-        tl.store(a + token * n + position[:, None], tl.where(fires, gates * ups, 0.0), mask=inside)
+        found = tl.where(fires, gates * ups, 0.0)
+        tl.store(a + token * n + position[:, None], found, mask=inside)
+        n_fired += (found != 0.0).to(tl.int32)
+    if COUNTED:  # whole numbers: their sum does not depend on the order
+        tl.atomic_add(fired, tl.sum(tl.sum(n_fired, 1), 0).to(tl.int64))
 
 
 @triton.jit

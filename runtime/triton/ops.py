@@ -17,19 +17,25 @@ from hotcold.runtime.triton import kernels
 from hotcold.runtime.triton.launch import wrap_triton
 from hotcold.runtime.triton.reference import PLAIN_RELU
 from hotcold.runtime.triton.rows import Rows
+from hotcold.runtime.triton.steps import activate, add_norm, attend, norm, turn
 from hotcold.runtime.triton.tuning import Tiles, tiles_for
 
 __all__ = [
     "MAX_TOKENS",
+    "activate",
+    "add_norm",
+    "attend",
     "dot_rows",
     "down_listed",
     "ffn_exact",
     "ffn_listed",
+    "norm",
     "predict",
     "s2",
     "s3",
     "select",
     "shape_key",
+    "turn",
 ]
 
 MAX_TOKENS = 8  # beyond that, a dense product on tensor cores is the better tool
@@ -100,8 +106,10 @@ def _total(partial: Tensor) -> Tensor:
     return y
 
 
-@triton_op("hotcold::select", mutates_args=())
-def _select(scores: Tensor, always: Tensor | None, threshold: float) -> tuple[Tensor, Tensor]:
+@triton_op("hotcold::select", mutates_args=("counter",))
+def _select(
+    scores: Tensor, always: Tensor | None, threshold: float, counter: Tensor | None
+) -> tuple[Tensor, Tensor]:
     tokens, n = scores.shape
     chunks = cdiv(n, _CHUNK)
     ints = {"dtype": torch.int32, "device": scores.device}
@@ -110,12 +118,13 @@ def _select(scores: Tensor, always: Tensor | None, threshold: float) -> tuple[Te
     flags = scores if always is None else always.view(torch.uint8)
     wrap_triton(kernels.count_kernel)[(chunks,)](scores, flags, counts, n, tokens, threshold, **sizes)
     wrap_triton(kernels.list_kernel)[(chunks,)](
-        scores, flags, counts, index, count, n, tokens, threshold, CHUNKS=next_power_of_2(chunks), **sizes
-    )
+        scores, flags, counts, index, count, count if counter is None else counter, n, tokens, threshold,
+        COUNTED=counter is not None, CHUNKS=next_power_of_2(chunks), **sizes,
+    )  # fmt: skip
     return index, count
 
 
-@triton_op("hotcold::ffn_listed", mutates_args=())
+@triton_op("hotcold::ffn_listed", mutates_args=("fired",))
 def _ffn_listed(
     x: Tensor,
     gate: Tensor,
@@ -129,14 +138,16 @@ def _ffn_listed(
     count: Tensor,
     threshold: float,
     clip: bool,
+    fired: Tensor | None,
 ) -> Tensor:
     n, (tokens, width) = up.shape[0], x.shape
     a = x.new_empty(tokens, n)
     tiles = _tiles("listed", x, up, up_kind)
     programs = min(tiles.pop("PROGRAMS"), cdiv(n, tiles["ROWS"]))
     wrap_triton(kernels.listed_kernel)[(programs,)](
-        x, gate, gate_scales, up, up_scales, gate, index, count, a, n, tokens, width, threshold,
-        KIND_GATE=gate_kind, KIND_UP=up_kind, SCORED=scored, CLIP=clip, TOKENS=_batch(x), **tiles,
+        x, gate, gate_scales, up, up_scales, gate, index, count, a, count if fired is None else fired,
+        n, tokens, width, threshold, KIND_GATE=gate_kind, KIND_UP=up_kind, SCORED=scored, CLIP=clip,
+        COUNTED=fired is not None, TOKENS=_batch(x), **tiles,
     )  # fmt: skip
     return a
 
@@ -173,17 +184,24 @@ def s3(a: Tensor, down: Rows) -> Tensor:
     return _s3(a, down.data, down.scales, down.kind, down.width)
 
 
-def select(scores: Tensor, threshold: float, always: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def select(
+    scores: Tensor, threshold: float, always: Tensor | None = None, counter: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """See reference.select."""
     _check_values("scores", scores, tuple(scores.shape))
-    return _select(scores, always, threshold)
+    return _select(scores, always, threshold, counter)
 
 
 def predict(
-    x: Tensor, fc1: Rows, fc2: Rows, threshold: float, always: Tensor | None = None
+    x: Tensor,
+    fc1: Rows,
+    fc2: Rows,
+    threshold: float,
+    always: Tensor | None = None,
+    counter: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See reference.predict."""
-    return select(dot_rows(dot_rows(x, fc1, relu=True), fc2), threshold, always)
+    return select(dot_rows(dot_rows(x, fc1, relu=True), fc2), threshold, always, counter)
 
 
 def ffn_listed(
@@ -194,6 +212,7 @@ def ffn_listed(
     count: Tensor,
     threshold: float = PLAIN_RELU,
     clip: bool = False,
+    fired: Tensor | None = None,
 ) -> Tensor:
     """See reference.ffn_listed; here, what stands after `count` is undefined."""
     _check(x, up)
@@ -205,7 +224,7 @@ def ffn_listed(
         data, scales, kind = gate.data, gate.scales, gate.kind
     scored = isinstance(gate, Tensor)
     return _ffn_listed(
-        x, data, scales, kind, scored, up.data, up.scales, up.kind, index, count, threshold, clip
+        x, data, scales, kind, scored, up.data, up.scales, up.kind, index, count, threshold, clip, fired
     )
 
 

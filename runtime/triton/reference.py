@@ -12,8 +12,23 @@ import torch
 from torch import Tensor
 
 from hotcold.runtime.triton.rows import Rows
+from hotcold.runtime.triton.step_reference import activate, add_norm, attend, norm, turn
 
-__all__ = ["dot_rows", "down_listed", "ffn_exact", "ffn_listed", "predict", "s2", "s3", "select"]
+__all__ = [
+    "activate",
+    "add_norm",
+    "attend",
+    "dot_rows",
+    "down_listed",
+    "ffn_exact",
+    "ffn_listed",
+    "norm",
+    "predict",
+    "s2",
+    "s3",
+    "select",
+    "turn",
+]
 
 PLAIN_RELU = torch.finfo(torch.float32).tiny
 
@@ -46,22 +61,34 @@ def s3(a: Tensor, down: Rows) -> Tensor:
     return a[:, live] @ down.take(live).dequantize()
 
 
-def select(scores: Tensor, threshold: float, always: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """List neurons whose score reaches `threshold` for any token, or that `always` (bool [n]) names."""
+def select(
+    scores: Tensor, threshold: float, always: Tensor | None = None, counter: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """List neurons whose score reaches `threshold` for any token, or that `always` (bool [n]) names.
+
+    How many there are is added to `counter`, an int64 tensor of one number.
+    """
     wanted = (scores >= threshold).any(0)
     if always is not None:
         wanted = wanted | always
     neurons = wanted.nonzero()[:, 0].int()
     index = neurons.new_full((scores.shape[1],), -1)
     index[: len(neurons)] = neurons
+    if counter is not None:
+        counter += len(neurons)
     return index, torch.tensor([len(neurons)], dtype=torch.int32, device=scores.device)
 
 
 def predict(
-    x: Tensor, fc1: Rows, fc2: Rows, threshold: float, always: Tensor | None = None
+    x: Tensor,
+    fc1: Rows,
+    fc2: Rows,
+    threshold: float,
+    always: Tensor | None = None,
+    counter: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The list of neurons with fc2 · relu(fc1 · x) >= threshold, on raw logits; x is not normed."""
-    return select(dot_rows(dot_rows(x, fc1, relu=True), fc2), threshold, always)
+    return select(dot_rows(dot_rows(x, fc1, relu=True), fc2), threshold, always, counter)
 
 
 def ffn_listed(
@@ -72,16 +99,19 @@ def ffn_listed(
     count: Tensor,
     threshold: float = PLAIN_RELU,
     clip: bool = False,
+    fired: Tensor | None = None,
 ) -> Tensor:
     """act(gate) · up of the listed neurons, float32 [tokens, n] by position in the list; zero after `count`.
 
     `gate` are the gate rows, or scores [tokens, n] that are known already. The up row of a neuron that fires
-    for no token is not read.
+    for no token is not read. How many values are not zero is added to `fired`, an int64 tensor of one number.
     """
     live = index[: int(count)].long()
     scores = gate[:, live] if isinstance(gate, Tensor) else dot_rows(x, gate.take(live))
     a = x.new_zeros(len(x), up.n)
     a[:, : len(live)] = s2(scores, x, up.take(live), threshold, clip)
+    if fired is not None:
+        fired += (a != 0).sum()
     return a
 
 

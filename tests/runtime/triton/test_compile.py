@@ -16,28 +16,38 @@ import sys
 from triton import compile
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from hotcold.runtime.triton import kernels, tuning
+from hotcold.runtime.triton import kernels, step_kernels, tuning
 
 WEIGHTS = {0: "*bf16", 1: "*i8", 2: "*u8"}
 FLAGS = {"SCORED": False, "CLIP": True, "RELU": True, "ALWAYS": True, "CHUNK": 1024, "CHUNKS": 16}
+FLAGS |= {"COUNTED": True, "ADD": True, "SHARE": 256, "POSITIONS": 64, "SPLITS": 16, "BLOCK": 128}
+
+STEPS = "added weight total normed q k v cos sin turned logs pieces".split()
 
 def signature(kernel, kind, constants):
     types = {name: "i32" for name in kernel.arg_names}
-    types |= {name: "*fp32" for name in ("x", "out", "a", "partial", "y", "scores")}
+    types |= {name: "*fp32" for name in ("x", "out", "a", "partial", "y", "scores", *STEPS)}
     types |= {name: WEIGHTS[kind] for name in ("w", "up", "gate", "down")}
     types |= {name: "*fp16" for name in ("scales", "gate_scales", "up_scales")}
     types |= {name: "*i32" for name in ("index", "count", "counts")}
-    types |= {"always": "*u8", "threshold": "fp32"} | dict.fromkeys(constants, "constexpr")
+    types |= {name: "*i64" for name in ("fired", "counter", "positions")}
+    types |= {name: "*fp16" for name in ("keys", "values")}
+    types |= {name: "fp32" for name in ("threshold", "eps", "scale")}
+    types |= {"always": "*u8"} | dict.fromkeys(constants, "constexpr")
     return {name: types[name] for name in kernel.arg_names}
 
-def build(name, kind, tiles, tokens, capability):
-    kernel = getattr(kernels, name + "_kernel")
+def build(name, kind, tiles, tokens, capability, types=()):
+    kernel = getattr(kernels, name + "_kernel", None) or getattr(step_kernels, name + "_kernel")
     every = FLAGS | tiles | {"TOKENS": tokens} | dict.fromkeys(("KIND", "KIND_GATE", "KIND_UP"), kind)
     constants = {key: every[key] for key in kernel.arg_names if key in every}
-    source = ASTSource(kernel, signature(kernel, kind, constants), constants)
+    source = ASTSource(kernel, signature(kernel, kind, constants) | dict(types), constants)
     target = GPUTarget("cuda", capability, 32)
     assert compile(source, target=target, options={"num_warps": tiles["num_warps"]}).asm["cubin"]
     print(name, kind, tiles, tokens, capability, flush=True)
+
+def step(name, **constants):
+    floats = {"gate": "*fp32", "up": "*fp32"} if name == "activate" else {}
+    build(name, 0, {"num_warps": 4} | constants, 1, capability, floats)
 
 every_candidate, capability = sys.argv[1] == "every", int(sys.argv[2])
 for name, candidates in tuning.CANDIDATES.items():
@@ -47,6 +57,12 @@ for name, candidates in tuning.CANDIDATES.items():
                 build(name, kind, tiles, tokens, capability)
 for name, tiles in {"count": {}, "list": {}, "sum": {"BLOCK": 256}}.items():
     build(name, 0, tiles | {"num_warps": 4}, 1, capability)
+for name in ("turn", "blend", "activate"):
+    step(name)
+for add in (False, True):
+    step("norm", ADD=add, BLOCK=4096)
+for split in (False, True):
+    step("attend", SPLIT=split)
 """
 
 
@@ -61,7 +77,7 @@ def compiled(which: str, capability: int) -> int:
 
 
 def test_kernels_compile_for_hopper():
-    assert compiled("first", 90) == 5 * 3 + 3
+    assert compiled("first", 90) == 5 * 3 + 3 + 7
 
 
 @pytest.mark.slow

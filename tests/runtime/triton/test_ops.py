@@ -125,7 +125,10 @@ def test_listed_neurons(rng, kind, tokens, firing):
     expected = torch.where((scores > 0) & live, scores * ups, 0)
     a = ops.ffn_listed(x, gate, up, index, count)
     close(a[:, : int(count)], expected[:, live])
-    close(ops.ffn_listed(x, scores, up, index, count)[:, : int(count)], expected[:, live])
+    fired = torch.tensor([3, 0], device=DEVICE)
+    known = ops.ffn_listed(x, scores, up, index, count, fired=fired[1])
+    close(known[:, : int(count)], expected[:, live])
+    assert fired.tolist() == [3, int((expected != 0).sum())]
     close(ops.down_listed(a, down, index, count), expected @ down.dequantize().nan_to_num())
 
 
@@ -143,9 +146,11 @@ def test_an_up_row_whose_gate_does_not_fire_is_not_read(rng):
 def test_select_lists_in_order(rng, tokens, n, always):
     scores = tensor(rng.standard_normal((tokens, n)))
     flags = tensor(rng.random(n)) < 0.1 if always else None
-    index, count = ops.select(scores, 1.5, flags)
+    counter = torch.tensor([10, 20], device=DEVICE)
+    index, count = ops.select(scores, 1.5, flags, counter[1])
     wanted = (scores >= 1.5).any(0) | (flags if always else False)
     assert torch.equal(index[: int(count)].long(), wanted.nonzero()[:, 0])
+    assert counter.tolist() == [10, 20 + int(count)]
 
 
 @pytest.mark.parametrize("kind", TYPES)

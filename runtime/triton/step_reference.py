@@ -1,0 +1,67 @@
+"""What each step between the products computes, in plain torch; see reference.py for what this is for.
+
+A cache holds float16 keys and values [n_kv_heads, n_ctx, head_dim] of one layer; `positions` is int64
+[tokens], on the device; `fired` is an int64 tensor of one number, added to in place.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["activate", "add_norm", "attend", "norm", "turn"]
+
+
+def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMSNorm of x float32 [rows, width] (arXiv 1910.07467)."""
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
+
+
+def add_norm(x: Tensor, added: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x + added, and the RMSNorm of that."""
+    total = x + added
+    return total, norm(total, weight, eps)
+
+
+def turn(
+    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, keys: Tensor, values: Tensor
+) -> Tensor:
+    """Rotary positions (arXiv 2104.09864): q turned, float32 [tokens, n_heads, head_dim].
+
+    Pairs (i, i + head_dim/2) turn by `cos` and `sin` [n_ctx, head_dim/2]. Turned k, and v as it is, enter the
+    cache; both are float32 [tokens, n_kv_heads, head_dim].
+    """
+    cos, sin = cos[positions][:, None], sin[positions][:, None]
+    keys.index_copy_(1, positions, _turned(k, cos, sin).transpose(0, 1).half())
+    values.index_copy_(1, positions, v.transpose(0, 1).half())
+    return _turned(q, cos, sin)
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = x.chunk(2, -1)
+    return torch.cat([first * cos - second * sin, first * sin + second * cos], -1)
+
+
+def attend(q: Tensor, keys: Tensor, values: Tensor, positions: Tensor, seen: int, window: int) -> Tensor:
+    """softmax(q·k / √head_dim)·v over the cache, float32 [tokens, n_heads · head_dim].
+
+    q is float32 [tokens, n_heads, head_dim]. A token sees what is not after it, and not `window` or more
+    positions before it unless that is 0. No position from `seen` on is looked at.
+    """
+    position = torch.arange(seen, device=q.device)
+    hidden = position > positions[:, None]
+    if window:
+        hidden |= position <= positions[:, None] - window
+    k, v = (part[:, :seen].float() for part in (keys, values))
+    grouped = q.unflatten(1, (len(k), -1))  # [tokens, n_kv_heads, group, head_dim]
+    scores = torch.einsum("tkgd,ksd->tkgs", grouped, k) * q.shape[-1] ** -0.5
+    scores = scores.masked_fill(hidden[:, None, None], float("-inf"))
+    return torch.einsum("tkgs,ksd->tkgd", scores.softmax(-1), v).flatten(1)
+
+
+def activate(gate: Tensor, up: Tensor, threshold: float, clip: bool, fired: Tensor | None = None) -> Tensor:
+    """gate · up where gate reaches `threshold`, else 0; `clip` rectifies up (dReLU)."""
+    a = torch.where(gate >= threshold, gate * (up.relu() if clip else up), 0.0)
+    if fired is not None:
+        fired += (a != 0).sum()
+    return a
