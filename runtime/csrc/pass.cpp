@@ -6,7 +6,7 @@
 namespace hotcold {
 namespace {
 
-constexpr size_t kPiece = 16 << 10;  // bytes of a panel, at least, that are handed from thread to thread
+constexpr size_t kPiece = 128 << 10;  // bytes of a panel, at least, that are handed from thread to thread
 
 // x [n] -> y = (x - mean) / sqrt(variance + eps) * weight + bias. Not one of the kernels: no Llama has it, and it is a
 // thousandth of a layer's work.

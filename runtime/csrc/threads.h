@@ -59,9 +59,14 @@ class Team {
 
 template <class Work>
 void Team::share(int thread, int n, int least, Work work) {
+  const Range own = split(n, thread, size_);
+  if (n <= least * size_) {  // parts of one piece: nothing to hand over
+    if (own.first < own.last) work(own.first, own.last);
+    return;
+  }
   Part& mine = parts_[thread];
   const uint64_t call = mine.call = (mine.call + 1) & 0xFFFFFF;
-  mine.left.store(pack(call, split(n, thread, size_)), std::memory_order_release);
+  mine.left.store(pack(call, own), std::memory_order_release);
   for (int i = 0; i < size_; ++i) {
     Part& part = parts_[(thread + i) % size_];
     for (Range r; (r = take(part, call, least, i == 0)).first < r.last;) work(r.first, r.last);
