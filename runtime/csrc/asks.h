@@ -10,7 +10,8 @@ class Asks {
  public:
   // Drops rows when there is no room: asking is a hint.
   void add(const uint8_t* row, size_t bytes) {
-    if (last_ - first_ < kRows) rows_[last_++ % kRows] = {row, row + bytes};
+    if (!now_.end) now_ = {row, row + bytes};
+    else if (last_ - first_ < kRows) rows_[last_++ % kRows] = {row, row + bytes};
   }
   void clear() {
     now_ = {};
@@ -19,6 +20,7 @@ class Asks {
   // Asks for the next lines, at most `lines`, of the row whose turn it is. Stands in the inner loops of kernels, where
   // `lines` is a constant and the row mostly has as many left.
   [[gnu::always_inline]] void feed(int lines) {
+    if (!now_.end) return;
     const uint8_t* at = now_.at;
     if (now_.end - at >= 64 * lines) {
 #pragma GCC unroll 16
@@ -27,8 +29,7 @@ class Asks {
       return;
     }
     for (; at < now_.end; at += 64) __builtin_prefetch(at);
-    now_.at = at;
-    if (first_ != last_) now_ = rows_[first_++ % kRows];
+    now_ = first_ != last_ ? rows_[first_++ % kRows] : Row();
   }
 
  private:
@@ -37,7 +38,7 @@ class Asks {
   };
 
   static constexpr uint32_t kRows = 256;
-  Row now_;
+  Row now_;  // whose turn it is; none: there is nothing to ask for
   uint32_t first_ = 0, last_ = 0;
   Row rows_[kRows];
 };
