@@ -46,7 +46,7 @@ PARTS = (
     Part("kernels-13b", 60, ("bench-kernels", "--shape", "llama-2-13b")),
     Part("tokens", 120, (
         "bench-gpu", "--synthetic", "smollm2-135m", "--quant", "f16", "--backends", "gpu,hybrid",
-        "--budgets", "60", "--check", "-n", "64",
+        "--budgets", "90", "--check", "-n", "64",
     )),
     Part("gpu-7b-8l", 180, _decode("llama-2-7b", "gpu", *_FEW)),
     Part("hybrid-7b", 150, _decode("llama-2-7b", "hybrid", *_FEW, "-m", "dense,predicted", "-r", "3")),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hotcold.errors import InputError, UnsupportedError
 from hotcold.runtime.engine import Engine
@@ -104,6 +105,32 @@ def test_through_the_triton_kernels(bundle, monkeypatch):
     for token in IDS[:3]:
         logits = device.decode(token)
     assert relative_error(logits, expected) < 1e-4
+
+
+class Launches(TorchDispatchMode):
+    """Counts what is called and is not a view: on a GPU, launches (an operator of ours is at most two)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if not func.is_view and "empty" not in func.name():
+            self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("mode", "most"), [("exact", 12), ("predicted", 13), ("dense", 12)])
+def test_a_layer_is_few_launches(bundle, monkeypatch, mode, most):
+    """Launches take as long as reading the weights where a layer is many small ones."""
+    from hotcold.runtime.triton import ops
+
+    monkeypatch.setattr(gpu_engine, "operators", lambda device: ops)
+    device = GpuEngine.load(bundle.path, mode, "cpu", n_ctx=16)
+    device.prefill(IDS[:1])
+    with torch.inference_mode(), Launches() as launches:
+        device._one_token(16)
+    assert len(launches.names) <= 2 * most + 5, launches.names
 
 
 def test_the_gpu_that_is_asked_for_becomes_the_current_one(monkeypatch):
