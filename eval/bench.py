@@ -2,7 +2,9 @@
 
 A shared machine drifts by a third within minutes and every program drifts with it, so the sides take turns
 inside each round, in an order that changes from round to round, and a ratio is the median of the rounds' own
-ratios. Tokens are those of a text, not random ones: how many neurons fire depends on the text. They are fed
+ratios. So does the read bandwidth: it is measured before and after each run of a side, and the share of it
+that a side reaches is the median of its runs' own shares. Tokens are those of a text, not random ones: how
+many neurons fire depends on the text. They are fed
 whatever the engine would have said (teacher forcing), so that all sides compute the same positions. Only
 computing is timed (`Side.seconds`), and one run of each side before the first round is not counted.
 """
@@ -61,10 +63,11 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class _Speed:
-    """Tokens per second of one side in one round."""
+    """Tokens per second of one side in one round, and the read bandwidth (GB/s) beside it."""
 
     prompt: float
     generation: float
+    bandwidth: float
 
 
 _Round = Mapping[str, _Speed]
@@ -95,7 +98,8 @@ def bench(
     _warm_up(sides, texts[0])
     for side in ours.values():
         side.engine.reset_stats()
-    found, bandwidth = _rounds(sides, texts, n_threads)
+    found = _rounds(sides, texts, n_threads)
+    bandwidth = Spread.of([speed.bandwidth for speeds in found for speed in speeds.values()])
     activity = {name: _activity(side, texts) for name, side in ours.items()}
     parts = {name: dense_bytes_per_token(peer.path, texts[0].middle) for name, peer in peers.items()}
     parts |= {name: of.parts for name, of in activity.items()}
@@ -109,6 +113,9 @@ def bench(
             ratio_prompt=_ratio(found, "prompt", name, baseline["prompt"]),
             ratio=_ratio(found, "generation", name, baseline["generation"]),
             roofline=Roofline(parts[name], bandwidth.median),
+            share=Spread.of(
+                [Roofline(parts[name], at.bandwidth).share(at.generation) for at in _of(found, name)]
+            ),
             activity=activity.get(name),
             quality=quality.get(name),
         )
@@ -124,23 +131,23 @@ def _warm_up(sides: Mapping[str, Side], text: Segment) -> None:
             progress.advance(1)
 
 
-def _rounds(
-    sides: Mapping[str, Side], texts: Sequence[Segment], n_threads: int
-) -> tuple[list[_Round], Spread]:
-    """Speeds of all sides in each round, and the machine's read bandwidth (GB/s) in the same minutes."""
+def _rounds(sides: Mapping[str, Side], texts: Sequence[Segment], n_threads: int) -> list[_Round]:
+    """Speeds of all sides in each round."""
     names = list(sides)
     found: list[_Round] = []
-    bandwidth: list[float] = []
     with Progress("bench", total=len(texts) * len(names), unit="run") as progress:
         for index, segment in enumerate(texts):
-            bandwidth.append(read_bandwidth(n_threads))
+            before = read_bandwidth(n_threads)
             speeds = {}
             for name in _order(names, index):
+                prompt, generation = _time(sides[name], segment)
                 time.sleep(_SETTLE_S)
-                speeds[name] = _time(sides[name], segment)
-                progress.advance(1, side=name, tok_s=speeds[name].generation)
+                after = read_bandwidth(n_threads)
+                speeds[name] = _Speed(prompt, generation, (before + after) / 2)
+                before = after
+                progress.advance(1, side=name, tok_s=generation)
             found.append(speeds)
-    return found, Spread.of(bandwidth)
+    return found
 
 
 def _order(names: Sequence[str], index: int) -> list[str]:
@@ -150,14 +157,15 @@ def _order(names: Sequence[str], index: int) -> list[str]:
     return rotated if index % 2 == 0 else rotated[::-1]
 
 
-def _time(side: Side, segment: Segment) -> _Speed:
+def _time(side: Side, segment: Segment) -> tuple[float, float]:
+    """Tokens per second of the prompt and of generation."""
     side.reset()
     side.prefill(segment.prompt)
     prompt_s = side.seconds
     for token in segment.generated:
         side.decode(int(token))
     generation_s = side.seconds - prompt_s
-    return _Speed(len(segment.prompt) / prompt_s, len(segment.generated) / generation_s)
+    return len(segment.prompt) / prompt_s, len(segment.generated) / generation_s
 
 
 def _activity(side: EngineSide, texts: Sequence[Segment]) -> Activity:
@@ -184,8 +192,12 @@ def _quality(sides: Mapping[str, Side], windows: Sequence[np.ndarray], truth: st
         return compare(sides, windows, truth, progress.advance)
 
 
+def _of(found: Sequence[_Round], name: str) -> list[_Speed]:
+    return [speeds[name] for speeds in found]
+
+
 def _samples(found: Sequence[_Round], metric: str, name: str) -> np.ndarray:
-    return np.array([getattr(speeds[name], metric) for speeds in found])
+    return np.array([getattr(speed, metric) for speed in _of(found, name)])
 
 
 def _spread(found: Sequence[_Round], metric: str, name: str) -> Spread:

@@ -49,7 +49,7 @@ def _flat(row: Row) -> dict[str, object]:
         "bytes_per_token": row.roofline.bytes_per_token,
         **{f"bytes_{part}": row.roofline.parts[part] for part in PARTS},
         "gb_s": row.roofline.gb_s(row.generation.median),
-        "bandwidth_share": row.roofline.share(row.generation.median),
+        **_spread("bandwidth_share", row.share),
         "ceiling_tok_s": row.roofline.ceiling,
         "sparsity": activity and activity.sparsity,
         "predicted_sparsity": activity and activity.predicted_sparsity,
@@ -123,7 +123,8 @@ def markdown(report: Report) -> str:
         _table(_SPEED, report.rows),
         "",
         "t/s: median (smallest–largest) of the rounds. Ratios: medians of the rounds' own, of prompts to "
-        f"{report.baseline_prompt}, of generation to {report.baseline}.",
+        f"{report.baseline_prompt}, of generation to {report.baseline}. Shares of bandwidth: medians "
+        "of the rounds', each of what was measured beside the run.",
         "",
         _table(_BYTES, report.rows),
         "",
@@ -177,7 +178,7 @@ _SPEED: list[_Column] = [
     ("ratio", lambda row: f"{row.ratio.median:.2f}x"),
     ("MB/token", lambda row: _number(row.roofline.bytes_per_token / 1e6, ".1f")),
     ("GB/s", lambda row: _number(row.roofline.gb_s(row.generation.median), ".1f")),
-    ("of bandwidth", lambda row: _percent(row.roofline.share(row.generation.median))),
+    ("of bandwidth", lambda row: _percent(row.share.median)),
     ("sparsity", lambda row: _percent(row.activity and row.activity.sparsity)),
     ("predicted", lambda row: _percent(row.activity and row.activity.predicted_sparsity)),
     ("recall", lambda row: _percent(row.activity and row.activity.recall)),
@@ -189,7 +190,7 @@ _BYTES: list[_Column] = [
     ("MB/token", lambda row: row.side),
     *((part, _megabytes(part)) for part in PARTS),
     ("ceiling t/s", lambda row: _number(row.roofline.ceiling, ".1f")),
-    ("reached", lambda row: _percent(row.roofline.share(row.generation.median))),
+    ("reached", lambda row: _percent(row.share.median)),
 ]
 
 FORMATS: dict[str, Callable[[Report], str]] = {"md": markdown, "csv": _csv, "json": _json, "jsonl": _jsonl}

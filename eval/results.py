@@ -40,7 +40,10 @@ class Activity:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One side. Speeds in tokens/s; ratios are to the fastest llama.cpp of each kind, from paired rounds."""
+    """One side. Speeds in tokens/s; ratios are to the fastest llama.cpp of each kind, from paired rounds.
+
+    `share` is that of the read bandwidth beside each run which generation reached.
+    """
 
     side: str
     prompt: Spread
@@ -48,6 +51,7 @@ class Row:
     ratio_prompt: Spread
     ratio: Spread
     roofline: Roofline
+    share: Spread
     activity: Activity | None = None
     quality: Quality | None = None
 

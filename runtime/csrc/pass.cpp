@@ -6,6 +6,8 @@
 namespace hotcold {
 namespace {
 
+constexpr size_t kPiece = 128 << 10;  // bytes of a panel, at least, that are handed from thread to thread
+
 // x [n] -> y = (x - mean) / sqrt(variance + eps) * weight + bias. Not one of the kernels: no Llama has it, and it is a
 // thousandth of a layer's work.
 void layer_norm(const float* x, const NormWeights& w, int n, float eps, float* y) {
@@ -41,9 +43,11 @@ void Pass::layer(int thread, int l) {
   if (c().parallel) add_to_stream(thread, b.attention.get(), round_up(c().d_model, kLanes), m.layers[l].o_bias);
 }
 
-void Pass::multiply(int thread, const Panel& p, const Acts& acts, float* out, int stride) {
-  const Range groups = split(round_up(p.rows, kLanes) / kLanes, thread, threads());
-  m.k.panel(p.type, p.data, p.cols, groups.first, groups.last, acts, n, out, stride, b.scratch[thread]->asks);
+void Pass::multiply(int thread, const Panel& p, const Acts& acts, int count, float* out, int stride) {
+  const int least = 1 + int(kPiece / panel_group_bytes(p.type, p.cols));
+  m.team.share(thread, round_up(p.rows, kLanes) / kLanes, least, [&](int first, int last) {
+    m.k.panel(p.type, p.data, p.cols, first, last, acts, count, out, stride, b.scratch[thread]->asks);
+  });
 }
 
 void Pass::ask_for(int thread, const Panel& p) const {
@@ -87,8 +91,7 @@ void Pass::logits(int thread) {
     if (t < first) return;
     norm_token(s, t, m.output_norm, t - first);
   });
-  const Range groups = split(stride / kLanes, thread, threads());
-  m.k.panel(m.head.type, m.head.data, c().d_model, groups.first, groups.last, s.norm.acts, wanted, b.logits.get(), stride, b.scratch[thread]->asks);
+  multiply(thread, m.head, s.norm.acts, wanted, b.logits.get(), stride);
 }
 
 }  // namespace hotcold

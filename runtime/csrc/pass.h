@@ -35,8 +35,10 @@ struct Pass {
   // Calls step(token) for the tokens of this thread and leaves all tokens ready for every thread.
   template <class Step>
   void each_token(int thread, Step step);
-  // This thread's rows of a panel, for all tokens; other rows may still be missing until the next barrier.
-  void multiply(int thread, const Panel& panel, const Acts& acts, float* out, int stride);
+  // This thread's rows of a panel and some of slower threads', for all tokens or `count`; other rows may still be missing
+  // until the next barrier. A row is the same whoever computes it.
+  void multiply(int thread, const Panel& panel, const Acts& acts, float* out, int stride) { multiply(thread, panel, acts, n, out, stride); }
+  void multiply(int thread, const Panel& panel, const Acts& acts, int count, float* out, int stride);
   // Asks for the beginning of this thread's rows: said before a barrier, after which they are multiplied.
   void ask_for(int thread, const Panel& panel) const;
 

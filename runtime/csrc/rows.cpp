@@ -48,6 +48,10 @@ struct RowWork {
   bool predicted() const { return layer.gate_row.bytes > 0; }
   const uint8_t* row(int neuron, const RowKind& kind) const { return layer.bundle(neuron) + kind.at; }
   const RowKind& first_row() const { return predicted() ? layer.gate_row : layer.after_gate(); }
+  // One line of each row: to find a row's page takes as long as to read some of it, and must not hold up asking for all.
+  void find_pages(const int* neurons, int n) const {
+    for (int i = 0; i < n; ++i) __builtin_prefetch(row(neurons[i], first_row()));
+  }
   void ask(int neuron, const RowKind& kind) { s.asks.add(row(neuron, kind), kind.bytes); }
   void down(const uint8_t* const* rows, const float* a, int count, int token) {
     m.k.down(layer.down_row.type, rows, a, count, m.config.d_model, &s.y[size_t(token) * round_up(m.config.d_model, 128)], s.asks);
@@ -63,12 +67,13 @@ class Single : RowWork {
     Share share(b.scratch, thread);
     int current[kChunk], next[kChunk], done = 0;
     for (int n = share.take(current), n_next; n; n = n_next) {
+      n_next = share.take(next);
+      if (predicted()) find_pages(next, n_next);
       const int fired = predicted() ? compute_gates(current, n) : look_up_gates(current, n);
       // In exact mode, what was asked for while listing had its downs asked for too.
       const bool early = !predicted() && done + n <= s.asked;
       for (int f = 0; f < fired && !early; ++f) ask(fired_[f], layer.down_row);
       done += n;
-      n_next = share.take(next);
       for (int i = std::clamp(s.asked - done, 0, n_next); i < n_next; ++i) ask(next[i], first_row());
       if (m.config.gated) times_ups(fired);
       add_downs(fired);

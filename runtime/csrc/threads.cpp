@@ -1,5 +1,7 @@
 #include "threads.h"
 
+#include <algorithm>
+
 namespace hotcold {
 namespace {
 
@@ -18,7 +20,7 @@ inline void pause() {
 }  // namespace
 
 Team::Team(int threads)
-    : size_(threads), spins_(threads > int(std::thread::hardware_concurrency()) ? kSpinsIfCrowded : kSpinsBeforeYield) {
+    : size_(threads), spins_(threads > int(std::thread::hardware_concurrency()) ? kSpinsIfCrowded : kSpinsBeforeYield), parts_(threads) {
   for (int t = 1; t < threads; ++t) threads_.emplace_back([this, t] { serve(t); });
 }
 
@@ -50,6 +52,20 @@ void Team::serve(int thread) {
     ++seen;
     (*work_)(thread);
     barrier();
+  }
+}
+
+// A quarter of what is left: few pieces, and yet an even end. A part of another call is one that its owner has not
+// begun, or is done with.
+Range Team::take(Part& part, uint64_t call, int least, bool owner) {
+  uint64_t seen = part.left.load(std::memory_order_acquire);
+  while (true) {
+    Range left{int(seen >> 20 & 0xFFFFF), int(seen & 0xFFFFF)};
+    const int n = left.last - left.first, count = std::min(std::max(n / 4, least), n);
+    if (seen >> 40 != call || n <= 0) return {0, 0};
+    const Range piece = owner ? Range{left.first, left.first + count} : Range{left.last - count, left.last};
+    (owner ? left.first : left.last) = owner ? piece.last : piece.first;
+    if (part.left.compare_exchange_weak(seen, pack(call, left), std::memory_order_acq_rel, std::memory_order_acquire)) return piece;
   }
 }
 

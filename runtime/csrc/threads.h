@@ -1,6 +1,7 @@
 // A team of threads that works in step: a spin barrier inside a region, sleep between regions.
 #pragma once
 #include <atomic>
+#include <cstdint>
 #include <functional>
 #include <thread>
 #include <vector>
@@ -29,8 +30,21 @@ class Team {
   void run(const std::function<void(int)>& work);
   // Inside run(): waits until every thread has come here.
   void barrier();
+  // Inside run(), by every thread in the same order of calls: work(first, last) for pieces of this thread's part of
+  // [0, n), then for pieces of what slower threads have not begun, each of `least` or more where so many are left.
+  // Returns when there is nothing left to begin; that all is done, a barrier tells. n < 2^20.
+  template <class Work>
+  void share(int thread, int n, int least, Work work);
 
  private:
+  // What nobody has begun of one thread's part in its latest call of share().
+  struct alignas(64) Part {
+    std::atomic<uint64_t> left{0};  // number of the call, first, last: 24, 20 and 20 bits
+    uint64_t call = 0;              // the owner's own
+  };
+  static uint64_t pack(uint64_t call, Range r) { return call << 40 | uint64_t(r.first) << 20 | uint64_t(r.last); }
+  // A piece of `part`, empty if there is none. Its owner takes from the front, so that it reads one stream; others from the back.
+  Range take(Part& part, uint64_t call, int least, bool owner);
   void serve(int thread);
 
   const int size_, spins_;
@@ -39,7 +53,24 @@ class Team {
   alignas(64) std::atomic<uint32_t> region_{0};
   alignas(64) std::atomic<int> arrived_{0};
   alignas(64) std::atomic<uint32_t> phase_{0};
+  std::vector<Part> parts_;
   std::vector<std::thread> threads_;
 };
+
+template <class Work>
+void Team::share(int thread, int n, int least, Work work) {
+  const Range own = split(n, thread, size_);
+  if (n <= least * size_) {  // parts of one piece: nothing to hand over
+    if (own.first < own.last) work(own.first, own.last);
+    return;
+  }
+  Part& mine = parts_[thread];
+  const uint64_t call = mine.call = (mine.call + 1) & 0xFFFFFF;
+  mine.left.store(pack(call, own), std::memory_order_release);
+  for (int i = 0; i < size_; ++i) {
+    Part& part = parts_[(thread + i) % size_];
+    for (Range r; (r = take(part, call, least, i == 0)).first < r.last;) work(r.first, r.last);
+  }
+}
 
 }  // namespace hotcold

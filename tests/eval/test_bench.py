@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -86,7 +88,8 @@ class ClockworkEngine(Clockwork):
 def measured(monkeypatch, bundle):
     """One bench of two peers and two modes over three rounds that get slower and slower."""
     monkeypatch.setattr(module, "_SETTLE_S", 0.0)
-    monkeypatch.setattr(module, "read_bandwidth", lambda n_threads: 10.0 * n_threads)
+    readings = itertools.chain.from_iterable(itertools.repeat(gb_s, 5) for gb_s in (40.0, 20.0, 10.0))
+    monkeypatch.setattr(module, "read_bandwidth", lambda n_threads: next(readings) / 2 * n_threads)
     log: list = []
     drift = np.array([9.0, 1.0, 2.0, 4.0])  # the first is the warm-up
     path = bundle / "tiny.gguf"
@@ -146,6 +149,14 @@ def test_ratios_are_paired_and_to_the_fastest_peer(measured):
     assert predicted.ratio.median == pytest.approx(2.0)
     assert (predicted.ratio.low, predicted.ratio.high) == (pytest.approx(1.6), pytest.approx(4.0))
     assert row(measured, "llama.cpp (smallthinker)").ratio.median == pytest.approx(0.8)
+
+
+def test_shares_are_of_the_bandwidth_beside_each_run(measured):
+    share = row(measured, "exact").share
+    n_bytes = sum(row(measured, "exact").roofline.parts.values())
+    # the bandwidth falls as the speed does, and yet every round has the same share
+    assert share.median == pytest.approx(n_bytes / 0.004 / 40e9)
+    assert (share.low, share.high) == (pytest.approx(share.median), pytest.approx(share.median))
 
 
 def test_recall_comes_from_an_audited_pass(measured):

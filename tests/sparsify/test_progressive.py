@@ -1,9 +1,11 @@
 """Progressive L1 on a toy Llama of 4 layers, against no L1 and against a fixed factor; some minutes.
 
-`pytest -m slow -s tests/sparsify/test_progressive.py` prints the table of docs/sparsify.md.
+`pytest -m slow -s tests/sparsify/test_progressive.py` prints the table of docs/sparsify.md. The dense model
+must have learnt what it can: in one that still learns fast, sparsity costs least when it comes first.
 """
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -15,13 +17,15 @@ from hotcold import checkpoint
 from hotcold.sparsify.config import L1, Checkpoints, Config, Learning, Loss, Text, WarmStart
 from hotcold.sparsify.prosparse import PHASES, prosparse
 from hotcold.sparsify.state import WorkFolder
-from hotcold.text import documents, token_stream
+from hotcold.text import documents, split, token_stream
 
 SEEDS = (0, 1, 2)
 STEPS = 300
-PEAK = 2.0
+PEAK = 3.0
+DENSE_STEPS = 1500
 SCHEDULES = {
     "no L1": L1(),
+    "fixed / 8": L1(((0.0, 0), (PEAK / 8, 1))),
     "fixed": L1(((0.0, 0), (PEAK, 1))),
     "progressive": L1(((0.0, 30), (PEAK / 10, 60), (PEAK / 2, 150), (PEAK / 2, 180), (PEAK, 270))),
 }
@@ -33,7 +37,7 @@ BASE = Config(
     micro_batch=8,
     precision="fp32",
     loss=Loss(lm=1.0, kl=0.0),
-    learning=Learning(lr=2e-3, warmup=20),
+    learning=Learning(lr=1e-3, warmup=20),
     heldout_tokens=16384,
     text=(Text("stdlib"),),
     warm_start=WarmStart(),
@@ -53,7 +57,7 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def dense(tokenizer, tmp_path_factory):
-    """A SiLU model trained on the same text: the trainer with another activation does that too."""
+    """A SiLU model trained on the same text until it hardly gets better."""
     torch.manual_seed(0)
     model = LlamaForCausalLM(
         LlamaConfig(
@@ -68,15 +72,19 @@ def dense(tokenizer, tmp_path_factory):
         )
     )
     folder = tmp_path_factory.mktemp("toy")
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    stream = token_stream(documents("stdlib"), tokenizer, 200_000)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3)
+    rate = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min(1, (step + 1) / 50) * (1 + math.cos(math.pi * step / DENSE_STEPS)) / 2
+    )
+    stream = token_stream(split(documents("stdlib"), "train"), tokenizer, 900_000)
     ids = torch.cat([torch.from_numpy(part).long() for part in stream])
     generator = torch.Generator().manual_seed(0)
-    for _ in range(600):
+    for _ in range(DENSE_STEPS):
         starts = torch.randint(len(ids) - 64, (16,), generator=generator)
         batch = torch.stack([ids[s : s + 64] for s in starts.tolist()])
         model(batch, labels=batch).loss.backward()
         optimizer.step()
+        rate.step()
         optimizer.zero_grad()
     checkpoint.save(model, tokenizer, folder / "dense")
     return folder / "dense"
@@ -106,5 +114,5 @@ def test_progressive_l1_is_sparser_at_little_loss(outcomes):
 
 
 @pytest.mark.slow
-def test_progressive_l1_beats_a_fixed_factor(outcomes):
-    assert outcomes["progressive"][0] <= outcomes["fixed"][0]
+def test_progressive_l1_loses_less_than_its_last_factor_from_the_start(outcomes):
+    assert outcomes["progressive"][0] < outcomes["fixed"][0]

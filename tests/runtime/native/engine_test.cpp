@@ -250,11 +250,37 @@ void test_team() {
   expect(true, "teams of 1 to 8 threads stay in step");
 }
 
+// Every index once, whatever the threads' pace, in calls that follow each other with no barrier between them.
+void test_sharing() {
+  for (int threads : {1, 2, 3, 8}) {
+    Team team(threads);
+    constexpr int kCalls = 40, kMost = 500;
+    std::vector<int> begun(kCalls * kMost);
+    bool in_range = true;
+    team.run([&](int t) {
+      for (int call = 0; call < kCalls; ++call) {
+        const int n = call * 37 % kMost;
+        team.share(t, n, 1 + call % 5, [&](int first, int last) {
+          if (first < 0 || first >= last || last > n) in_range = false;
+          for (int i = first; i < last; ++i) ++begun[call * kMost + i];
+          if (t == call % threads)  // a slow thread
+            for (volatile int wait = 0; wait < 20000;) wait = wait + 1;
+        });
+      }
+    });
+    bool once = true;
+    for (int call = 0; call < kCalls; ++call)
+      for (int i = 0; i < kMost; ++i) once = once && begun[call * kMost + i] == (i < call * 37 % kMost);
+    expect(in_range && once, "all is shared out once, threads " + std::to_string(threads));
+  }
+}
+
 }  // namespace
 
 int main() {
   std::setvbuf(stdout, nullptr, _IOLBF, 0);
   test_team();
+  test_sharing();
   test_models();
   test_structures();
   test_parts();
