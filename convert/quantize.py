@@ -6,6 +6,9 @@ here is what llama.cpp's own tools would have written.
 
 from __future__ import annotations
 
+import os
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 from gguf import quants
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
@@ -21,7 +24,8 @@ QUANTS = {"f32": "F32", "f16": "F16", "bf16": "BF16", "q8_0": "Q8_0", "q4_0": "Q
 
 FLOATS = ("F64", "F32", "F16", "BF16")  # types whose values are not rounded to blocks
 
-_CHUNK = 1 << 24  # elements quantised at a time: numpy's temporaries are several times as big
+_CHUNK = 1 << 22  # elements that a thread quantises at a time: numpy's temporaries are several times as big
+_THREADS = 8
 
 
 def type_of(quant: str) -> str:
@@ -46,7 +50,10 @@ def quantize(array: np.ndarray, type_name: str) -> np.ndarray:
         return np.empty(shape, np.uint8)
     rows = array.reshape(-1, width)
     step = max(1, _CHUNK // width)
-    parts = [_quantize_rows(rows[i : i + step], kind) for i in range(0, len(rows), step)]
+    starts = range(0, len(rows), step)
+    # numpy lets go of Python's lock while it computes.
+    with ThreadPoolExecutor(min(_THREADS, len(starts), os.cpu_count() or 1)) as pool:
+        parts = list(pool.map(lambda i: _quantize_rows(rows[i : i + step], kind), starts))
     return np.concatenate(parts).reshape(shape)
 
 

@@ -32,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("-r", "--repetitions", type=int, default=5, metavar="N", help="rounds (%(default)s)")
     add("-p", "--n-prompt", type=int, default=64, metavar="N", help="tokens per prompt (%(default)s)")
     add("-n", "--n-gen", type=int, default=128, metavar="N", help="tokens per generation (%(default)s)")
+    add("--check", action="store_true", help="compare with the CPU engine's greedy tokens, and time nothing")
     add("--text", default="stdlib", metavar="SRC", help="held-out text for --bundle (%(default)s)")
     add("-o", "--output", default="md", choices=("md", "json"))
     add("--save", metavar="FILE", help="write the JSON object to this file too")
@@ -48,20 +49,19 @@ def run(args: argparse.Namespace) -> int:
     from pathlib import Path
 
     from hotcold import storage
-    from hotcold.eval.gpu_bench import as_table
 
     with tempfile.TemporaryDirectory(prefix="hotcold-bench-") as scratch:
-        report, rows = _measure(args, Path(scratch))
+        report, table = _measure(args, Path(scratch))
     if args.save:
         storage.write_json(args.save, report)
-    print(json.dumps(report) if args.output == "json" else as_table(rows), flush=True)
+    print(json.dumps(report) if args.output == "json" else table, flush=True)
     return 0
 
 
-def _measure(args: argparse.Namespace, scratch: Path) -> tuple[dict, list]:
-    from hotcold.eval import machine
+def _measure(args: argparse.Namespace, scratch: Path) -> tuple[dict, str]:
+    """The report and its table."""
+    from hotcold.eval import agreement, gpu_bench, machine
     from hotcold.eval.bench import Plan, segments
-    from hotcold.eval.gpu_bench import bench_gpu, sides_of
     from hotcold.eval.kernel_bench_command import device_name
     from hotcold.eval.sides import checked_modes
     from hotcold.runtime.gpu.costs import device_bandwidth
@@ -72,10 +72,16 @@ def _measure(args: argparse.Namespace, scratch: Path) -> tuple[dict, list]:
     modes = checked_modes(args.modes, ("dense", "exact", "predicted"))
     shares = [_percent(text) for text in args.budgets.split(",") if text.strip()]
     bundle, ids = _synthetic(args, plan.n_tokens, scratch) if args.synthetic else _real(args, plan.n_tokens)
-    sides = sides_of(bundle, [name.strip() for name in args.backends.split(",")], modes, shares)
+    sides = gpu_bench.sides_of(bundle, [name.strip() for name in args.backends.split(",")], modes, shares)
     bandwidth = device_bandwidth(device, threads)
-    texts = segments(ids, plan)
-    rows = bench_gpu(bundle, sides, texts, device=args.device, n_threads=threads, bandwidth=bandwidth)
+    where = {"device": args.device, "n_threads": threads}
+    if args.check:
+        sides = [side for side in sides if side.backend != "llama.cpp"]
+        rows = agreement.agreement(bundle, sides, ids[: args.n_prompt], args.n_gen, **where)
+        table = agreement.as_table(rows)
+    else:
+        rows = gpu_bench.bench_gpu(bundle, sides, segments(ids, plan), bandwidth=bandwidth, **where)
+        table = gpu_bench.as_table(rows)
     settings = ("synthetic", "layers", "quant", "sparsity") if args.synthetic else ("bundle", "text")
     report = {
         "rows": [row.as_json() for row in rows],
@@ -85,7 +91,7 @@ def _measure(args: argparse.Namespace, scratch: Path) -> tuple[dict, list]:
         "threads": threads,
         "machine": machine.describe(),
     }
-    return report, rows
+    return report, table
 
 
 def _percent(text: str) -> float:

@@ -1,8 +1,8 @@
 """The sparse operators by themselves: time against torch's dense product and against the limit of the bytes.
 
-An operator is timed over as many copies of its weights as do not fit any cache, in turns, so that what is
-measured is memory. On a GPU the turns are one CUDA graph, which leaves launching out; the dense product gets
-the same treatment. The byte limit is the bytes of the active rows over the measured read bandwidth.
+An operator is timed over so many copies of its weights, in turns, that even their active rows fit no cache:
+what is measured is memory. On a GPU the turns are one CUDA graph, which leaves launching out; the dense
+product gets the same treatment. The byte limit is the bytes of the active rows over the measured bandwidth.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from hotcold.errors import InputError, MismatchError
 from hotcold.progress import Progress
-from hotcold.runtime.gpu.device import operators
+from hotcold.runtime.gpu.device import free_bytes, operators
 from hotcold.runtime.triton import reference, tuning
 from hotcold.runtime.triton.rows import Rows
 
@@ -25,7 +25,7 @@ __all__ = ["KernelPlan", "KernelRow", "check_kernels", "measure_kernels"]
 
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
 OPERATORS = ("s2", "s3", "ffn")
-_ROTATED = 1 << 29  # bytes of weights in turn: ten times the L2 cache of an H100
+_ROTATED = 1 << 28  # bytes of active rows in turn: five times the L2 cache of an H100
 _TOLERANCE = 2e-3  # relative error of a sum of thousands of float32 products
 
 
@@ -96,15 +96,19 @@ class _Inputs:
             values = torch.randn(plan.d_ff, plan.d_model, generator=random, device=device)
             return Rows.of((values / plan.d_model**0.5).to(dtype))
 
-        each = plan.d_ff * plan.d_model * dtype.itemsize
-        copies = max(2, -(-plan.rotated // (3 * each)))
-        self.ffns = [tuple(matrix() for _ in range(3)) for _ in range(copies)]
-        self.x = torch.randn(1, plan.d_model, generator=random, device=device)
-        scores = torch.randn(1, plan.d_ff, generator=random, device=device)
         # Exactly the asked-for number of neurons fire: the greatest scores.
         self.n_active = round(plan.d_ff * (1 - plan.sparsity))
-        self.scores = scores - self._cut(scores)
         self.row_bytes = plan.d_model * dtype.itemsize
+        self.ffns = [tuple(matrix() for _ in range(3)) for _ in range(self._copies())]
+        self.x = torch.randn(1, plan.d_model, generator=random, device=device)
+        scores = torch.randn(1, plan.d_ff, generator=random, device=device)
+        self.scores = scores - self._cut(scores)
+
+    def _copies(self) -> int:
+        """So many that the active rows of one matrix exceed the caches, within half of the memory."""
+        wanted = self.plan.rotated // max(self.n_active * self.row_bytes, 1)
+        room = free_bytes(self.device) // (2 * 3 * self.plan.d_ff * self.row_bytes)
+        return max(2, min(wanted + 1, room))
 
     def _cut(self, scores: Tensor) -> Tensor:
         ordered = scores[0].sort(descending=True).values

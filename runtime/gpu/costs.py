@@ -15,6 +15,7 @@ __all__ = ["device_bandwidth", "measure_costs"]
 
 _PROBE = 1 << 28  # bytes; several times any L2 cache
 _FIRST, _REPETITIONS = 3, 20
+_IN_A_ROW = 8  # so that launching and waiting, a fifth of one sum's time on a fast GPU, do not count
 
 
 def measure_costs(device: torch.device, n_threads: int, d_model: int) -> Costs:
@@ -32,7 +33,21 @@ def device_bandwidth(device: torch.device, n_threads: int) -> float:
     if device.type == "cpu":
         return 1e9 * _cpu.read_bandwidth(n_threads, _PROBE, 3)
     probe = torch.ones(_PROBE // 4, device=device)
-    return probe.nbytes / _seconds(device, probe.sum)
+    return probe.nbytes * _IN_A_ROW / statistics.median(_event_seconds(probe.sum)[_FIRST:])
+
+
+def _event_seconds(step: Callable[[], object]) -> list[float]:
+    """Times of `_IN_A_ROW` steps, by the device's clock."""
+    times = []
+    for _ in range(_FIRST + _REPETITIONS):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        for _ in range(_IN_A_ROW):
+            step()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end) / 1e3)
+    return times
 
 
 def _round_trip(device: torch.device, d_model: int) -> Callable[[], object]:

@@ -20,7 +20,10 @@ _OLDEST = (8, 0)  # bfloat16 and asynchronous copies: Ampere and later
 
 
 def open_device(name: str = "cuda") -> torch.device:
-    """`cuda`, `cuda:1` or `cpu`. Raises InputError for another name, UnsupportedError for what is missing."""
+    """`cuda`, `cuda:1` or `cpu`; a GPU becomes the current one, where Triton, events and graphs run.
+
+    Raises InputError for another name, UnsupportedError for what is missing.
+    """
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -29,6 +32,8 @@ def open_device(name: str = "cuda") -> torch.device:
         raise InputError("unknown device", got=name, expected="cuda, cuda:N, or cpu")
     if device.type == "cuda":
         _check_cuda(device)
+        device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
+        torch.cuda.set_device(device)
     return device
 
 

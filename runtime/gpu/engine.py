@@ -67,7 +67,7 @@ class GpuEngine:
         if device.type == "cuda":
             from hotcold.runtime.gpu.tune import tune_weights
 
-            tune_weights(self._weights, self._ops, device)
+            tune_weights(self._weights, self.mode, self._ops, device)
         self._graphs = Graphs(device)
         self._counts = torch.zeros(3, shape.n_layers, dtype=torch.int64, device=device)
         self._token = torch.zeros(1, dtype=torch.int64, device=device)

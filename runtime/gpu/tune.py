@@ -12,6 +12,7 @@ from itertools import cycle
 from types import ModuleType
 
 import torch
+from triton import next_power_of_2
 
 from hotcold.runtime.gpu.weights import DeviceFfn, DeviceWeights
 from hotcold.runtime.triton import tuning
@@ -22,9 +23,9 @@ __all__ = ["tune_ffns", "tune_weights"]
 _LISTED = 0.11  # share of active neurons: what real ReLU gates of a 7B model leave (ProSparse, table 1)
 
 
-def tune_weights(weights: DeviceWeights, ops: ModuleType, device: torch.device) -> None:
-    """Measure what has not been measured on this GPU before."""
-    for rows in _alike(_products(weights)):
+def tune_weights(weights: DeviceWeights, mode: str, ops: ModuleType, device: torch.device) -> None:
+    """Measure what this mode runs and has not been measured on this GPU before."""
+    for rows in _alike(_products(weights, mode)):
         x = torch.randn(1, rows[0].width, device=device)
         _tune("dot", ops, x, rows, lambda w, x=x: ops.dot_rows(x, w))
     if not weights.dense_file:
@@ -38,23 +39,23 @@ def tune_ffns(ffns: Sequence[tuple[Rows, Rows, Rows]], ops: ModuleType, device: 
     _tune_lists([DeviceFfn(*ffn) for ffn in ffns], ops, device)
 
 
-def _products(weights: DeviceWeights) -> list[Rows]:
+def _products(weights: DeviceWeights, mode: str) -> list[Rows]:
     """Matrices that are read as a whole."""
     products = [weights.head]
     for layer in weights.layers:
         products += [layer.q, layer.k, layer.v, layer.o]
         products += [layer.predictor.fc1, layer.predictor.fc2] if layer.predictor else []
-        if layer.ffn:
+        if layer.ffn and mode != "predicted":
             products.append(layer.ffn.gate)
-            products += [layer.ffn.up, layer.ffn.down] if weights.dense_file else []
+            products += [layer.ffn.up, layer.ffn.down] if mode == "dense" else []
     return products
 
 
 def _alike(products: Sequence[Rows]) -> list[list[Rows]]:
-    """In groups of one shape and type."""
+    """In groups of about one shape, and of one type."""
     groups: dict[tuple, list[Rows]] = defaultdict(list)
     for rows in products:
-        groups[rows.data.shape, rows.data.dtype, rows.kind].append(rows)
+        groups[next_power_of_2(rows.n), rows.width, rows.data.dtype, rows.kind].append(rows)
     return list(groups.values())
 
 

@@ -147,7 +147,8 @@ def listed_kernel(
         tl.store(a + token * n + position[:, None], found, mask=inside)
         n_fired += (found != 0.0).to(tl.int32)
     if COUNTED:  # whole numbers: their sum does not depend on the order
-        tl.atomic_add(fired, tl.sum(tl.sum(n_fired, 1), 0).to(tl.int64))
+        here = tl.program_id(0) * ROWS < listed
+        tl.atomic_add(fired, tl.sum(tl.sum(n_fired, 1), 0).to(tl.int64), mask=here, sem="relaxed")
 
 
 @triton.jit

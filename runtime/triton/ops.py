@@ -44,8 +44,8 @@ _SUM_BLOCK = 256
 
 
 def shape_key(kernel: str, x: Tensor, w: Tensor, kind: int) -> str:
-    """What tile sizes depend on; where a list says which rows are read, not on how many there are."""
-    n = "" if kernel in ("listed", "down") else f"{w.shape[0]}x"
+    """What tile sizes depend on: the number of rows to the next power of two, of a list not even that."""
+    n = "" if kernel in ("listed", "down") else f"{next_power_of_2(w.shape[0])}x"
     return f"{n}{w.shape[1]} {str(w.dtype).removeprefix('torch.')} kind {kind} tokens {x.shape[0]}"
 
 

@@ -152,4 +152,4 @@ def activate_kernel(
     found = tl.where((gates >= threshold) & inside, gates * ups, 0.0)
     tl.store(a + at, found, mask=inside)
     if COUNTED:  # whole numbers: their sum does not depend on the order
-        tl.atomic_add(fired, tl.sum((found != 0.0).to(tl.int64), 0))
+        tl.atomic_add(fired, tl.sum((found != 0.0).to(tl.int64), 0), sem="relaxed")

@@ -34,6 +34,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "bench": ("hotcold.eval.bench_command", "measure tokens/s against llama.cpp, and quality beside it"),
     "bench-kernels": ("hotcold.eval.kernel_bench_command", "measure the sparse GPU operators by themselves"),
     "bench-gpu": ("hotcold.eval.gpu_bench_command", "measure decoding on a GPU, alone or with the CPU"),
+    "bench-gpu-all": ("hotcold.eval.gpu_session_command", "all GPU measurements within a time limit"),
     "perplexity": ("hotcold.eval.perplexity_command", "measure perplexity in any mode"),
     "demo": ("hotcold.eval.demo_command", "all of the above on SmolLM2-135M"),
 }

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 
 from hotcold.cli import main
 from hotcold.errors import InputError, MismatchError, UnsupportedError
-from hotcold.eval import kernel_bench
+from hotcold.eval import agreement, kernel_bench
 from hotcold.eval.gpu_bench import GpuSide, sides_of
 from hotcold.eval.kernel_bench import KernelPlan, KernelRow, check_kernels
 from hotcold.eval.peers.llama_cpp import LlamaCpp
@@ -37,6 +38,13 @@ def test_bench_kernels_prints_what_it_measured(capsys):
     ]  # fmt: skip
     assert main(["bench-kernels", *TINY]) == 0
     assert "| s2 |" in capsys.readouterr().out
+
+
+def test_the_active_rows_of_all_copies_exceed_the_cache():
+    """It is these that a sparse operator reads; the rest of a matrix never enters the cache."""
+    plan = KernelPlan(64, 96, sparsity=0.9, rotated=40_000)
+    inputs = kernel_bench._Inputs(plan, open_device("cpu"))
+    assert len(inputs.ffns) * inputs.n_active * 64 * 2 > 40_000 >= 0.9 * len(inputs.ffns) * 10 * 64 * 2
 
 
 def test_ratios():
@@ -108,3 +116,21 @@ def test_llama_cpp_without_a_gpu_says_so(synthetic):
     pytest.importorskip("llama_cpp")
     with pytest.raises(UnsupportedError, match="built without a GPU"):
         LlamaCpp(next(synthetic.glob("*.gguf")), n_threads=1, n_gpu_layers=3)
+
+
+def test_the_device_says_what_the_cpu_engine_says(synthetic, capsys):
+    arguments = ["bench-gpu", "--synthetic", "smollm2-135m", "--layers", "1", "--device", "cpu", "-t", "1"]
+    arguments += ["--cache", str(synthetic.parent), "-m", "predicted", "--backends", "gpu", "--check"]
+    assert main([*arguments, "-p", "3", "-n", "6", "-o", "json"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)["rows"]
+    assert row["name"] == "gpu predicted" and row["tokens"] == 6 and row["worst_error"] < 0.1
+    assert row["alike"] == 6 or row["lead"] < 5  # a near tie
+
+
+def test_agreement_finds_the_first_difference():
+    logits = np.array([[0, 3, 1], [5, 0, 4.8], [0, 0, 2]], np.float64)
+    got = logits + np.array([[0, 0, 0], [0, 0, 0.6], [0, 0.1, 0]])
+    found = agreement._compared("side", [1, 0, 2], logits, got)
+    assert (found.alike, found.first_difference) == (2, 1)
+    assert found.lead == pytest.approx(0.2 / np.sqrt(0.6**2 / 3))
+    assert agreement.as_table([found]).endswith("| side | 2/3 | 1 | 0.58 | 8.7e-02 |")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hotcold.errors import InputError, UnsupportedError
 from hotcold.runtime.engine import Engine
@@ -106,6 +107,44 @@ def test_through_the_triton_kernels(bundle, monkeypatch):
     assert relative_error(logits, expected) < 1e-4
 
 
+class Launches(TorchDispatchMode):
+    """Counts what is called and is not a view: on a GPU, launches (an operator of ours is at most two)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if not func.is_view and "empty" not in func.name():
+            self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("mode", "most"), [("exact", 12), ("predicted", 13), ("dense", 12)])
+def test_a_layer_is_few_launches(bundle, monkeypatch, mode, most):
+    """Launches take as long as reading the weights where a layer is many small ones."""
+    from hotcold.runtime.triton import ops
+
+    monkeypatch.setattr(gpu_engine, "operators", lambda device: ops)
+    device = GpuEngine.load(bundle.path, mode, "cpu", n_ctx=16)
+    device.prefill(IDS[:1])
+    with torch.inference_mode(), Launches() as launches:
+        device._one_token(16)
+    assert len(launches.names) <= 2 * most + 5, launches.names
+
+
+def test_the_gpu_that_is_asked_for_becomes_the_current_one(monkeypatch):
+    """Triton, events and graphs go to the current GPU, whatever the tensors' is; torch.cuda is replaced."""
+    from hotcold.runtime.gpu import device
+
+    current = [0]
+    monkeypatch.setattr(device, "_check_cuda", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[0])
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: current.insert(0, device.index))
+    assert device.open_device("cuda:1") == torch.device("cuda", 1) and current[0] == 1
+    assert device.open_device("cuda") == torch.device("cuda", 1)
+
+
 def test_no_gpu(bundle):
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
@@ -132,7 +171,8 @@ def test_out_of_memory_says_so(bundle, monkeypatch):
         GpuEngine.load(bundle.path, "exact", "cpu")
 
 
-def test_tuning_measures_each_kind_of_matrix_once(bundle, monkeypatch):
+@pytest.mark.parametrize("mode", ["exact", "predicted"])
+def test_tuning_measures_each_kind_of_matrix_once(bundle, mode, monkeypatch):
     """The stopwatch is replaced, the calls that it would time are made."""
     from hotcold.convert.gguf_read import GGUFFile
     from hotcold.runtime.gpu.tune import tune_weights
@@ -146,7 +186,9 @@ def test_tuning_measures_each_kind_of_matrix_once(bundle, monkeypatch):
 
     monkeypatch.setattr(tuning, "tune", once)
     file = GGUFFile(bundle.path / "tiny.powerinfer.gguf")
-    tune_weights(read_weights(file, torch.device("cpu"), with_predictors=True), ops, torch.device("cpu"))
-    dots = ["320x64", "64x64", "32x64", "96x32", "96x64"]
+    weights = read_weights(file, torch.device("cpu"), with_predictors=True)
+    tune_weights(weights, mode, ops, torch.device("cpu"))
+    # Rows count to the next power of two; gates are read as a whole in exact mode alone.
+    dots = ["512x64", "64x64", "32x64", "128x32", *(["128x64"] if mode == "exact" else [])]
     kernels = [f"dot {size}" for size in dots] + ["listed 64", "down 64"]
     assert sorted(tuned) == sorted(f"{kernel} float32 kind 0 tokens 1" for kernel in kernels)
