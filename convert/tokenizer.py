@@ -17,6 +17,7 @@ from tokenizers import Tokenizer
 from hotcold.convert.sentencepiece import is_sentencepiece, sentencepiece_metadata
 from hotcold.errors import FormatError, InputError, UnsupportedError
 from hotcold.json_file import read_json
+from hotcold.tokenizer_file import read_tokenizer
 
 __all__ = ["tokenizer_files", "tokenizer_metadata"]
 
@@ -71,10 +72,7 @@ def tokenizer_metadata(folder: Path, n_vocab: int, config: dict[str, Any]) -> di
 def _load(path: Path) -> Tokenizer:
     if not path.is_file():
         raise InputError("cannot read the file: there is none", where=path)
-    try:
-        return Tokenizer.from_file(str(path))
-    except Exception as error:  # tokenizers raises bare Exceptions
-        raise FormatError(f"not a tokenizer: {error}", where=path) from error
+    return read_tokenizer(path)
 
 
 def _byte_level_metadata(

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from hotcold import text
-from hotcold.errors import FormatError, InputError
+from hotcold.errors import InputError
+from hotcold.tokenizer_file import read_tokenizer
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -26,15 +27,10 @@ _CHARS_PER_TOKEN = 16  # more than any tokenizer packs into a token on average
 
 def load_tokenizer(bundle: str | Path) -> Tokenizer:
     """The tokenizer of a bundle. Raises InputError or FormatError where there is none or it is broken."""
-    from tokenizers import Tokenizer
-
     path = Path(bundle) / "tokenizer.json"
     if not path.is_file():
         raise InputError("no such file", where=path, fix="give a folder that `hotcold export` wrote")
-    try:
-        return Tokenizer.from_file(str(path))
-    except Exception as error:  # the tokenizers library raises bare Exception for a bad file
-        raise FormatError(f"not a tokenizer: {error}", where=path) from error
+    return read_tokenizer(path)
 
 
 def text_ids(source: str, tokenizer: Tokenizer, n_tokens: int) -> np.ndarray:

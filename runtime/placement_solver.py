@@ -8,7 +8,8 @@ whether a layer has any and z whether it has all, minimise the sum over layers o
     Σ x >= least · y   (none, or enough to pay for the split)       x <= y       groups · z <= Σ x
     Σ x·bytes <= budget
 
-As later groups are never better than earlier ones, x may be continuous: y and z alone are integers.
+As later groups hold nothing better than earlier ones, x may be continuous: y and z alone are integers. What
+counts of x is how many neurons it stands for, as the last group of a layer can be smaller than the others.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ class _Programme:
     """Rows `matrix · v >= lower` over v = [x of all layers' groups | y | z | t]."""
 
     def __init__(self, times: Sequence[FfnTime], budget: int) -> None:
-        self.times = times
+        self.times, self.budget = times, budget
         self.edges = [_edges(time.layer.d_ff) for time in times]
         sizes = [len(edges) - 1 for edges in self.edges]
         self.at = np.concatenate([[0], np.cumsum(sizes)])  # where a layer's groups begin
@@ -103,13 +104,23 @@ class _Programme:
         return csr_array((values, columns, ends), shape=(len(self._rows), self.n_variables))
 
     def counts(self, v: np.ndarray) -> list[int]:
-        """Whole groups of each layer, and none where they are too few for the split."""
+        """Whole groups of each layer, and none where they are too few for the split; within the budget."""
         found = []
-        for layer, (time, edges) in enumerate(zip(self.times, self.edges, strict=True)):
-            share = v[self.at[layer] : self.at[layer + 1]].sum()
-            n = int(edges[int(share + 1e-6)])
-            found.append(n if n >= time.least else 0)
+        for layer, edges in enumerate(self.edges):
+            neurons = v[self.at[layer] : self.at[layer + 1]] @ np.diff(edges)
+            found.append(self._fitting(layer, int(edges[edges <= neurons + 1e-3].max())))
+        while any(found) and sum(map(self._bytes, range(len(found)), found)) > self.budget:
+            # The solver's tolerance let a group too many in.
+            layer = min((i for i, n in enumerate(found) if n), key=lambda i: found[i])
+            edges = self.edges[layer]
+            found[layer] = self._fitting(layer, int(edges[edges < found[layer]].max()))
         return found
+
+    def _fitting(self, layer: int, n: int) -> int:
+        return n if n >= self.times[layer].least else 0
+
+    def _bytes(self, layer: int, n: int) -> int:
+        return n * self.times[layer].layer.neuron_bytes
 
 
 def _edges(d_ff: int) -> np.ndarray:

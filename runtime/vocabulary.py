@@ -15,9 +15,10 @@ from typing import Any, NoReturn, Self
 from tokenizers import Tokenizer
 
 from hotcold.convert.gguf_read import GGUFFile
-from hotcold.errors import FormatError, InputError, UnsupportedError
+from hotcold.errors import InputError, UnsupportedError
 from hotcold.gguf_tokenizer import build_tokenizer
 from hotcold.runtime.bundle_files import file_of_role
+from hotcold.tokenizer_file import read_tokenizer
 
 __all__ = ["TextStream", "Vocabulary"]
 
@@ -81,10 +82,7 @@ class Vocabulary:
 def _read_tokenizer(path: Path) -> Tokenizer:
     if not path.is_file():
         raise InputError("the bundle has no tokenizer", where=path, fix="export the bundle again")
-    try:
-        return Tokenizer.from_file(str(path))
-    except Exception as error:  # tokenizers raises nothing more specific
-        raise FormatError(f"not a tokenizer: {error}", where=path) from error
+    return read_tokenizer(path)
 
 
 def _stop_ids(tokenizer: Tokenizer, metadata: dict[str, Any]) -> frozenset[int]:

@@ -23,6 +23,7 @@ from hotcold.errors import FormatError, HotcoldError, InputError, ShapeError, Un
 from hotcold.families import FfnLayer, activation_name, as_transformers, ffn_layers, install_activation
 from hotcold.gguf_tokenizer import build_tokenizer, token_of
 from hotcold.json_file import read_json
+from hotcold.tokenizer_file import read_tokenizer
 
 if TYPE_CHECKING:
     import torch
@@ -252,18 +253,13 @@ def load_tokenizer(model: str) -> Tokenizer:
 
     Raises InputError where an HF directory has no tokenizer.json, FormatError where that file is damaged.
     """
-    from tokenizers import Tokenizer
-
     path = resolve(model)
     if path.is_file():
         return build_tokenizer(_gguf(path).metadata, path)
     file = path / "tokenizer.json"
     if not file.is_file():
         raise InputError("no tokenizer.json in this folder", where=path, fix="save the fast tokenizer there")
-    try:
-        return Tokenizer.from_file(str(file))
-    except Exception as error:  # tokenizers raises bare Exception
-        raise FormatError(f"damaged tokenizer: {error}", where=file) from error
+    return read_tokenizer(file)
 
 
 def load_chat_template(model: str) -> str | None:

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from hotcold import checkpoint
 from hotcold.convert.gguf_read import GGUFFile
 from hotcold.errors import FormatError, HotcoldError, InputError, UnsupportedError
+from hotcold.tokenizer_file import read_tokenizer
 from hotcold.gguf_tokenizer import build_tokenizer
 
 
@@ -168,7 +169,7 @@ def test_truncated_safetensors(folder):
 
 def test_tokenizers_that_cannot_be_read(folder):
     (folder / "tokenizer.json").write_text("{}")
-    with pytest.raises(FormatError, match=r"tokenizer\.json: damaged tokenizer"):
+    with pytest.raises(FormatError, match=r"tokenizer\.json: not a tokenizer"):
         checkpoint.load_tokenizer(str(folder))
     (folder / "tokenizer.json").unlink()
     with pytest.raises(InputError, match=r"no tokenizer\.json"):
@@ -264,3 +265,13 @@ def test_unknown_vocabularies(tmp_path):
         bpe(tmp_path, pre="tekken")
     with pytest.raises(UnsupportedError, match=r"unknown vocabulary type \(got bert, expected gpt2 "):
         bpe(tmp_path, model="bert")
+
+
+def test_a_tokenizer_over_which_the_library_panics_is_refused(tmp_path):
+    """Its Rust code indexes past the end where a merge joins tokens into none; that is no Exception in Python."""
+    path = tmp_path / "tokenizer.json"
+    model = {"type": "BPE", "vocab": {"a": 1, "b": 2}, "merges": ["a b"], "continuing_subword_prefix": "xx"}
+    for changed in (model, model | {"continuing_subword_prefix": None, "unk_tokmn": ""}):
+        path.write_text(json.dumps({"model": changed}))
+        with pytest.raises(FormatError, match=r"tokenizer\.json: not a tokenizer"):
+            read_tokenizer(path)
