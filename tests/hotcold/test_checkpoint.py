@@ -268,7 +268,7 @@ def test_unknown_vocabularies(tmp_path):
 
 
 def test_a_tokenizer_over_which_the_library_panics_is_refused(tmp_path):
-    """Its Rust code indexes past the end where a merge joins tokens into none; that is no Exception in Python."""
+    """Its Rust code indexes past the end where a merge makes no known token; Python sees no Exception."""
     path = tmp_path / "tokenizer.json"
     model = {"type": "BPE", "vocab": {"a": 1, "b": 2}, "merges": ["a b"], "continuing_subword_prefix": "xx"}
     for changed in (model, model | {"continuing_subword_prefix": None, "unk_tokmn": ""}):
