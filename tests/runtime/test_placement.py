@@ -60,7 +60,7 @@ def test_budget_homes_and_least(of):
 
 @pytest.mark.parametrize("budget, neurons", [(2_100, 20), (2_000, 20), (1_999, 18), (199, 0)])
 def test_a_solution_is_read_as_neurons_within_the_budget(budget, neurons):
-    """The last group of 65 neurons has one, not two, and a solver may like it best; it has a tolerance, too."""
+    """The last group of 65 neurons has one, not two, and a solver may like it best; it has a tolerance."""
     costs = Costs(device_bandwidth=1e7, cpu_bandwidth=1e7, handover_s=0.0, split_s=0.0)
     of = problem(np.full((1, 65), 0.3), budget, costs=costs)
     programme = placement_solver._Programme([FfnTime(of.layers[0], costs)], budget)
