@@ -16,7 +16,7 @@ from hotcold.errors import FormatError, UnsupportedError
 __all__ = ["ModelShape", "Predictor", "activation_thresholds", "read_predictors"]
 
 _MAX_LAYERS = 1 << 12  # lists are made of that length before any weight is looked at
-_MAX_HEAD, _MAX_WIDTH = 1 << 16, 1 << 20
+_MAX_HEADS, _MAX_HEAD, _MAX_WIDTH = 1 << 10, 1 << 12, 1 << 20
 ACTIVATIONS = ("relu", "fatrelu", "drelu", "silu", "gelu")
 
 
@@ -50,7 +50,7 @@ class ModelShape:
             known = ", ".join(FORMS)
             raise UnsupportedError("unknown model architecture", where=file.path, got=arch, expected=known)
         form, key = FORMS[arch], _Keys(file, arch)
-        d_model, n_heads = key.count("embedding_length"), key.count("attention.head_count")
+        d_model, n_heads = key.count("embedding_length"), key.count("attention.head_count", most=_MAX_HEADS)
         n_layers = key.count("block_count", most=_MAX_LAYERS)
         if len(file.tensors["token_embd.weight"].shape if "token_embd.weight" in file.tensors else ()) != 2:
             raise FormatError("missing tensor", where=file.path, field="token_embd.weight")
@@ -66,7 +66,7 @@ class ModelShape:
             d_model=d_model,
             d_ff=key.count("feed_forward_length", most=_MAX_WIDTH),
             n_heads=n_heads,
-            n_kv_heads=key.count("attention.head_count_kv", n_heads),
+            n_kv_heads=key.count("attention.head_count_kv", n_heads, _MAX_HEADS),
             head_dim=head_dim,
             n_vocab=file.tensors["token_embd.weight"].shape[0],
             norm_eps=key(form.eps_key, form.default_eps),

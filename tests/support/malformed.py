@@ -150,6 +150,9 @@ CASES: dict[str, Case] = {
     "engine: no heads": Case(
         EN, number("llama.attention.head_count", 2, 0), Fm, "attention.head_count: bad value"
     ),
+    "engine: 2^29 heads": Case(
+        EN, number("llama.attention.head_count", 2, 721420290), Fm, "attention.head_count: bad value"
+    ),
     "engine: three heads on two": Case(
         EN, number("llama.attention.head_count_kv", 1, 3), Un, "multiple of key-value heads"
     ),
