@@ -21,11 +21,11 @@ from hotcold.text import documents, split, token_stream
 
 SEEDS = (0, 1, 2)
 STEPS = 300
-PEAK = 3.0
+PEAK = 2.5
 DENSE_STEPS = 1500
 SCHEDULES = {
     "no L1": L1(),
-    "fixed / 8": L1(((0.0, 0), (PEAK / 8, 1))),
+    "fixed, a fifth": L1(((0.0, 0), (PEAK / 5, 1))),
     "fixed": L1(((0.0, 0), (PEAK, 1))),
     "progressive": L1(((0.0, 30), (PEAK / 10, 60), (PEAK / 2, 150), (PEAK / 2, 180), (PEAK, 270))),
 }
@@ -102,7 +102,7 @@ def outcomes(dense, tokenizer, tmp_path_factory):
             quality = prosparse(lambda: checkpoint.load_model(str(dense)), tokenizer, config, work).sparse
             runs.append((torch.tensor(quality.perplexity).log().item(), quality.mean_sparsity))
         found[name] = torch.tensor(runs).mean(0).tolist()
-        print(f"{name:<12} loss {found[name][0]:.4f}  sparsity {found[name][1]:.2%}", flush=True)
+        print(f"{name:<14} loss {found[name][0]:.4f}  sparsity {found[name][1]:.2%}", flush=True)
     return found
 
 
