@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -17,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from hotcold import storage
+from hotcold.eval.pipeline import child_command
 from hotcold.progress import log
 
 __all__ = ["PARTS", "Part", "parts", "run_parts"]
 
-_MAIN = "import sys; from hotcold.cli import main; sys.exit(main())"
 _TOLD = 4000  # characters of a failed part's last words
 _FEW = ("--layers", "8")
 
@@ -86,9 +85,10 @@ def _run(part: Part, left: float) -> dict[str, Any]:
     start = time.monotonic()
     if left < part.seconds:
         return _became("skipped", start, f"{left:.0f} s left, {part.seconds:.0f} s needed")
-    command = [sys.executable, "-c", _MAIN, *part.arguments]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=left, check=False)
+        done = subprocess.run(
+            child_command(part.arguments), capture_output=True, text=True, timeout=left, check=False
+        )
     except subprocess.TimeoutExpired as late:
         return _became("timed out", start, (late.stderr or b"").decode(errors="replace"))
     try:

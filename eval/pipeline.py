@@ -22,10 +22,15 @@ from hotcold import __version__, storage
 from hotcold.errors import HotcoldError
 from hotcold.progress import log
 
-__all__ = ["Done", "Step", "StepError", "run_steps"]
+__all__ = ["Done", "Step", "StepError", "child_command", "run_steps"]
 
 _PATIENCE_S = 5.0
 _RUN = "import sys; from hotcold.cli import main; sys.exit(main())"
+
+
+def child_command(arguments: Sequence[str]) -> list[str]:
+    """The command line of a process that runs `hotcold` with these arguments, in this Python."""
+    return [sys.executable, "-c", _RUN, *arguments]
 
 
 class StepError(HotcoldError):
@@ -86,7 +91,7 @@ def _read(journal: Path) -> dict[str, Done]:
 def _run(step: Step, key: str) -> Done:
     """Run the command in a child whose stdout is shown and kept; Ctrl-C reaches both of us."""
     start = time.monotonic()
-    command = [sys.executable, "-c", _RUN, *step.arguments]
+    command = child_command(step.arguments)
     kept: list[str] = []
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, encoding="utf-8") as child:
         try:
