@@ -18,6 +18,7 @@ import mmap
 import re
 import struct
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -368,12 +369,10 @@ class _Reader:
         if dims[0] % block:
             expected = f"a multiple of {type_name}'s block of {block}"
             raise self.fail("rows of broken blocks", f"{name}.dims", at=at, got=dims[0], expected=expected)
-        n_bytes = row_bytes(type_name, dims[0])
-        # A zero dimension must not hide that the others are more than any program can index.
-        extent = max(n_bytes, dims[0], 1)
-        for size in dims[1:]:
-            n_bytes, extent = n_bytes * size, extent * max(size, 1)
-        if extent > _MAX_BYTES:
+        n_bytes = row_bytes(type_name, dims[0]) * prod(dims[1:])
+        # A zero dimension must not hide that the others are more than any program can index. Whatever the
+        # type, values are decoded to floats: a number is taken as eight bytes.
+        if 8 * prod(max(size, 1) for size in dims) > _MAX_BYTES:
             raise self.fail("tensor too big", f"{name}.dims", at=at, got="×".join(map(str, dims)))
         return n_bytes
 

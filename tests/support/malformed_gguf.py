@@ -154,6 +154,8 @@ BAD: dict[str, tuple[bytes, str]] = {
     "negative dimension": (gguf(infos=[info(dims=(4, MAX64))], data=bytes(32)), "t.dims"),
     "elements that wrap": (gguf(infos=[info(dims=(2**32, 2**32))], data=bytes(32)), "t.dims"),
     "2^63-1 times 2": (gguf(infos=[info(dims=(2**63 - 1, 2))], data=bytes(32)), "t.dims"),
+    "a zero that hides 2^62": (gguf(infos=[info(dims=(4, 0, 2**62))], data=bytes(32)), "t.dims"),
+    "two zeros that hide 2^62": (gguf(infos=[info(dims=(0, 0, 2**62), kind=24)], data=bytes(32)), "t.dims"),
     "bytes that wrap": (gguf(infos=[info(dims=(2**62, 1), kind=0)], data=bytes(32)), "t.dims"),
     "a zero that hides a wrap": (gguf(infos=[info(dims=(2**40, 0, 2**40))], data=bytes(32)), "t.dims"),
     "Q4_0 bytes that wrap": (gguf(infos=[info(dims=(2**62, 32), kind=2)], data=bytes(32)), "t.dims"),
