@@ -2,12 +2,13 @@
 
 An input is the number of a file and its content; the other files of the folder are good. An input that
 raises anything but a HotcoldError, takes `--timeout` seconds or a gigabyte, ends the run with status 77 and
-lies in `--crashes`.
+lies in `--crashes`. With a `--seed`, and PYTHONHASHSEED set, the inputs are the same in every run.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import tempfile
 from pathlib import Path
@@ -80,13 +81,16 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("name", choices=readers.READERS)
     parser.add_argument("--seconds", type=int, required=True)
+    parser.add_argument("--inputs", type=int, default=-1, help="at most so many (default: no limit)")
     parser.add_argument("--crashes", type=Path, required=True, help="folder for inputs that break a reader")
     parser.add_argument("--timeout", type=int, default=60, help="seconds for one input")
-    parser.add_argument("--seed", type=int, default=0, help="of all chance; 0: another one in each run")
+    parser.add_argument("--seed", type=int, default=0, help="the same inputs in each run; 0: others")
     args = parser.parse_args()
     instrument()
+    crashes = args.crashes.resolve()
     with tempfile.TemporaryDirectory() as temporary:
-        folder, corpus = Path(temporary, "folder"), Path(temporary, "corpus")
+        os.chdir(temporary)  # what is compared with a path must not differ from run to run
+        folder, corpus = Path("folder"), Path("corpus")
         folder.mkdir()
         corpus.mkdir()
         target = Target(args.name, folder)
@@ -94,8 +98,8 @@ def main() -> None:
             (corpus / f"{number:03d}").write_bytes(seed)
         options = {
             "max_total_time": args.seconds, "max_len": 16384, "timeout": args.timeout, "rss_limit_mb": 1024,
-            "seed": args.seed, "print_final_stats": 1,
-            "artifact_prefix": f"{args.crashes / args.name.replace(' ', '-')}-",
+            "seed": args.seed, "runs": args.inputs, "reload": 0, "print_final_stats": 1,
+            "artifact_prefix": f"{crashes / args.name.replace(' ', '-')}-",
         }  # fmt: skip
         flags = [f"-{key}={value}" for key, value in options.items()]
         atheris.Setup([sys.argv[0], *flags, str(corpus)], target, custom_mutator=custom_mutator)

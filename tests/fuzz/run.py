@@ -6,9 +6,11 @@ Prints a line per reader: how many inputs it took, how many a second, and what c
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -19,14 +21,18 @@ sys.path.insert(0, str(HERE.parent / "support"))
 def fuzz(name: str, args: argparse.Namespace) -> tuple[bool, str]:
     """Whether a reader took all inputs, and a line about it."""
     command = [sys.executable, HERE / "fuzz_reader.py", name]
-    for option in ("seconds", "crashes", "timeout", "seed"):
+    for option in ("seconds", "inputs", "crashes", "timeout", "seed"):
         command += [f"--{option}", str(getattr(args, option))]
-    child = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    # Sets of strings have another order in each process, unless their hashes are seeded too.
+    environment = os.environ | ({"PYTHONHASHSEED": str(args.seed)} if args.seed else {})
+    begun = time.monotonic()
+    child = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     output = child.stdout.decode(errors="replace")
     found = re.search(r"stat::number_of_executed_units:\s*(\d+)", output)
     inputs = int(found[1]) if found else 0
     good = child.returncode == 0 and inputs > 0
-    line = f"{name:<18}{inputs:>12,} inputs {inputs / args.seconds:>8,.0f}/s  {'ok' if good else 'BROKEN'}"
+    rate = inputs / (time.monotonic() - begun)
+    line = f"{name:<18}{inputs:>12,} inputs {rate:>8,.0f}/s  {'ok' if good else 'BROKEN'}"
     return good, line if good else f"{line}\n{output[-2500:]}"
 
 
@@ -35,10 +41,11 @@ def main() -> int:
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=int, default=60, help="for each reader (default: %(default)s)")
+    parser.add_argument("--inputs", type=int, default=-1, help="at most so many (default: no limit)")
     parser.add_argument("--jobs", type=int, default=2, help="readers at a time (default: %(default)s)")
     parser.add_argument("--crashes", type=Path, default=Path("crashes"), help="folder for inputs that break")
     parser.add_argument("--timeout", type=int, default=60, help="for one input (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of all chance; 0: another one in each run")
+    parser.add_argument("--seed", type=int, default=0, help="the same inputs in each run; 0: others")
     parser.add_argument("names", nargs="*", help="readers (default: all)", choices=[[], *READERS])
     args = parser.parse_args()
     args.crashes.mkdir(parents=True, exist_ok=True)
