@@ -44,6 +44,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--hot-frequency", type=float, default=0.5, metavar="SHARE",
         help="neurons that fire on this share of tokens are always computed (default: %(default)s)",
     )  # fmt: skip
+    add(
+        "--attention-rows",
+        action="store_true",
+        help="write the attention matrices by input too: `--input-sparsity` of other commands needs them",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -55,7 +60,9 @@ def run(args: argparse.Namespace) -> int:
     if not 0 < args.hot_frequency < math.inf:
         raise InputError("a share is above 0", where="--hot-frequency", got=args.hot_frequency)
     path = Path(resolve(args.model))
-    options = ExportOptions(args.quant, args.head_quant, args.predictor_quant, args.hot_frequency)
+    options = ExportOptions(
+        args.quant, args.head_quant, args.predictor_quant, args.hot_frequency, args.attention_rows
+    )
     predictors = PredictorBundle.load(args.predictors) if args.predictors else None
     with _source(args.model, path) as (source, folder):
         manifest = export_bundle(

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from gguf.constants import GGML_QUANT_VERSION, LlamaFileType
 
+from hotcold.convert import attention_rows
 from hotcold.convert.architectures import ModelSpec
 from hotcold.convert.gguf_write import TensorPlan
 from hotcold.convert.llama_cpp import dense_metadata, dense_plans
@@ -35,13 +36,15 @@ class ExportOptions:
     """How to write a bundle. Quantisations are names of `quantize.QUANTS`.
 
     `head_quant` is for embedding and head, and that of the other matrices where None. A neuron that
-    fires on `hot_frequency` of the tokens or more is hot: always computed, never predicted.
+    fires on `hot_frequency` of the tokens or more is hot: always computed, never predicted. With
+    `attention_rows` the attention matrices are written by input too, for a runtime that leaves inputs out.
     """
 
     quant: str = "q4_0"
     head_quant: str | None = None
     predictor_quant: str = "q8_0"
     hot_frequency: float = 0.5
+    attention_rows: bool = False
 
     @property
     def head(self) -> str:
@@ -77,9 +80,11 @@ class ModelFiles:
     load: Callable[[str], np.ndarray]
 
     def layouts(self, predictors: PredictorBundle | None) -> tuple[list[GGUFLayout], list[str]]:
-        """The dense file and, with predictors, the sparse one; and what got another type than wished."""
+        """The dense file and those that were asked for, the sparse one with predictors; and what got another
+        type than wished."""
         planner = Planner(self.spec, self.options.types(), self.load)
-        common = self._common_metadata(planner.types)
+        own = self._own_metadata(planner.types)
+        common = own | self._vocabulary()
         metadata = dense_metadata(self.spec) | common
         layouts = [GGUFLayout(f"{self.name}.gguf", "dense", "GGUF", metadata, dense_plans(planner))]
         if predictors is not None:
@@ -87,11 +92,18 @@ class ModelFiles:
             metadata = sparse_metadata(self.spec, predictors, hot) | common
             plans = sparse_plans(planner, predictors)
             layouts.append(GGUFLayout(f"{self.name}.powerinfer.gguf", "sparse", MAGIC, metadata, plans))
+        if self.options.attention_rows:
+            metadata, plans = (
+                attention_rows.attention_rows_metadata(),
+                attention_rows.attention_rows_plans(planner),
+            )
+            file = f"{self.name}.attention.gguf"
+            layouts.append(GGUFLayout(file, attention_rows.ROLE, "GGUF", metadata | own, plans))
         return layouts, sorted(set(planner.fallbacks))
 
-    def _common_metadata(self, types: TensorTypes) -> dict[str, Any]:
+    def _own_metadata(self, types: TensorTypes) -> dict[str, Any]:
         file_type = LlamaFileType[_FILE_TYPES.get(types.body, f"MOSTLY_{types.body}")]
-        metadata = {
+        return {
             "general.name": self.name,
             "general.file_type": np.uint32(file_type),
             "general.quantization_version": np.uint32(GGML_QUANT_VERSION),
@@ -100,6 +112,8 @@ class ModelFiles:
             "hotcold.activation": self.spec.activation,
             "hotcold.activation_thresholds": np.asarray(self.spec.activation_thresholds, np.float32),
         }
+
+    def _vocabulary(self) -> dict[str, Any]:
         if self.folder is None:
-            return metadata | {"tokenizer.ggml.model": "none"}
-        return metadata | tokenizer_metadata(self.folder, self.spec.n_vocab, self.config)
+            return {"tokenizer.ggml.model": "none"}
+        return tokenizer_metadata(self.folder, self.spec.n_vocab, self.config)

@@ -18,7 +18,7 @@ __all__ = ["MANIFEST", "BundleFile", "Manifest"]
 
 MANIFEST = "manifest.json"
 FORMAT, VERSION = "hotcold-bundle", 1
-ROLES = ("dense", "sparse", "predictor", "tokenizer", "config")
+ROLES = ("dense", "sparse", "attention", "predictor", "tokenizer", "config")
 
 _LISTS = ("source_quantised", "llama_cpp_differences")  # of strings, empty where they are missing
 

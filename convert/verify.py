@@ -14,6 +14,7 @@ import numpy as np
 
 from hotcold import storage
 from hotcold.convert.architectures import ModelSpec
+from hotcold.convert.attention_rows import ROLE
 from hotcold.convert.gguf_read import GGUFFile
 from hotcold.convert.layout import ExportOptions, GGUFLayout, ModelFiles
 from hotcold.convert.llama_cpp import differences, is_exact
@@ -82,7 +83,11 @@ def _check_content(folder: Path, manifest: Manifest) -> None:
         check_predictors(predictors, spec, manifest.model_fingerprint)
     tokenizer = tokenizer_files(folder)
     options = ExportOptions(
-        manifest.quant, manifest.head_quant, manifest.predictor_quant, manifest.hot_frequency
+        manifest.quant,
+        manifest.head_quant,
+        manifest.predictor_quant,
+        manifest.hot_frequency,
+        attention_rows=bool(manifest.of_role(ROLE)),
     )
     model = ModelFiles(
         spec,

@@ -42,6 +42,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "-m", "--modes", default="dense,exact,predicted", metavar="LIST",
         help="of dense, exact, predicted, auto (default dense,exact,predicted)",
     )  # fmt: skip
+    add(
+        "--input-sparsity", type=float, default=0.0, metavar="SHARE",
+        help="also run each mode with this share of the attention matrices' inputs left out",
+    )  # fmt: skip
     add("-o", "--output", default="md", choices=("md", "csv", "json", "jsonl"))
     add("--save", metavar="FILE", help="write the JSON object to this file too")
     add(
@@ -102,7 +106,13 @@ def _measure(args: argparse.Namespace, plan: Plan, scratch: Path) -> Report:
     bundle, ids, windows = _synthetic(args, plan, scratch) if args.synthetic else _real(args, plan)
     n_ctx = max(plan.n_prompt + plan.n_gen, args.window)
     peers, truth = sides.open_peers(bundle, scratch, n_threads=args.threads, n_ctx=n_ctx)
-    ours = {mode: sides.open_side(bundle, mode, n_threads=args.threads, n_ctx=n_ctx) for mode in modes}
+    ours = {
+        sides.side_name(mode, share): sides.open_side(
+            bundle, mode, n_threads=args.threads, n_ctx=n_ctx, input_sparsity=share
+        )
+        for mode in modes
+        for share in dict.fromkeys((0.0, args.input_sparsity))
+    }
     report = bench(peers, ours, segments(ids, plan), windows, truth=truth, n_threads=args.threads)
     return replace(report, settings=_settings(args, plan), machine=machine.describe())
 
@@ -135,6 +145,7 @@ def _synthetic(
         predictor_quant=args.predictor_quant,
         predictor_rank=args.predictor_rank,
         noise=args.noise,
+        attention_rows=args.input_sparsity > 0,
     )
     n_vocab = synthetic.config["vocab_size"]
     ids = pseudo_text(n_vocab, args.quality_tokens + plan.n_tokens, seed=synthetic.seed + 2)
@@ -161,6 +172,7 @@ def _settings(args: argparse.Namespace, plan: Plan) -> dict[str, object]:
         "rounds": plan.rounds,
         "n_prompt": plan.n_prompt,
         "n_gen": plan.n_gen,
+        **({"input_sparsity": args.input_sparsity} if args.input_sparsity else {}),
         "quality_tokens": args.quality_tokens,
         "window": args.window,
     }

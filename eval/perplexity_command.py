@@ -6,6 +6,9 @@ import argparse
 import json
 from typing import TYPE_CHECKING
 
+from hotcold.errors import InputError
+from hotcold.runtime.backends import add_input_sparsity
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -43,6 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "of equal most likely tokens. `--mode llama.cpp --reference dense` says what llama.cpp makes of a "
         "model whose function it lacks",
     )  # fmt: skip
+    add_input_sparsity(parser)
     parser.add_argument("-t", "--threads", type=int, metavar="N", help="threads (default: all CPUs)")
     parser.add_argument(
         "--json",
@@ -60,6 +64,8 @@ def run(args: argparse.Namespace) -> int:
 
     known = (*MODES, LLAMA_CPP)
     modes = checked_modes(args.mode, known)
+    if args.input_sparsity and LLAMA_CPP in modes:
+        raise InputError("llama.cpp leaves no inputs out", where="--input-sparsity", got=args.input_sparsity)
     reference = checked_modes(args.reference, known)[0] if args.reference else None
     args.threads = machine.thread_count(args.threads)
     tokenizer = windows.load_tokenizer(args.bundle)
@@ -77,18 +83,20 @@ def run(args: argparse.Namespace) -> int:
 
 def _sides(args: argparse.Namespace, modes: list[str]) -> Iterator[tuple[str, Side]]:
     """One side after the other, so that only one is in memory, besides the reference."""
-    from hotcold.eval.sides import open_gguf
+    from hotcold.eval.sides import open_gguf, side_name
 
     for mode in modes:
-        yield mode, _open(args, mode)
+        yield side_name(mode, args.input_sparsity), _open(args, mode, args.input_sparsity)
     if args.gguf:
         yield args.gguf, open_gguf(args.gguf, n_threads=args.threads, n_ctx=args.window)
 
 
-def _open(args: argparse.Namespace, mode: str) -> Side:
+def _open(args: argparse.Namespace, mode: str, input_sparsity: float = 0.0) -> Side:
     from hotcold.eval.sides import open_side
 
-    return open_side(args.bundle, mode, n_threads=args.threads, n_ctx=args.window)
+    return open_side(
+        args.bundle, mode, n_threads=args.threads, n_ctx=args.window, input_sparsity=input_sparsity
+    )
 
 
 def _show(name: str, quality: Quality, reference: str | None, *, as_json: bool) -> None:

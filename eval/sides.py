@@ -29,6 +29,7 @@ __all__ = [
     "open_gguf",
     "open_peers",
     "open_side",
+    "side_name",
 ]
 
 LLAMA_CPP = "llama.cpp"
@@ -92,8 +93,16 @@ def checked_modes(names: str, known: Sequence[str] = MODES) -> list[str]:
     return modes
 
 
-def open_side(bundle: str | Path, mode: str, *, n_threads: int, n_ctx: int) -> Side:
-    """Load a bundle in a mode of ours, or its dense file in llama.cpp.
+def side_name(mode: str, input_sparsity: float) -> str:
+    """What a mode is called in reports."""
+    return f"{mode} ({1 - input_sparsity:.0%} of inputs)" if input_sparsity else mode
+
+
+def open_side(
+    bundle: str | Path, mode: str, *, n_threads: int, n_ctx: int, input_sparsity: float = 0.0
+) -> Side:
+    """Load a bundle in a mode of ours, with `input_sparsity` of the attention's inputs left out, or its dense
+    file in llama.cpp.
 
     Raises InputError for an unknown mode, and what the engines raise for files they cannot take.
     """
@@ -102,7 +111,7 @@ def open_side(bundle: str | Path, mode: str, *, n_threads: int, n_ctx: int) -> S
         return open_gguf(str(file_of_role(bundle, "dense")), n_threads=n_threads, n_ctx=n_ctx)
     from hotcold.runtime.engine import Engine
 
-    return EngineSide(Engine.load(bundle, mode=mode, n_threads=n_threads, n_ctx=n_ctx))
+    return EngineSide(Engine.load(bundle, mode, n_threads, n_ctx, input_sparsity))
 
 
 def open_gguf(model: str, *, n_threads: int, n_ctx: int) -> Peer:

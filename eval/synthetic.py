@@ -74,6 +74,7 @@ class Synthetic:
     predictor_rank: int | None = None
     noise: float = 0.36
     seed: int = 0
+    attention_rows: bool = False
 
     def __post_init__(self) -> None:
         if self.shape not in SHAPES:
@@ -135,7 +136,12 @@ def write_synthetic(synthetic: Synthetic, folder: str | Path) -> Path:
         name=synthetic.name,
         fingerprint=synthetic.fingerprint,
         predictors=_predictors(synthetic, model),
-        options=ExportOptions(synthetic.quant, predictor_quant=synthetic.predictor_quant, hot_frequency=_HOT),
+        options=ExportOptions(
+            synthetic.quant,
+            predictor_quant=synthetic.predictor_quant,
+            hot_frequency=_HOT,
+            attention_rows=synthetic.attention_rows,
+        ),
     )
     return out
 

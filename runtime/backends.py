@@ -22,14 +22,20 @@ if TYPE_CHECKING:
     from hotcold.runtime.engine import Engine
     from hotcold.runtime.placement import Placement
 
-__all__ = ["BackendOptions", "add_backend_arguments", "make_placement", "open_engine"]
+__all__ = [
+    "BackendOptions",
+    "add_backend_arguments",
+    "add_input_sparsity",
+    "make_placement",
+    "open_engine",
+]
 
 BACKENDS = ("cpu", "gpu", "hybrid")
 
 
 @dataclass(frozen=True, slots=True)
 class BackendOptions:
-    """Where to compute. `place` is a plan to use, `firing` what tells how often neurons fire."""
+    """Where to compute, and how. `place` is a plan to use, `firing` what tells how often neurons fire."""
 
     backend: str = "cpu"
     device: str = "cuda"
@@ -37,10 +43,13 @@ class BackendOptions:
     place: str | None = None
     firing: str | None = None
     allow_pickle: bool = False
+    input_sparsity: float = 0.0
 
     def __post_init__(self) -> None:
         if self.backend not in BACKENDS:
             raise InputError("unknown backend", got=self.backend, expected=" | ".join(BACKENDS))
+        if self.input_sparsity and self.backend != "cpu":
+            raise InputError("--input-sparsity is for the cpu backend", got=self.backend)
 
     @classmethod
     def of(cls, args: argparse.Namespace) -> Self:
@@ -64,7 +73,17 @@ def add_backend_arguments(group: argparse._ArgumentGroup) -> None:
         "--firing", metavar="DIR",
         help="hybrid: traces, predictors, or activation_N.pt that tell what is hot (the bundle's predictors)",
     )  # fmt: skip
+    add_input_sparsity(group)
     add("--allow-pickle", action="store_true", help="--firing may hold pickles; they are read in a sandbox")
+
+
+def add_input_sparsity(group: argparse._ActionsContainer) -> None:
+    """Declare `--input-sparsity`."""
+    group.add_argument(
+        "--input-sparsity", type=float, default=0.0, metavar="SHARE",
+        help="cpu: leave out this share of the attention matrices' inputs, the smallest; it costs quality "
+        "(%(default)s)",
+    )  # fmt: skip
 
 
 def open_engine(
@@ -79,7 +98,7 @@ def open_engine(
     if options.backend == "cpu":
         from hotcold.runtime.engine import Engine
 
-        return Engine.load(bundle, mode=mode, n_threads=n_threads, n_ctx=n_ctx)
+        return Engine.load(bundle, mode, n_threads, n_ctx, options.input_sparsity)
     if options.backend == "gpu":
         from hotcold.runtime.gpu.engine import GpuEngine
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from hotcold.convert.gguf_read import GGUFFile, Tensor
 from hotcold.convert.quantize import dequantize
-from hotcold.errors import FormatError, InputError, ShapeError, UnsupportedError
+from hotcold.errors import FormatError, InputError, MismatchError, ShapeError, UnsupportedError
 from hotcold.progress import log
 from hotcold.runtime import _cpu
 from hotcold.runtime.shape import ModelShape, activation_thresholds, read_predictors
@@ -27,6 +27,7 @@ __all__ = ["MODES", "Source", "load_layers", "load_model", "new_model"]
 MODES = {"dense": 0, "exact": 1, "predicted": 2}
 TYPES = {"F32": 0, "F16": 1, "BF16": 2, "Q8_0": 3, "Q4_0": 4}
 _ALL = slice(None)
+_PROJECTIONS = tuple(f"attn_{name}.weight" for name in ("q", "k", "v", "qkv", "output"))
 ACTIVATIONS = {"silu": 0, "relu": 1, "fatrelu": 1, "drelu": 2, "gelu": 3}
 
 
@@ -34,24 +35,24 @@ class Source:
     """Tensors of a file as the bytes that the engine packs."""
 
     def __init__(self, file: GGUFFile) -> None:
-        self._file, self.path = file, file.path
+        self.file, self.path = file, file.path
         self._unread = set(file.tensors)
         self.converted: set[str] = set()  # types that became F16
 
     def __contains__(self, name: str) -> bool:
-        return name in self._file.tensors
+        return name in self.file.tensors
 
     def tensor(self, name: str, *shape: int) -> Tensor:
         """The tensor, after a check of its shape; a leading dimension of one (a single expert) is dropped."""
         if name not in self:
-            raise FormatError("missing tensor", where=self._file.path, field=name)
+            raise FormatError("missing tensor", where=self.file.path, field=name)
         self._unread.discard(name)
-        tensor = self._file.tensors[name]
+        tensor = self.file.tensors[name]
         found = (
             tensor.shape[1:] if len(tensor.shape) == len(shape) + 1 and tensor.shape[0] == 1 else tensor.shape
         )
         if found != shape:
-            raise ShapeError(f"tensor {name}", where=self._file.path, got=tensor.shape, expected=shape)
+            raise ShapeError(f"tensor {name}", where=self.file.path, got=tensor.shape, expected=shape)
         return tensor
 
     def vector(self, name: str, n: int) -> np.ndarray:
@@ -68,14 +69,14 @@ class Source:
 
     def shape_of(self, name: str) -> tuple[int, ...]:
         """The shape of a tensor that may be missing: then ()."""
-        return self._file.tensors[name].shape if name in self else ()
+        return self.file.tensors[name].shape if name in self else ()
 
     def check_all_read(self, ignored: tuple[str, ...]) -> None:
         """An unused tensor (a bias, a rope table) means another function than the one computed here."""
         left = sorted(name for name in self._unread if not any(part in name for part in ignored))
         if left:
             raise UnsupportedError(
-                "the model has tensors of an unknown kind", where=self._file.path, got=left[0]
+                "the model has tensors of an unknown kind", where=self.file.path, got=left[0]
             )
 
 
@@ -86,19 +87,25 @@ def _neox_order(n_heads: int, head_dim: int) -> np.ndarray:
 
 
 def load_model(
-    file: GGUFFile, mode: str, n_threads: int, n_ctx: int, isa: str | None = None
+    file: GGUFFile,
+    mode: str,
+    n_threads: int,
+    n_ctx: int,
+    isa: str | None = None,
+    attention: GGUFFile | None = None,
 ) -> tuple[_cpu.Model, ModelShape]:
-    """Pack the weights of `file` for `mode`.
+    """Pack the weights of `file` for `mode`; those of attention by input, where `attention` holds them so.
 
     Raises FormatError for missing tensors, ShapeError for wrong shapes, UnsupportedError for a model that the
     engine or this mode cannot run, InputError for more context than a model has learned positions for.
     """
     shape = ModelShape.read(file)
     source = Source(file)
+    by_input = None if attention is None else _attention_rows(attention, file)
     _check_context(source, shape, n_ctx)
     try:
-        model = new_model(file, shape, mode, n_threads, n_ctx, isa)
-        _load(model, source, file, shape, mode)
+        model = new_model(file, shape, mode, n_threads, n_ctx, isa, attention)
+        _load(model, source, file, shape, mode, by_input)
         model.check()
     except ValueError as error:
         raise UnsupportedError(str(error), where=file.path) from error
@@ -116,9 +123,16 @@ def _check_context(source: Source, shape: ModelShape, n_ctx: int) -> None:
 
 
 def new_model(
-    file: GGUFFile, shape: ModelShape, mode: str, n_threads: int, n_ctx: int, isa: str | None = None
+    file: GGUFFile,
+    shape: ModelShape,
+    mode: str,
+    n_threads: int,
+    n_ctx: int,
+    isa: str | None = None,
+    attention: GGUFFile | None = None,
 ) -> _cpu.Model:
-    """A model without weights, with room for those of `file`. ValueError for what the engine cannot be."""
+    """A model without weights, with room for those of the files. ValueError for what the engine cannot be."""
+    tensors = [tensor for part in (file, attention) if part for tensor in part.tensors.values()]
     return _cpu.Model(
         n_layers=shape.n_layers,
         d_model=shape.d_model,
@@ -133,7 +147,7 @@ def new_model(
         mode=MODES[mode],
         threads=n_threads,
         # Address space, not memory: padding of narrow rows can quadruple a tensor.
-        weight_bytes=4 * sum(map(_engine_bytes, file.tensors.values())) + (64 << 20),
+        weight_bytes=4 * sum(map(_engine_bytes, tensors)) + (64 << 20),
         isa=isa,
         layer_norm=shape.form.layer_norm,
         parallel=shape.form.parallel,
@@ -145,7 +159,14 @@ def _engine_bytes(tensor: Tensor) -> int:
     return tensor.data.nbytes if tensor.type in TYPES else 2 * math.prod(tensor.shape)
 
 
-def _load(model: _cpu.Model, source: Source, file: GGUFFile, shape: ModelShape, mode: str) -> None:
+def _load(
+    model: _cpu.Model,
+    source: Source,
+    file: GGUFFile,
+    shape: ModelShape,
+    mode: str,
+    by_input: Source | None,
+) -> None:
     d, vocab = shape.d_model, shape.n_vocab
     model.set_panel(0, "embedding", *source.packable("token_embd.weight", vocab, d), vocab, d)
     if _head_is_embedding(source, vocab, d):
@@ -153,21 +174,43 @@ def _load(model: _cpu.Model, source: Source, file: GGUFFile, shape: ModelShape, 
     else:
         model.set_panel(0, "head", *source.packable("output.weight", vocab, d), vocab, d)
     _load_norm(model, source, shape, 0, "output_norm", "output_norm")
-    load_layers(model, source, file, shape, mode, range(shape.n_layers))
-    source.check_all_read(("fc1.weight", "fc2.weight", "ffn_gate_inp.weight", "rope_freqs.weight"))
+    load_layers(model, source, file, shape, mode, range(shape.n_layers), by_input)
+    unread = ("fc1.weight", "fc2.weight", "ffn_gate_inp.weight", "rope_freqs.weight")
+    source.check_all_read(unread if by_input is None else (*unread, *_PROJECTIONS))
+
+
+def _attention_rows(attention: GGUFFile, file: GGUFFile) -> Source:
+    """The file of attention matrices by input; MismatchError unless it is of the model of `file`."""
+    key = "hotcold.model_fingerprint"
+    got, expected = attention.metadata.get(key), file.metadata.get(key)
+    if got != expected:
+        fix = "export both together"
+        raise MismatchError(
+            "rows of another model", where=attention.path, got=got, expected=expected, fix=fix
+        )
+    return Source(attention)
 
 
 def load_layers(
-    model: _cpu.Model, source: Source, file: GGUFFile, shape: ModelShape, mode: str, layers: Sequence[int]
+    model: _cpu.Model,
+    source: Source,
+    file: GGUFFile,
+    shape: ModelShape,
+    mode: str,
+    layers: Sequence[int],
+    by_input: Source | None = None,
 ) -> None:
-    """Pack all of these layers: attention, FFN and, in predicted mode, predictors."""
+    """Pack all of these layers: attention (its matrices from `by_input`, if given), FFN and, in predicted
+    mode, predictors."""
     _load_positions(model, source, shape)
     thresholds = activation_thresholds(file, shape.n_layers)
     for layer in layers:
         model.set_activation_threshold(layer, thresholds[layer])
-        _load_attention(model, source, shape, layer)
+        _load_attention(model, source, shape, layer, by_input)
         _load_ffn(model, source, shape, layer, mode)
         _forget_pages(file)
+        if by_input is not None:
+            _forget_pages(by_input.file)
     if mode == "predicted":
         _load_predictors(model, source, file, shape, layers)
 
@@ -197,7 +240,9 @@ def _load_positions(model: _cpu.Model, source: Source, shape: ModelShape) -> Non
         model.set_panel(0, "positions", *source.packable(name, rows, d, slice(first, None)), rows - first, d)
 
 
-def _load_attention(model: _cpu.Model, source: Source, shape: ModelShape, layer: int) -> None:
+def _load_attention(
+    model: _cpu.Model, source: Source, shape: ModelShape, layer: int, by_input: Source | None
+) -> None:
     block, d = f"blk.{layer}", shape.d_model
     model.set_window(layer, shape.windows[layer])
     # llama.cpp's Falcon: attn_norm is that of the FFN, and of attention too unless this has its own
@@ -210,13 +255,25 @@ def _load_attention(model: _cpu.Model, source: Source, shape: ModelShape, layer:
             layer, f"{slot}_norm", source.vector(f"{block}.attn_{slot}_norm.weight", shape.head_dim)
         )
     for slot in ("q", "k", "v"):
-        _load_projection(model, source, shape, layer, slot)
+        _load_projection(model, source, shape, layer, slot, bias_only=by_input is not None)
+    _load_bias(model, source, layer, "o_bias", f"{block}.attn_output", d)
+    if by_input is not None:
+        return _load_attention_rows(model, by_input, shape, layer)
     cols = shape.n_heads * shape.head_dim
     model.set_panel(layer, "o", *source.packable(f"{block}.attn_output.weight", d, cols), d, cols)
-    _load_bias(model, source, layer, "o_bias", f"{block}.attn_output", d)
 
 
-def _load_projection(model: _cpu.Model, source: Source, shape: ModelShape, layer: int, slot: str) -> None:
+def _load_attention_rows(model: _cpu.Model, source: Source, shape: ModelShape, layer: int) -> None:
+    d, q, kv = shape.d_model, shape.n_heads * shape.head_dim, shape.n_kv_heads * shape.head_dim
+    groups = {"qkv": {"attn_q": (d, q), "attn_k": (d, kv), "attn_v": (d, kv)}, "o": {"attn_output": (q, d)}}
+    for slot, matrices in groups.items():
+        rows = [source.packable(f"blk.{layer}.{name}_t.weight", *size) for name, size in matrices.items()]
+        model.set_input_rows(layer, slot, [kind for kind, _ in rows], [data for _, data in rows])
+
+
+def _load_projection(
+    model: _cpu.Model, source: Source, shape: ModelShape, layer: int, slot: str, *, bias_only: bool
+) -> None:
     """q, k or v, which may be rows of one fused matrix."""
     heads = {"q": shape.n_heads, "k": shape.n_kv_heads, "v": shape.n_kv_heads}
     rows, all_rows = heads[slot] * shape.head_dim, sum(heads.values()) * shape.head_dim
@@ -226,8 +283,9 @@ def _load_projection(model: _cpu.Model, source: Source, shape: ModelShape, layer
         name, total, part = f"blk.{layer}.attn_qkv", all_rows, slice(first, first + rows)
     interleaved = shape.form.interleaved and slot != "v"
     order = _neox_order(heads[slot], shape.head_dim) if interleaved else None
-    weight = source.packable(f"{name}.weight", total, shape.d_model, part)
-    model.set_panel(layer, slot, *weight, rows, shape.d_model, order)
+    if not bias_only:
+        weight = source.packable(f"{name}.weight", total, shape.d_model, part)
+        model.set_panel(layer, slot, *weight, rows, shape.d_model, order)
     if f"{name}.bias" in source:
         bias = source.vector(f"{name}.bias", total)[part]
         model.set_vector(layer, f"{slot}_bias", bias if order is None else bias[order])

@@ -13,7 +13,9 @@ from typing import Self
 
 import numpy as np
 
+from hotcold.convert.attention_rows import ROLE
 from hotcold.convert.gguf_read import GGUFFile
+from hotcold.convert.manifest import Manifest
 from hotcold.errors import InputError, UnsupportedError
 from hotcold.runtime import _cpu
 from hotcold.runtime.bundle_files import file_of_role
@@ -29,9 +31,21 @@ _MOST_THREADS = 256  # of the native team
 class Engine:
     """One sequence of tokens through a model on the CPU."""
 
-    def __init__(self, path: str | Path, mode: str, n_threads: int | None = None, n_ctx: int = 2048) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        mode: str,
+        n_threads: int | None = None,
+        n_ctx: int = 2048,
+        *,
+        attention: str | Path | None = None,
+        input_sparsity: float = 0.0,
+    ) -> None:
         """Pack the GGUF file `path` for `mode` (`dense`, `exact` or `predicted`).
 
+        `input_sparsity` is the share of their inputs, the smallest ones, that the attention matrices leave
+        out for each token but the first (after TEAL, arXiv 2408.14690); `attention` is then the file that
+        `hotcold export --attention-rows` wrote.
         `n_threads` defaults to the cores this process may use. The kernels are the best that the CPU runs, or
         those that the environment variable HOTCOLD_CPU_ISA names. Raises InputError, FormatError,
         UnsupportedError.
@@ -40,19 +54,31 @@ class Engine:
             raise InputError("the context must hold at least one token", got=n_ctx)
         if n_threads is not None and not 1 <= n_threads <= _MOST_THREADS:
             raise InputError("no such number of threads", got=n_threads, expected=f"1 to {_MOST_THREADS}")
-        self.mode, self.n_ctx = mode, n_ctx
+        if not 0 <= input_sparsity < 1:
+            raise InputError("no such share of inputs", got=input_sparsity, expected="0 to 1, less than 1")
+        if input_sparsity and attention is None:
+            raise _no_rows(path)
+        self.mode, self.n_ctx, self.input_sparsity = mode, n_ctx, input_sparsity
         self.n_threads = n_threads or min(len(os.sched_getaffinity(0)), _MOST_THREADS)
-        self._model, self._shape = load_model(GGUFFile(path), mode, self.n_threads, n_ctx, _isa())
+        rows = GGUFFile(attention) if attention else None
+        self._model, self._shape = load_model(GGUFFile(path), mode, self.n_threads, n_ctx, _isa(), rows)
+        self._model.input_sparsity = input_sparsity
         self.n_vocab = self._shape.n_vocab
 
     @classmethod
     def load(
-        cls, bundle: str | Path, mode: str = "auto", n_threads: int | None = None, n_ctx: int = 2048
+        cls,
+        bundle: str | Path,
+        mode: str = "auto",
+        n_threads: int | None = None,
+        n_ctx: int = 2048,
+        input_sparsity: float = 0.0,
     ) -> Self:
         """Open a bundle folder, or one GGUF file.
 
         `dense` reads the file that stock llama.cpp runs, `exact` and `predicted` the one by neurons; `auto`
-        is the faster of these two on this machine, measured once and remembered.
+        is the faster of these two on this machine, measured once and remembered. `input_sparsity` takes a
+        bundle that has the attention matrices by input.
         """
         if mode not in MODES:
             raise InputError("unknown mode", got=mode, expected=", ".join(MODES))
@@ -62,7 +88,12 @@ class Engine:
             mode = choose_mode(bundle, n_threads)
         is_file = Path(bundle).suffix == ".gguf"
         path = bundle if is_file else file_of_role(bundle, "dense" if mode == "dense" else "sparse")
-        return cls(path, mode, n_threads, n_ctx)
+        if not input_sparsity:
+            return cls(path, mode, n_threads, n_ctx)
+        if is_file or not Manifest.read(bundle).of_role(ROLE):
+            raise _no_rows(bundle)
+        rows = file_of_role(bundle, ROLE)
+        return cls(path, mode, n_threads, n_ctx, attention=rows, input_sparsity=input_sparsity)
 
     @property
     def isa(self) -> str:
@@ -123,8 +154,9 @@ class Engine:
     def bytes_per_token(self, position: int | None = None) -> dict[str, float]:
         """Bytes that one decoded token needs, by part, at a cache position (default: the present one).
 
-        Panels are read whole. Of the neuron rows count those that the tokens since `reset_stats()` needed,
-        without padding to cache lines: gate rows of predicted neurons, up and down rows of fired ones.
+        Panels are read whole. Of matrices by input and of neuron rows counts what the tokens since
+        `reset_stats()` needed, without padding to cache lines: inputs that were not left out, gate rows of
+        predicted neurons, up and down rows of fired ones.
         """
         sizes, shape, stats = self._model.sizes(), self._shape, self.stats()
         all_neurons = max(stats.tokens, 1) * shape.n_layers * shape.d_ff
@@ -132,13 +164,18 @@ class Engine:
         predicted = stats.predicted.sum() / all_neurons if self.mode == "predicted" else 1.0
         position = self.position if position is None else position
         return {
-            "attention": float(sizes["attention"]),
+            "attention": sizes["attention"] + self._model.stats()["input_bytes"] / max(stats.tokens, 1),
             "predictor": float(sizes["predictor"]),
             "ffn": float(predicted * sizes["gate"] + fired * (sizes["up"] + sizes["down"])),
             "head": float(sizes["head"]),
             "kv": float(2 * 2 * shape.n_layers * shape.n_kv_heads * shape.head_dim * position),
             "other": float(4 * shape.d_model * (2 * shape.n_layers + 1)),
         }
+
+
+def _no_rows(path: str | Path) -> InputError:
+    what = "to leave inputs out takes the attention matrices by input"
+    return InputError(what, where=path, fix="export the bundle with --attention-rows")
 
 
 def _isa() -> str | None:

@@ -243,6 +243,7 @@ class ReferenceEngine:
         self.mode, self.n_ctx, self.audit = mode, n_ctx, False
         # float16 rounds keys and values as the native engine's cache does; for comparisons with it.
         self.cache_dtype = torch.float32
+        self.input_sparsity = 0.0  # as Engine's; the matrices are those of this file
         self.n_vocab, self.n_threads = len(self._embedding), torch.get_num_threads()
         self.reset()
         self.reset_stats()
@@ -317,10 +318,16 @@ class ReferenceEngine:
                 "token id outside of the vocabulary", got=worst, expected=f"0 to {self.n_vocab - 1}"
             )
 
+    def _largest(self, x: Tensor, positions: Tensor) -> Tensor:
+        """x [tokens, inputs] with the smallest inputs of each token but the first of the context set to 0."""
+        keep = x.shape[-1] - int(self.input_sparsity * x.shape[-1])
+        least = x.abs().topk(keep).values[:, -1:]
+        return torch.where((x.abs() >= least) | (positions[:, None] == 0), x, 0.0)
+
     def _attention(self, i: int, x: Tensor, positions: Tensor) -> Tensor:
         """Causal attention of layer i; x [tokens, d_model] is also what enters the cache."""
         layer, shape = self._layers[i], self._shape
-        h = layer.attn_norm(x)
+        h = self._largest(layer.attn_norm(x), positions)
         q, k, v = (part(h).unflatten(-1, (-1, shape.head_dim)) for part in (layer.q, layer.k, layer.v))
         q, k = (layer.q_norm(q), layer.k_norm(k)) if layer.q_norm and layer.k_norm else (q, k)
         if not shape.form.positions:
@@ -335,7 +342,8 @@ class ReferenceEngine:
         distance = positions[:, None] - torch.arange(len(keys))  # [tokens, cached]
         unseen = (distance < 0) | (distance >= (layer.window or len(keys)))
         weights = scores.masked_fill(unseen, float("-inf")).softmax(-1)
-        return layer.o(torch.einsum("hts,shd->thd", weights, values).flatten(1))
+        heads = torch.einsum("hts,shd->thd", weights, values).flatten(1)
+        return layer.o(self._largest(heads, positions))
 
     def _ffn(self, i: int, x: Tensor, positions: Tensor) -> Tensor:
         """The FFN of layer i on the residual x [tokens, d_model], with the neurons of this mode."""

@@ -27,10 +27,20 @@ void Pass::attention(int thread, int l) {
   const Layer& layer = m.layers[l];
   Stream& s = stream(thread);
   const Acts& norm = s.norm.acts;
-  each_token(thread, [&](int t) { norm_token(s, t, layer.attn_norm, t); });
-  multiply(thread, layer.q, norm, b.q.get(), layer.q.rows);
-  multiply(thread, layer.k, norm, b.kk.get(), layer.k.rows);
-  multiply(thread, layer.v, norm, b.v.get(), layer.v.rows);
+  const bool by_input = layer.qkv_inputs.data != nullptr;
+  each_token(thread, [&](int t) {
+    norm_token(s, t, layer.attn_norm, t);
+    if (by_input) leave_out_inputs(norm, t);
+  });
+  const int q_rows = c().n_heads * c().head_dim, kv_rows = c().n_kv_heads * c().head_dim;
+  const Outputs qkv[] = {{b.q.get(), q_rows}, {b.kk.get(), kv_rows}, {b.v.get(), kv_rows}};
+  if (by_input) {
+    multiply_inputs(thread, layer.qkv_inputs, norm, qkv);
+  } else {
+    multiply(thread, layer.q, norm, b.q.get(), q_rows);
+    multiply(thread, layer.k, norm, b.kk.get(), kv_rows);
+    multiply(thread, layer.v, norm, b.v.get(), kv_rows);
+  }
   if (n == 1) ask_for_first_keys(thread, l);
   m.team.barrier();
   if (n == 1) attend_one(thread, l);
@@ -38,7 +48,13 @@ void Pass::attention(int thread, int l) {
   const int stride = round_up(c().d_model, kLanes);
   // In a parallel block the FFN still has to read the stream as it is.
   float* out = c().parallel ? b.attention.get() : b.out.get();
-  multiply(thread, layer.o, s.heads.acts, out, stride);
+  if (by_input) {
+    each_token(thread, [&](int t) { leave_out_inputs(s.heads.acts, t); });
+    const Outputs o{out, stride};
+    multiply_inputs(thread, layer.o_inputs, s.heads.acts, &o);
+  } else {
+    multiply(thread, layer.o, s.heads.acts, out, stride);
+  }
   ask_for(thread, c().mode == Mode::Predicted ? layer.fc1 : layer.gate);
   m.team.barrier();
   if (!c().parallel) add_to_stream(thread, out, stride, layer.o_bias);

@@ -103,6 +103,25 @@ void set_panel(Model& m, int l, const std::string& slot, int type, Bytes data, i
   *panel = m.add_panel(Type(type), data.data(), rows, cols, order ? order->data() : nullptr);
 }
 
+// Transposed matrices [inputs, outputs]: q, k and v, or o.
+void set_input_rows(Model& m, int l, const std::string& slot, std::vector<int> types, std::vector<Bytes> data) {
+  const Config& c = m.config;
+  const int q = c.n_heads * c.head_dim, kv = c.n_kv_heads * c.head_dim;
+  const bool is_qkv = slot == "qkv";
+  require(is_qkv || slot == "o", "no matrices '" + slot + "'");
+  const std::vector<int> outputs = is_qkv ? std::vector{q, kv, kv} : std::vector{c.d_model};
+  const int inputs = is_qkv ? c.d_model : q;
+  require(types.size() == outputs.size() && data.size() == outputs.size(), slot + ": wrong number of matrices");
+  std::vector<InputPart> parts;
+  for (size_t i = 0; i < outputs.size(); ++i) {
+    require_bytes(data[i], Type(types[i]), inputs, outputs[i], slot);
+    parts.push_back({Type(types[i]), data[i].data(), outputs[i]});
+  }
+  Layer& layer = layer_of(m, l);
+  nb::gil_scoped_release release;
+  (is_qkv ? layer.qkv_inputs : layer.o_inputs) = m.add_input_rows(inputs, parts);
+}
+
 // The place of a vector and how many values belong there.
 struct VectorSlot {
   std::vector<float>* values;
@@ -169,10 +188,13 @@ void check_complete(const Model& m) {
   }
   require(int(m.rope_frequency.size()) * 2 <= c.head_dim, "more rope frequencies than pairs in a head");
   for (const Layer& l : m.layers) {
-    check_panel(l.q, q, c.d_model, "q");
-    check_panel(l.k, kv, c.d_model, "k");
-    check_panel(l.v, kv, c.d_model, "v");
-    check_panel(l.o, c.d_model, q, "o");
+    require(!l.qkv_inputs.data == !l.o_inputs.data, "qkv and o: only one of them is held by input");
+    if (!l.qkv_inputs.data) {
+      check_panel(l.q, q, c.d_model, "q");
+      check_panel(l.k, kv, c.d_model, "k");
+      check_panel(l.v, kv, c.d_model, "v");
+      check_panel(l.o, c.d_model, q, "o");
+    }
     check_norm(m, l.attn_norm, "attn_norm");
     check_norm(m, l.ffn_norm, "ffn_norm");
     if (c.mode != Mode::Predicted) check_panel(l.gate, c.d_ff, c.d_model, "gate");
@@ -216,6 +238,7 @@ nb::dict stats(Model& m) {
   d["fired"] = fired;
   d["predicted"] = predicted;
   d["missed"] = missed;
+  d["input_bytes"] = m.input_bytes();
   return d;
 }
 
@@ -272,6 +295,7 @@ NB_MODULE(_cpu, m) {
            "n_ctx"_a, "norm_eps"_a, "activation"_a, "mode"_a, "threads"_a, "weight_bytes"_a, "isa"_a = nb::none(),
            "layer_norm"_a = false, "parallel"_a = false, "gated"_a = true)
       .def("set_panel", &set_panel, "layer"_a, "slot"_a, "type"_a, "data"_a, "rows"_a, "cols"_a, "order"_a = nb::none())
+      .def("set_input_rows", &set_input_rows, "layer"_a, "slot"_a, "types"_a, "data"_a)
       .def("tie_head", [](Model& m) { m.head = m.embedding; })
       .def("set_bundles", &set_bundles, "layer"_a, "gate"_a.none(), "gate_type"_a, "up"_a.none(), "up_type"_a, "down"_a,
            "down_type"_a)
@@ -294,6 +318,10 @@ NB_MODULE(_cpu, m) {
       .def("sizes", &sizes)
       .def_rw("audit", &Model::audit)
       .def_rw("position", &Model::position)
+      .def_prop_rw("input_sparsity", [](const Model& m) { return m.input_sparsity; }, [](Model& m, float share) {
+        require(share >= 0 && share < 1, "input_sparsity: 0 to 1");
+        m.input_sparsity = share;
+      })
       .def_prop_ro("isa", [](const Model& m) { return m.k.name; })
       .def_prop_ro("threads", [](const Model& m) { return m.team.size(); });
 

@@ -7,6 +7,7 @@
 #include <stdexcept>
 
 #include "buffers.h"
+#include "pass.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -105,6 +106,49 @@ nb::ndarray<nb::numpy, float> down(const std::string& isa, int type, Bytes w, Ve
   return out;
 }
 
+// One [tokens, outputs] per matrix, each held as rows [inputs, outputs].
+std::vector<nb::ndarray<nb::numpy, float>> multiply_inputs(const std::string& isa, int threads, const std::vector<int>& types,
+                                                           const std::vector<Bytes>& w, const std::vector<int>& outputs, Matrix x) {
+  const int inputs = int(x.shape(1)), tokens = int(x.shape(0));
+  if (tokens < 1 || tokens > kMaxBlock) throw std::invalid_argument("1 to 64 tokens");
+  std::vector<InputPart> parts;
+  size_t bytes = 1 << 20;
+  for (size_t p = 0; p < w.size(); ++p) {
+    check_rows(types.at(p), w[p], outputs.at(p));
+    if (int(w[p].shape(0)) != inputs) throw std::invalid_argument("one row per input");
+    parts.push_back({Type(types[p]), w[p].data(), outputs[p]});
+    bytes += (down_bytes(Type(types[p]), outputs[p]) + 64) * inputs;
+  }
+  const Config c{1, inputs, kLanes, 1, 1, kLanes, 1, 1, 1e-5f, Activation::Relu, Mode::Dense};
+  Model m(c, threads, bytes, kernels(isa.c_str()));
+  const InputRows rows = m.add_input_rows(inputs, parts);
+  Model::Buffers buffers(c, threads, 1, rows.width());
+  ActsBuffer acts(inputs, tokens, false);
+  for (int t = 0; t < tokens; ++t) std::copy_n(x.data() + size_t(t) * inputs, inputs, acts.acts.f + size_t(t) * acts.acts.width);
+  std::vector<nb::ndarray<nb::numpy, float>> results;
+  std::vector<Pass::Outputs> out;
+  for (int n : outputs) {
+    results.push_back(array({size_t(tokens), size_t(n)}));
+    out.push_back({results.back().data(), n});
+  }
+  Pass pass{m, buffers, nullptr, tokens, 1, 0};
+  m.team.run([&](int thread) { pass.multiply_inputs(thread, rows, acts.acts, out.data()); });
+  return results;
+}
+
+nb::ndarray<nb::numpy, float> keep_at_least(const std::string& isa, Vector x, float size) {
+  if (x.size() % kLanes) throw std::invalid_argument("a length that is a multiple of 16");
+  auto out = array({x.size()});
+  std::memcpy(out.data(), x.data(), x.size() * sizeof(float));
+  kernels(isa.c_str()).keep_at_least(out.data(), int(x.size()), size);
+  return out;
+}
+
+int count_at_least(const std::string& isa, Vector x, float size) {
+  if (x.size() % kLanes) throw std::invalid_argument("a length that is a multiple of 16");
+  return kernels(isa.c_str()).count_at_least(x.data(), int(x.size()), size);
+}
+
 nb::ndarray<nb::numpy, float> rms_norm(const std::string& isa, Vector x, Vector weight, float eps) {
   if (x.size() != weight.size()) throw std::invalid_argument("x and weight differ in length");
   auto out = array({x.size()});
@@ -163,6 +207,9 @@ void bind_ops(nb::module_& m) {
   ops.def("unpack_panel", &unpack_panel, "type"_a, "w"_a, "cols"_a);
   ops.def("row_dot", &row_dot, "isa"_a, "type"_a, "w"_a, "x"_a, "tokens"_a);
   ops.def("down", &down, "isa"_a, "type"_a, "w"_a, "a"_a, "n"_a);
+  ops.def("multiply_inputs", &multiply_inputs, "isa"_a, "threads"_a, "types"_a, "w"_a, "outputs"_a, "x"_a);
+  ops.def("keep_at_least", &keep_at_least, "isa"_a, "x"_a, "size"_a);
+  ops.def("count_at_least", &count_at_least, "isa"_a, "x"_a, "size"_a);
   ops.def("rms_norm", &rms_norm, "isa"_a, "x"_a, "weight"_a, "eps"_a);
   ops.def("silu_mul", &silu_mul, "isa"_a, "gate"_a, "up"_a);
   ops.def("relu_mul", &relu_mul, "isa"_a, "gate"_a, "up"_a, "threshold"_a, "clip"_a);

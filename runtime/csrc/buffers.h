@@ -86,8 +86,11 @@ struct DownQueue {
 // Tokens of a block whose queries meet a key or value together: enough to use each for four queries or more.
 inline int tokens_side_by_side(const Config& c) { return c.n_heads / c.n_kv_heads >= 4 ? 1 : 4; }
 
+constexpr int kMaxOutputs = 512;  // of a matrix held by input, that a block of tokens is computed for at a time
+
 struct ThreadScratch {
-  ThreadScratch(const Config& c, int tokens)
+  // `input_width`: outputs of matrices that are held by input, 0 where none are.
+  ThreadScratch(const Config& c, int tokens, int input_width)
       : scores(size_t(query_rows(c)) * round_up(c.n_ctx, kLanes)),
         queries(size_t(query_rows(c)) * c.head_dim),
         attended(size_t(query_rows(c)) * c.head_dim),
@@ -96,6 +99,8 @@ struct ThreadScratch {
         partial_sum(c.n_heads),
         y(size_t(round_up(c.d_model, 128)) * tokens),
         list(c.d_ff),
+        sums(input_width ? std::max(input_width, kMaxOutputs * tokens) : 0),
+        inputs(input_width ? std::max(c.d_model, c.n_heads * c.head_dim) : 0),
         queues(tokens),
         stats(c.n_layers) {}
   static int query_rows(const Config& c) { return c.n_heads / c.n_kv_heads * tokens_side_by_side(c); }
@@ -106,13 +111,16 @@ struct ThreadScratch {
   Block<int32_t> list;
   int listed = 0;
   int asked = 0;  // of these, neurons whose rows were asked for while listing
+  Block<float> sums;      // this thread's part of what inputs add up to
+  Block<int32_t> inputs;  // those that count, ascending
+  int64_t input_bytes = 0;
   std::vector<DownQueue> queues;
   std::vector<LayerStats> stats;
   alignas(64) char pad[64];
 };
 
 struct Model::Buffers {
-  Buffers(const Config& c, int threads, int rank)
+  Buffers(const Config& c, int threads, int rank, int input_width)
       : intermediate(c.d_ff, kMaxBlock, false),
         q(size_t(c.n_heads) * c.head_dim * kMaxBlock),
         kk(size_t(c.n_kv_heads) * c.head_dim * kMaxBlock),
@@ -131,7 +139,7 @@ struct Model::Buffers {
     streams.reserve(threads);
     streams.emplace_back(c, rank, kMaxBlock);
     for (int t = 1; t < threads; ++t) streams.emplace_back(c, rank, 1);
-    for (int t = 0; t < threads; ++t) scratch.emplace_back(std::make_unique<ThreadScratch>(c, kMaxBlock));
+    for (int t = 0; t < threads; ++t) scratch.emplace_back(std::make_unique<ThreadScratch>(c, kMaxBlock, input_width));
     // An FFN without up is one whose up gives 1; the dense mode reads it so.
     if (!c.gated) std::fill_n(up.get(), size_t(ff_stride(c)) * kMaxBlock, 1.0f);
   }

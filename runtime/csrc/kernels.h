@@ -65,6 +65,10 @@ struct Kernels {
   void (*add)(float* y, const float* x, int n);
   // Bits of lanes i with x[i] >= threshold.
   uint32_t (*at_least)(const float* x, float threshold);
+  // How many of x [n] are `size` or greater, whatever their sign; n a multiple of 16.
+  int (*count_at_least)(const float* x, int n, float size);
+  // x[i] = 0 where it is smaller than `size`; n a multiple of 16.
+  void (*keep_at_least)(float* x, int n, float size);
 };
 
 // The best table that this CPU runs, or the one named by HOTCOLD_CPU_ISA (avx512, avx2, neon, generic).

@@ -541,6 +541,16 @@ void add(float* y, const float* x, int n) {
 
 uint32_t at_least(const float* x, float threshold) { return f_ge_mask(f_load(x), f_set1(threshold)); }
 
+int count_at_least(const float* x, int n, float size) {
+  int count = 0;
+  for (int i = 0; i < n; i += kLanes) count += __builtin_popcount(f_ge_mask(f_abs(f_load(x + i)), f_set1(size)));
+  return count;
+}
+
+void keep_at_least(float* x, int n, float size) {
+  for (int i = 0; i < n; i += kLanes) f_store(x + i, f_keep(f_load(x + i), f_abs(f_load(x + i)), f_set1(size)));
+}
+
 }  // namespace
 
 #define HOTCOLD_STRING_(x) #x
@@ -548,6 +558,7 @@ uint32_t at_least(const float* x, float threshold) { return f_ge_mask(f_load(x),
 
 extern const Kernels table;
 const Kernels table = {HOTCOLD_STRING(HOTCOLD_ISA), rms_norm, quantise, arrange, panel,  row_dot, down,
-                       silu_mul,                    relu_mul, scores,   softmax, values, to_f16,  add,   at_least};
+                       silu_mul,                    relu_mul, scores,   softmax, values, to_f16,  add,   at_least,
+                       count_at_least,              keep_at_least};
 
 }  // namespace hotcold::HOTCOLD_ISA

@@ -22,6 +22,27 @@ Panel Model::add_panel(Type type, const uint8_t* src, int rows, int cols, const 
   return {type, rows, cols, data};
 }
 
+InputRows Model::add_input_rows(int inputs, const std::vector<InputPart>& parts) {
+  InputRows rows;
+  rows.inputs = inputs;
+  for (const InputPart& part : parts) {
+    const size_t bytes = down_bytes(part.type, part.outputs);
+    rows.parts.push_back({{part.type, rows.bytes, bytes}, part.outputs, rows.width()});
+    rows.bytes += bytes;
+  }
+  rows.stride = (rows.bytes + 63) / 64 * 64;
+  uint8_t* data = arena_.take(rows.stride * inputs);
+  team.run([&](int thread) {
+    const Range r = split(inputs, thread, team.size());
+    for (int i = r.first; i < r.last; ++i)
+      for (size_t p = 0; p < parts.size(); ++p)
+        pack_down(parts[p].type, parts[p].data + i * gguf_row_bytes(parts[p].type, parts[p].outputs), parts[p].outputs,
+                  data + i * rows.stride + rows.parts[p].row.at);
+  });
+  rows.data = data;
+  return rows;
+}
+
 void Model::add_bundles(Layer& layer, const uint8_t* gate, Type gate_type, const uint8_t* up, Type up_type,
                         const uint8_t* down, Type down_type) {
   add_neurons(layer, config.d_ff, gate, gate_type, up, up_type, down, down_type);
@@ -49,9 +70,12 @@ void Model::add_neurons(Layer& layer, int rows, const uint8_t* gate, Type gate_t
 
 Model::Buffers& Model::buffers() {
   if (!buffers_) {
-    int rank = 1;
-    for (const Layer& l : layers) rank = std::max(rank, l.fc1.rows);
-    buffers_ = std::make_unique<Buffers>(config, team.size(), rank);
+    int rank = 1, width = 0;
+    for (const Layer& l : layers) {
+      rank = std::max(rank, l.fc1.rows);
+      width = std::max({width, l.qkv_inputs.width(), l.o_inputs.width()});
+    }
+    buffers_ = std::make_unique<Buffers>(config, team.size(), rank, width);
   }
   return *buffers_;
 }
@@ -86,10 +110,20 @@ const std::vector<LayerStats>& Model::stats() {
   return total_;
 }
 
+int64_t Model::input_bytes() const {
+  int64_t bytes = 0;
+  if (buffers_)
+    for (const auto& scratch : buffers_->scratch) bytes += scratch->input_bytes;
+  return bytes;
+}
+
 void Model::reset_stats() {
   tokens_run = 0;
   if (!buffers_) return;
-  for (auto& scratch : buffers_->scratch) std::fill(scratch->stats.begin(), scratch->stats.end(), LayerStats{});
+  for (auto& scratch : buffers_->scratch) {
+    std::fill(scratch->stats.begin(), scratch->stats.end(), LayerStats{});
+    scratch->input_bytes = 0;
+  }
 }
 
 }  // namespace hotcold

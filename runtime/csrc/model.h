@@ -49,9 +49,33 @@ struct RowKind {
   size_t bytes = 0;  // 0: not in the bundle
 };
 
+// Matrices with the same input, held by input: what one input adds to their outputs lies side by side.
+struct InputRows {
+  struct Part {
+    RowKind row;   // as a down row
+    int outputs;
+    int first;     // place of its outputs, each part padded to 128, among those of all parts
+  };
+  std::vector<Part> parts;
+  const uint8_t* data = nullptr;
+  int inputs = 0;
+  size_t bytes = 0, stride = 0;  // of one input: without and with padding to cache lines
+
+  const uint8_t* row(int input) const { return data + size_t(input) * stride; }
+  int width() const { return parts.empty() ? 0 : parts.back().first + round_up(parts.back().outputs, 128); }
+};
+
+// A transposed matrix in GGUF's form.
+struct InputPart {
+  Type type;
+  const uint8_t* data;
+  int outputs;
+};
+
 struct Layer {
   NormWeights attn_norm, ffn_norm;
   Panel q, k, v, o;
+  InputRows qkv_inputs, o_inputs;  // instead of these panels, where inputs are left out
   std::vector<float> q_bias, k_bias, v_bias, o_bias;  // empty: none
   std::vector<float> q_norm, k_norm;                  // [head_dim], RMSNorm of each head before the rotation; empty: none
   int window = 0;                                     // positions that a query sees, its own included; 0: all
@@ -91,10 +115,13 @@ class Model {
   NormWeights output_norm;
   std::vector<float> rope_frequency;  // [rope_dim / 2], radians per position
   float rope_scale = 1;               // of sine and cosine (YaRN's attention factor)
+  float input_sparsity = 0;           // share of the attention matrices' inputs that are left out, where they are held by input
   bool audit = false;                 // predicted mode: also count what the predictor missed
 
   // Packs a GGUF matrix [rows, cols] on all threads; `order` as in pack_panel.
   Panel add_panel(Type type, const uint8_t* src, int rows, int cols, const int32_t* order);
+  // Packs transposed matrices, GGUF rows of [inputs, outputs of each part].
+  InputRows add_input_rows(int inputs, const std::vector<InputPart>& parts);
   // Packs the rows of all neurons of a layer; gate may be null (exact mode keeps gates in a panel), and so may up.
   void add_bundles(Layer& layer, const uint8_t* gate, Type gate_type, const uint8_t* up, Type up_type,
                    const uint8_t* down, Type down_type);
@@ -114,6 +141,7 @@ class Model {
   int64_t run_neurons(int l, const float* normed, int n, const int32_t* index, const uint64_t* tokens, int count, float* y);
 
   const std::vector<LayerStats>& stats();
+  int64_t input_bytes() const;  // read, or needed, of matrices held by input
   void reset_stats();
   int64_t tokens_run = 0;
   size_t weight_bytes() const { return arena_.used(); }

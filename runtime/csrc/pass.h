@@ -27,6 +27,14 @@ struct Pass {
   // y [n, d_model] = the FFN of layer l over some of its neurons; normed [n, d_model] is its input.
   void run_neurons(int thread, int l, const float* normed, const Neurons& neurons, float* y);
 
+  // Outputs of matrices that are held by input, of all tokens, from inputs of which some are 0.
+  struct Outputs {
+    float* data;
+    int stride;
+  };
+  // out[p] = part p of the matrices times each token of acts.f; other threads' outputs may be missing until the next barrier.
+  void multiply_inputs(int thread, const InputRows& rows, const Acts& acts, const Outputs* out);
+
  private:
   const Config& c() const { return m.config; }
   int threads() const { return m.team.size(); }
@@ -41,6 +49,13 @@ struct Pass {
   void multiply(int thread, const Panel& panel, const Acts& acts, int count, float* out, int stride);
   // Asks for the beginning of this thread's rows: said before a barrier, after which they are multiplied.
   void ask_for(int thread, const Panel& panel) const;
+
+  // Sets the smallest inputs of token t to zero, the model's share of them.
+  void leave_out_inputs(const Acts& acts, int t);
+  void multiply_inputs_one(int thread, const InputRows& rows, const Acts& acts, const Outputs* out);
+  void multiply_inputs_block(int thread, const InputRows& rows, const Acts& acts, const Outputs* out);
+  void multiply_inputs_piece(ThreadScratch& s, const InputRows& rows, const InputRows::Part& part, int first_output,
+                             const Acts& acts, const Outputs& out);
 
   // Norms the residual stream of token t into place `to` of the normed activations, and quantises it.
   void norm_token(Stream& s, int t, const NormWeights& weights, int to);

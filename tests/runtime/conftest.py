@@ -208,6 +208,20 @@ def write_dense(path: Path, model: LlamaForCausalLM, tokenizer: Tokenizer, recip
     file.close()
 
 
+def write_attention(path: Path, model: LlamaForCausalLM, quant: str) -> None:
+    """The projections transposed, rows in transformers' order."""
+    writer, kind = gguf.GGUFWriter(path, "hotcold-attention"), gguf.GGMLQuantizationType[quant]
+    for i, layer in enumerate(model.model.layers):
+        for slot, name in zip("qkvo", ("attn_q", "attn_k", "attn_v", "attn_output"), strict=True):
+            weight = getattr(layer.self_attn, f"{slot}_proj").weight.detach().numpy()
+            rows = gguf.quants.quantize(np.ascontiguousarray(weight.T), kind)
+            writer.add_tensor(f"blk.{i}.{name}_t.weight", rows, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
 @dataclass
 class TinyBundle:
     """A bundle on disk and what it was made from."""
@@ -241,7 +255,8 @@ def write_bundle(path: Path, recipe: Recipe) -> TinyBundle:
     path.mkdir()
     tokenizer = tiny_tokenizer()
     model = tiny_model(recipe, tokenizer.get_vocab_size())
-    roles = {"tiny.gguf": "dense", "tokenizer.json": "tokenizer"}
+    roles = {"tiny.gguf": "dense", "tiny.attention.gguf": "attention", "tokenizer.json": "tokenizer"}
+    write_attention(path / "tiny.attention.gguf", model, recipe.quant)
     write_dense(path / "tiny.gguf", model, tokenizer, recipe)
     predictors = []
     if recipe.activation != "silu":
