@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from gguf import GGMLQuantizationType, quants
 
 from hotcold import storage
 from hotcold.checkpoint import fingerprint
@@ -38,6 +39,21 @@ def changed_config(model: Path, folder: Path, **changes: object) -> Path:
     config = json.loads((folder / "config.json").read_text()) | changes
     (folder / "config.json").write_text(json.dumps(config))
     return folder
+
+
+def test_attention_matrices_by_input_are_rounded_from_the_weights_themselves(model, tmp_path, capsys):
+    arguments = ["export", "--model", str(model), "--out", str(tmp_path / "b"), "--name", "tiny"]
+    assert main([*arguments, "--quant", "q8_0", "--attention-rows"]) == 0
+    assert "attention" in capsys.readouterr().out
+    assert verify_bundle(tmp_path / "b") == []
+    file, source = GGUFFile(tmp_path / "b" / "tiny.attention.gguf"), HFCheckpoint(model)
+    assert file.metadata["hotcold.model_fingerprint"] == fingerprint(str(model))
+    assert len(file.tensors) == 4 * source.config["num_hidden_layers"]
+    for slot, name in zip("qkvo", ("attn_q", "attn_k", "attn_v", "attn_output"), strict=True):
+        weight = source.load(f"model.layers.1.self_attn.{slot}_proj.weight").T
+        tensor = file.tensors[f"blk.1.{name}_t.weight"]
+        expected = quants.quantize(np.ascontiguousarray(weight), GGMLQuantizationType.Q8_0)
+        np.testing.assert_array_equal(tensor.data, expected.reshape(-1))
 
 
 def test_the_command_writes_a_whole_bundle(model, make_predictors, tmp_path, capsys):

@@ -13,7 +13,7 @@ import pytest
 from hotcold import storage
 from hotcold.checkpoint import fingerprint
 from hotcold.cli import main
-from hotcold.convert.export import export_bundle
+from hotcold.convert.export import ExportOptions, export_bundle
 from hotcold.convert.gguf_read import GGUFFile
 from hotcold.convert.gguf_write import copied, planned, write_gguf
 from hotcold.convert.gpu_index import GpuIndex
@@ -30,7 +30,7 @@ def original(make_model, make_predictors, tmp_path_factory) -> Path:
     model = make_model()
     out = tmp_path_factory.mktemp("bundles") / "b"
     predictors = PredictorBundle.load(make_predictors(model))
-    options = {"folder": model, "predictors": predictors}
+    options = {"folder": model, "predictors": predictors, "options": ExportOptions(attention_rows=True)}
     export_bundle(HFCheckpoint(model), out, name="m", fingerprint=fingerprint(str(model)), **options)
     return out
 

@@ -191,7 +191,8 @@ def make_bundle_of(make_family, tmp_path_factory) -> Callable[[str], Path]:
             made[name] = root / "bundle"
             export_bundle(
                 HFCheckpoint(model), made[name], name="m", fingerprint=fingerprint(str(model)),
-                predictors=predictors, options=ExportOptions("f32", predictor_quant="f32"),
+                predictors=predictors,
+                options=ExportOptions("f32", predictor_quant="f32", attention_rows=True),
             )  # fmt: skip
         return made[name]
 
@@ -224,6 +225,16 @@ def test_dense_logits_are_those_of_transformers(name, make_bundle_of, logits_of)
     reference = ReferenceEngine.load(bundle, "dense", n_ctx=64)
     assert difference(reference.prefill(IDS, all_logits=True), logits_of(name)) < 1e-5
     engine = Engine.load(bundle, "dense", 2, n_ctx=64)
+    assert difference(engine.prefill(IDS, all_logits=True), logits_of(name)) < 1e-3
+    engine.reset()
+    one_by_one = np.stack([engine.decode(token) for token in IDS])
+    assert difference(one_by_one, logits_of(name)) < 1e-3
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_attention_by_input_is_the_same_function(name, make_bundle_of, logits_of):
+    """With no input left out: biases, head norms, rotary order and windows are those of the other layout."""
+    engine = Engine.load(make_bundle_of(name), "dense", 2, n_ctx=64, input_sparsity=1e-6)
     assert difference(engine.prefill(IDS, all_logits=True), logits_of(name)) < 1e-3
     engine.reset()
     one_by_one = np.stack([engine.decode(token) for token in IDS])
@@ -285,8 +296,8 @@ def test_llama_cpp_agrees_where_it_has_the_function(name, make_bundle_of, logits
 def test_our_gguf_files_are_read_back_as_the_checkpoint(name, make_family, make_bundle_of):
     original = HFCheckpoint(make_family(name))
     spec = ModelSpec.from_config(original.config)
-    for path in make_bundle_of(name).glob("*.gguf"):
-        again = GGUFCheckpoint(path)
+    for file in ("m.gguf", "m.powerinfer.gguf"):
+        again = GGUFCheckpoint(make_bundle_of(name) / file)
         read = ModelSpec.from_config(again.config)
         assert (read.windows, read.activation, read.biases) == (spec.windows, spec.activation, spec.biases)
         np.testing.assert_allclose(read.rope.frequencies(16), spec.rope.frequencies(16), rtol=1e-6)

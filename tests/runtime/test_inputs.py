@@ -1,4 +1,4 @@
-"""Attention matrices by input, of which the smallest inputs are left out: the operator, and the whole engine."""
+"""Attention matrices by input, of which the smallest inputs are left out: the operator, and the engine."""
 
 from __future__ import annotations
 

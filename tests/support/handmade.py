@@ -218,6 +218,26 @@ def engine_gguf(sparse: bool) -> bytes:
     return gguf(magic=b"PWRI" if sparse else b"GGUF", kvs=kvs, infos=infos, data=data)
 
 
+def attention_gguf(fingerprint: str | None = None, *, outputs: int = 32, name: str = "attn_output") -> bytes:
+    """The projections of `engine_gguf` by input, in Q4_0."""
+    shapes = {"attn_q": (32, 32), "attn_k": (32, 16), "attn_v": (32, 16), name: (32, outputs)}
+    kvs = [string("general.architecture", "hotcold-attention")]
+    kvs += [string("hotcold.model_fingerprint", fingerprint)] if fingerprint else []
+    infos, data = [], b""
+    for module, shape in shapes.items():
+        kind = 2 if shape[1] % 32 == 0 else 1  # Q4_0; F16 where rows are not whole blocks
+        infos.append(info(f"blk.0.{module}_t.weight", tuple(reversed(shape)), kind, len(data)))
+        block = struct.pack("<e", 0.25) + bytes(range(16))
+        content = block * (size(shape) // 32) if kind == 2 else struct.pack("<e", 0.25) * size(shape)
+        data += content + bytes(-len(content) % 32)
+    return gguf(kvs=kvs, infos=infos, data=data)
+
+
+def attention(folder: Path) -> None:
+    (folder / "m.gguf").write_bytes(engine_gguf(True))
+    (folder / "a.gguf").write_bytes(attention_gguf())
+
+
 def vocabulary_kvs() -> tuple[bytes, ...]:
     """A byte-level BPE of five tokens."""
     tokens, merges = b"".join(map(text, ["<s>", "a", "b", "ab", "Ġ"])), text("a b")

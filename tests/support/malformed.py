@@ -95,7 +95,7 @@ LONG = b'{"n_layers": ' + b"9" * 5000 + b"}"
 TWICE = b'{"n_layers": 1, "n_layers": 2}'
 ST, CK, MA, PR, TR, SH = "safetensors", "checkpoint", "manifest", "predictors", "traces", "trace shard"
 SP, GI, VO, TK, MO, BU = "split", "gpuidx", "gguf vocabulary", "tokenizer", "gguf model", "bundle"
-EN = "engine"
+EN, AT = "engine", "attention"
 T, CFG, INDEX, PART = "t.safetensors", "config.json", "model.safetensors.index.json", "model-1.safetensors"
 MAN, RUN, TOK, LINES, MODEL = (
     "manifest.json",
@@ -184,6 +184,16 @@ CASES: dict[str, Case] = {
     ),
     "engine: a tensor of another name": Case(
         EN, engine(b"blk.0.fc2.weight", b"blk.0.fc3.weight"), Fm, "blk.0.fc2.weight: missing tensor"
+    ),
+    "attention: not a GGUF file": Case(AT, put("a.gguf", b"x"), Fm, "magic"),
+    "attention: another model": Case(
+        AT, put("a.gguf", handmade.attention_gguf("f" * 64)), Mi, "rows of another model"
+    ),
+    "attention: a matrix of another name": Case(
+        AT, put("a.gguf", handmade.attention_gguf(name="attn_out")), Fm, "blk.0.attn_output_t.weight: missing"
+    ),
+    "attention: too many outputs": Case(
+        AT, put("a.gguf", handmade.attention_gguf(outputs=64)), Sh, "tensor blk.0.attn_output_t.weight"
     ),
     "safetensors: empty": Case(ST, put(T, b""), Fm, T),
     "safetensors: length alone": Case(ST, put(T, bytes(8)), Fm, T),

@@ -91,6 +91,13 @@ def read_engine(folder: Path) -> None:
         Vocabulary.load(folder / "m.gguf").encode_chat("ab")
 
 
+def read_attention(folder: Path) -> None:
+    """The same with the attention matrices by input, of which half are left out."""
+    engine = Engine(folder / "m.gguf", "exact", 1, 8, attention=folder / "a.gguf", input_sparsity=0.5)
+    engine.prefill([0, 1, 2])
+    engine.decode(3)
+
+
 def read_vocabulary(folder: Path) -> None:
     build_tokenizer(GGUFFile(folder / "m.gguf").metadata, folder / "m.gguf").encode("ab a<s>b")
 
@@ -165,6 +172,7 @@ READERS: dict[str, Reader] = {
         read_engine,
         seeds=(handmade.engine_gguf(False),),
     ),
+    "attention": Reader(handmade.attention, ("a.gguf",), read_attention),
     "gguf vocabulary": Reader(
         _file("m.gguf", lambda: handmade.model_gguf(handmade.vocabulary_kvs())), ("m.gguf",), read_vocabulary
     ),

@@ -230,6 +230,40 @@ void test_parts() {
     }
 }
 
+// Attention held by input: all inputs, or the larger half; threads, blocks and kernels against plain C++ on one thread.
+void test_inputs() {
+  std::vector<int32_t> tokens;
+  for (int i = 0; i < 70; ++i) tokens.push_back(int32_t(rng() % kVocab));
+  for (Type type : {Type::F32, Type::Q8_0, Type::Q4_0}) {
+    const Weights w(type);
+    const auto q = random_matrix(type, kModel, kHeads * kDim), k = random_matrix(type, kModel, kKvHeads * kDim),
+               v = random_matrix(type, kModel, kKvHeads * kDim), o = random_matrix(type, kHeads * kDim, kModel);
+    const auto by_input = [&](int threads, const Kernels& kernels, float share, bool llama) {
+      auto m = make(w, Mode::Exact, threads, kernels, 0, llama);
+      for (Layer& l : m->layers) {
+        l.q = l.k = l.v = l.o = {};
+        l.qkv_inputs = m->add_input_rows(
+            kModel, {{type, q.data(), kHeads * kDim}, {type, k.data(), kKvHeads * kDim}, {type, v.data(), kKvHeads * kDim}});
+        l.o_inputs = m->add_input_rows(kHeads * kDim, {{type, o.data(), kModel}});
+      }
+      m->input_sparsity = share;
+      return m;
+    };
+    for (float share : {0.0f, 0.5f})
+      for (bool llama : {true, false}) {
+        const std::vector<float> expected = run(*by_input(1, kernels("generic"), share, llama), tokens, false);
+        for (int threads : {1, 3})
+          for (bool by_token : {false, true}) {
+            const double e = error(run(*by_input(threads, kernels(), share, llama), tokens, by_token), expected);
+            // Rounding decides which inputs are left out at the edge.
+            expect(e < (is_quantised(type) ? 0.3 : 1e-3),
+                   "by input, type " + std::to_string(int(type)) + " share " + std::to_string(share) + " threads " +
+                       std::to_string(threads) + (by_token ? " by token: " : " block: ") + std::to_string(e));
+          }
+      }
+  }
+}
+
 void test_team() {
   for (int threads : {1, 2, 3, 8})
     for (int round = 0; round < 4; ++round) {
@@ -284,6 +318,7 @@ int main() {
   test_models();
   test_structures();
   test_parts();
+  test_inputs();
   std::printf("%d failed\n", failures);
   return failures ? 1 : 0;
 }
