@@ -43,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--hot-frequency", type=float, metavar="SHARE", help="neurons that fire this often are hot (0.5)")
     add("--counted-tokens", type=int, metavar="N", help="activation files are counts over N tokens")
     add("--vram-budget", type=float, metavar="GIB", help="gpuidx: GPU memory for neurons, in GiB")
+    add("--attention-rows", action="store_true", help="bundle: write the attention matrices by input too")
     add("--name", help="the model's name in the files (default: that of the source)")
 
 
@@ -62,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
         pickles_allowed=args.allow_pickle, counted_tokens=args.counted_tokens,
         vram_budget=None if args.vram_budget is None else args.vram_budget * _GIB,
         quant=args.quant, head_quant=args.head_quant, predictor_quant=args.predictor_quant,
-        hot_frequency=args.hot_frequency, name=args.name,
+        hot_frequency=args.hot_frequency, name=args.name, attention_rows=args.attention_rows,
     )  # fmt: skip
     convert(args.sources, args.to, args.out, options)
     print(args.out)

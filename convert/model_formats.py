@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from hotcold import storage
+from hotcold.convert.attention_rows import ROLE
 from hotcold.convert.export import ExportOptions, copy_file, export_bundle, export_file
 from hotcold.convert.gguf_checkpoint import GGUFCheckpoint
 from hotcold.convert.gguf_read import GGUFFile
@@ -22,10 +23,11 @@ from hotcold.convert.gguf_split import open_gguf
 from hotcold.convert.hf_checkpoint import HFCheckpoint
 from hotcold.convert.manifest import Manifest
 from hotcold.convert.parts import Model, Options, Parts
-from hotcold.convert.powerinfer import sparse_predictors
+from hotcold.convert.powerinfer import hot_sets, sparse_predictors
 from hotcold.convert.quantize import QUANTS
 from hotcold.errors import FormatError, InputError
 from hotcold.predictor.bundle import PredictorBundle
+from hotcold.progress import log
 
 __all__ = [
     "bytes_per_neuron",
@@ -50,7 +52,8 @@ def read_bundle(path: Path, parts: Parts, options: Options, stack: ExitStack) ->
     file = next(iter(ready.values()))
     own = PredictorBundle.load(path / "predictors") if "powerinfer" in ready else None
     weights, fingerprint = partial(GGUFCheckpoint, file), manifest.model_fingerprint
-    parts.model = Model(weights, manifest.name, fingerprint, path, GGUFFile(file), ready, own)
+    rows = bool(manifest.of_role(ROLE))
+    parts.model = Model(weights, manifest.name, fingerprint, path, GGUFFile(file), ready, own, rows)
     parts.bundle = own or parts.bundle
 
 
@@ -87,6 +90,7 @@ def write_bundle(parts: Parts, out: Path, options: Options) -> None:
     """Write a bundle; without predictors it holds the dense file only."""
     model = parts.need_model()
     predictors = parts.need_predictors(options) if parts.bundle else None
+    _say_if_hot_is_lost(model, predictors)
     export_bundle(model.weights(), out, predictors=predictors, **_common(model, options))
 
 
@@ -97,6 +101,7 @@ def write_sparse(parts: Parts, out: Path, options: Options) -> None:
     if own and _copied(model, "powerinfer", out, options):
         return
     predictors = parts.need_predictors(options)
+    _say_if_hot_is_lost(model, predictors)
     export_file(model.weights(), out, "sparse", predictors=predictors, **_common(model, options))
 
 
@@ -105,6 +110,15 @@ def write_dense(parts: Parts, out: Path, options: Options) -> None:
     model = parts.need_model()
     if not _copied(model, "gguf", out, options):
         export_file(model.weights(), out, "dense", **_common(model, options))
+
+
+def _say_if_hot_is_lost(model: Model, predictors: PredictorBundle | None) -> None:
+    """A file tells which neurons are hot; what is written is worked out from how often they fire."""
+    if predictors is None or model.file is None or predictors.layers[0].firing_frequency is not None:
+        return
+    if any(len(hot) for hot in hot_sets(model.file, len(predictors.layers))):
+        what = "says which neurons are hot, but not how often they fire"
+        log(f"{model.file.path.name}: {what}: all are predicted now, unless another source tells")
 
 
 def _common(model: Model, options: Options) -> dict[str, Any]:
@@ -129,7 +143,7 @@ def _export_options(model: Model, options: Options) -> ExportOptions:
     head = options.head_quant or options.quant or _type_of(model.file, "token_embd") or body
     predictor = options.predictor_quant or _type_of(model.file, "blk.0.fc2") or default.predictor_quant
     frequency = default.hot_frequency if options.hot_frequency is None else options.hot_frequency
-    return ExportOptions(body, head, predictor, frequency)
+    return ExportOptions(body, head, predictor, frequency, options.attention_rows or model.attention_rows)
 
 
 def _type_of(file: GGUFFile | None, name: str) -> str | None:

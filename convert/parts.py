@@ -31,6 +31,7 @@ class Options:
     predictor_quant: str | None = None
     hot_frequency: float | None = None
     name: str | None = None
+    attention_rows: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +45,7 @@ class Model:
     file: GGUFFile | None = None
     ready: dict[str, Path] = field(default_factory=dict)  # the GGUF files of a bundle, by format
     predictors: PredictorBundle | None = None  # those in the same file or bundle
+    attention_rows: bool = False  # whether a bundle has the attention matrices by input
 
 
 @dataclass(slots=True)

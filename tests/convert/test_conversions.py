@@ -93,6 +93,26 @@ def test_a_sparse_file_becomes_a_bundle_with_the_same_bytes(bundle, convert):
         assert np.array_equal(ours[key], value), key
 
 
+def test_what_is_lost_of_hot_neurons_is_said(bundle, tmp_path, capsys):
+    sparse, lost = (
+        str(bundle / "m.powerinfer.gguf"),
+        "says which neurons are hot, but not how often they fire",
+    )
+    assert main(["convert", sparse, "--to", "bundle", "--out", str(tmp_path / "a")]) == 0
+    assert lost in capsys.readouterr().err
+    predictors = str(bundle / "predictors")
+    assert main(["convert", sparse, predictors, "--to", "bundle", "--out", str(tmp_path / "b")]) == 0
+    assert lost not in capsys.readouterr().err
+
+
+def test_attention_matrices_by_input_are_written_where_they_are_wished_and_kept(bundle, convert):
+    assert not (convert("bundle", bundle) / "m.attention.gguf").exists()
+    first = convert("bundle", bundle, options=("--attention-rows",))
+    again = convert("bundle", first)
+    assert verify_bundle(first) == verify_bundle(again) == []
+    same_tensors(first / "m.attention.gguf", again / "m.attention.gguf")
+
+
 def test_a_sparse_file_becomes_a_dense_one_but_for_the_transposed_matrix(bundle, convert):
     dense, expected = convert("gguf", bundle / "m.powerinfer.gguf"), GGUFFile(bundle / "m.gguf")
     exact = expected.tensors["blk.0.ffn_down_exps.weight"].type == "F16"
