@@ -109,8 +109,9 @@ def load_model(
         model.check()
     except ValueError as error:
         raise UnsupportedError(str(error), where=file.path) from error
-    if source.converted:
-        log(f"{file.path.name}: {', '.join(sorted(source.converted))} became F16, for want of kernels")
+    for part in (source, by_input):
+        if part is not None and part.converted:
+            log(f"{part.path.name}: {', '.join(sorted(part.converted))} became F16, for want of kernels")
     return model, shape
 
 
