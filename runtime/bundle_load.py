@@ -178,6 +178,8 @@ def _load(
     load_layers(model, source, file, shape, mode, range(shape.n_layers), by_input)
     unread = ("fc1.weight", "fc2.weight", "ffn_gate_inp.weight", "rope_freqs.weight")
     source.check_all_read(unread if by_input is None else (*unread, *_PROJECTIONS))
+    if by_input is not None:
+        by_input.check_all_read(())
 
 
 def _attention_rows(attention: GGUFFile, file: GGUFFile) -> Source:

@@ -15,7 +15,7 @@ from hotcold import storage
 from hotcold.convert.gguf_read import GGUFFile
 from hotcold.convert.manifest import Manifest
 from hotcold.convert.quantize import dequantize
-from hotcold.errors import FormatError, InputError, MismatchError, ShapeError
+from hotcold.errors import FormatError, InputError, MismatchError, ShapeError, UnsupportedError
 from hotcold.runtime import _cpu
 from hotcold.runtime.backends import BackendOptions
 from hotcold.runtime.engine import Engine
@@ -232,11 +232,11 @@ def test_other_backends_refuse_it():
         BackendOptions(backend="gpu", input_sparsity=0.5)
 
 
-def _attention_file(path, d=64, *, fingerprint=None, without=""):
+def _attention_file(path, d=64, *, fingerprint=None, without="", layers=2):
     writer = gguf.GGUFWriter(path, "hotcold-attention")
     if fingerprint:
         writer.add_string("hotcold.model_fingerprint", fingerprint)
-    for i in range(2):
+    for i in range(layers):
         for name, outputs in (("attn_q", 64), ("attn_k", 32), ("attn_v", 32), ("attn_output", d)):
             if name != without:
                 writer.add_tensor(f"blk.{i}.{name}_t.weight", np.zeros((64, outputs), np.float32))
@@ -260,6 +260,8 @@ def test_rows_that_do_not_fit_are_refused(bundle, tmp_path):
         load(_attention_file(tmp_path / "missing.gguf", without="attn_v"))
     with pytest.raises(MismatchError, match="rows of another model"):
         load(_attention_file(tmp_path / "other.gguf", fingerprint="f" * 64))
+    with pytest.raises(UnsupportedError, match=r"tensors of an unknown kind \(got blk\.2\.attn_k_t\.weight"):
+        load(_attention_file(tmp_path / "deeper.gguf", layers=3))
     shutil.copy(sparse, tmp_path / "model.gguf")
     with pytest.raises(FormatError, match=r"blk\.0\.attn_q_t\.weight: missing tensor"):
         load(tmp_path / "model.gguf")
