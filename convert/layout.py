@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from gguf.constants import GGML_QUANT_VERSION, LlamaFileType
 
-from hotcold.convert import attention_rows
 from hotcold.convert.architectures import ModelSpec
+from hotcold.convert.attention_rows import ROLE, attention_rows_metadata, attention_rows_plans
 from hotcold.convert.gguf_write import TensorPlan
 from hotcold.convert.llama_cpp import dense_metadata, dense_plans
 from hotcold.convert.plans import Planner, TensorTypes
@@ -80,8 +80,8 @@ class ModelFiles:
     load: Callable[[str], np.ndarray]
 
     def layouts(self, predictors: PredictorBundle | None) -> tuple[list[GGUFLayout], list[str]]:
-        """The dense file and those that were asked for, the sparse one with predictors; and what got another
-        type than wished."""
+        """The dense file, the sparse one with predictors, the attention file if asked for; and what got
+        another type than wished."""
         planner = Planner(self.spec, self.options.types(), self.load)
         own = self._own_metadata(planner.types)
         common = own | self._vocabulary()
@@ -93,12 +93,9 @@ class ModelFiles:
             plans = sparse_plans(planner, predictors)
             layouts.append(GGUFLayout(f"{self.name}.powerinfer.gguf", "sparse", MAGIC, metadata, plans))
         if self.options.attention_rows:
-            metadata, plans = (
-                attention_rows.attention_rows_metadata(),
-                attention_rows.attention_rows_plans(planner),
-            )
-            file = f"{self.name}.attention.gguf"
-            layouts.append(GGUFLayout(file, attention_rows.ROLE, "GGUF", metadata | own, plans))
+            metadata = attention_rows_metadata() | own
+            plans = attention_rows_plans(planner)
+            layouts.append(GGUFLayout(f"{self.name}.attention.gguf", ROLE, "GGUF", metadata, plans))
         return layouts, sorted(set(planner.fallbacks))
 
     def _own_metadata(self, types: TensorTypes) -> dict[str, Any]:

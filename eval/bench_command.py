@@ -101,7 +101,9 @@ def _measure(args: argparse.Namespace, plan: Plan, scratch: Path) -> Report:
 
     from hotcold.eval import machine, sides
     from hotcold.eval.bench import bench, segments
+    from hotcold.runtime.engine import check_input_sparsity
 
+    check_input_sparsity(args.input_sparsity)
     modes = sides.checked_modes(args.modes)
     bundle, ids, windows = _synthetic(args, plan, scratch) if args.synthetic else _real(args, plan)
     n_ctx = max(plan.n_prompt + plan.n_gen, args.window)

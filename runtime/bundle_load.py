@@ -109,8 +109,9 @@ def load_model(
         model.check()
     except ValueError as error:
         raise UnsupportedError(str(error), where=file.path) from error
-    if source.converted:
-        log(f"{file.path.name}: {', '.join(sorted(source.converted))} became F16, for want of kernels")
+    for part in (source, by_input):
+        if part is not None and part.converted:
+            log(f"{part.path.name}: {', '.join(sorted(part.converted))} became F16, for want of kernels")
     return model, shape
 
 
@@ -177,6 +178,8 @@ def _load(
     load_layers(model, source, file, shape, mode, range(shape.n_layers), by_input)
     unread = ("fc1.weight", "fc2.weight", "ffn_gate_inp.weight", "rope_freqs.weight")
     source.check_all_read(unread if by_input is None else (*unread, *_PROJECTIONS))
+    if by_input is not None:
+        by_input.check_all_read(())
 
 
 def _attention_rows(attention: GGUFFile, file: GGUFFile) -> Source:

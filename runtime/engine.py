@@ -22,7 +22,7 @@ from hotcold.runtime.bundle_files import file_of_role
 from hotcold.runtime.bundle_load import load_model
 from hotcold.runtime.stats import Stats
 
-__all__ = ["Engine"]
+__all__ = ["Engine", "check_input_sparsity"]
 
 MODES = ("auto", "dense", "exact", "predicted")
 _MOST_THREADS = 256  # of the native team
@@ -54,13 +54,12 @@ class Engine:
             raise InputError("the context must hold at least one token", got=n_ctx)
         if n_threads is not None and not 1 <= n_threads <= _MOST_THREADS:
             raise InputError("no such number of threads", got=n_threads, expected=f"1 to {_MOST_THREADS}")
-        if not 0 <= input_sparsity < 1:
-            raise InputError("no such share of inputs", got=input_sparsity, expected="0 to 1, less than 1")
+        check_input_sparsity(input_sparsity)
         if input_sparsity and attention is None:
             raise _no_rows(path)
         self.mode, self.n_ctx, self.input_sparsity = mode, n_ctx, input_sparsity
         self.n_threads = n_threads or min(len(os.sched_getaffinity(0)), _MOST_THREADS)
-        rows = GGUFFile(attention) if attention else None
+        rows = None if attention is None else GGUFFile(attention)
         self._model, self._shape = load_model(GGUFFile(path), mode, self.n_threads, n_ctx, _isa(), rows)
         self._model.input_sparsity = input_sparsity
         self.n_vocab = self._shape.n_vocab
@@ -82,18 +81,15 @@ class Engine:
         """
         if mode not in MODES:
             raise InputError("unknown mode", got=mode, expected=", ".join(MODES))
+        check_input_sparsity(input_sparsity)
+        attention = _attention_file(bundle) if input_sparsity else None
         if mode == "auto":
             from hotcold.runtime.auto_mode import choose_mode
 
             mode = choose_mode(bundle, n_threads)
         is_file = Path(bundle).suffix == ".gguf"
         path = bundle if is_file else file_of_role(bundle, "dense" if mode == "dense" else "sparse")
-        if not input_sparsity:
-            return cls(path, mode, n_threads, n_ctx)
-        if is_file or not Manifest.read(bundle).of_role(ROLE):
-            raise _no_rows(bundle)
-        rows = file_of_role(bundle, ROLE)
-        return cls(path, mode, n_threads, n_ctx, attention=rows, input_sparsity=input_sparsity)
+        return cls(path, mode, n_threads, n_ctx, attention=attention, input_sparsity=input_sparsity)
 
     @property
     def isa(self) -> str:
@@ -173,9 +169,22 @@ class Engine:
         }
 
 
+def check_input_sparsity(share: float) -> None:
+    """Raise InputError unless it is a share of inputs that can be left out."""
+    if not 0 <= share < 1:
+        raise InputError("no such share of inputs", got=share, expected="0 to 1, less than 1")
+
+
+def _attention_file(bundle: str | Path) -> Path:
+    """The attention matrices of a bundle by input; InputError where it has none."""
+    if Path(bundle).suffix == ".gguf" or not Manifest.read(bundle).of_role(ROLE):
+        raise _no_rows(bundle)
+    return file_of_role(bundle, ROLE)
+
+
 def _no_rows(path: str | Path) -> InputError:
-    what = "to leave inputs out takes the attention matrices by input"
-    return InputError(what, where=path, fix="export the bundle with --attention-rows")
+    what = "to leave inputs out takes a bundle with the attention matrices by input"
+    return InputError(what, where=path, fix="`hotcold export --attention-rows` writes one")
 
 
 def _isa() -> str | None:

@@ -320,6 +320,8 @@ class ReferenceEngine:
 
     def _largest(self, x: Tensor, positions: Tensor) -> Tensor:
         """x [tokens, inputs] with the smallest inputs of each token but the first of the context set to 0."""
+        if not self.input_sparsity:
+            return x
         keep = x.shape[-1] - int(self.input_sparsity * x.shape[-1])
         least = x.abs().topk(keep).values[:, -1:]
         return torch.where((x.abs() >= least) | (positions[:, None] == 0), x, 0.0)

@@ -318,7 +318,7 @@ NB_MODULE(_cpu, m) {
       .def("sizes", &sizes)
       .def_rw("audit", &Model::audit)
       .def_rw("position", &Model::position)
-      .def_prop_rw("input_sparsity", [](const Model& m) { return m.input_sparsity; }, [](Model& m, float share) {
+      .def_prop_rw("input_sparsity", [](const Model& m) { return m.input_sparsity; }, [](Model& m, double share) {
         require(share >= 0 && share < 1, "input_sparsity: 0 to 1");
         m.input_sparsity = share;
       })

@@ -136,6 +136,15 @@ std::vector<nb::ndarray<nb::numpy, float>> multiply_inputs(const std::string& is
   return results;
 }
 
+nb::ndarray<nb::numpy, float> leave_out(const std::string& isa, Vector x, double share) {
+  Block<float> kept(padded(int(x.size())));
+  std::copy_n(x.data(), x.size(), kept.get());
+  leave_out_smallest(kernels(isa.c_str()), kept.get(), int(x.size()), share);
+  auto out = array({x.size()});
+  std::copy_n(kept.get(), x.size(), out.data());
+  return out;
+}
+
 nb::ndarray<nb::numpy, float> keep_at_least(const std::string& isa, Vector x, float size) {
   if (x.size() % kLanes) throw std::invalid_argument("a length that is a multiple of 16");
   auto out = array({x.size()});
@@ -208,6 +217,7 @@ void bind_ops(nb::module_& m) {
   ops.def("row_dot", &row_dot, "isa"_a, "type"_a, "w"_a, "x"_a, "tokens"_a);
   ops.def("down", &down, "isa"_a, "type"_a, "w"_a, "a"_a, "n"_a);
   ops.def("multiply_inputs", &multiply_inputs, "isa"_a, "threads"_a, "types"_a, "w"_a, "outputs"_a, "x"_a);
+  ops.def("leave_out_smallest", &leave_out, "isa"_a, "x"_a, "share"_a);
   ops.def("keep_at_least", &keep_at_least, "isa"_a, "x"_a, "size"_a);
   ops.def("count_at_least", &count_at_least, "isa"_a, "x"_a, "size"_a);
   ops.def("rms_norm", &rms_norm, "isa"_a, "x"_a, "weight"_a, "eps"_a);

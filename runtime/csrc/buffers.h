@@ -86,7 +86,10 @@ struct DownQueue {
 // Tokens of a block whose queries meet a key or value together: enough to use each for four queries or more.
 inline int tokens_side_by_side(const Config& c) { return c.n_heads / c.n_kv_heads >= 4 ? 1 : 4; }
 
-constexpr int kMaxOutputs = 512;  // of a matrix held by input, that a block of tokens is computed for at a time
+// Outputs of a matrix held by input that a block of tokens is computed for at a time: rows can be cut at multiples of it,
+// as scales lie in groups of 16.
+constexpr int kMaxOutputs = 512;
+static_assert(kMaxOutputs % (kLanes * kBlock) == 0);
 
 struct ThreadScratch {
   // `input_width`: outputs of matrices that are held by input, 0 where none are.

@@ -2,6 +2,7 @@
 // matrix; here each token leaves out the same share of its own inputs, so that nothing has to be calibrated).
 #include <algorithm>
 #include <bit>
+#include <cmath>
 #include <cstring>
 
 #include "pass.h"
@@ -9,18 +10,19 @@
 namespace hotcold {
 namespace {
 
-constexpr int kSide = 16;      // inputs that the kernel adds up at a time
-constexpr int kOutputs = kMaxOutputs;  // scales of a row lie in groups of as many
+constexpr int kSide = 16;  // inputs that the kernel adds up at a time
 
-// The size of the `keep`-th largest input, give or take a 256th of them; what is 2^-16 of the largest counts as nothing.
+// The size of the smallest input to keep, so that `keep` of them are, or up to a 256th of all more; fewer where so many
+// are not 2^-16 of the largest, which counts as nothing.
 float size_of_smallest_kept(const Kernels& k, const float* x, int n, int keep) {
+  const int width = padded(n);
   float most = 0;
   for (int i = 0; i < n; ++i) most = std::max(most, std::abs(x[i]));
   // Halving between bit patterns is halving between logarithms: sizes spread over orders of magnitude.
   uint32_t high = std::bit_cast<uint32_t>(most), low = high > (16u << 23) ? high - (16u << 23) : 0;
   while (high - low > 1) {
     const uint32_t middle = low + (high - low) / 2;
-    const int count = k.count_at_least(x, n, std::bit_cast<float>(middle));
+    const int count = k.count_at_least(x, width, std::bit_cast<float>(middle));
     if (count >= keep) low = middle;
     else high = middle;
     if (count >= keep && count - keep <= n / 256) break;
@@ -28,14 +30,19 @@ float size_of_smallest_kept(const Kernels& k, const float* x, int n, int keep) {
   return std::bit_cast<float>(low);
 }
 
+// Pieces of kMaxOutputs outputs, the last one of fewer.
+int pieces_of(const InputRows::Part& part) { return round_up(part.outputs, kMaxOutputs) / kMaxOutputs; }
+
 }  // namespace
+
+void leave_out_smallest(const Kernels& k, float* x, int n, double share) {
+  const int keep = n - int(share * n);
+  k.keep_at_least(x, padded(n), size_of_smallest_kept(k, x, n, keep));
+}
 
 void Pass::leave_out_inputs(const Acts& acts, int t) {
   // Position 0 is what all later tokens lean on (see list_neurons).
-  if (position + t == 0) return;
-  float* x = acts.f + size_t(t) * acts.width;
-  const int keep = acts.n - int(m.input_sparsity * float(acts.n));
-  m.k.keep_at_least(x, acts.width, size_of_smallest_kept(m.k, x, acts.width, keep));
+  if (position + t > 0) leave_out_smallest(m.k, acts.f + size_t(t) * acts.width, acts.n, m.input_sparsity);
 }
 
 void Pass::multiply_inputs(int thread, const InputRows& rows, const Acts& acts, const Outputs* out) {
@@ -72,11 +79,12 @@ void Pass::multiply_inputs_one(int thread, const InputRows& rows, const Acts& ac
     }
   }
   m.team.barrier();
-  for (const InputRows::Part& part : rows.parts) {
-    const Range own = split(part.outputs, thread, threads(), kLanes);
-    float* to = out[&part - rows.parts.data()].data;
-    std::memset(to + own.first, 0, (own.last - own.first) * sizeof(float));
-    for (const auto& other : b.scratch) m.k.add(to + own.first, other->sums.get() + part.first + own.first, own.last - own.first);
+  for (size_t p = 0; p < rows.parts.size(); ++p) {
+    const Range own = split(rows.parts[p].outputs, thread, threads(), kLanes);
+    const int from = rows.parts[p].first + own.first, count = own.last - own.first;
+    float* to = out[p].data + own.first;
+    std::memset(to, 0, count * sizeof(float));
+    for (const auto& other : b.scratch) m.k.add(to, other->sums.get() + from, count);
   }
 }
 
@@ -88,21 +96,22 @@ void Pass::multiply_inputs_block(int thread, const InputRows& rows, const Acts& 
     s.input_bytes += int64_t(rows.inputs - std::count(x, x + rows.inputs, 0.0f)) * rows.bytes;
   }
   int pieces = 0;
-  for (const InputRows::Part& part : rows.parts) pieces += (part.outputs + kOutputs - 1) / kOutputs;
+  for (const InputRows::Part& part : rows.parts) pieces += pieces_of(part);
   m.team.share(thread, pieces, 1, [&](int first, int last) {
     for (int piece = first; piece < last; ++piece) {
-      int p = 0, at = piece;
-      for (; at >= (rows.parts[p].outputs + kOutputs - 1) / kOutputs; ++p) at -= (rows.parts[p].outputs + kOutputs - 1) / kOutputs;
-      multiply_inputs_piece(s, rows, rows.parts[p], at * kOutputs, acts, out[p]);
+      int p = 0, at = piece;  // piece `at` of part p
+      for (; at >= pieces_of(rows.parts[p]); ++p) at -= pieces_of(rows.parts[p]);
+      multiply_inputs_piece(s, rows, rows.parts[p], at * kMaxOutputs, acts, out[p]);
     }
   });
 }
 
 void Pass::multiply_inputs_piece(ThreadScratch& s, const InputRows& rows, const InputRows::Part& part, int first_output,
                                  const Acts& acts, const Outputs& out) {
-  const int outputs = std::min(kOutputs, part.outputs - first_output);
+  const int outputs = std::min(kMaxOutputs, part.outputs - first_output);
   const size_t at = part.row.at + down_bytes(part.row.type, first_output);
-  std::memset(s.sums.get(), 0, size_t(n) * kOutputs * sizeof(float));
+  float* sums = s.sums.get();
+  std::memset(sums, 0, size_t(n) * kMaxOutputs * sizeof(float));
   s.asks.clear();
   for (int i = 0; i < rows.inputs; i += kSide) {
     const uint8_t* row[kSide];
@@ -111,10 +120,10 @@ void Pass::multiply_inputs_piece(ThreadScratch& s, const InputRows& rows, const 
     for (int j = i + kSide; j < std::min(i + 2 * kSide, rows.inputs); ++j)
       s.asks.add(rows.row(j) + at, down_bytes(part.row.type, outputs));
     for (int t = 0; t < n; ++t)
-      m.k.down(part.row.type, row, acts.f + size_t(t) * acts.width + i, side, outputs, s.sums.get() + size_t(t) * kOutputs, s.asks);
+      m.k.down(part.row.type, row, acts.f + size_t(t) * acts.width + i, side, outputs, sums + size_t(t) * kMaxOutputs, s.asks);
   }
   for (int t = 0; t < n; ++t)
-    std::copy_n(s.sums.get() + size_t(t) * kOutputs, outputs, out.data + size_t(t) * out.stride + first_output);
+    std::copy_n(sums + size_t(t) * kMaxOutputs, outputs, out.data + size_t(t) * out.stride + first_output);
 }
 
 }  // namespace hotcold

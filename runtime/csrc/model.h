@@ -115,7 +115,7 @@ class Model {
   NormWeights output_norm;
   std::vector<float> rope_frequency;  // [rope_dim / 2], radians per position
   float rope_scale = 1;               // of sine and cosine (YaRN's attention factor)
-  float input_sparsity = 0;           // share of the attention matrices' inputs that are left out, where they are held by input
+  double input_sparsity = 0;          // share of the attention matrices' inputs that are left out, where they are held by input
   bool audit = false;                 // predicted mode: also count what the predictor missed
 
   // Packs a GGUF matrix [rows, cols] on all threads; `order` as in pack_panel.

@@ -12,6 +12,10 @@ struct Neurons {
   int count;
 };
 
+// Sets the smallest of x [n], padded with zeros, to zero: `share` of them or, as it need not be exact, a little fewer; and
+// whatever is nothing beside the largest.
+void leave_out_smallest(const Kernels& k, float* x, int n, double share);
+
 struct Pass {
   Model& m;
   Model::Buffers& b;
@@ -50,7 +54,7 @@ struct Pass {
   // Asks for the beginning of this thread's rows: said before a barrier, after which they are multiplied.
   void ask_for(int thread, const Panel& panel) const;
 
-  // Sets the smallest inputs of token t to zero, the model's share of them.
+  // Sets the smallest inputs of token t to zero, the model's share of them, unless it is the first of the context.
   void leave_out_inputs(const Acts& acts, int t);
   void multiply_inputs_one(int thread, const InputRows& rows, const Acts& acts, const Outputs* out);
   void multiply_inputs_block(int thread, const InputRows& rows, const Acts& acts, const Outputs* out);

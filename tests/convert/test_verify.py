@@ -171,6 +171,24 @@ def test_a_contradiction_in_the_sparse_file_is_found(bundle, edit, message):
     assert message in found(bundle)
 
 
+def drop_rows(metadata, plans):
+    del plans["blk.1.attn_v_t.weight"]
+
+
+@pytest.mark.parametrize(
+    "edit, message",
+    [
+        (drop_rows, "tensors does not agree"),
+        (change("general.architecture", "llama"), "general.architecture does not agree"),
+        (change("hotcold.model_fingerprint", "0" * 64), "hotcold.model_fingerprint does not agree"),
+    ],
+)
+def test_a_contradiction_in_the_attention_file_is_found(bundle, edit, message):
+    rewrite(bundle / "m.attention.gguf", edit)
+    sign(bundle)
+    assert f"m.attention.gguf: {message}" in found(bundle)
+
+
 def test_further_metadata_is_allowed(bundle):
     rewrite(bundle / "m.gguf", change("hotcold.note", "made at home"))
     sign(bundle)

@@ -85,7 +85,7 @@ def write_bundle(folder: Path, threshold: float) -> Path:
         fingerprint=fingerprint,
         folder=folder / "model",
         predictors=PredictorBundle.load(folder / "predictors"),
-        options=ExportOptions(quant="f16", predictor_quant="f32"),
+        options=ExportOptions(quant="f16", predictor_quant="f32", attention_rows=True),
     )
     return folder / "bundle"
 

@@ -71,6 +71,19 @@ def test_recall_of_predictors_that_miss_neurons(lossy_bundle, text_file, tmp_pat
     assert found["kl_predicted"] > 1e-4
 
 
+def test_modes_that_leave_inputs_out_are_sides_of_their_own(bundle, text_file, capsys):
+    arguments = ("--bundle", bundle, "--text", text_file, *SMALL, "-m", "dense,exact", "-o", "json")
+    assert run(*arguments, "--input-sparsity", 0.5) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found["input_sparsity"] == 0.5
+    sides = [row["side"] for row in found["rows"]][2:]
+    assert sides == ["dense", "dense (50% of inputs)", "exact", "exact (50% of inputs)"]
+    for mode in ("dense", "exact"):
+        other = f"{mode}_50_of_inputs"
+        assert 0 < found[f"bytes_attention_{other}"] < found[f"bytes_attention_{mode}"]
+        assert found[f"kl_{other}"] > 10 * found[f"kl_{mode}"]
+
+
 def test_synthetic_models_say_so_and_fire_as_asked(tmp_path, capsys):
     shape = ("--synthetic", "smollm2-135m", "--layers", 2, "--sparsity", 0.8, "--cache", tmp_path)
     assert run(*shape, *SMALL, "-o", "json") == 0
@@ -90,6 +103,7 @@ def test_synthetic_models_say_so_and_fire_as_asked(tmp_path, capsys):
         (("--synthetic", "smollm2-135m", "--sparsity", "2"), "--sparsity out of range (got 2.0"),
         (("--synthetic", "smollm2-135m", "--quant", "q2"), "unknown quantisation (got q2"),
         (("--synthetic", "smollm2-135m", "--modes", "fast"), "unknown mode (got fast, expected dense"),
+        (("--synthetic", "llama-2-13b", "--input-sparsity", "50"), "no such share of inputs (got 50.0"),
         (("--synthetic", "smollm2-135m", "-r", "0"), "rounds: must be at least 1"),
         (("--synthetic", "smollm2-135m", "-t", "0"), "--threads: must be at least 1"),
     ],

@@ -132,9 +132,18 @@ def test_distances_to_a_reference(lossy_bundle, text_file, capsys):
     assert re.search(r"KL\(dense ‖ exact\) 0\.0000\d nats, same top token 100\.0%", capsys.readouterr().out)
 
 
+def test_what_leaving_inputs_out_costs(bundle, text_file, capsys):
+    options = ("--bundle", bundle, "--text", text_file, "--tokens", 256, "--window", 32, "-t", 1)
+    assert run(*options, "--mode", "exact", "--reference", "exact", "--input-sparsity", 0.5, "--json") == 0
+    (found,) = map(json.loads, capsys.readouterr().out.splitlines())
+    assert found["mode"] == "exact (50% of inputs)"
+    assert found["kl"] > 1e-4
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (("--mode", "exact,llama.cpp", "--input-sparsity", "0.5"), "llama.cpp leaves no inputs out"),
         (("--mode", "exakt"), r"unknown mode \(got exakt, expected dense \| exact"),
         (("--reference", "exakt"), r"unknown mode \(got exakt"),
         (("--text", "nowhere.txt"), "nowhere.txt: no such file"),

@@ -52,6 +52,15 @@ def test_modes(bundle, capsys, mode, neurons):
     assert re.search(rf"^neurons:    {neurons} \({mode} mode, -t 1\)$", capsys.readouterr().err, re.MULTILINE)
 
 
+def test_inputs_left_out_change_what_is_said(bundle, capsys):
+    texts = []
+    for share in "0", "0.9":
+        options = ["-p", "The quick", "-n", "20", "--temp", "0", "--ignore-eos", "--input-sparsity", share]
+        assert hotcold_run(bundle, *options) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] != texts[1]
+
+
 def test_auto_mode_is_measured_once(bundle, capsys, monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     for told in (True, False):
@@ -126,6 +135,10 @@ def test_ctrl_c_shows_the_figures_and_exits_with_130(bundle, capsys, monkeypatch
         (["-p", "fox", "-c", "0"], "-c out of range (got 0, expected 1 or more)"),
         (["-p", "fox", "-t", "0"], "-t out of range (got 0, expected 1 or more)"),
         (["-p", "fox", "--top-p", "2"], "--top-p out of range (got 2.0, expected above 0, at most 1 (off))"),
+        (
+            ["-p", "fox", "--input-sparsity", "50"],
+            "no such share of inputs (got 50.0, expected 0 to 1, less than 1)",
+        ),
         (["-p", "fox", "--temp", "nan"], "--temp out of range (got nan, expected 0 (greedy) or more)"),
         (
             ["-f", "/nonexistent/prompt"],

@@ -11,9 +11,11 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType, quants
 
+from hotcold import storage
 from hotcold.convert.gguf_read import GGUFFile
+from hotcold.convert.manifest import Manifest
 from hotcold.convert.quantize import dequantize
-from hotcold.errors import FormatError, InputError, MismatchError, ShapeError
+from hotcold.errors import FormatError, InputError, MismatchError, ShapeError, UnsupportedError
 from hotcold.runtime import _cpu
 from hotcold.runtime.backends import BackendOptions
 from hotcold.runtime.engine import Engine
@@ -90,8 +92,9 @@ def test_a_block_of_tokens_is_like_each_alone(isa, kind, inputs, outputs, tokens
 
 
 @isas
-def test_matrices_may_be_of_different_types(isa, rng):
-    x = rng.standard_normal((1, 64)).astype(np.float32)
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_matrices_may_be_of_different_types(isa, tokens, rng):
+    x = rng.standard_normal((tokens, 64)).astype(np.float32)
     matrices = [stored(kind, rng.standard_normal((64, 96))) for kind in ("F16", "Q8_0", "Q4_0")]
     found = ops.multiply_inputs(isa, 2, [1, 3, 4], [rows for rows, _ in matrices], [96] * 3, x)
     for got, (_, values) in zip(found, matrices, strict=True):
@@ -105,6 +108,29 @@ def test_what_is_small_is_counted_and_dropped_whatever_its_sign(isa, rng):
     large = np.abs(x) >= 0.5
     assert ops.count_at_least(isa, x, 0.5) == large.sum()
     np.testing.assert_array_equal(ops.keep_at_least(isa, x, 0.5), np.where(large, x, 0))
+
+
+@isas
+@pytest.mark.parametrize("n", [16, 70, 576, 4096])
+@pytest.mark.parametrize("share", [0.0, 0.25, 0.5, 0.9, 1 - 1e-9])
+@pytest.mark.parametrize("spread", [0.1, 1.0])
+def test_the_smallest_inputs_are_left_out(isa, n, share, spread, rng):
+    """Sizes over one or several orders of magnitude; with n / 256 more kept than asked for, at most."""
+    x = (np.exp(spread * rng.standard_normal(n)) * rng.choice([-1, 1], n)).astype(np.float32)
+    found = ops.leave_out_smallest(isa, x, share)
+    kept, keep = np.count_nonzero(found), n - int(share * n)
+    assert keep <= kept <= keep + n // 256
+    least = np.sort(np.abs(x))[n - kept]
+    np.testing.assert_array_equal(found, np.where(np.abs(x) >= least, x, 0))
+
+
+@isas
+def test_inputs_that_are_alike_or_nothing_beside_the_largest(isa):
+    for same in (np.zeros(100), np.full(100, -3.0), np.full(100, 1e-44), np.full(100, np.inf)):
+        same = same.astype(np.float32)
+        np.testing.assert_array_equal(ops.leave_out_smallest(isa, same, 0.9), same)
+    spread = np.float32([2.0**-15, 1.0, -(2.0**-17), 2.0**-40])
+    np.testing.assert_array_equal(ops.leave_out_smallest(isa, spread, 0.0), spread * [1, 1, 0, 0])
 
 
 def reference_of(bundle, mode, share):
@@ -185,10 +211,19 @@ def test_an_impossible_share_is_refused(bundle, share):
         Engine.load(bundle.path, "exact", 1, input_sparsity=share)
 
 
-def test_a_bundle_without_the_rows_is_refused_with_the_remedy(bundle):
-    with pytest.raises(InputError, match="export the bundle with --attention-rows"):
-        Engine.load(bundle.path / "tiny.gguf", "dense", 1, input_sparsity=0.5)
-    with pytest.raises(InputError, match="export the bundle with --attention-rows"):
+def test_all_but_one_input_may_be_left_out(bundle):
+    engine = Engine.load(bundle.path, "exact", 1, input_sparsity=1 - 1e-9)  # 1 in float32
+    assert np.isfinite(engine.prefill(IDS, all_logits=True)).all()
+
+
+def test_a_bundle_without_the_rows_is_refused_with_the_remedy(bundle, tmp_path):
+    manifest = Manifest.read(bundle.path)
+    files = {name: file for name, file in manifest.files.items() if file.role != "attention"}
+    storage.write_json(tmp_path / "manifest.json", replace(manifest, files=files).to_json())
+    for path in (tmp_path, bundle.path / "tiny.gguf"):
+        with pytest.raises(InputError, match="`hotcold export --attention-rows` writes one"):
+            Engine.load(path, "dense", 1, input_sparsity=0.5)
+    with pytest.raises(InputError, match="`hotcold export --attention-rows` writes one"):
         Engine(bundle.path / "tiny.gguf", "dense", 1, input_sparsity=0.5)
 
 
@@ -197,11 +232,11 @@ def test_other_backends_refuse_it():
         BackendOptions(backend="gpu", input_sparsity=0.5)
 
 
-def _attention_file(path, d=64, *, fingerprint=None, without=""):
+def _attention_file(path, d=64, *, fingerprint=None, without="", layers=2):
     writer = gguf.GGUFWriter(path, "hotcold-attention")
     if fingerprint:
         writer.add_string("hotcold.model_fingerprint", fingerprint)
-    for i in range(2):
+    for i in range(layers):
         for name, outputs in (("attn_q", 64), ("attn_k", 32), ("attn_v", 32), ("attn_output", d)):
             if name != without:
                 writer.add_tensor(f"blk.{i}.{name}_t.weight", np.zeros((64, outputs), np.float32))
@@ -221,12 +256,14 @@ def test_rows_that_do_not_fit_are_refused(bundle, tmp_path):
     load(_attention_file(tmp_path / "good.gguf"))
     with pytest.raises(ShapeError, match="attn_output_t"):
         load(_attention_file(tmp_path / "shape.gguf", d=32))
-    with pytest.raises(FormatError, match=r"blk.0.attn_v_t.weight.*missing tensor|missing tensor"):
+    with pytest.raises(FormatError, match=r"blk\.0\.attn_v_t\.weight: missing tensor"):
         load(_attention_file(tmp_path / "missing.gguf", without="attn_v"))
     with pytest.raises(MismatchError, match="rows of another model"):
         load(_attention_file(tmp_path / "other.gguf", fingerprint="f" * 64))
+    with pytest.raises(UnsupportedError, match=r"tensors of an unknown kind \(got blk\.2\.attn_k_t\.weight"):
+        load(_attention_file(tmp_path / "deeper.gguf", layers=3))
     shutil.copy(sparse, tmp_path / "model.gguf")
-    with pytest.raises(FormatError, match="missing tensor"):
+    with pytest.raises(FormatError, match=r"blk\.0\.attn_q_t\.weight: missing tensor"):
         load(tmp_path / "model.gguf")
 
 
