@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     add(
         "--input-sparsity", type=float, default=0.0, metavar="SHARE",
-        help="also run each mode with this share of the attention matrices' inputs left out",
+        help="also run each mode, loaded once more, with this share of the attention's inputs left out",
     )  # fmt: skip
     add("-o", "--output", default="md", choices=("md", "csv", "json", "jsonl"))
     add("--save", metavar="FILE", help="write the JSON object to this file too")

@@ -77,7 +77,8 @@ def run(args: argparse.Namespace) -> int:
         total = len(cut) * args.window * len(sides)
         with Progress(f"perplexity, {name}", total=total, unit="tok") as progress:
             found = compare(sides, cut, reference, progress.advance)
-        _show(name, found[name], reference, as_json=args.json)
+        left_out = 0.0 if name == args.gguf else args.input_sparsity
+        _show(name, found[name], reference, as_json=args.json, input_sparsity=left_out)
     return 0
 
 
@@ -99,10 +100,18 @@ def _open(args: argparse.Namespace, mode: str, input_sparsity: float = 0.0) -> S
     )
 
 
-def _show(name: str, quality: Quality, reference: str | None, *, as_json: bool) -> None:
+def _show(
+    name: str, quality: Quality, reference: str | None, *, as_json: bool, input_sparsity: float
+) -> None:
     distances = quality.kl is not None and quality.same_top is not None
     if as_json:
-        found = {"mode": name, "ppl": quality.ppl, "stderr": quality.stderr, "tokens": quality.tokens}
+        found = {
+            "mode": name,
+            "ppl": quality.ppl,
+            "stderr": quality.stderr,
+            "tokens": quality.tokens,
+        }
+        found |= {"input_sparsity": input_sparsity} if input_sparsity else {}
         found |= {"kl": quality.kl, "same_top": quality.same_top} if distances else {}
         print(json.dumps(found), flush=True)
     else:

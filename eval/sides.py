@@ -95,7 +95,7 @@ def checked_modes(names: str, known: Sequence[str] = MODES) -> list[str]:
 
 def side_name(mode: str, input_sparsity: float) -> str:
     """What a mode is called in reports."""
-    return f"{mode} ({1 - input_sparsity:.0%} of inputs)" if input_sparsity else mode
+    return f"{mode} (attention inputs {1 - input_sparsity:.0%})" if input_sparsity else mode
 
 
 def open_side(

@@ -91,7 +91,7 @@ def run(args: argparse.Namespace) -> int:
     if not (args.chat or args.no_display_prompt):
         _print(text)
     interrupted = _stream(generation, vocabulary)
-    _report(generation, engine, sampler)
+    _report(generation, engine, sampler, args.input_sparsity)
     return _INTERRUPTED if interrupted else 0
 
 
@@ -166,7 +166,7 @@ def _stream(generation: Generation, vocabulary: Vocabulary) -> bool:
     return interrupted
 
 
-def _report(generation: Generation, engine: Engine, sampler: Sampler) -> None:
+def _report(generation: Generation, engine: Engine, sampler: Sampler, input_sparsity: float) -> None:
     if generation.stopped_by == "context":
         log(f"stopped: the context of {engine.n_ctx} tokens is full; -c raises it")
     prompt = f"{generation.n_prompt} tokens{_rate(generation.n_prompt, generation.prompt_seconds)}"
@@ -175,6 +175,8 @@ def _report(generation: Generation, engine: Engine, sampler: Sampler) -> None:
     log(f"prompt:     {prompt}")
     log(f"generation: {generated}{seed}")
     log(f"neurons:    {_neurons(engine.stats(), engine.mode)} ({engine.mode} mode, -t {engine.n_threads})")
+    if input_sparsity:
+        log(f"inputs:     {input_sparsity:.1%} of those of the attention matrices left out")
     for line in engine.measured().lines() if hasattr(engine, "measured") else ():
         log(line)
 

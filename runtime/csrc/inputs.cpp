@@ -12,14 +12,13 @@ namespace {
 
 constexpr int kSide = 16;  // inputs that the kernel adds up at a time
 
-// The size of the smallest input to keep, so that `keep` of them are, or up to a 256th of all more; fewer where so many
-// are not 2^-16 of the largest, which counts as nothing.
+// The size of the smallest input to keep, so that `keep` of them are, or up to a 256th of all more.
 float size_of_smallest_kept(const Kernels& k, const float* x, int n, int keep) {
   const int width = padded(n);
   float most = 0;
   for (int i = 0; i < n; ++i) most = std::max(most, std::abs(x[i]));
   // Halving between bit patterns is halving between logarithms: sizes spread over orders of magnitude.
-  uint32_t high = std::bit_cast<uint32_t>(most), low = high > (16u << 23) ? high - (16u << 23) : 0;
+  uint32_t high = std::bit_cast<uint32_t>(most), low = 0;
   while (high - low > 1) {
     const uint32_t middle = low + (high - low) / 2;
     const int count = k.count_at_least(x, width, std::bit_cast<float>(middle));

@@ -77,9 +77,9 @@ def test_modes_that_leave_inputs_out_are_sides_of_their_own(bundle, text_file, c
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert found["input_sparsity"] == 0.5
     sides = [row["side"] for row in found["rows"]][2:]
-    assert sides == ["dense", "dense (50% of inputs)", "exact", "exact (50% of inputs)"]
+    assert sides == ["dense", "dense (attention inputs 50%)", "exact", "exact (attention inputs 50%)"]
     for mode in ("dense", "exact"):
-        other = f"{mode}_50_of_inputs"
+        other = f"{mode}_attention_inputs_50"
         assert 0 < found[f"bytes_attention_{other}"] < found[f"bytes_attention_{mode}"]
         assert found[f"kl_{other}"] > 10 * found[f"kl_{mode}"]
 

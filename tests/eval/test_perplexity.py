@@ -136,7 +136,7 @@ def test_what_leaving_inputs_out_costs(bundle, text_file, capsys):
     options = ("--bundle", bundle, "--text", text_file, "--tokens", 256, "--window", 32, "-t", 1)
     assert run(*options, "--mode", "exact", "--reference", "exact", "--input-sparsity", 0.5, "--json") == 0
     (found,) = map(json.loads, capsys.readouterr().out.splitlines())
-    assert found["mode"] == "exact (50% of inputs)"
+    assert (found["mode"], found["input_sparsity"]) == ("exact (attention inputs 50%)", 0.5)
     assert found["kl"] > 1e-4
 
 

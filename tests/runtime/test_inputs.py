@@ -125,12 +125,13 @@ def test_the_smallest_inputs_are_left_out(isa, n, share, spread, rng):
 
 
 @isas
-def test_inputs_that_are_alike_or_nothing_beside_the_largest(isa):
+def test_inputs_that_are_alike_or_of_very_different_sizes(isa):
     for same in (np.zeros(100), np.full(100, -3.0), np.full(100, 1e-44), np.full(100, np.inf)):
         same = same.astype(np.float32)
         np.testing.assert_array_equal(ops.leave_out_smallest(isa, same, 0.9), same)
-    spread = np.float32([2.0**-15, 1.0, -(2.0**-17), 2.0**-40])
-    np.testing.assert_array_equal(ops.leave_out_smallest(isa, spread, 0.0), spread * [1, 1, 0, 0])
+    spread = np.float32([2.0**-15, 1.0, -(2.0**-17), 2.0**-140])
+    for share, kept in ((0.0, [1, 1, 1, 1]), (0.25, [1, 1, 1, 0]), (0.5, [1, 1, 0, 0]), (0.75, [0, 1, 0, 0])):
+        np.testing.assert_array_equal(ops.leave_out_smallest(isa, spread, share), spread * np.float32(kept))
 
 
 def reference_of(bundle, mode, share):

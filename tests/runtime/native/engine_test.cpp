@@ -238,8 +238,8 @@ void test_inputs() {
     const Weights w(type);
     const auto q = random_matrix(type, kModel, kHeads * kDim), k = random_matrix(type, kModel, kKvHeads * kDim),
                v = random_matrix(type, kModel, kKvHeads * kDim), o = random_matrix(type, kHeads * kDim, kModel);
-    const auto by_input = [&](int threads, const Kernels& kernels, float share, bool llama) {
-      auto m = make(w, Mode::Exact, threads, kernels, 0, llama);
+    const auto by_input = [&](int threads, const Kernels& kernels, Mode mode, float share, bool llama) {
+      auto m = make(w, mode, threads, kernels, mode == Mode::Predicted ? -1e9f : 0, llama);
       for (Layer& l : m->layers) {
         l.q = l.k = l.v = l.o = {};
         l.qkv_inputs = m->add_input_rows(
@@ -249,15 +249,16 @@ void test_inputs() {
       m->input_sparsity = share;
       return m;
     };
-    for (float share : {0.0f, 0.5f})
+    for (Mode mode : {Mode::Dense, Mode::Exact, Mode::Predicted})
       for (bool llama : {true, false}) {
-        const std::vector<float> expected = run(*by_input(1, kernels("generic"), share, llama), tokens, false);
+        const float share = mode == Mode::Predicted ? 0 : 0.5f;
+        const std::vector<float> expected = run(*by_input(1, kernels("generic"), mode, share, llama), tokens, false);
         for (int threads : {1, 3})
           for (bool by_token : {false, true}) {
-            const double e = error(run(*by_input(threads, kernels(), share, llama), tokens, by_token), expected);
+            const double e = error(run(*by_input(threads, kernels(), mode, share, llama), tokens, by_token), expected);
             // Rounding decides which inputs are left out at the edge.
             expect(e < (is_quantised(type) ? 0.3 : 1e-3),
-                   "by input, type " + std::to_string(int(type)) + " share " + std::to_string(share) + " threads " +
+                   "by input, type " + std::to_string(int(type)) + " mode " + std::to_string(int(mode)) + " threads " +
                        std::to_string(threads) + (by_token ? " by token: " : " block: ") + std::to_string(e));
           }
       }
