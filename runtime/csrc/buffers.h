@@ -113,7 +113,6 @@ struct ThreadScratch {
   Asks asks;
   Block<int32_t> list;
   int listed = 0;
-  int asked = 0;  // of these, neurons whose rows were asked for while listing
   Block<float> sums;      // this thread's part of what inputs add up to
   Block<int32_t> inputs;  // those that count, ascending
   int64_t input_bytes = 0;

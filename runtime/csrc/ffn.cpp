@@ -9,9 +9,6 @@
 namespace hotcold {
 namespace {
 
-constexpr int kListed = 4;  // row groups whose scores are computed before their neurons are listed
-constexpr size_t kEarly = 256 << 10;  // bytes of rows that a thread asks for while it still lists; L2 holds them
-
 // gate = gelu(gate) * up, the exact GELU. Plain C++: such a model runs in dense mode only.
 void gelu_mul(float* gate, const float* up, int n) {
   for (int i = 0; i < n; ++i) gate[i] = 0.5f * gate[i] * (1 + std::erf(gate[i] * 0.70710678f)) * up[i];
@@ -135,8 +132,7 @@ void Pass::list_predicted(int thread, int l) {
   list_neurons(thread, l, layer.fc2, hidden, layer.predictor_threshold);
 }
 
-// Lists this thread's neurons whose scores (gates, or logits of the predictor) reach the threshold. The rows of the first
-// ones are asked for while the scores of the others are still computed.
+// Lists this thread's neurons whose scores (gates, or logits of the predictor) reach the threshold.
 void Pass::list_neurons(int thread, int l, const Panel& panel, const Acts& acts, float threshold) {
   const Layer& layer = m.layers[l];
   const bool predicted = c().mode == Mode::Predicted;
@@ -145,19 +141,13 @@ void Pass::list_neurons(int thread, int l, const Panel& panel, const Acts& acts,
   // The first token of a context becomes the attention sink of all others (arXiv 2402.17762): a neuron missed there
   // costs every later token, and computing all of it costs one token.
   const uint32_t sink = predicted && position == 0 ? 0xFFFF : 0;
-  const size_t from = predicted ? layer.gate_row.at : 0, bytes = predicted ? layer.gate_row.bytes : layer.bundle_stride;
-  const int early = n == 1 ? int(kEarly / bytes) : 0;
   const Range groups = split(round_up(c().d_ff, kLanes) / kLanes, thread, threads());
-  s.listed = s.asked = 0;
+  s.listed = 0;
   s.asks.clear();
-  for (int g0 = groups.first; g0 < groups.last; g0 += kListed) {
-    const int g1 = std::min(g0 + kListed, groups.last);
-    m.k.panel(panel.type, panel.data, panel.cols, g0, g1, acts, n, b.gate.get(), stride, b.scratch[thread]->asks);
-    if (!predicted) add_gate_bias(layer, g0, g1);
-    for (int g = g0; g < g1; ++g)
-      list_group(s, g * kLanes, &b.gate[g * kLanes], stride, threshold, predicted && !layer.hot.empty() ? layer.hot[g] : 0, sink);
-    for (; s.asked < std::min(s.listed, early); ++s.asked) s.asks.add(layer.bundle(s.list[s.asked]) + from, bytes);
-  }
+  m.k.panel(panel.type, panel.data, panel.cols, groups.first, groups.last, acts, n, b.gate.get(), stride, s.asks);
+  if (!predicted) add_gate_bias(layer, groups.first, groups.last);
+  for (int g = groups.first; g < groups.last; ++g)
+    list_group(s, g * kLanes, &b.gate[g * kLanes], stride, threshold, predicted && !layer.hot.empty() ? layer.hot[g] : 0, sink);
 }
 
 void Pass::ffn_rows(int thread, int l) {

@@ -7,7 +7,7 @@
 namespace hotcold {
 namespace {
 
-constexpr int kChunk = 64;  // neurons worked on together; their rows fit the L2 cache
+constexpr int kChunk = 32;  // neurons worked on together: their rows and the next ones' fit the caches
 constexpr int kSide = 4;    // gate rows computed side by side, after which the ups of those that fire are asked for
 constexpr int kDowns = 16;  // down rows that the kernel adds up at a time
 
@@ -65,16 +65,13 @@ class Single : RowWork {
 
   LayerStats run(int thread) {
     Share share(b.scratch, thread);
-    int current[kChunk], next[kChunk], done = 0;
+    int current[kChunk], next[kChunk];
     for (int n = share.take(current), n_next; n; n = n_next) {
       n_next = share.take(next);
       if (predicted()) find_pages(next, n_next);
       const int fired = predicted() ? compute_gates(current, n) : look_up_gates(current, n);
-      // In exact mode, what was asked for while listing had its downs asked for too.
-      const bool early = !predicted() && done + n <= s.asked;
-      for (int f = 0; f < fired && !early; ++f) ask(fired_[f], layer.down_row);
-      done += n;
-      for (int i = std::clamp(s.asked - done, 0, n_next); i < n_next; ++i) ask(next[i], first_row());
+      for (int f = 0; f < fired; ++f) ask(fired_[f], layer.down_row);
+      for (int i = 0; i < n_next; ++i) ask(next[i], first_row());
       if (m.config.gated) times_ups(fired);
       add_downs(fired);
       std::copy(next, next + n_next, current);
