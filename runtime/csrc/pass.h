@@ -12,8 +12,7 @@ struct Neurons {
   int count;
 };
 
-// Sets the smallest of x [n], padded with zeros, to zero: `share` of them or, as it need not be exact, a little fewer; and
-// whatever is nothing beside the largest.
+// Sets the smallest of x [n], padded with zeros, to zero: `share` of them or, as it need not be exact, a little fewer.
 void leave_out_smallest(const Kernels& k, float* x, int n, double share);
 
 struct Pass {
