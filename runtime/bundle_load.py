@@ -15,6 +15,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from hotcold.convert.attention_rows import PROJECTIONS
 from hotcold.convert.gguf_read import GGUFFile, Tensor
 from hotcold.convert.quantize import dequantize
 from hotcold.errors import FormatError, InputError, MismatchError, ShapeError, UnsupportedError
@@ -27,7 +28,6 @@ __all__ = ["MODES", "Source", "load_layers", "load_model", "new_model"]
 MODES = {"dense": 0, "exact": 1, "predicted": 2}
 TYPES = {"F32": 0, "F16": 1, "BF16": 2, "Q8_0": 3, "Q4_0": 4}
 _ALL = slice(None)
-_PROJECTIONS = tuple(f"attn_{name}.weight" for name in ("q", "k", "v", "qkv", "output"))
 ACTIVATIONS = {"silu": 0, "relu": 1, "fatrelu": 1, "drelu": 2, "gelu": 3}
 
 
@@ -177,9 +177,10 @@ def _load(
     _load_norm(model, source, shape, 0, "output_norm", "output_norm")
     load_layers(model, source, file, shape, mode, range(shape.n_layers), by_input)
     unread = ("fc1.weight", "fc2.weight", "ffn_gate_inp.weight", "rope_freqs.weight")
-    source.check_all_read(unread if by_input is None else (*unread, *_PROJECTIONS))
     if by_input is not None:
+        unread += tuple(f"{name}.weight" for name in (*PROJECTIONS, "attn_qkv"))
         by_input.check_all_read(())
+    source.check_all_read(unread)
 
 
 def _attention_rows(attention: GGUFFile, file: GGUFFile) -> Source:

@@ -81,7 +81,6 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("name", choices=readers.READERS)
     parser.add_argument("--seconds", type=int, required=True)
-    parser.add_argument("--inputs", type=int, default=-1, help="at most so many (default: no limit)")
     parser.add_argument("--crashes", type=Path, required=True, help="folder for inputs that break a reader")
     parser.add_argument("--timeout", type=int, default=60, help="seconds for one input")
     parser.add_argument("--seed", type=int, default=0, help="the same inputs in each run; 0: others")
@@ -98,7 +97,7 @@ def main() -> None:
             (corpus / f"{number:03d}").write_bytes(seed)
         options = {
             "max_total_time": args.seconds, "max_len": 16384, "timeout": args.timeout, "rss_limit_mb": 1024,
-            "seed": args.seed, "runs": args.inputs, "reload": 0, "print_final_stats": 1,
+            "seed": args.seed, "reload": 0, "print_final_stats": 1,
             "artifact_prefix": f"{crashes / args.name.replace(' ', '-')}-",
         }  # fmt: skip
         flags = [f"-{key}={value}" for key, value in options.items()]

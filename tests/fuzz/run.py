@@ -21,7 +21,7 @@ sys.path.insert(0, str(HERE.parent / "support"))
 def fuzz(name: str, args: argparse.Namespace) -> tuple[bool, str]:
     """Whether a reader took all inputs, and a line about it."""
     command = [sys.executable, HERE / "fuzz_reader.py", name]
-    for option in ("seconds", "inputs", "crashes", "timeout", "seed"):
+    for option in ("seconds", "crashes", "timeout", "seed"):
         command += [f"--{option}", str(getattr(args, option))]
     # Sets of strings have another order in each process, unless their hashes are seeded too.
     environment = os.environ | ({"PYTHONHASHSEED": str(args.seed)} if args.seed else {})
@@ -41,7 +41,6 @@ def main() -> int:
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=int, default=60, help="for each reader (default: %(default)s)")
-    parser.add_argument("--inputs", type=int, default=-1, help="at most so many (default: no limit)")
     parser.add_argument("--jobs", type=int, default=2, help="readers at a time (default: %(default)s)")
     parser.add_argument("--crashes", type=Path, default=Path("crashes"), help="folder for inputs that break")
     parser.add_argument("--timeout", type=int, default=60, help="for one input (default: %(default)s)")

@@ -14,6 +14,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from stored_rows import interleave
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -91,12 +92,6 @@ def rounded(weight: torch.Tensor, quant: str) -> torch.Tensor:
     kind = gguf.GGMLQuantizationType[quant]
     stored = gguf.quants.quantize(weight.contiguous().numpy(), kind)
     return torch.from_numpy(np.array(gguf.quants.dequantize(stored, kind), np.float32))
-
-
-def interleave(weight: np.ndarray, n_heads: int) -> np.ndarray:
-    """Rows of q or k in the order of llama.cpp's `llama` architecture: pairs to be rotated side by side."""
-    rows, columns = weight.shape
-    return weight.reshape(n_heads, 2, rows // n_heads // 2, columns).swapaxes(1, 2).reshape(rows, columns)
 
 
 class _File:

@@ -9,6 +9,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from stored_rows import relative_error
 
 from hotcold.errors import FormatError, InputError, ShapeError, UnsupportedError
 from hotcold.runtime import _cpu
@@ -24,11 +25,6 @@ IDS = RNG.integers(3, 300, 150).astype(np.int32)
 # int8 per 32 values, the reference does not, and a neuron near a threshold may go the other way.
 LIMITS = {"F32": 2e-4, "F16": 2e-4, "BF16": 2e-4, "Q8_0": 0.05, "Q4_0": 0.05}
 PREDICTED_LIMITS = LIMITS | {"Q8_0": 0.25, "Q4_0": 0.25}
-
-
-def relative_error(got, expected):
-    """Root of the mean square of the error, over that of the logits."""
-    return np.sqrt(np.mean((got - expected) ** 2) / np.mean(expected**2))
 
 
 def reference_of(path, mode):

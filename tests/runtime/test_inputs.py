@@ -9,7 +9,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from gguf import GGMLQuantizationType, quants
+from stored_rows import ACTIVITY, TYPES, interleave, poison, relative_error, stored
 
 from hotcold import storage
 from hotcold.convert.gguf_read import GGUFFile
@@ -22,41 +22,15 @@ from hotcold.runtime.engine import Engine
 from hotcold.runtime.reference import ReferenceEngine
 
 ops = _cpu.ops
-TYPES = {"F32": 0, "F16": 1, "BF16": 2, "Q8_0": 3, "Q4_0": 4}
 # The kernel rounds products of inputs and scales to int8, 16 inputs at a time.
 LIMITS = {"F32": 1e-5, "F16": 1e-5, "BF16": 1e-5, "Q8_0": 0.02, "Q4_0": 0.02}
 # (inputs, outputs of each matrix): whole groups of 512, a tail, less than a chunk
 SHAPES = [(1024, (1024, 512)), (576, (576, 192, 192)), (70, (96, 32))]
-ACTIVITY = {"none": 0.0, "one": -1.0, "1%": 0.01, "10%": 0.1, "50%": 0.5, "all": 1.0}
 ISAS = _cpu.available_isas()
 MODES = ["dense", "exact", "predicted"]
 IDS = np.random.default_rng(3).integers(3, 300, 90).astype(np.int32)
 
 isas = pytest.mark.parametrize("isa", ISAS)
-
-
-def relative_error(got, expected):
-    return np.sqrt(np.mean((got - expected) ** 2) / np.mean(np.square(expected)))
-
-
-def stored(kind, rows):
-    """GGUF bytes [n, row] of `rows`, and the values they stand for, float64."""
-    data = quants.quantize(rows.astype(np.float32), GGMLQuantizationType[kind])
-    values = quants.dequantize(data, GGMLQuantizationType[kind]).reshape(rows.shape)
-    return np.ascontiguousarray(data).view(np.uint8).reshape(len(rows), -1).copy(), values.astype(np.float64)
-
-
-def poisoned(kind, data, rows):
-    """`data` with NaN in these rows: floats themselves, or the f16 scale of every block."""
-    data = data.copy()
-    if kind in ("Q8_0", "Q4_0"):
-        block = 34 if kind == "Q8_0" else 18
-        blocks = data[rows].reshape(len(rows), data.shape[1] // block, block)
-        blocks[:, :, :2] = np.frombuffer(np.float16(np.nan).tobytes(), np.uint8)
-        data[rows] = blocks.reshape(len(rows), data.shape[1])
-    else:
-        data[rows] = 0xFF  # NaN in all float formats
-    return data
 
 
 @isas
@@ -70,7 +44,9 @@ def test_only_rows_of_inputs_that_count_are_read(isa, kind, inputs, outputs, act
     zero = rng.permutation(inputs)[1 if share < 0 else round(share * inputs) :]
     x[0, zero] = 0
     matrices = [stored(kind, rng.standard_normal((inputs, n))) for n in outputs]
-    data = [poisoned(kind, rows, zero) for rows, _ in matrices]
+    for rows, _ in matrices:
+        poison(kind, rows, zero)
+    data = [rows for rows, _ in matrices]
     found = ops.multiply_inputs(isa, threads, [TYPES[kind]] * len(outputs), data, list(outputs), x)
     for got, (_, values) in zip(found, matrices, strict=True):
         expected = x.astype(np.float64) @ values
@@ -144,18 +120,13 @@ def reference_of(bundle, mode, share):
     for i, layer in enumerate(reference._layers):
         weights = {slot: dequantize(rows[f"blk.{i}.{name}_t.weight"]).T for slot, name in names.items()}
         for slot, n in heads.items():  # the file's order of rotary pairs
-            weights[slot] = interleaved(weights[slot], n)
+            weights[slot] = interleave(weights[slot], n)
         linear = {
             slot: replace(getattr(layer, slot), weight=torch.from_numpy(np.array(weight)))
             for slot, weight in weights.items()
         }
         reference._layers[i] = replace(layer, **linear)
     return reference
-
-
-def interleaved(weight, n_heads):
-    rows, columns = weight.shape
-    return weight.reshape(n_heads, 2, rows // n_heads // 2, columns).swapaxes(1, 2).reshape(rows, columns)
 
 
 @isas

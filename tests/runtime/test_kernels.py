@@ -6,26 +6,17 @@ and not those of int8.
 
 import numpy as np
 import pytest
-from gguf import GGMLQuantizationType, quants
+from stored_rows import TYPES, stored
 
 from hotcold.runtime import _cpu
 
 ops = _cpu.ops
-TYPES = {"F32": 0, "F16": 1, "BF16": 2, "Q8_0": 3, "Q4_0": 4}
 ISAS = _cpu.available_isas()
 WIDTHS = [32, 64, 96, 192, 512, 576, 1088, 2048]
 
 isas = pytest.mark.parametrize("isa", ISAS)
 types = pytest.mark.parametrize("kind", TYPES)
 widths = pytest.mark.parametrize("n", WIDTHS)
-
-
-def stored(kind, rows):
-    """GGUF bytes of `rows`, and the float values they stand for."""
-    tensor_type = GGMLQuantizationType[kind]
-    data = quants.quantize(rows.astype(np.float32), tensor_type)
-    values = quants.dequantize(data, tensor_type).reshape(rows.shape)
-    return np.ascontiguousarray(data).view(np.uint8).reshape(len(rows), -1), values.astype(np.float64)
 
 
 def int8_blocks(x):

@@ -6,33 +6,13 @@ and down rows of listed neurons whose gate does not fire: reading any of them wo
 
 import numpy as np
 import pytest
-from gguf import GGMLQuantizationType, quants
+from stored_rows import ACTIVITY, TYPES, poison, stored
 
 from hotcold.runtime import _cpu
 
-TYPES = {"F32": 0, "F16": 1, "BF16": 2, "Q8_0": 3, "Q4_0": 4}
-ACTIVITY = {"none": 0.0, "one": -1.0, "1%": 0.01, "10%": 0.1, "50%": 0.5, "all": 1.0}
 # (d_model, neurons): whole groups of blocks, groups and a tail of pairs, less than a group
 SHAPES = [(1024, 160), (576, 300), (96, 1000)]
 RELU, DRELU = 1, 2
-
-
-def stored(kind, rows):
-    """GGUF bytes [n, row] of `rows`, and the values they stand for, float64."""
-    data = quants.quantize(rows.astype(np.float32), GGMLQuantizationType[kind])
-    values = quants.dequantize(data, GGMLQuantizationType[kind]).reshape(rows.shape)
-    return np.ascontiguousarray(data).view(np.uint8).reshape(len(rows), -1).copy(), values.astype(np.float64)
-
-
-def poison(kind, data, rows):
-    """Overwrite rows with NaN: floats themselves, or the f16 scale of every block."""
-    if kind in ("Q8_0", "Q4_0"):
-        block = 34 if kind == "Q8_0" else 18
-        scales = data[rows].reshape(len(rows), data.shape[1] // block, block)
-        scales[:, :, :2] = np.frombuffer(np.float16(np.nan).tobytes(), np.uint8)
-        data[rows] = scales.reshape(len(rows), data.shape[1])
-    else:
-        data[rows] = 0xFF  # NaN in all float formats
 
 
 def int8_blocks(x):

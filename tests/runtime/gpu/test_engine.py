@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from stored_rows import relative_error
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hotcold.errors import InputError, UnsupportedError
@@ -15,10 +16,6 @@ from hotcold.runtime.reference import ReferenceEngine
 
 MODES = ["dense", "exact", "predicted"]
 IDS = np.random.default_rng(3).integers(3, 300, 40)
-
-
-def relative_error(got, expected):
-    return np.sqrt(np.mean((got - expected) ** 2) / np.mean(expected**2))
 
 
 def greedy(engine, n: int) -> list[int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from stored_rows import relative_error
 
 from hotcold.errors import MismatchError
 from hotcold.runtime.engine import Engine
@@ -44,10 +45,6 @@ def greedy(engine, n: int) -> list[int]:
         tokens.append(int(logits.argmax()))
         logits = engine.decode(tokens[-1])
     return tokens
-
-
-def relative_error(got, expected):
-    return np.sqrt(np.mean((got - expected) ** 2) / np.mean(expected**2))
 
 
 @pytest.mark.parametrize("mode", MODES)
