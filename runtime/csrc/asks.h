@@ -1,46 +1,76 @@
 // Rows that will be read soon, in that order. Kernels that read other rows meanwhile ask for them line by line, at
-// the pace of their own reading: what is asked for all at once comes late or not at all (docs/performance.md).
+// the pace of their own reading: what is asked for all at once comes late or not at all. Four rows are asked for side by
+// side, so that the prefetchers of the L2 cache follow four runs at a time (docs/performance.md).
 #pragma once
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <utility>
 
 namespace hotcold {
 
 class Asks {
  public:
-  // Drops rows when there is no room: asking is a hint.
+  // One of four rows side by side: nothing is asked for until they are four, or until close().
   void add(const uint8_t* row, size_t bytes) {
-    if (!now_.end) now_ = {row, row + bytes};
-    else if (last_ - first_ < kRows) rows_[last_++ % kRows] = {row, row + bytes};
+    Group& group = groups_[last_ % kGroups];
+    group.row[open_] = row;
+    group.bytes = open_ ? std::max(group.bytes, uint32_t(bytes)) : uint32_t(bytes);
+    group.step = kLine;
+    if (++open_ == kSide) push();
+  }
+  // A long run, or a row that has no others beside it: four lines of it at a time. Closes what is open.
+  void add_run(const uint8_t* run, size_t bytes) {
+    Group& group = groups_[last_ % kGroups];
+    for (int i = 0; i < kSide; ++i) group.row[i] = run + i * kLine;
+    group.bytes = uint32_t(bytes);
+    group.step = kSide * kLine;
+    push();
+  }
+  // No more rows come to stand beside those that were added last.
+  void close() {
+    const uint8_t* rows[kSide];
+    const Group& group = groups_[last_ % kGroups];
+    const int n = std::exchange(open_, 0);
+    const uint32_t bytes = group.bytes;
+    std::copy_n(group.row, n, rows);
+    for (int i = 0; i < n; ++i) add_run(rows[i], bytes);
   }
   void clear() {
-    now_ = {};
-    first_ = last_ = 0;
+    at_ = first_ = last_ = 0;
+    open_ = 0;
   }
-  // Asks for the next lines, at most `lines`, of the row whose turn it is. Stands in the inner loops of kernels, where
-  // `lines` is a constant and the row mostly has as many left.
-  [[gnu::always_inline]] void feed(int lines) {
-    if (!now_.end) return;
-    const uint8_t* at = now_.at;
-    if (now_.end - at >= 64 * lines) {
-#pragma GCC unroll 16
-      for (int i = 0; i < lines; ++i) __builtin_prefetch(at + 64 * i);
-      now_.at = at + 64 * lines;
-      return;
+  // Asks for the next four lines, `rounds` times, as far as there are rows. Stands in the inner loops of kernels: without a
+  // call, which would make them keep their sums in memory.
+  [[gnu::always_inline]] void feed(int rounds) {
+    for (int i = 0; i < rounds && first_ != last_; ++i) {
+      const Group& group = groups_[first_ % kGroups];
+      for (const uint8_t* row : group.row) __builtin_prefetch(row + at_);
+      at_ += group.step;
+      if (at_ < group.bytes) continue;
+      at_ = 0;
+      ++first_;
     }
-    for (; at < now_.end; at += 64) __builtin_prefetch(at);
-    now_ = first_ != last_ ? rows_[first_++ % kRows] : Row();
   }
 
  private:
-  struct Row {
-    const uint8_t *at = nullptr, *end = nullptr;
+  static constexpr int kSide = 4, kLine = 64;
+  static constexpr uint32_t kGroups = 64;
+  struct Group {
+    const uint8_t* row[kSide];
+    uint32_t bytes, step;
   };
 
-  static constexpr uint32_t kRows = 256;
-  Row now_;  // whose turn it is; none: there is nothing to ask for
-  uint32_t first_ = 0, last_ = 0;
-  Row rows_[kRows];
+  // Drops the group where there is no room: asking is a hint.
+  void push() {
+    open_ = 0;
+    if (last_ - first_ < kGroups - 1) ++last_;
+  }
+
+  uint32_t at_ = 0;                 // of the group whose turn it is
+  uint32_t first_ = 0, last_ = 0;   // of the groups that wait
+  int open_ = 0;                    // rows of the group that is not full yet
+  Group groups_[kGroups];
 };
 
 }  // namespace hotcold

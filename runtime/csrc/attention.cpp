@@ -7,9 +7,9 @@
 namespace hotcold {
 namespace {
 
-// The beginning of a run of keys or values; hardware prefetchers bring the rest of a long one once it is read.
+// A run of keys or values.
 void ask_for_run(Asks& asks, const uint16_t* run, int n) {
-  asks.add(reinterpret_cast<const uint8_t*>(run), std::min<size_t>(n * sizeof(uint16_t), 32768));
+  asks.add_run(reinterpret_cast<const uint8_t*>(run), n * sizeof(uint16_t));
 }
 
 }  // namespace
@@ -117,7 +117,7 @@ void Pass::ask_for_first_keys(int thread, int l) const {
   Asks asks;
   ask_for_run(asks, keys(l, units.first / tiles) + size_t(skipped + first_tile) * per_tile,
               std::min(units.last - units.first, tiles - first_tile) * per_tile);
-  asks.feed(kAhead / 64);
+  asks.feed(kAhead / 256);
 }
 
 // One token: the tiles of all key-value heads are shared out evenly, and where a head is shared by threads its parts are

@@ -51,8 +51,7 @@ nb::ndarray<nb::numpy, float> panel(const std::string& isa, int type, Bytes w, M
   pack_panel(Type(type), w.data(), rows, cols, nullptr, 0, rows, packed.get());
   ActsBuffer acts = acts_of(k, x);
   auto out = array({size_t(tokens), size_t(stride)});
-  Asks asks;
-  k.panel(Type(type), packed.get(), cols, 0, stride / kLanes, acts.acts, tokens, out.data(), stride, asks);
+  k.panel(Type(type), packed.get(), cols, 0, stride / kLanes, acts.acts, tokens, out.data(), stride);
   return out;
 }
 

@@ -51,8 +51,8 @@ void Pass::ffn_dense(int thread, int l) {
   const Range blocks = split(round_up(c().d_ff, kBlock) / kBlock, thread, threads());
   const int groups = round_up(c().d_ff, kLanes) / kLanes;
   const int first = blocks.first * per_block, last = std::min(blocks.last * per_block, groups);
-  m.k.panel(layer.gate.type, layer.gate.data, c().d_model, first, last, s.norm.acts, n, b.gate.get(), stride, b.scratch[thread]->asks);
-  if (c().gated) m.k.panel(layer.up.type, layer.up.data, c().d_model, first, last, s.norm.acts, n, b.up.get(), stride, b.scratch[thread]->asks);
+  m.k.panel(layer.gate.type, layer.gate.data, c().d_model, first, last, s.norm.acts, n, b.gate.get(), stride);
+  if (c().gated) m.k.panel(layer.up.type, layer.up.data, c().d_model, first, last, s.norm.acts, n, b.up.get(), stride);
   add_gate_bias(layer, first, last);
   const float threshold = firing_threshold(layer);
   LayerStats& stats = b.scratch[thread]->stats[l];
@@ -143,8 +143,7 @@ void Pass::list_neurons(int thread, int l, const Panel& panel, const Acts& acts,
   const uint32_t sink = predicted && position == 0 ? 0xFFFF : 0;
   const Range groups = split(round_up(c().d_ff, kLanes) / kLanes, thread, threads());
   s.listed = 0;
-  s.asks.clear();
-  m.k.panel(panel.type, panel.data, panel.cols, groups.first, groups.last, acts, n, b.gate.get(), stride, s.asks);
+  m.k.panel(panel.type, panel.data, panel.cols, groups.first, groups.last, acts, n, b.gate.get(), stride);
   if (!predicted) add_gate_bias(layer, groups.first, groups.last);
   for (int g = groups.first; g < groups.last; ++g)
     list_group(s, g * kLanes, &b.gate[g * kLanes], stride, threshold, predicted && !layer.hot.empty() ? layer.hot[g] : 0, sink);

@@ -62,6 +62,7 @@ void Pass::multiply_inputs_one(int thread, const InputRows& rows, const Acts& ac
   const Range mine = split(count, thread, threads());
   const auto ask = [&](int first) {
     for (int i = first; i < std::min(first + kSide, mine.last); ++i) s.asks.add(rows.row(kept[i]), rows.bytes);
+    s.asks.close();
   };
   std::memset(s.sums.get(), 0, rows.width() * sizeof(float));
   s.asks.clear();
@@ -118,6 +119,7 @@ void Pass::multiply_inputs_piece(ThreadScratch& s, const InputRows& rows, const 
     for (int j = 0; j < side; ++j) row[j] = rows.row(i + j) + at;
     for (int j = i + kSide; j < std::min(i + 2 * kSide, rows.inputs); ++j)
       s.asks.add(rows.row(j) + at, down_bytes(part.row.type, outputs));
+    s.asks.close();
     for (int t = 0; t < n; ++t)
       m.k.down(part.row.type, row, acts.f + size_t(t) * acts.width + i, side, outputs, sums + size_t(t) * kMaxOutputs, s.asks);
   }

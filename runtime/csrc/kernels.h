@@ -26,8 +26,8 @@ struct Acts {
   int lane_width() const { return (groups() + pairs()) * kLanes; }
 };
 
-// How far ahead of its reading a panel asks for itself, in bytes; 4 to 16 KiB are alike.
-constexpr int kAhead = 6144;
+// How far ahead of its reading a panel asks for itself, in bytes.
+constexpr int kAhead = 4096;
 
 struct Kernels {
   const char* name;
@@ -40,7 +40,7 @@ struct Kernels {
 
   // out[t * stride + r] = panel row r . token t, for row groups [first, last) and all tokens.
   void (*panel)(Type type, const uint8_t* panel, int cols, int first, int last, const Acts& acts, int tokens,
-                float* out, int stride, Asks& asks);
+                float* out, int stride);
   // out[r * n_tokens + i] = rows[r] . token tokens[i].
   void (*row_dot)(Type type, const uint8_t* const* rows, int n_rows, const Acts& acts, const int* tokens, int n_tokens,
                   float* out, Asks& asks);

@@ -11,9 +11,9 @@ namespace {
 constexpr int kTokenTile = 4;  // tokens that share one decoding of the weights
 constexpr int kRowTile = 4;    // rows that share the loads of one token
 
-// Lines to ask for while `lines` are read: a chunk of neurons asks for more gates than it reads ups and downs, so asking
-// must be the faster of the two; at equal pace it falls behind, and twice as fast it stalls the core.
-constexpr int pace(int lines) { return (3 * lines + 1) / 2; }
+// Rounds of asking, of four lines each, while step `step` of a loop reads `lines` lines: a chunk of neurons asks for more
+// gates than it reads ups and downs, so asking must be the faster of the two; at equal pace it falls behind.
+constexpr int pace(int lines, int step = 0) { return (3 * lines * (step + 1) + 7) / 8 - (3 * lines * step + 7) / 8; }
 
 inline F f_exp(F x) {
   x = f_min(f_max(x, f_set1(-87.0f)), f_set1(88.0f));
@@ -37,6 +37,16 @@ struct Q4 {
       w[s + 4] = b_high(v);
     }
   }
+  // A quarter of 16 blocks: two vectors, and which two of eight vectors of activations they meet.
+  struct Step {
+    B w[2];
+    Step(const uint8_t* p, int s) {
+      const B v = b_load(p + 64 * s);
+      w[0] = b_low(v);
+      w[1] = b_high(v);
+    }
+    static constexpr int act(int s, int i) { return s + 4 * i; }
+  };
   static B pair(const uint8_t* p) { return b_load_pair(p); }
   static I dot(I acc, B w, B a) { return dot4(acc, w, a); }
   static constexpr int offset = 8;  // stored weight - true weight
@@ -48,6 +58,11 @@ struct Q8 {
   static void decode(const uint8_t* p, B w[8]) {
     for (int s = 0; s < 8; ++s) w[s] = b_load(p + 64 * s);
   }
+  struct Step {
+    B w[2];
+    Step(const uint8_t* p, int s) : w{b_load(p + 128 * s), b_load(p + 128 * s + 64)} {}
+    static constexpr int act(int s, int i) { return 2 * s + i; }
+  };
   static B pair(const uint8_t* p) { return b_load(p); }
   static I dot(I acc, B w, B a) { return dot4_wide(acc, w, a); }
   static constexpr int offset = kWideOffset;
@@ -120,42 +135,43 @@ void arrange(const Acts& acts, int t) {
 
 // ---- panels
 // A panel is one stream, but a core has only so many reads of its own under way: asked for early enough, it comes at the
-// machine's full bandwidth (docs/performance.md).
-template <int Bytes>
-void ask(const uint8_t* p) {
-  for (int i = 0; i < Bytes; i += 64) __builtin_prefetch(p + i);
+// machine's full bandwidth (docs/performance.md). Evenly, a line for each line that is read; and lines that are read
+// once, for one token, are asked for so that they pass the other caches by.
+template <bool Once>
+void ask_ahead(const uint8_t* p) {
+  if constexpr (Once) __builtin_prefetch(p + kAhead, 0, 0);
+  else __builtin_prefetch(p + kAhead);
 }
 
-template <class Q, int N>
-void panel_group(const uint8_t* p, int pairs, const Acts& acts, int t0, F acc[N], Asks& asks) {
+template <class Q, int N, bool Once>
+void panel_group(const uint8_t* p, int pairs, const Acts& acts, int t0, F acc[N]) {
   const int8_t* q = acts.q + size_t(t0) * acts.width;
   const float* d = acts.d + size_t(t0) * acts.blocks();
   const int32_t* negative_sum = acts.negative_sum + size_t(t0) * acts.blocks();
   for (int t = 0; t < N; ++t) acc[t] = f_zero();
-  constexpr int pair_bytes = 2 * Q::loads * 64 + 64;
+  constexpr int quants = Q::loads * 64;  // bytes of 16 rows' block
   for (int b = 0; b < 2 * pairs; ++b) {
-    if (b % 2 == 0) {
-      ask<pair_bytes>(p + kAhead);
-      asks.feed(pace(pair_bytes / 64));
-    }
+    const uint8_t *here = p + b % 2 * quants, *scales = p + 2 * quants;
+    if (b % 2 == 0) ask_ahead<Once>(scales);
     B w[8];
-    Q::decode(p + b % 2 * Q::loads * 64, w);
-    const F scale = f_load_f16(p + 2 * Q::loads * 64 + b % 2 * 32);
+    Q::decode(here, w);
+    const F scale = f_load_f16(scales + b % 2 * 32);
     for (int t = 0; t < N; ++t) {
       const int8_t* a = q + t * acts.width + b * kBlock;
       I even = i_set1(Q::offset * negative_sum[t * acts.blocks() + b]), odd = i_zero();
       for (int s = 0; s < 8; s += 2) {
+        for (int i = 0; t == 0 && i < Q::loads / 4; ++i) ask_ahead<Once>(here + (s / 2 * Q::loads / 4 + i) * 64);
         even = Q::dot(even, w[s], b_set1(a + 4 * s));
         odd = Q::dot(odd, w[s + 1], b_set1(a + 4 * s + 4));
       }
       acc[t] = f_fma(f_from_i(i_add(even, odd)), f_mul(scale, f_set1(d[t * acts.blocks() + b])), acc[t]);
     }
-    if (b % 2) p += pair_bytes;
+    if (b % 2) p += 2 * quants + 64;
   }
 }
 
-template <class T, int N>
-void panel_group_float(const uint8_t* p, int cols, const Acts& acts, int t0, F acc[N], Asks& asks) {
+template <class T, int N, bool Once>
+void panel_group_float(const uint8_t* p, int cols, const Acts& acts, int t0, F acc[N]) {
   constexpr int kWays = N == 1 ? 8 : 2;  // independent sums hide the latency of the multiply-add
   const float* x = acts.f + size_t(t0) * acts.width;
   F sums[N][kWays];
@@ -164,10 +180,10 @@ void panel_group_float(const uint8_t* p, int cols, const Acts& acts, int t0, F a
   constexpr int bytes = kLanes * float_size(T::type);
   int c = 0;
   for (; c + kWays <= cols; c += kWays) {
-    ask<kWays * bytes>(p + size_t(c) * bytes + kAhead);
-    asks.feed(pace(kWays * bytes / 64));
     for (int u = 0; u < kWays; ++u) {
-      const F w = T::load(p + size_t(c + u) * bytes);
+      const uint8_t* here = p + size_t(c + u) * bytes;
+      if (u * bytes % 64 == 0) ask_ahead<Once>(here);
+      const F w = T::load(here);
       for (int t = 0; t < N; ++t) sums[t][u] = f_fma(w, f_set1(x[t * acts.width + c + u]), sums[t][u]);
     }
   }
@@ -180,34 +196,36 @@ void panel_group_float(const uint8_t* p, int cols, const Acts& acts, int t0, F a
   }
 }
 
-template <class T, int N>
-void panel_tile(const uint8_t* p, int cols, const Acts& acts, int t0, float* out, int stride, Asks& asks) {
+template <class T, int N, bool Once>
+void panel_tile(const uint8_t* p, int cols, const Acts& acts, int t0, float* out, int stride) {
   F acc[N];
-  if constexpr (is_quantised(T::type)) panel_group<T, N>(p, acts.width / 64, acts, t0, acc, asks);
-  else panel_group_float<T, N>(p, cols, acts, t0, acc, asks);
+  if constexpr (is_quantised(T::type)) panel_group<T, N, Once>(p, acts.width / 64, acts, t0, acc);
+  else panel_group_float<T, N, Once>(p, cols, acts, t0, acc);
   for (int t = 0; t < N; ++t) f_store(out + size_t(t0 + t) * stride, acc[t]);
 }
 
 template <class T>
-void panel_of(const uint8_t* panel, int cols, int first, int last, const Acts& acts, int tokens, float* out, int stride,
-              Asks& asks) {
+void panel_of(const uint8_t* panel, int cols, int first, int last, const Acts& acts, int tokens, float* out, int stride) {
   const size_t bytes = panel_group_bytes(T::type, cols);
   for (int g = first; g < last; ++g) {
     const uint8_t* p = panel + g * bytes;
+    if (tokens == 1) {
+      panel_tile<T, 1, true>(p, cols, acts, 0, out + g * kLanes, stride);
+      continue;
+    }
     int t = 0;
-    for (; t + kTokenTile <= tokens; t += kTokenTile) panel_tile<T, kTokenTile>(p, cols, acts, t, out + g * kLanes, stride, asks);
-    for (; t < tokens; ++t) panel_tile<T, 1>(p, cols, acts, t, out + g * kLanes, stride, asks);
+    for (; t + kTokenTile <= tokens; t += kTokenTile) panel_tile<T, kTokenTile, false>(p, cols, acts, t, out + g * kLanes, stride);
+    for (; t < tokens; ++t) panel_tile<T, 1, false>(p, cols, acts, t, out + g * kLanes, stride);
   }
 }
 
-void panel(Type type, const uint8_t* p, int cols, int first, int last, const Acts& acts, int tokens, float* out, int stride,
-           Asks& asks) {
+void panel(Type type, const uint8_t* p, int cols, int first, int last, const Acts& acts, int tokens, float* out, int stride) {
   switch (type) {
-    case Type::Q4_0: return panel_of<Q4>(p, cols, first, last, acts, tokens, out, stride, asks);
-    case Type::Q8_0: return panel_of<Q8>(p, cols, first, last, acts, tokens, out, stride, asks);
-    case Type::F32: return panel_of<Single>(p, cols, first, last, acts, tokens, out, stride, asks);
-    case Type::F16: return panel_of<Half>(p, cols, first, last, acts, tokens, out, stride, asks);
-    case Type::BF16: return panel_of<Brain>(p, cols, first, last, acts, tokens, out, stride, asks);
+    case Type::Q4_0: return panel_of<Q4>(p, cols, first, last, acts, tokens, out, stride);
+    case Type::Q8_0: return panel_of<Q8>(p, cols, first, last, acts, tokens, out, stride);
+    case Type::F32: return panel_of<Single>(p, cols, first, last, acts, tokens, out, stride);
+    case Type::F16: return panel_of<Half>(p, cols, first, last, acts, tokens, out, stride);
+    case Type::BF16: return panel_of<Brain>(p, cols, first, last, acts, tokens, out, stride);
   }
 }
 
@@ -226,22 +244,22 @@ void row_dot_quantised(const uint8_t* const* rows, const Acts& acts, const int* 
   }
   for (int g = 0; g < acts.groups(); ++g) {
     const size_t scales = row_scale_at(Q::type, g * kLanes), quants = scales + kLanes * 2;
+    I sums[R][N];
+    for (int i = 0; i < N; ++i)
+      for (int r = 0; r < R; ++r) sums[r][i] = Q::bias(i_load(acts.lane_sum + lanes[i] + g * kLanes));
 #pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) {
-      const F scale = f_load_f16(row[r] + scales);
-      B w[8];
-      Q::decode(row[r] + quants, w);
-      for (int i = 0; i < N; ++i) {
-        const int8_t* a = q[i] + g * 512;
-        const size_t lane = lanes[i] + g * kLanes;
-        I even = Q::bias(i_load(acts.lane_sum + lane)), odd = i_zero();
-        for (int s = 0; s < 8; s += 2) {
-          even = Q::dot(even, w[s], b_load(a + 64 * s));
-          odd = Q::dot(odd, w[s + 1], b_load(a + 64 * s + 64));
-        }
-        acc[r][i] = f_fma(f_from_i(i_add(even, odd)), f_mul(scale, f_load(acts.lane_d + lane)), acc[r][i]);
+    for (int s = 0; s < 4; ++s) {
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) {
+        const typename Q::Step step(row[r] + quants, s);
+        for (int i = 0; i < N; ++i)
+          for (int j = 0; j < 2; ++j) sums[r][i] = Q::dot(sums[r][i], step.w[j], b_load(q[i] + g * 512 + 64 * Q::Step::act(s, j)));
       }
-      asks.feed(pace(Q::loads));
+      asks.feed(pace(R * Q::loads / 4, s));
+    }
+    for (int i = 0; i < N; ++i) {
+      const F d = f_load(acts.lane_d + lanes[i] + g * kLanes);
+      for (int r = 0; r < R; ++r) acc[r][i] = f_fma(f_from_i(sums[r][i]), f_mul(f_load_f16(row[r] + scales), d), acc[r][i]);
     }
   }
   for (int p = 0; p < acts.pairs(); ++p)
@@ -255,7 +273,7 @@ void row_dot_quantised(const uint8_t* const* rows, const Acts& acts, const int* 
         const I sum = Q::dot(Q::bias(i_load(acts.lane_sum + lane)), w, b_load(a));
         acc[r][i] = f_fma(f_from_i(sum), f_mul(scale, f_load(acts.lane_d + lane)), acc[r][i]);
       }
-      asks.feed(pace(1));
+      if (r == 0) asks.feed(pace(R));
     }
 }
 
@@ -274,7 +292,7 @@ void row_dot_float(const uint8_t* const* rows, const Acts& acts, const int* toke
         acc[r][i] = f_fma(w, f_load(x), acc[r][i]);
         odd[r][i] = f_fma(w_odd, f_load(x + kLanes), odd[r][i]);
       }
-      asks.feed(pace(2 * kLanes * float_size(T::type) / 64));
+      if (r == R - 1) asks.feed(pace(R * 2 * kLanes * float_size(T::type) / 64, c / (2 * kLanes)));
     }
   for (int r = 0; r < R; ++r)
     for (int i = 0; i < N; ++i) acc[r][i] = f_add(acc[r][i], odd[r][i]);
@@ -361,7 +379,7 @@ void down_chunk(Q4, const uint8_t* const* rows, size_t at, int quads, const Mult
       acc[2 * r] = dot4(acc[2 * r], b_low(u[r]), multiplier);
       acc[2 * r + 1] = dot4(acc[2 * r + 1], b_high(u[r]), multiplier);
     }
-    asks.feed(pace(4));
+    asks.feed(pace(4, g));
   }
   for (int r = 0; r < 8; ++r)
     f_store(y + kLanes * r, f_fma(f_from_i(acc[r]), f_set1(m.step[b + r / 2]), f_load(y + kLanes * r)));
@@ -376,7 +394,7 @@ void down_chunk(Q8, const uint8_t* const* rows, size_t at, int quads, const Mult
     b_interleave4(b_load(rows[4 * g] + at), b_load(rows[4 * g + 1] + at), b_load(rows[4 * g + 2] + at),
                   b_load(rows[4 * g + 3] + at), u);
     for (int r = 0; r < 4; ++r) acc[r] = dot4_wide(acc[r], u[r], b_set1(&m.quads[g][b + r / 2]));
-    asks.feed(pace(4));
+    asks.feed(pace(4, g));
   }
   for (int r = 0; r < 4; ++r)
     f_store(y + kLanes * r, f_fma(f_from_i(acc[r]), f_set1(m.step[b + r / 2]), f_load(y + kLanes * r)));
@@ -406,7 +424,7 @@ void down_float(const uint8_t* const* rows, const float* a, int count, int n, fl
       const F scale = f_set1(a[i]);
       for (int u = 0; u < 4; ++u)
         acc[u] = f_fma(T::load(rows[i] + size_t(c + u * kLanes) * float_size(T::type)), scale, acc[u]);
-      asks.feed(pace(kLanes * 4 * float_size(T::type) / 64));
+      asks.feed(pace(kLanes * 4 * float_size(T::type) / 64, i));
     }
     for (int u = 0; u < 4; ++u) f_store(y + c + u * kLanes, acc[u]);
   }
@@ -444,20 +462,25 @@ int relu_mul(float* gate, const float* up, int n, float threshold, bool clip) {
 
 template <int H>
 void scores_of(const float* q, int dim, const uint16_t* keys, int first, int last, float* out, int stride, Asks& asks) {
-  constexpr int kWays = H >= 4 ? 1 : 2;  // independent sums hide the latency of the multiply-add
+  constexpr int kStep = 8;                        // dimensions at a time: four lines of keys
+  constexpr int kWays = H >= 4 ? 1 : H > 1 ? 2 : 4;  // independent sums hide the latency of the multiply-add
   for (int tile = first; tile < last; ++tile) {
     F acc[H][kWays];
     for (int h = 0; h < H; ++h)
       for (int u = 0; u < kWays; ++u) acc[h][u] = f_zero();
     const uint16_t* k = keys + size_t(tile) * dim * kLanes;
-    for (int d = 0; d < dim; d += 2) {
-      for (int u = 0; u < 2; ++u) {
+    for (int d = 0; d < dim; d += kStep) {
+#pragma GCC unroll 8
+      for (int u = 0; u < kStep; ++u) {
         const F key = f_load_f16(k + (d + u) * kLanes);
         for (int h = 0; h < H; ++h) acc[h][u % kWays] = f_fma(key, f_set1(q[h * dim + d + u]), acc[h][u % kWays]);
       }
-      asks.feed(pace(1));
+      asks.feed(pace(kStep / 2, d / kStep));
     }
-    for (int h = 0; h < H; ++h) f_store(out + h * stride + tile * kLanes, kWays == 1 ? acc[h][0] : f_add(acc[h][0], acc[h][kWays - 1]));
+    for (int h = 0; h < H; ++h) {
+      for (int u = 1; u < kWays; ++u) acc[h][0] = f_add(acc[h][0], acc[h][u]);
+      f_store(out + h * stride + tile * kLanes, acc[h][0]);
+    }
   }
 }
 
@@ -506,7 +529,7 @@ void values_of(const float* w, int stride, int dim, const uint16_t* values, int 
       const F value = f_load_f16(values + size_t(p) * dim + v * kLanes);
       for (int h = 0; h < H; ++h) acc[h][v] = f_fma(value, f_set1(w[h * stride + p]), acc[h][v]);
     }
-    asks.feed(pace((V + 1) / 2));
+    asks.feed(pace((V + 1) / 2, p - first));
   }
   for (int h = 0; h < H; ++h)
     for (int v = 0; v < V; ++v) f_store(out + h * dim + v * kLanes, acc[h][v]);

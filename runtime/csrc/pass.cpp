@@ -46,7 +46,7 @@ void Pass::layer(int thread, int l) {
 void Pass::multiply(int thread, const Panel& p, const Acts& acts, int count, float* out, int stride) {
   const int least = 1 + int(kPiece / panel_group_bytes(p.type, p.cols));
   m.team.share(thread, round_up(p.rows, kLanes) / kLanes, least, [&](int first, int last) {
-    m.k.panel(p.type, p.data, p.cols, first, last, acts, count, out, stride, b.scratch[thread]->asks);
+    m.k.panel(p.type, p.data, p.cols, first, last, acts, count, out, stride);
   });
 }
 

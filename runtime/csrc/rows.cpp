@@ -48,10 +48,6 @@ struct RowWork {
   bool predicted() const { return layer.gate_row.bytes > 0; }
   const uint8_t* row(int neuron, const RowKind& kind) const { return layer.bundle(neuron) + kind.at; }
   const RowKind& first_row() const { return predicted() ? layer.gate_row : layer.after_gate(); }
-  // One line of each row: to find a row's page takes as long as to read some of it, and must not hold up asking for all.
-  void find_pages(const int* neurons, int n) const {
-    for (int i = 0; i < n; ++i) __builtin_prefetch(row(neurons[i], first_row()));
-  }
   void ask(int neuron, const RowKind& kind) { s.asks.add(row(neuron, kind), kind.bytes); }
   void down(const uint8_t* const* rows, const float* a, int count, int token) {
     m.k.down(layer.down_row.type, rows, a, count, m.config.d_model, &s.y[size_t(token) * round_up(m.config.d_model, 128)], s.asks);
@@ -68,10 +64,10 @@ class Single : RowWork {
     int current[kChunk], next[kChunk];
     for (int n = share.take(current), n_next; n; n = n_next) {
       n_next = share.take(next);
-      if (predicted()) find_pages(next, n_next);
       const int fired = predicted() ? compute_gates(current, n) : look_up_gates(current, n);
       for (int f = 0; f < fired; ++f) ask(fired_[f], layer.down_row);
       for (int i = 0; i < n_next; ++i) ask(next[i], first_row());
+      s.asks.close();
       if (m.config.gated) times_ups(fired);
       add_downs(fired);
       std::copy(next, next + n_next, current);
@@ -172,6 +168,7 @@ class Several : RowWork {
       for (int f = 0; f < fired_.count; ++f) ask(fired_.neuron[f], layer.down_row);
       n_next = share.take(next);
       for (int i = 0; i < n_next; ++i) ask(next[i], first_row());
+      s.asks.close();
       if (m.config.gated) times_ups();
       add_downs();
       std::copy(next, next + n_next, current);
@@ -249,6 +246,7 @@ class Several : RowWork {
 
 LayerStats work_rows(Model& m, Model::Buffers& b, int thread, const Layer& layer, const Acts& norm, int n) {
   ThreadScratch& s = *b.scratch[thread];
+  s.asks.clear();
   std::memset(s.y.get(), 0, sizeof(float) * round_up(m.config.d_model, 128) * n);
   const RowWork work{m, b, layer, norm, s, {}};
   return n == 1 ? Single(work).run(thread) : Several(work).run(thread, n);
