@@ -98,7 +98,7 @@ def bench(
     _warm_up(sides, texts[0])
     for side in ours.values():
         side.engine.reset_stats()
-    found = _rounds(sides, texts, n_threads)
+    found, asking = _rounds(sides, texts, n_threads)
     bandwidth = Spread.of([speed.bandwidth for speeds in found for speed in speeds.values()])
     activity = {name: _activity(side, texts) for name, side in ours.items()}
     parts = {name: dense_bytes_per_token(peer.path, texts[0].middle) for name, peer in peers.items()}
@@ -121,7 +121,7 @@ def bench(
         )
         for name in (*peers, *ours)
     ]
-    return Report(rows, baseline["generation"], baseline["prompt"], bandwidth)
+    return Report(rows, baseline["generation"], baseline["prompt"], bandwidth, Spread.of(asking))
 
 
 def _warm_up(sides: Mapping[str, Side], text: Segment) -> None:
@@ -131,12 +131,16 @@ def _warm_up(sides: Mapping[str, Side], text: Segment) -> None:
             progress.advance(1)
 
 
-def _rounds(sides: Mapping[str, Side], texts: Sequence[Segment], n_threads: int) -> list[_Round]:
-    """Speeds of all sides in each round."""
+def _rounds(
+    sides: Mapping[str, Side], texts: Sequence[Segment], n_threads: int
+) -> tuple[list[_Round], list[float]]:
+    """Speeds of all sides in each round, and what memory gives then when it is asked ahead, in GB/s."""
     names = list(sides)
     found: list[_Round] = []
+    asking: list[float] = []
     with Progress("bench", total=len(texts) * len(names), unit="run") as progress:
         for index, segment in enumerate(texts):
+            asking.append(read_bandwidth(n_threads, asking=True))
             before = read_bandwidth(n_threads)
             speeds = {}
             for name in _order(names, index):
@@ -147,7 +151,7 @@ def _rounds(sides: Mapping[str, Side], texts: Sequence[Segment], n_threads: int)
                 before = after
                 progress.advance(1, side=name, tok_s=generation)
             found.append(speeds)
-    return found
+    return found, asking
 
 
 def _order(names: Sequence[str], index: int) -> list[str]:

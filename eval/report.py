@@ -29,7 +29,12 @@ def _csv(report: Report) -> str:
 
 
 def _jsonl(report: Report) -> str:
-    shared = {"bandwidth_gb_s": report.bandwidth.median, **report.settings, "machine": dict(report.machine)}
+    shared = {
+        "bandwidth_gb_s": report.bandwidth.median,
+        "bandwidth_asking_gb_s": report.bandwidth_asking.median,
+        **report.settings,
+        "machine": dict(report.machine),
+    }
     return "\n".join(json.dumps({**_flat(row), **shared}) for row in report.rows)
 
 
@@ -94,6 +99,7 @@ def as_json_object(report: Report) -> dict[str, object]:
         "baseline": report.baseline,
         "baseline_prompt": report.baseline_prompt,
         "bandwidth_gb_s": report.bandwidth.median,
+        "bandwidth_asking_gb_s": report.bandwidth_asking.median,
         "rows": list(rows.values()),
         "machine": dict(report.machine),
     }
@@ -114,11 +120,14 @@ def _first(rows: Mapping[str, Mapping[str, object]], metric: str, sides: Sequenc
     return next((rows[side][metric] for side in sides if side in rows), None)
 
 
+def _gb_s(spread: Spread) -> str:
+    return f"{spread.median:.1f} GB/s ({spread.low:.1f}–{spread.high:.1f})"
+
+
 def markdown(report: Report) -> str:
     """Two tables, speed with quality and bytes per token by part, with what they were measured on."""
     settings = ", ".join(f"{name} {value}" for name, value in report.settings.items())
     machine = ", ".join(f"{report.machine[name]}" for name in ("cpu", "system") if name in report.machine)
-    low, high = report.bandwidth.low, report.bandwidth.high
     lines = [
         _table(_SPEED, report.rows),
         "",
@@ -128,7 +137,8 @@ def markdown(report: Report) -> str:
         "",
         _table(_BYTES, report.rows),
         "",
-        f"Read bandwidth in the same minutes: {report.bandwidth.median:.1f} GB/s ({low:.1f}–{high:.1f}).",
+        f"Read bandwidth in the same minutes: {_gb_s(report.bandwidth)} with plain loads, which the shares "
+        f"are of; {_gb_s(report.bandwidth_asking)} when memory is asked ahead of them.",
         f"{settings}; {machine}",
     ]
     return "\n".join(lines)

@@ -61,12 +61,14 @@ class Report:
     """All rows of one benchmark, with what they were measured on.
 
     `baseline` and `baseline_prompt` name the rows that the ratios of generation and of prompts are taken to;
-    `bandwidth` is the machine's read bandwidth in GB/s. `settings` and `machine` are shown as they are.
+    `bandwidth` is the machine's read bandwidth in GB/s with plain loads, `bandwidth_asking` that of loads
+    which are asked for ahead. `settings` and `machine` are shown as they are.
     """
 
     rows: Sequence[Row]
     baseline: str
     baseline_prompt: str
     bandwidth: Spread
+    bandwidth_asking: Spread
     settings: Mapping[str, object] = field(default_factory=dict)
     machine: Mapping[str, object] = field(default_factory=dict)

@@ -46,11 +46,15 @@ class Roofline:
         return tok_s / self.ceiling
 
 
-def read_bandwidth(n_threads: int, n_bytes: int = _PROBE_BYTES) -> float:
-    """Read bandwidth of the memory in GB/s with `n_threads`, by the engine's own read loop over `n_bytes`."""
+def read_bandwidth(n_threads: int, n_bytes: int = _PROBE_BYTES, *, asking: bool = False) -> float:
+    """Read bandwidth of the memory in GB/s with `n_threads`, by a loop over `n_bytes`.
+
+    Plain loads, as other tools measure it; or `asking` for memory ahead of them, as the engine does, which
+    is faster on some machines.
+    """
     from hotcold.runtime import _cpu
 
-    return float(_cpu.read_bandwidth(n_threads, n_bytes))
+    return float(_cpu.read_bandwidth(n_threads, n_bytes, asking=asking))
 
 
 def dense_bytes_per_token(path: str | Path, position: int) -> dict[str, float]:

@@ -7,9 +7,9 @@
 namespace hotcold {
 namespace {
 
-// A run of keys or values.
+// The beginning of a run of keys or values; the kernel that reads it asks for the rest.
 void ask_for_run(Asks& asks, const uint16_t* run, int n) {
-  asks.add_run(reinterpret_cast<const uint8_t*>(run), n * sizeof(uint16_t));
+  asks.add_run(reinterpret_cast<const uint8_t*>(run), std::min<size_t>(n * sizeof(uint16_t), kAhead));
 }
 
 }  // namespace

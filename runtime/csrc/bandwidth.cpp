@@ -4,11 +4,27 @@
 #include <vector>
 
 #include "arena.h"
+#include "kernels.h"
 #include "threads.h"
 
 namespace hotcold {
+namespace {
 
-double read_bandwidth(int threads, size_t bytes, int repetitions) {
+template <bool Asking>
+uint64_t read(const uint64_t* data, size_t first, size_t last) {
+  uint64_t lane[16] = {}, sum = 0;
+  for (size_t i = first; i < last; i += 16) {
+    if constexpr (Asking)
+      for (int j = 0; j < 16; j += 8) __builtin_prefetch(data + i + j + kAhead / sizeof(uint64_t), 0, 0);
+    for (int j = 0; j < 16; ++j) lane[j] ^= data[i + j];
+  }
+  for (uint64_t l : lane) sum ^= l;
+  return sum;
+}
+
+}  // namespace
+
+double read_bandwidth(int threads, size_t bytes, int repetitions, bool asking) {
   Arena arena(bytes);
   uint64_t* data = reinterpret_cast<uint64_t*>(arena.take(bytes));
   const size_t n = bytes / sizeof(uint64_t) / 64 * 64;
@@ -25,10 +41,7 @@ double read_bandwidth(int threads, size_t bytes, int repetitions) {
     const auto start = std::chrono::steady_clock::now();
     team.run([&](int t) {
       const auto [first, last] = share(t);
-      uint64_t lane[16] = {};
-      for (size_t i = first; i < last; i += 16)
-        for (int j = 0; j < 16; ++j) lane[j] ^= data[i + j];
-      for (uint64_t l : lane) sums[size_t(t) * 8] ^= l;
+      sums[size_t(t) * 8] ^= asking ? read<true>(data, first, last) : read<false>(data, first, last);
     });
     const std::chrono::duration<double> elapsed = std::chrono::steady_clock::now() - start;
     best = std::max(best, double(n) * sizeof(uint64_t) / elapsed.count() / 1e9);

@@ -332,12 +332,13 @@ NB_MODULE(_cpu, m) {
   });
   m.def("top_k", &top_k, "logits"_a, "k"_a, "Indices and values of the k largest logits, largest first.");
   m.def("read_bandwidth",
-        [](int threads, size_t bytes, int repetitions) {
+        [](int threads, size_t bytes, int repetitions, bool asking) {
           require(threads >= 1 && bytes >= 4096 && repetitions >= 1, "nothing to measure");
           nb::gil_scoped_release release;
-          return read_bandwidth(threads, bytes, repetitions);
+          return read_bandwidth(threads, bytes, repetitions, asking);
         },
-        "n_threads"_a, "n_bytes"_a = size_t(1) << 30, "repetitions"_a = 5, "Best read bandwidth of several passes, GB/s.");
+        "n_threads"_a, "n_bytes"_a = size_t(1) << 30, "repetitions"_a = 5, "asking"_a = false,
+        "Best read bandwidth of several passes, GB/s: plain loads, or asking for memory ahead of them.");
   bind_ops(m);
   bind_parts(m);
 }

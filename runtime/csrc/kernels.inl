@@ -460,10 +460,19 @@ int relu_mul(float* gate, const float* up, int n, float threshold, bool clip) {
   return fired;
 }
 
+// Asks for `lines` lines of a run of keys or values as far ahead as a panel does and, where the run ends, for what
+// will be read after it.
+inline void ask_in_run(const uint16_t* here, int lines, const uint16_t* end, Asks& asks) {
+  const uint8_t* ahead = reinterpret_cast<const uint8_t*>(here) + kAhead;
+  if (ahead >= reinterpret_cast<const uint8_t*>(end)) return asks.feed((lines + 3) / 4);
+  for (int i = 0; i < lines; ++i) __builtin_prefetch(ahead + 64 * i);
+}
+
 template <int H>
 void scores_of(const float* q, int dim, const uint16_t* keys, int first, int last, float* out, int stride, Asks& asks) {
   constexpr int kStep = 8;                        // dimensions at a time: four lines of keys
   constexpr int kWays = H >= 4 ? 1 : H > 1 ? 2 : 4;  // independent sums hide the latency of the multiply-add
+  const uint16_t* end = keys + size_t(last) * dim * kLanes;
   for (int tile = first; tile < last; ++tile) {
     F acc[H][kWays];
     for (int h = 0; h < H; ++h)
@@ -475,7 +484,7 @@ void scores_of(const float* q, int dim, const uint16_t* keys, int first, int las
         const F key = f_load_f16(k + (d + u) * kLanes);
         for (int h = 0; h < H; ++h) acc[h][u % kWays] = f_fma(key, f_set1(q[h * dim + d + u]), acc[h][u % kWays]);
       }
-      asks.feed(pace(kStep / 2, d / kStep));
+      ask_in_run(k + d * kLanes, kStep / 2, end, asks);
     }
     for (int h = 0; h < H; ++h) {
       for (int u = 1; u < kWays; ++u) acc[h][0] = f_add(acc[h][0], acc[h][u]);
@@ -524,12 +533,13 @@ void values_of(const float* w, int stride, int dim, const uint16_t* values, int 
   F acc[H][V];
   for (int h = 0; h < H; ++h)
     for (int v = 0; v < V; ++v) acc[h][v] = f_zero();
+  const uint16_t* end = values + size_t(last) * dim;
   for (int p = first; p < last; ++p) {
     for (int v = 0; v < V; ++v) {
       const F value = f_load_f16(values + size_t(p) * dim + v * kLanes);
       for (int h = 0; h < H; ++h) acc[h][v] = f_fma(value, f_set1(w[h * stride + p]), acc[h][v]);
     }
-    asks.feed(pace((V + 1) / 2, p - first));
+    ask_in_run(values + size_t(p) * dim, (V + 1) / 2, end, asks);
   }
   for (int h = 0; h < H; ++h)
     for (int v = 0; v < V; ++v) f_store(out + h * dim + v * kLanes, acc[h][v]);

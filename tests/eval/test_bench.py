@@ -89,7 +89,11 @@ def measured(monkeypatch, bundle):
     """One bench of two peers and two modes over three rounds that get slower and slower."""
     monkeypatch.setattr(module, "_SETTLE_S", 0.0)
     readings = itertools.chain.from_iterable(itertools.repeat(gb_s, 5) for gb_s in (40.0, 20.0, 10.0))
-    monkeypatch.setattr(module, "read_bandwidth", lambda n_threads: next(readings) / 2 * n_threads)
+
+    def read_bandwidth(n_threads, *, asking=False):
+        return 50.0 if asking else next(readings) / 2 * n_threads
+
+    monkeypatch.setattr(module, "read_bandwidth", read_bandwidth)
     log: list = []
     drift = np.array([9.0, 1.0, 2.0, 4.0])  # the first is the warm-up
     path = bundle / "tiny.gguf"
@@ -157,6 +161,11 @@ def test_shares_are_of_the_bandwidth_beside_each_run(measured):
     # the bandwidth falls as the speed does, and yet every round has the same share
     assert share.median == pytest.approx(n_bytes / 0.004 / 40e9)
     assert (share.low, share.high) == (pytest.approx(share.median), pytest.approx(share.median))
+
+
+def test_what_memory_gives_when_asked_ahead_stands_beside_the_bandwidth(measured):
+    report, *_ = measured
+    assert (report.bandwidth.median, report.bandwidth_asking.median) == (20.0, 50.0)
 
 
 def test_recall_comes_from_an_audited_pass(measured):

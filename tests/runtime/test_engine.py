@@ -305,5 +305,6 @@ def test_top_k(k):
     np.testing.assert_array_equal(np.float32(values), logits[order])
 
 
-def test_read_bandwidth_is_that_of_memory():
-    assert 0.5 < _cpu.read_bandwidth(1, 1 << 26, 2) < 2000
+@pytest.mark.parametrize("asking", [False, True])
+def test_read_bandwidth_is_that_of_memory(asking):
+    assert 0.5 < _cpu.read_bandwidth(1, 1 << 26, 2, asking=asking) < 2000
