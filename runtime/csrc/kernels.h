@@ -27,7 +27,7 @@ struct Acts {
 };
 
 // How far ahead of its reading a panel asks for itself, in bytes.
-constexpr int kAhead = 4096;
+constexpr int kAhead = 6144;
 
 struct Kernels {
   const char* name;

@@ -153,6 +153,8 @@ void panel_group(const uint8_t* p, int pairs, const Acts& acts, int t0, F acc[N]
   for (int b = 0; b < 2 * pairs; ++b) {
     const uint8_t *here = p + b % 2 * quants, *scales = p + 2 * quants;
     if (b % 2 == 0) ask_ahead<Once>(scales);
+    if (!Once)
+      for (int i = 0; i < Q::loads; ++i) ask_ahead<Once>(here + i * 64);
     B w[8];
     Q::decode(here, w);
     const F scale = f_load_f16(scales + b % 2 * 32);
@@ -160,7 +162,7 @@ void panel_group(const uint8_t* p, int pairs, const Acts& acts, int t0, F acc[N]
       const int8_t* a = q + t * acts.width + b * kBlock;
       I even = i_set1(Q::offset * negative_sum[t * acts.blocks() + b]), odd = i_zero();
       for (int s = 0; s < 8; s += 2) {
-        for (int i = 0; t == 0 && i < Q::loads / 4; ++i) ask_ahead<Once>(here + (s / 2 * Q::loads / 4 + i) * 64);
+        for (int i = 0; Once && i < Q::loads / 4; ++i) ask_ahead<Once>(here + (s / 2 * Q::loads / 4 + i) * 64);
         even = Q::dot(even, w[s], b_set1(a + 4 * s));
         odd = Q::dot(odd, w[s + 1], b_set1(a + 4 * s + 4));
       }
