@@ -19,8 +19,9 @@ class Asks {
     group.step = kLine;
     if (++open_ == kSide) push();
   }
-  // A long run, or a row that has no others beside it: four lines of it at a time. Closes what is open.
+  // A long run, or a row that has no others beside it: four lines of it at a time.
   void add_run(const uint8_t* run, size_t bytes) {
+    close();
     Group& group = groups_[last_ % kGroups];
     for (int i = 0; i < kSide; ++i) group.row[i] = run + i * kLine;
     group.bytes = uint32_t(bytes);
@@ -29,10 +30,11 @@ class Asks {
   }
   // No more rows come to stand beside those that were added last.
   void close() {
-    const uint8_t* rows[kSide];
+    if (!open_) return;
     const Group& group = groups_[last_ % kGroups];
     const int n = std::exchange(open_, 0);
     const uint32_t bytes = group.bytes;
+    const uint8_t* rows[kSide];
     std::copy_n(group.row, n, rows);
     for (int i = 0; i < n; ++i) add_run(rows[i], bytes);
   }
@@ -43,9 +45,13 @@ class Asks {
   // Asks for the next four lines, `rounds` times, as far as there are rows. Stands in the inner loops of kernels: without a
   // call, which would make them keep their sums in memory.
   [[gnu::always_inline]] void feed(int rounds) {
+    feed(rounds, [](const uint8_t* line) { __builtin_prefetch(line); });
+  }
+  template <class Ask>
+  [[gnu::always_inline]] void feed(int rounds, Ask ask) {
     for (int i = 0; i < rounds && first_ != last_; ++i) {
       const Group& group = groups_[first_ % kGroups];
-      for (const uint8_t* row : group.row) __builtin_prefetch(row + at_);
+      for (const uint8_t* row : group.row) ask(row + at_);
       at_ += group.step;
       if (at_ < group.bytes) continue;
       at_ = 0;
@@ -67,9 +73,9 @@ class Asks {
     if (last_ - first_ < kGroups - 1) ++last_;
   }
 
-  uint32_t at_ = 0;                 // of the group whose turn it is
-  uint32_t first_ = 0, last_ = 0;   // of the groups that wait
-  int open_ = 0;                    // rows of the group that is not full yet
+  uint32_t at_ = 0;                // of the group whose turn it is
+  uint32_t first_ = 0, last_ = 0;  // of the groups that wait
+  int open_ = 0;                   // rows of the group that is not full yet
   Group groups_[kGroups];
 };
 

@@ -9,7 +9,7 @@ namespace {
 
 // The beginning of a run of keys or values; the kernel that reads it asks for the rest.
 void ask_for_run(Asks& asks, const uint16_t* run, int n) {
-  asks.add_run(reinterpret_cast<const uint8_t*>(run), std::min<size_t>(n * sizeof(uint16_t), kAhead));
+  if (n) asks.add_run(reinterpret_cast<const uint8_t*>(run), std::min<size_t>(n * sizeof(uint16_t), kAhead));
 }
 
 }  // namespace

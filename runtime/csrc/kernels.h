@@ -26,7 +26,7 @@ struct Acts {
   int lane_width() const { return (groups() + pairs()) * kLanes; }
 };
 
-// How far ahead of its reading a panel asks for itself, in bytes.
+// How far ahead of its reading a long run (a panel, keys, values) is asked for, in bytes.
 constexpr int kAhead = 6144;
 
 struct Kernels {

@@ -11,9 +11,10 @@ namespace {
 constexpr int kTokenTile = 4;  // tokens that share one decoding of the weights
 constexpr int kRowTile = 4;    // rows that share the loads of one token
 
-// Rounds of asking, of four lines each, while step `step` of a loop reads `lines` lines: a chunk of neurons asks for more
-// gates than it reads ups and downs, so asking must be the faster of the two; at equal pace it falls behind.
-constexpr int pace(int lines, int step = 0) { return (3 * lines * (step + 1) + 7) / 8 - (3 * lines * step + 7) / 8; }
+// Rounds of asking, of four lines each, while step `step` of a loop reads `lines` lines: 1.5 lines are asked for while one is
+// read. A chunk of neurons asks for more gates than it reads ups and downs, so that at equal pace asking falls behind.
+constexpr int pace(int lines, int step) { return (3 * lines * (step + 1) + 7) / 8 - (3 * lines * step + 7) / 8; }
+static_assert(pace(4, 0) + pace(4, 1) + pace(4, 2) + pace(4, 3) == 6 && pace(8, 0) == 3 && pace(8, 1) == 3);
 
 inline F f_exp(F x) {
   x = f_min(f_max(x, f_set1(-87.0f)), f_set1(88.0f));
@@ -135,8 +136,8 @@ void arrange(const Acts& acts, int t) {
 
 // ---- panels
 // A panel is one stream, but a core has only so many reads of its own under way: asked for early enough, it comes at the
-// machine's full bandwidth (docs/performance.md). Evenly, a line for each line that is read; and lines that are read
-// once, for one token, are asked for so that they pass the other caches by.
+// machine's full bandwidth (docs/performance.md). For one token evenly, a line for each line that is read, and past the
+// other caches, as it is read once; for several in bursts, into all caches.
 template <bool Once>
 void ask_ahead(const uint8_t* p) {
   if constexpr (Once) __builtin_prefetch(p + kAhead, 0, 0);
@@ -149,12 +150,12 @@ void panel_group(const uint8_t* p, int pairs, const Acts& acts, int t0, F acc[N]
   const float* d = acts.d + size_t(t0) * acts.blocks();
   const int32_t* negative_sum = acts.negative_sum + size_t(t0) * acts.blocks();
   for (int t = 0; t < N; ++t) acc[t] = f_zero();
+  static_assert(!Once || N == 1);
   constexpr int quants = Q::loads * 64;  // bytes of 16 rows' block
   for (int b = 0; b < 2 * pairs; ++b) {
     const uint8_t *here = p + b % 2 * quants, *scales = p + 2 * quants;
     if (b % 2 == 0) ask_ahead<Once>(scales);
-    if (!Once)
-      for (int i = 0; i < Q::loads; ++i) ask_ahead<Once>(here + i * 64);
+    for (int i = 0; !Once && i < Q::loads; ++i) ask_ahead<Once>(here + i * 64);
     B w[8];
     Q::decode(here, w);
     const F scale = f_load_f16(scales + b % 2 * 32);
@@ -255,7 +256,8 @@ void row_dot_quantised(const uint8_t* const* rows, const Acts& acts, const int* 
       for (int r = 0; r < R; ++r) {
         const typename Q::Step step(row[r] + quants, s);
         for (int i = 0; i < N; ++i)
-          for (int j = 0; j < 2; ++j) sums[r][i] = Q::dot(sums[r][i], step.w[j], b_load(q[i] + g * 512 + 64 * Q::Step::act(s, j)));
+          for (int j = 0; j < 2; ++j)
+            sums[r][i] = Q::dot(sums[r][i], step.w[j], b_load(q[i] + g * 512 + 64 * step.act(s, j)));
       }
       asks.feed(pace(R * Q::loads / 4, s));
     }
@@ -275,7 +277,7 @@ void row_dot_quantised(const uint8_t* const* rows, const Acts& acts, const int* 
         const I sum = Q::dot(Q::bias(i_load(acts.lane_sum + lane)), w, b_load(a));
         acc[r][i] = f_fma(f_from_i(sum), f_mul(scale, f_load(acts.lane_d + lane)), acc[r][i]);
       }
-      if (r == 0) asks.feed(pace(R));
+      if (r == 0) asks.feed(pace(R, p));
     }
 }
 

@@ -7,7 +7,7 @@
 // Bundle: the gate, up and down rows of one neuron side by side, so that an inactive neuron is never touched. Gate and
 // up rows keep lane = 32-block (16 blocks per group, the rest in pairs); down rows are cut in chunks of 128 outputs (64
 // for Q8_0) whose bytes are ordered for b_interleave4. The f16 scales of 16 blocks stand before their quants, so that a
-// row is read strictly forwards: hardware prefetchers follow that, and lose a row whose scales lie at its end.
+// row is read forwards: hardware prefetchers follow that, and lose a row whose scales lie at its end.
 #pragma once
 #include <cstddef>
 #include <cstdint>

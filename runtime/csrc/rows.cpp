@@ -8,7 +8,7 @@ namespace hotcold {
 namespace {
 
 constexpr int kChunk = 32;  // neurons worked on together: their rows and the next ones' fit the caches
-constexpr int kSide = 4;    // gate rows computed side by side, after which the ups of those that fire are asked for
+constexpr int kSide = 4;    // gate rows computed side by side, after which the ups of those that fire wait to be asked for
 constexpr int kDowns = 16;  // down rows that the kernel adds up at a time
 
 // Walks over this thread's even share of all threads' lists, as if they were one.

@@ -45,26 +45,31 @@ std::vector<uint8_t> random_matrix(Type type, int rows, int cols) {
   return bytes;
 }
 
-constexpr int kLayers = 2, kModel = 96, kFf = 200, kHeads = 6, kKvHeads = 2, kDim = 16, kVocab = 70, kRank = 32,
-              kContext = 200;
+constexpr int kLayers = 2, kVocab = 70, kRank = 32, kContext = 200;
+
+struct Shape {
+  int d_model, d_ff, heads, kv_heads, dim;
+};
+constexpr Shape kSmall{96, 200, 6, 2, 16};
+Shape shape = kSmall;  // of all models that are made
 
 struct Weights {
   Type type;
   std::vector<uint8_t> embedding, positions, q, k, v, o, gate, up, down, down_t, fc1, fc2;
   explicit Weights(Type t) : type(t) {
     // d_ff need not be a multiple of 32 where down is stored by neurons; the dense form then falls back to F16.
-    embedding = random_matrix(t, kVocab, kModel);
-    positions = random_matrix(t, kContext, kModel);
-    q = random_matrix(t, kHeads * kDim, kModel);
-    k = random_matrix(t, kKvHeads * kDim, kModel);
-    v = random_matrix(t, kKvHeads * kDim, kModel);
-    o = random_matrix(t, kModel, kHeads * kDim);
-    gate = random_matrix(t, kFf, kModel);
-    up = random_matrix(t, kFf, kModel);
-    down = random_matrix(Type::F16, kModel, kFf);
-    down_t = random_matrix(t, kFf, kModel);
-    fc1 = random_matrix(t, kRank, kModel);
-    fc2 = random_matrix(t, kFf, kRank);
+    embedding = random_matrix(t, kVocab, shape.d_model);
+    positions = random_matrix(t, kContext, shape.d_model);
+    q = random_matrix(t, shape.heads * shape.dim, shape.d_model);
+    k = random_matrix(t, shape.kv_heads * shape.dim, shape.d_model);
+    v = random_matrix(t, shape.kv_heads * shape.dim, shape.d_model);
+    o = random_matrix(t, shape.d_model, shape.heads * shape.dim);
+    gate = random_matrix(t, shape.d_ff, shape.d_model);
+    up = random_matrix(t, shape.d_ff, shape.d_model);
+    down = random_matrix(Type::F16, shape.d_model, shape.d_ff);
+    down_t = random_matrix(t, shape.d_ff, shape.d_model);
+    fc1 = random_matrix(t, kRank, shape.d_model);
+    fc2 = random_matrix(t, shape.d_ff, kRank);
   }
 };
 
@@ -75,52 +80,52 @@ void add_parts(Model& m, const Weights& w) {
   const auto fill = [&](std::vector<float>& v, int n) {
     for (int i = 0; i < n; ++i) v.push_back(normal(same));
   };
-  m.positions = m.add_panel(w.type, w.positions.data(), kContext, kModel, nullptr);
+  m.positions = m.add_panel(w.type, w.positions.data(), kContext, shape.d_model, nullptr);
   m.rope_frequency.clear();
-  fill(m.output_norm.bias, kModel);
+  fill(m.output_norm.bias, shape.d_model);
   for (Layer& l : m.layers) {
-    for (NormWeights* norm : {&l.attn_norm, &l.ffn_norm}) fill(norm->bias, kModel);
-    fill(l.q_bias, kHeads * kDim);
-    fill(l.k_bias, kKvHeads * kDim);
-    fill(l.v_bias, kKvHeads * kDim);
-    fill(l.o_bias, kModel);
-    fill(l.gate_bias, kFf);
-    l.gate_bias.resize(round_up(kFf, kLanes));
-    fill(l.down_bias, kModel);
-    l.q_norm.assign(kDim, 1.1f);
-    l.k_norm.assign(kDim, 0.9f);
+    for (NormWeights* norm : {&l.attn_norm, &l.ffn_norm}) fill(norm->bias, shape.d_model);
+    fill(l.q_bias, shape.heads * shape.dim);
+    fill(l.k_bias, shape.kv_heads * shape.dim);
+    fill(l.v_bias, shape.kv_heads * shape.dim);
+    fill(l.o_bias, shape.d_model);
+    fill(l.gate_bias, shape.d_ff);
+    l.gate_bias.resize(round_up(shape.d_ff, kLanes));
+    fill(l.down_bias, shape.d_model);
+    l.q_norm.assign(shape.dim, 1.1f);
+    l.k_norm.assign(shape.dim, 0.9f);
   }
   m.layers[0].window = 9;
 }
 
 std::unique_ptr<Model> make(const Weights& w, Mode mode, int threads, const Kernels& k, float threshold, bool llama = true) {
-  Config c{kLayers, kModel, kFf, kHeads, kKvHeads, kDim, kVocab, kContext, 1e-5f, Activation::Relu, mode};
+  Config c{kLayers, shape.d_model, shape.d_ff, shape.heads, shape.kv_heads, shape.dim, kVocab, kContext, 1e-5f, Activation::Relu, mode};
   c.layer_norm = c.parallel = !llama;
   c.gated = llama;
   auto m = std::make_unique<Model>(c, threads, size_t(8) << 20, k);
-  m->embedding = m->head = m->add_panel(w.type, w.embedding.data(), kVocab, kModel, nullptr);
-  m->output_norm.weight.assign(kModel, 1.0f);
-  for (int i = 0; i < kDim / 2; ++i) m->rope_frequency.push_back(std::pow(10000.0f, -float(i) / (kDim / 2)));
+  m->embedding = m->head = m->add_panel(w.type, w.embedding.data(), kVocab, shape.d_model, nullptr);
+  m->output_norm.weight.assign(shape.d_model, 1.0f);
+  for (int i = 0; i < shape.dim / 2; ++i) m->rope_frequency.push_back(std::pow(10000.0f, -float(i) / (shape.dim / 2)));
   for (Layer& l : m->layers) {
-    l.attn_norm.weight.assign(kModel, 1.0f);
-    l.ffn_norm.weight.assign(kModel, 1.0f);
-    l.q = m->add_panel(w.type, w.q.data(), kHeads * kDim, kModel, nullptr);
-    l.k = m->add_panel(w.type, w.k.data(), kKvHeads * kDim, kModel, nullptr);
-    l.v = m->add_panel(w.type, w.v.data(), kKvHeads * kDim, kModel, nullptr);
-    l.o = m->add_panel(w.type, w.o.data(), kModel, kHeads * kDim, nullptr);
-    if (mode != Mode::Predicted) l.gate = m->add_panel(w.type, w.gate.data(), kFf, kModel, nullptr);
+    l.attn_norm.weight.assign(shape.d_model, 1.0f);
+    l.ffn_norm.weight.assign(shape.d_model, 1.0f);
+    l.q = m->add_panel(w.type, w.q.data(), shape.heads * shape.dim, shape.d_model, nullptr);
+    l.k = m->add_panel(w.type, w.k.data(), shape.kv_heads * shape.dim, shape.d_model, nullptr);
+    l.v = m->add_panel(w.type, w.v.data(), shape.kv_heads * shape.dim, shape.d_model, nullptr);
+    l.o = m->add_panel(w.type, w.o.data(), shape.d_model, shape.heads * shape.dim, nullptr);
+    if (mode != Mode::Predicted) l.gate = m->add_panel(w.type, w.gate.data(), shape.d_ff, shape.d_model, nullptr);
     if (mode == Mode::Dense) {
-      if (llama) l.up = m->add_panel(w.type, w.up.data(), kFf, kModel, nullptr);
-      l.down = m->add_panel(Type::F16, w.down.data(), kModel, kFf, nullptr);
+      if (llama) l.up = m->add_panel(w.type, w.up.data(), shape.d_ff, shape.d_model, nullptr);
+      l.down = m->add_panel(Type::F16, w.down.data(), shape.d_model, shape.d_ff, nullptr);
     } else {
       m->add_bundles(l, mode == Mode::Predicted ? w.gate.data() : nullptr, w.type, llama ? w.up.data() : nullptr, w.type, w.down_t.data(),
                      w.type);
     }
     if (mode == Mode::Predicted) {
-      l.fc1 = m->add_panel(w.type, w.fc1.data(), kRank, kModel, nullptr);
-      l.fc2 = m->add_panel(w.type, w.fc2.data(), kFf, kRank, nullptr);
+      l.fc1 = m->add_panel(w.type, w.fc1.data(), kRank, shape.d_model, nullptr);
+      l.fc2 = m->add_panel(w.type, w.fc2.data(), shape.d_ff, kRank, nullptr);
       l.predictor_threshold = threshold;
-      l.hot.assign(round_up(kFf, kLanes) / kLanes, 0x0101);
+      l.hot.assign(round_up(shape.d_ff, kLanes) / kLanes, 0x0101);
     }
   }
   if (!llama) add_parts(*m, w);
@@ -169,10 +174,45 @@ void test_models() {
       }
     const auto none = make(w, Mode::Predicted, 2, kernels(), 1e9f);
     run(*none, tokens, false);
-    const int64_t hot = 2 * (kFf / kLanes) + 1;  // 0x0101 in every full group; the last group has 8 neurons
+    const int64_t hot = 2 * (shape.d_ff / kLanes) + 1;  // 0x0101 in every full group; the last group has 8 neurons
     const int64_t after_first = int64_t(tokens.size()) - 1;
-    expect(none->stats()[0].predicted == kFf + hot * after_first, "position 0 in full, then hot neurons only");
+    expect(none->stats()[0].predicted == shape.d_ff + hot * after_first, "position 0 in full, then hot neurons only");
   }
+}
+
+// In which order lines are asked for: "r0 q0" are the first lines of rows r and q.
+void test_asks() {
+  static uint8_t rows[100][1024];
+  Asks asks;
+  const auto fed = [&](int rounds) {
+    std::string lines;
+    asks.feed(rounds, [&](const uint8_t* line) {
+      const size_t at = line - rows[0];
+      lines += std::to_string(at / 1024) + "." + std::to_string(at % 1024 / 64) + " ";
+    });
+    return lines;
+  };
+  asks.close();
+  expect(fed(9) == "", "nothing to ask for");
+  for (int r : {0, 1, 2}) asks.add(rows[r], 100);
+  expect(fed(9) == "", "three rows wait for a fourth");
+  asks.add(rows[3], 140);
+  expect(fed(2) == "0.0 1.0 2.0 3.0 0.1 1.1 2.1 3.1 ", "four rows side by side");
+  expect(fed(9) == "0.2 1.2 2.2 3.2 ", "as long as the longest");
+  for (int r : {4, 5}) asks.add(rows[r], 256);
+  asks.close();
+  expect(fed(9) == "4.0 4.1 4.2 4.3 5.0 5.1 5.2 5.3 ", "fewer rows, one after the other");
+  asks.add(rows[6], 64);
+  asks.add_run(rows[7], 512);
+  expect(fed(9) == "6.0 6.1 6.2 6.3 7.0 7.1 7.2 7.3 7.4 7.5 7.6 7.7 ", "a run after a row that is still open");
+  for (int r = 0; r < 100; ++r) asks.add_run(rows[r], 64);
+  std::string kept = fed(1000);
+  expect(kept.starts_with("0.0 ") && kept.ends_with("62.3 "), "a full queue keeps the oldest");
+  asks.add_run(rows[9], 1024);
+  fed(1);
+  asks.clear();
+  asks.add_run(rows[8], 64);
+  expect(fed(9) == "8.0 8.1 8.2 8.3 ", "nothing is left of what was cleared");
 }
 
 // The other structures: threads, blocks and kernels against plain C++ on one thread.
@@ -196,34 +236,56 @@ void test_structures() {
   }
 }
 
+// Rows of more than 16 blocks, and keys and values that are longer than what is asked for ahead of them.
+void test_long_rows() {
+  std::vector<int32_t> tokens;
+  for (int i = 0; i < 70; ++i) tokens.push_back(int32_t(rng() % kVocab));
+  for (Shape longer : {Shape{576, 200, 2, 1, 128}, Shape{576, 200, 2, 2, 128}}) {
+    shape = longer;
+    for (Type type : {Type::F16, Type::Q8_0, Type::Q4_0}) {
+      const Weights w(type);
+      for (Mode mode : {Mode::Dense, Mode::Exact, Mode::Predicted}) {
+        const std::vector<float> expected = run(*make(w, mode, 1, kernels("generic"), -1e9f), tokens, false);
+        for (bool by_token : {false, true}) {
+          const double e = error(run(*make(w, mode, 3, kernels(), -1e9f), tokens, by_token), expected);
+          expect(e < (is_quantised(type) ? 0.05 : 1e-3), "long rows, type " + std::to_string(int(type)) + " mode " +
+                                                             std::to_string(int(mode)) + " heads " + std::to_string(shape.kv_heads) +
+                                                             (by_token ? " by token: " : " block: ") + std::to_string(e));
+        }
+      }
+    }
+  }
+  shape = kSmall;
+}
+
 // Layers one by one, and the neurons of a layer in two parts, against all at once on one thread.
 void test_parts() {
   const int tokens = 20;
   std::normal_distribution<float> normal(0, 1);
-  std::vector<float> input(size_t(tokens) * kModel);
+  std::vector<float> input(size_t(tokens) * shape.d_model);
   for (float& v : input) v = normal(rng);
   std::vector<int32_t> all, even, odd;
-  for (int i = 0; i < kFf; ++i) {
+  for (int i = 0; i < shape.d_ff; ++i) {
     all.push_back(i);
     (i % 2 ? odd : even).push_back(i);
   }
-  const std::vector<uint64_t> every(kFf, (uint64_t(1) << tokens) - 1);
+  const std::vector<uint64_t> every(shape.d_ff, (uint64_t(1) << tokens) - 1);
   const Weights w(Type::F32);
   for (int threads : {1, 3})
     for (int n : {1, tokens}) {
       const auto m = make(w, Mode::Predicted, threads, kernels(), -1e9f), one = make(w, Mode::Predicted, 1, kernels(), -1e9f);
-      m->layers[0].n_neurons = one->layers[0].n_neurons = kFf;
+      m->layers[0].n_neurons = one->layers[0].n_neurons = shape.d_ff;
       const std::string what = " threads " + std::to_string(threads) + " tokens " + std::to_string(n);
-      std::vector<float> together(size_t(n) * kModel), first = together, second = together;
-      const int64_t fired = one->run_neurons(0, input.data(), n, all.data(), every.data(), kFf, together.data());
-      const int64_t halves = m->run_neurons(0, input.data(), n, even.data(), every.data(), kFf / 2, first.data()) +
-                             m->run_neurons(0, input.data(), n, odd.data(), every.data(), kFf / 2, second.data());
+      std::vector<float> together(size_t(n) * shape.d_model), first = together, second = together;
+      const int64_t fired = one->run_neurons(0, input.data(), n, all.data(), every.data(), shape.d_ff, together.data());
+      const int64_t halves = m->run_neurons(0, input.data(), n, even.data(), every.data(), shape.d_ff / 2, first.data()) +
+                             m->run_neurons(0, input.data(), n, odd.data(), every.data(), shape.d_ff / 2, second.data());
       for (size_t i = 0; i < first.size(); ++i) first[i] += second[i];
       expect(halves == fired && error(first, together) < 1e-5, "neurons in two parts" + what);
       m->run_neurons(0, input.data(), n, all.data(), every.data(), 0, first.data());
       expect(std::all_of(first.begin(), first.end(), [](float v) { return v == 0; }), "no neurons" + what);
 
-      std::vector<float> x(input.begin(), input.begin() + size_t(n) * kModel), y = x;
+      std::vector<float> x(input.begin(), input.begin() + size_t(n) * shape.d_model), y = x;
       one->run_layers(x.data(), n, 0, kLayers, 0);
       for (int l = 0; l < kLayers; ++l) m->run_layers(y.data(), n, l, l + 1, 0);
       expect(error(y, x) < 1e-4, "layers one by one" + what);
@@ -236,15 +298,15 @@ void test_inputs() {
   for (int i = 0; i < 70; ++i) tokens.push_back(int32_t(rng() % kVocab));
   for (Type type : {Type::F32, Type::Q8_0, Type::Q4_0}) {
     const Weights w(type);
-    const auto q = random_matrix(type, kModel, kHeads * kDim), k = random_matrix(type, kModel, kKvHeads * kDim),
-               v = random_matrix(type, kModel, kKvHeads * kDim), o = random_matrix(type, kHeads * kDim, kModel);
+    const auto q = random_matrix(type, shape.d_model, shape.heads * shape.dim), k = random_matrix(type, shape.d_model, shape.kv_heads * shape.dim),
+               v = random_matrix(type, shape.d_model, shape.kv_heads * shape.dim), o = random_matrix(type, shape.heads * shape.dim, shape.d_model);
     const auto by_input = [&](int threads, const Kernels& kernels, Mode mode, float share, bool llama) {
       auto m = make(w, mode, threads, kernels, mode == Mode::Predicted ? -1e9f : 0, llama);
       for (Layer& l : m->layers) {
         l.q = l.k = l.v = l.o = {};
         l.qkv_inputs = m->add_input_rows(
-            kModel, {{type, q.data(), kHeads * kDim}, {type, k.data(), kKvHeads * kDim}, {type, v.data(), kKvHeads * kDim}});
-        l.o_inputs = m->add_input_rows(kHeads * kDim, {{type, o.data(), kModel}});
+            shape.d_model, {{type, q.data(), shape.heads * shape.dim}, {type, k.data(), shape.kv_heads * shape.dim}, {type, v.data(), shape.kv_heads * shape.dim}});
+        l.o_inputs = m->add_input_rows(shape.heads * shape.dim, {{type, o.data(), shape.d_model}});
       }
       m->input_sparsity = share;
       return m;
@@ -317,6 +379,8 @@ int main() {
   test_team();
   test_sharing();
   test_models();
+  test_asks();
+  test_long_rows();
   test_structures();
   test_parts();
   test_inputs();
