@@ -3,6 +3,7 @@
 // side, so that the prefetchers of the L2 cache follow four runs at a time (docs/performance.md).
 #pragma once
 #include <algorithm>
+#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <utility>
@@ -45,18 +46,22 @@ class Asks {
   // Asks for the next four lines, `rounds` times, as far as there are rows. Stands in the inner loops of kernels: without a
   // call, which would make them keep their sums in memory.
   [[gnu::always_inline]] void feed(int rounds) {
-    feed(rounds, [](const uint8_t* line) { __builtin_prefetch(line); });
-  }
-  template <class Ask>
-  [[gnu::always_inline]] void feed(int rounds, Ask ask) {
     for (int i = 0; i < rounds && first_ != last_; ++i) {
       const Group& group = groups_[first_ % kGroups];
-      for (const uint8_t* row : group.row) ask(row + at_);
+      // In place: GCC takes a function that only prefetches for one without effect, and leaves out its calls.
+      for (const uint8_t* row : group.row) __builtin_prefetch(row + at_);
       at_ += group.step;
       if (at_ < group.bytes) continue;
       at_ = 0;
       ++first_;
     }
+  }
+  bool empty() const { return first_ == last_; }
+  // The lines whose turn it is, unless empty().
+  std::array<const uint8_t*, 4> turn() const {
+    std::array<const uint8_t*, 4> lines;
+    for (int i = 0; i < kSide; ++i) lines[i] = groups_[first_ % kGroups].row[i] + at_;
+    return lines;
   }
 
  private:
