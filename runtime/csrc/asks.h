@@ -8,6 +8,8 @@
 #include <cstdint>
 #include <utility>
 
+#include "ask.h"
+
 namespace hotcold {
 
 class Asks {
@@ -48,8 +50,7 @@ class Asks {
   [[gnu::always_inline]] void feed(int rounds) {
     for (int i = 0; i < rounds && first_ != last_; ++i) {
       const Group& group = groups_[first_ % kGroups];
-      // In place: GCC takes a function that only prefetches for one without effect, and leaves out its calls.
-      for (const uint8_t* row : group.row) __builtin_prefetch(row + at_);
+      for (const uint8_t* row : group.row) ask_line(row + at_);
       at_ += group.step;
       if (at_ < group.bytes) continue;
       at_ = 0;

@@ -15,7 +15,7 @@ uint64_t read(const uint64_t* data, size_t first, size_t last) {
   uint64_t lane[16] = {}, sum = 0;
   for (size_t i = first; i < last; i += 16) {
     if constexpr (Asking)
-      for (int j = 0; j < 16; j += 8) __builtin_prefetch(data + i + j + kAhead / sizeof(uint64_t), 0, 0);
+      for (int j = 0; j < 16; j += 8) ask_line_once(data + i + j + kAhead / sizeof(uint64_t));
     for (int j = 0; j < 16; ++j) lane[j] ^= data[i + j];
   }
   for (uint64_t l : lane) sum ^= l;

@@ -31,23 +31,18 @@ inline F f_exp(F x) {
 struct Q4 {
   static constexpr Type type = Type::Q4_0;
   static constexpr int loads = 4;  // 64-byte loads that hold 16 blocks
-  static void decode(const uint8_t* p, B w[8]) {
-    for (int s = 0; s < 4; ++s) {
-      const B v = b_load(p + 64 * s);
-      w[s] = b_low(v);
-      w[s + 4] = b_high(v);
-    }
-  }
   // A quarter of 16 blocks: two vectors, and which two of eight vectors of activations they meet.
   struct Step {
     B w[2];
     Step(const uint8_t* p, int s) {
       const B v = b_load(p + 64 * s);
       w[0] = b_low(v);
-      w[1] = b_high(v);
+      w[1] = b_top(v);
     }
     static constexpr int act(int s, int i) { return s + 4 * i; }
   };
+  // The sum of both vectors' products.
+  static I join(I low, I top) { return i_add(low, i_from_top(top)); }
   static B pair(const uint8_t* p) { return b_load_pair(p); }
   static I dot(I acc, B w, B a) { return dot4(acc, w, a); }
   static constexpr int offset = 8;  // stored weight - true weight
@@ -56,14 +51,12 @@ struct Q4 {
 struct Q8 {
   static constexpr Type type = Type::Q8_0;
   static constexpr int loads = 8;
-  static void decode(const uint8_t* p, B w[8]) {
-    for (int s = 0; s < 8; ++s) w[s] = b_load(p + 64 * s);
-  }
   struct Step {
     B w[2];
     Step(const uint8_t* p, int s) : w{b_load(p + 128 * s), b_load(p + 128 * s + 64)} {}
     static constexpr int act(int s, int i) { return 2 * s + i; }
   };
+  static I join(I even, I odd) { return i_add(even, odd); }
   static B pair(const uint8_t* p) { return b_load(p); }
   static I dot(I acc, B w, B a) { return dot4_wide(acc, w, a); }
   static constexpr int offset = kWideOffset;
@@ -140,8 +133,8 @@ void arrange(const Acts& acts, int t) {
 // other caches, as it is read once; for several in bursts, into all caches.
 template <bool Once>
 void ask_ahead(const uint8_t* p) {
-  if constexpr (Once) __builtin_prefetch(p + kAhead, 0, 0);
-  else __builtin_prefetch(p + kAhead);
+  if constexpr (Once) ask_line_once(p + kAhead);
+  else ask_line(p + kAhead);
 }
 
 template <class Q, int N, bool Once>
@@ -152,24 +145,30 @@ void panel_group(const uint8_t* p, int pairs, const Acts& acts, int t0, F acc[N]
   for (int t = 0; t < N; ++t) acc[t] = f_zero();
   static_assert(!Once || N == 1);
   constexpr int quants = Q::loads * 64;  // bytes of 16 rows' block
-  for (int b = 0; b < 2 * pairs; ++b) {
-    const uint8_t *here = p + b % 2 * quants, *scales = p + 2 * quants;
-    if (b % 2 == 0) ask_ahead<Once>(scales);
-    for (int i = 0; !Once && i < Q::loads; ++i) ask_ahead<Once>(here + i * 64);
-    B w[8];
-    Q::decode(here, w);
-    const F scale = f_load_f16(scales + b % 2 * 32);
-    for (int t = 0; t < N; ++t) {
-      const int8_t* a = q + t * acts.width + b * kBlock;
-      I even = i_set1(Q::offset * negative_sum[t * acts.blocks() + b]), odd = i_zero();
-      for (int s = 0; s < 8; s += 2) {
-        for (int i = 0; Once && i < Q::loads / 4; ++i) ask_ahead<Once>(here + (s / 2 * Q::loads / 4 + i) * 64);
-        even = Q::dot(even, w[s], b_set1(a + 4 * s));
-        odd = Q::dot(odd, w[s + 1], b_set1(a + 4 * s + 4));
+  for (int pair = 0; pair < pairs; ++pair, p += 2 * quants + 64) {
+    const uint8_t* scales = p + 2 * quants;
+#pragma GCC unroll 2
+    for (int half = 0; half < 2; ++half) {
+      const int b = 2 * pair + half;
+      const uint8_t* here = p + half * quants;
+      I sums[N][2];
+      for (int t = 0; t < N; ++t) {
+        sums[t][0] = Q::bias(i_set1(negative_sum[t * acts.blocks() + b]));
+        sums[t][1] = i_zero();
       }
-      acc[t] = f_fma(f_from_i(i_add(even, odd)), f_mul(scale, f_set1(d[t * acts.blocks() + b])), acc[t]);
+#pragma GCC unroll 4
+      for (int s = 0; s < 4; ++s) {
+        for (int i = 0; i < Q::loads / 4; ++i) ask_ahead<Once>(here + (s * Q::loads / 4 + i) * 64);
+        if (half == 1 && s == 3) ask_ahead<Once>(scales);
+        const typename Q::Step step(here, s);
+        for (int t = 0; t < N; ++t)
+          for (int j = 0; j < 2; ++j)
+            sums[t][j] = Q::dot(sums[t][j], step.w[j], b_set1(q + t * acts.width + b * kBlock + 4 * step.act(s, j)));
+      }
+      const F scale = f_load_f16(scales + half * 32);
+      for (int t = 0; t < N; ++t)
+        acc[t] = f_fma(f_from_i(Q::join(sums[t][0], sums[t][1])), f_mul(scale, f_set1(d[t * acts.blocks() + b])), acc[t]);
     }
-    if (b % 2) p += 2 * quants + 64;
   }
 }
 
@@ -247,9 +246,12 @@ void row_dot_quantised(const uint8_t* const* rows, const Acts& acts, const int* 
   }
   for (int g = 0; g < acts.groups(); ++g) {
     const size_t scales = row_scale_at(Q::type, g * kLanes), quants = scales + kLanes * 2;
-    I sums[R][N];
+    I sums[R][N][2];
     for (int i = 0; i < N; ++i)
-      for (int r = 0; r < R; ++r) sums[r][i] = Q::bias(i_load(acts.lane_sum + lanes[i] + g * kLanes));
+      for (int r = 0; r < R; ++r) {
+        sums[r][i][0] = Q::bias(i_load(acts.lane_sum + lanes[i] + g * kLanes));
+        sums[r][i][1] = i_zero();
+      }
 #pragma GCC unroll 4
     for (int s = 0; s < 4; ++s) {
 #pragma GCC unroll 4
@@ -257,13 +259,13 @@ void row_dot_quantised(const uint8_t* const* rows, const Acts& acts, const int* 
         const typename Q::Step step(row[r] + quants, s);
         for (int i = 0; i < N; ++i)
           for (int j = 0; j < 2; ++j)
-            sums[r][i] = Q::dot(sums[r][i], step.w[j], b_load(q[i] + g * 512 + 64 * step.act(s, j)));
+            sums[r][i][j] = Q::dot(sums[r][i][j], step.w[j], b_load(q[i] + g * 512 + 64 * step.act(s, j)));
       }
       asks.feed(pace(R * Q::loads / 4, s));
     }
     for (int i = 0; i < N; ++i) {
       const F d = f_load(acts.lane_d + lanes[i] + g * kLanes);
-      for (int r = 0; r < R; ++r) acc[r][i] = f_fma(f_from_i(sums[r][i]), f_mul(f_load_f16(row[r] + scales), d), acc[r][i]);
+      for (int r = 0; r < R; ++r) acc[r][i] = f_fma(f_from_i(Q::join(sums[r][i][0], sums[r][i][1])), f_mul(f_load_f16(row[r] + scales), d), acc[r][i]);
     }
   }
   for (int p = 0; p < acts.pairs(); ++p)
@@ -373,7 +375,7 @@ void multipliers(const uint8_t* const* scales, const float* a, int count, int of
 void down_chunk(Q4, const uint8_t* const* rows, size_t at, int quads, const Multipliers& m, int b, float* y,
                 Asks& asks) {
   I acc[8];
-  for (int r = 0; r < 8; ++r) acc[r] = i_set1(m.bias[b + r / 2]);
+  for (int r = 0; r < 8; ++r) acc[r] = r % 2 ? i_zero() : i_set1(m.bias[b + r / 2]);
   for (int g = 0; g < quads; ++g) {
     B u[4];
     b_interleave4(b_load(rows[4 * g] + at), b_load(rows[4 * g + 1] + at), b_load(rows[4 * g + 2] + at),
@@ -381,12 +383,14 @@ void down_chunk(Q4, const uint8_t* const* rows, size_t at, int quads, const Mult
     for (int r = 0; r < 4; ++r) {
       const B multiplier = b_set1(&m.quads[g][b + r]);
       acc[2 * r] = dot4(acc[2 * r], b_low(u[r]), multiplier);
-      acc[2 * r + 1] = dot4(acc[2 * r + 1], b_high(u[r]), multiplier);
+      acc[2 * r + 1] = dot4(acc[2 * r + 1], b_top(u[r]), multiplier);
     }
     asks.feed(pace(4, g));
   }
-  for (int r = 0; r < 8; ++r)
-    f_store(y + kLanes * r, f_fma(f_from_i(acc[r]), f_set1(m.step[b + r / 2]), f_load(y + kLanes * r)));
+  for (int r = 0; r < 8; ++r) {
+    const I sum = r % 2 ? i_add(i_from_top(acc[r]), i_set1(m.bias[b + r / 2])) : acc[r];
+    f_store(y + kLanes * r, f_fma(f_from_i(sum), f_set1(m.step[b + r / 2]), f_load(y + kLanes * r)));
+  }
 }
 
 void down_chunk(Q8, const uint8_t* const* rows, size_t at, int quads, const Multipliers& m, int b, float* y,
@@ -469,7 +473,7 @@ int relu_mul(float* gate, const float* up, int n, float threshold, bool clip) {
 inline void ask_in_run(const uint16_t* here, int lines, const uint16_t* end, Asks& asks) {
   const uint8_t* ahead = reinterpret_cast<const uint8_t*>(here) + kAhead;
   if (ahead >= reinterpret_cast<const uint8_t*>(end)) return asks.feed((lines + 3) / 4);
-  for (int i = 0; i < lines; ++i) __builtin_prefetch(ahead + 64 * i);
+  for (int i = 0; i < lines; ++i) ask_line(ahead + 64 * i);
 }
 
 template <int H>

@@ -53,7 +53,7 @@ void Pass::multiply(int thread, const Panel& p, const Acts& acts, int count, flo
 void Pass::ask_for(int thread, const Panel& p) const {
   const int first = split(round_up(p.rows, kLanes) / kLanes, thread, threads()).first;
   const uint8_t* at = p.data + first * panel_group_bytes(p.type, p.cols);
-  for (int i = 0; p.data && i < kAhead; i += 64) __builtin_prefetch(at + i);
+  for (int i = 0; p.data && i < kAhead; i += 64) ask_line(at + i);
 }
 
 void Pass::embed(int thread) {
