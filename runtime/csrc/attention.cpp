@@ -41,7 +41,7 @@ void Pass::attention(int thread, int l) {
     multiply(thread, layer.k, norm, b.kk.get(), kv_rows);
     multiply(thread, layer.v, norm, b.v.get(), kv_rows);
   }
-  if (n == 1) ask_for_first_keys(thread, l);
+  if (n == 1) ask_for_keys(thread, l);
   m.team.barrier();
   if (n == 1) attend_one(thread, l);
   else attend_block(thread, l);
@@ -109,8 +109,9 @@ int Pass::first_seen(int l, int position) const {
   return window ? std::max(0, position + 1 - window) : 0;
 }
 
-// Asks for the keys that attend_one will read first: said before the barrier that it waits at.
-void Pass::ask_for_first_keys(int thread, int l) const {
+// Asks for the keys that attend_one will read first, and for the tiles that it stores new keys into, which touches all lines
+// of a tile: said before the barrier that it waits at.
+void Pass::ask_for_keys(int thread, int l) const {
   const int skipped = first_seen(l, position) / kLanes, tiles = position / kLanes + 1 - skipped;
   const Range units = split(c().n_kv_heads * tiles, thread, threads());
   const int per_tile = c().head_dim * kLanes, first_tile = units.first % tiles;
@@ -118,6 +119,11 @@ void Pass::ask_for_first_keys(int thread, int l) const {
   ask_for_run(asks, keys(l, units.first / tiles) + size_t(skipped + first_tile) * per_tile,
               std::min(units.last - units.first, tiles - first_tile) * per_tile);
   asks.feed(kAhead / 256);
+  for (int u = units.first; u < units.last; ++u) {
+    if (u % tiles != tiles - 1) continue;
+    const uint16_t* tile = keys(l, u / tiles) + size_t(position / kLanes) * per_tile;
+    for (int i = 0; i < per_tile; i += 64 / sizeof(uint16_t)) ask_line(tile + i);
+  }
 }
 
 // One token: the tiles of all key-value heads are shared out evenly, and where a head is shared by threads its parts are

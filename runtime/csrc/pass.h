@@ -69,7 +69,7 @@ struct Pass {
   void attention(int thread, int l);
   void finish_queries(int l, int t, int kv_head, float* out) const;
   void store(int l, int t, int kv_head) const;
-  void ask_for_first_keys(int thread, int l) const;
+  void ask_for_keys(int thread, int l) const;
   void attend_one(int thread, int l);
   void merge(int h, float* out) const;
   void attend_block(int thread, int l);

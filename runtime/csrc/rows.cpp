@@ -62,7 +62,10 @@ class Single : RowWork {
   LayerStats run(int thread) {
     Share share(b.scratch, thread);
     int current[kChunk], next[kChunk];
-    for (int n = share.take(current), n_next; n; n = n_next) {
+    int n = share.take(current);
+    // No chunk before the first asks for it; it can ask for what it does not begin with.
+    for (int i = kSide; i < n; ++i) ask(current[i], first_row());
+    for (int n_next; n; n = n_next) {
       n_next = share.take(next);
       const int fired = predicted() ? compute_gates(current, n) : look_up_gates(current, n);
       for (int f = 0; f < fired; ++f) ask(fired_[f], layer.down_row);
