@@ -41,7 +41,7 @@ struct Q4 {
     }
     static constexpr int act(int s, int i) { return s + 4 * i; }
   };
-  // The sum of both vectors' products.
+  // The products' sum, from one sum for each of the two vectors.
   static I join(I low, I top) { return i_add(low, i_from_top(top)); }
   static B pair(const uint8_t* p) { return b_load_pair(p); }
   static I dot(I acc, B w, B a) { return dot4(acc, w, a); }
@@ -129,8 +129,8 @@ void arrange(const Acts& acts, int t) {
 
 // ---- panels
 // A panel is one stream, but a core has only so many reads of its own under way: asked for early enough, it comes at the
-// machine's full bandwidth (docs/performance.md). For one token evenly, a line for each line that is read, and past the
-// other caches, as it is read once; for several in bursts, into all caches.
+// machine's full bandwidth (docs/performance.md): evenly, a line for each line that is read. For one token past the other
+// caches, as it is read once; for several into all caches.
 template <bool Once>
 void ask_ahead(const uint8_t* p) {
   if constexpr (Once) ask_line_once(p + kAhead);
@@ -265,7 +265,10 @@ void row_dot_quantised(const uint8_t* const* rows, const Acts& acts, const int* 
     }
     for (int i = 0; i < N; ++i) {
       const F d = f_load(acts.lane_d + lanes[i] + g * kLanes);
-      for (int r = 0; r < R; ++r) acc[r][i] = f_fma(f_from_i(Q::join(sums[r][i][0], sums[r][i][1])), f_mul(f_load_f16(row[r] + scales), d), acc[r][i]);
+      for (int r = 0; r < R; ++r) {
+        const I sum = Q::join(sums[r][i][0], sums[r][i][1]);
+        acc[r][i] = f_fma(f_from_i(sum), f_mul(f_load_f16(row[r] + scales), d), acc[r][i]);
+      }
     }
   }
   for (int p = 0; p < acts.pairs(); ++p)

@@ -124,8 +124,8 @@ inline B b_set1(const void* p) {
 }
 inline __m256i low(__m256i v) { return _mm256_and_si256(v, _mm256_set1_epi8(15)); }
 inline B b_low(B v) { return {low(v.a), low(v.b)}; }
-inline B b_high(B v) { return {low(_mm256_srli_epi16(v.a, 4)), low(_mm256_srli_epi16(v.b, 4))}; }
-inline B b_top(B x) { return b_high(x); }
+// Shifted down: dot4 adds up pairs in 16 bits, which have no room for more.
+inline B b_top(B v) { return {low(_mm256_srli_epi16(v.a, 4)), low(_mm256_srli_epi16(v.b, 4))}; }
 inline I i_from_top(I sum) { return sum; }
 // 32 bytes of nibbles -> 32 low nibbles, then 32 high ones.
 inline B b_load_pair(const void* p) {

@@ -74,8 +74,7 @@ inline B b_load(const void* p) { return _mm512_loadu_si512(p); }
 inline void b_store(void* p, B v) { _mm512_storeu_si512(p, v); }
 inline B b_set1(const void* p) { return _mm512_set1_epi32(dword(p)); }
 inline B b_low(B v) { return _mm512_and_si512(v, _mm512_set1_epi8(15)); }
-inline B b_high(B v) { return _mm512_and_si512(_mm512_srli_epi16(v, 4), _mm512_set1_epi8(15)); }
-// What is cheapest to have of the high nibbles, and their sum of products by that of what was had.
+// High nibbles where they stand, and the sum of their products from one that is 16 times as large.
 inline B b_top(B v) { return _mm512_and_si512(v, _mm512_set1_epi8(char(0xF0))); }
 inline I i_from_top(I sum) { return _mm512_srai_epi32(sum, 4); }
 // 32 bytes of nibbles -> 32 low nibbles, then 32 high ones.

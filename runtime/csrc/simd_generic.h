@@ -117,8 +117,8 @@ inline B b_load(const void* p) {
 inline void b_store(void* p, const B& x) { std::memcpy(p, x.v, 64); }
 inline B b_set1(const void* p) { return b_map([&](int i) { return static_cast<const uint8_t*>(p)[i % 4]; }); }
 inline B b_low(B x) { return b_map([&](int i) { return uint8_t(x.v[i] & 15); }); }
-inline B b_high(B x) { return b_map([&](int i) { return uint8_t(x.v[i] >> 4); }); }
-inline B b_top(B x) { return b_high(x); }
+// The high nibbles, here shifted down; i_from_top brings sums of their products to scale where they are not.
+inline B b_top(B x) { return b_map([&](int i) { return uint8_t(x.v[i] >> 4); }); }
 inline I i_from_top(I sum) { return sum; }
 // 32 bytes of nibbles -> 32 low nibbles, then 32 high ones.
 inline B b_load_pair(const void* p) {

@@ -116,8 +116,8 @@ inline B b_set1(const void* p) {
   return map4<B>([&](int) { return vreinterpretq_u8_u32(vdupq_n_u32(word)); });
 }
 inline B b_low(B x) { return map4<B>([&](int i) { return vandq_u8(x.v[i], vdupq_n_u8(15)); }); }
-inline B b_high(B x) { return map4<B>([&](int i) { return vshrq_n_u8(x.v[i], 4); }); }
-inline B b_top(B x) { return b_high(x); }
+// Shifted down: the dot products are of signed bytes.
+inline B b_top(B x) { return map4<B>([&](int i) { return vshrq_n_u8(x.v[i], 4); }); }
 inline I i_from_top(I sum) { return sum; }
 // 32 bytes of nibbles -> 32 low nibbles, then 32 high ones.
 inline B b_load_pair(const void* p) {
