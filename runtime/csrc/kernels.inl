@@ -41,8 +41,10 @@ struct Q4 {
     }
     static constexpr int act(int s, int i) { return s + 4 * i; }
   };
-  // The products' sum, from one sum for each of the two vectors.
-  static I join(I low, I top) { return i_add(low, i_from_top(top)); }
+  // Of a block: add() takes vector i of a step and the activations that it meets.
+  struct Sum : Nibbles {
+    void add(const Step& step, int i, B a) { i ? add_top(step.w[1], a) : add_low(step.w[0], a); }
+  };
   static B pair(const uint8_t* p) { return b_load_pair(p); }
   static I dot(I acc, B w, B a) { return dot4(acc, w, a); }
   static constexpr int offset = 8;  // stored weight - true weight
@@ -56,7 +58,11 @@ struct Q8 {
     Step(const uint8_t* p, int s) : w{b_load(p + 128 * s), b_load(p + 128 * s + 64)} {}
     static constexpr int act(int s, int i) { return 2 * s + i; }
   };
-  static I join(I even, I odd) { return i_add(even, odd); }
+  struct Sum {
+    I total = i_zero();
+    void add(const Step& step, int i, B a) { total = dot4_wide(total, step.w[i], a); }
+    I sum() const { return total; }
+  };
   static B pair(const uint8_t* p) { return b_load(p); }
   static I dot(I acc, B w, B a) { return dot4_wide(acc, w, a); }
   static constexpr int offset = kWideOffset;
@@ -151,11 +157,7 @@ void panel_group(const uint8_t* p, int pairs, const Acts& acts, int t0, F acc[N]
     for (int half = 0; half < 2; ++half) {
       const int b = 2 * pair + half;
       const uint8_t* here = p + half * quants;
-      I sums[N][2];
-      for (int t = 0; t < N; ++t) {
-        sums[t][0] = Q::bias(i_set1(negative_sum[t * acts.blocks() + b]));
-        sums[t][1] = i_zero();
-      }
+      typename Q::Sum sums[N];
 #pragma GCC unroll 4
       for (int s = 0; s < 4; ++s) {
         for (int i = 0; i < Q::loads / 4; ++i) ask_ahead<Once>(here + (s * Q::loads / 4 + i) * 64);
@@ -163,11 +165,13 @@ void panel_group(const uint8_t* p, int pairs, const Acts& acts, int t0, F acc[N]
         const typename Q::Step step(here, s);
         for (int t = 0; t < N; ++t)
           for (int j = 0; j < 2; ++j)
-            sums[t][j] = Q::dot(sums[t][j], step.w[j], b_set1(q + t * acts.width + b * kBlock + 4 * step.act(s, j)));
+            sums[t].add(step, j, b_set1(q + t * acts.width + b * kBlock + 4 * step.act(s, j)));
       }
       const F scale = f_load_f16(scales + half * 32);
-      for (int t = 0; t < N; ++t)
-        acc[t] = f_fma(f_from_i(Q::join(sums[t][0], sums[t][1])), f_mul(scale, f_set1(d[t * acts.blocks() + b])), acc[t]);
+      for (int t = 0; t < N; ++t) {
+        const I sum = i_add(Q::bias(i_set1(negative_sum[t * acts.blocks() + b])), sums[t].sum());
+        acc[t] = f_fma(f_from_i(sum), f_mul(scale, f_set1(d[t * acts.blocks() + b])), acc[t]);
+      }
     }
   }
 }
@@ -246,12 +250,7 @@ void row_dot_quantised(const uint8_t* const* rows, const Acts& acts, const int* 
   }
   for (int g = 0; g < acts.groups(); ++g) {
     const size_t scales = row_scale_at(Q::type, g * kLanes), quants = scales + kLanes * 2;
-    I sums[R][N][2];
-    for (int i = 0; i < N; ++i)
-      for (int r = 0; r < R; ++r) {
-        sums[r][i][0] = Q::bias(i_load(acts.lane_sum + lanes[i] + g * kLanes));
-        sums[r][i][1] = i_zero();
-      }
+    typename Q::Sum sums[R][N];
 #pragma GCC unroll 4
     for (int s = 0; s < 4; ++s) {
 #pragma GCC unroll 4
@@ -259,14 +258,15 @@ void row_dot_quantised(const uint8_t* const* rows, const Acts& acts, const int* 
         const typename Q::Step step(row[r] + quants, s);
         for (int i = 0; i < N; ++i)
           for (int j = 0; j < 2; ++j)
-            sums[r][i][j] = Q::dot(sums[r][i][j], step.w[j], b_load(q[i] + g * 512 + 64 * step.act(s, j)));
+            sums[r][i].add(step, j, b_load(q[i] + g * 512 + 64 * step.act(s, j)));
       }
       asks.feed(pace(R * Q::loads / 4, s));
     }
     for (int i = 0; i < N; ++i) {
       const F d = f_load(acts.lane_d + lanes[i] + g * kLanes);
+      const I bias = Q::bias(i_load(acts.lane_sum + lanes[i] + g * kLanes));
       for (int r = 0; r < R; ++r) {
-        const I sum = Q::join(sums[r][i][0], sums[r][i][1]);
+        const I sum = i_add(bias, sums[r][i].sum());
         acc[r][i] = f_fma(f_from_i(sum), f_mul(f_load_f16(row[r] + scales), d), acc[r][i]);
       }
     }

@@ -150,6 +150,17 @@ inline __m256i dot4_wide(__m256i acc, __m256i u, __m256i s) {
   return dot4(acc, _mm256_abs_epi8(w), _mm256_sign_epi8(s, w));
 }
 inline I dot4_wide(I acc, B u, B s) { return {dot4_wide(acc.a, u.a, s.a), dot4_wide(acc.b, u.b, s.b)}; }
+// Sum of the products of b_low and of b_top, of one block: in 16 bits, which hold 8 pairs of products of 15 and 127.
+struct Nibbles {
+  I pairs = i_zero();
+  static __m256i add(__m256i pairs, __m256i u, __m256i s) { return _mm256_add_epi16(pairs, _mm256_maddubs_epi16(u, s)); }
+  void add_low(B u, B s) { pairs = {add(pairs.a, u.a, s.a), add(pairs.b, u.b, s.b)}; }
+  void add_top(B u, B s) { add_low(u, s); }
+  I sum() const {
+    const __m256i one = _mm256_set1_epi16(1);
+    return {_mm256_madd_epi16(pairs.a, one), _mm256_madd_epi16(pairs.b, one)};
+  }
+};
 
 // Interleaves the bytes of four vectors: dword k of out[r], 128-bit lane l, is byte 16l + 4r + k of a, b, c, d.
 inline void interleave4(__m256i a, __m256i b, __m256i c, __m256i d, __m256i out[4]) {

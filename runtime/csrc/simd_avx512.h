@@ -91,6 +91,13 @@ inline B b_join4(I a, I b, I c, I d) {
 }
 inline I dot4(I acc, B weights, B acts) { return _mm512_dpbusd_epi32(acc, weights, acts); }
 inline I dot4_wide(I acc, B weights, B acts) { return _mm512_dpbusd_epi32(acc, weights, acts); }
+// Sum of the products of b_low and of b_top.
+struct Nibbles {
+  I low = i_zero(), top = i_zero();
+  void add_low(B weights, B acts) { low = dot4(low, weights, acts); }
+  void add_top(B weights, B acts) { top = dot4(top, weights, acts); }
+  I sum() const { return i_add(low, i_from_top(top)); }
+};
 
 // Interleaves the bytes of four vectors: dword k of out[r], 128-bit lane l, is byte 16l + 4r + k of a, b, c, d.
 inline void b_interleave4(B a, B b, B c, B d, B out[4]) {

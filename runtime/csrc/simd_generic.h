@@ -138,6 +138,13 @@ inline I dot4_wide(I acc, B u, B s) {
   for (int i = 0; i < 64; ++i) acc.v[i / 4] += (int32_t(u.v[i]) - 128) * int8_t(s.v[i]);
   return acc;
 }
+// Sum of the products of b_low and of b_top.
+struct Nibbles {
+  I total = i_zero();
+  void add_low(B weights, B acts) { total = dot4(total, weights, acts); }
+  void add_top(B weights, B acts) { total = dot4(total, weights, acts); }
+  I sum() const { return total; }
+};
 // Interleaves the bytes of four vectors: dword k of out[r], 128-bit lane l, is byte 16l + 4r + k of a, b, c, d.
 inline void b_interleave4(const B& a, const B& b, const B& c, const B& d, B out[4]) {
   const B* in[4] = {&a, &b, &c, &d};

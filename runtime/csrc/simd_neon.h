@@ -142,6 +142,13 @@ inline I dot4_wide(I acc, B weights, B acts) {
     return vdotq_s32(acc.v[i], vreinterpretq_s8_u8(w), vreinterpretq_s8_u8(acts.v[i]));
   });
 }
+// Sum of the products of b_low and of b_top.
+struct Nibbles {
+  I total = i_zero();
+  void add_low(B weights, B acts) { total = dot4(total, weights, acts); }
+  void add_top(B weights, B acts) { total = dot4(total, weights, acts); }
+  I sum() const { return total; }
+};
 // Interleaves the bytes of four vectors: dword k of out[r], 128-bit lane l, is byte 16l + 4r + k of a, b, c, d.
 inline void b_interleave4(B a, B b, B c, B d, B out[4]) {
   for (int l = 0; l < 4; ++l) {
