@@ -104,10 +104,18 @@ def test_extreme_activations(isa, kind, extreme, rng):
     x = np.full((1, 64), extreme, np.float32)
     got = ops.row_dot(isa, TYPES[kind], data, x, np.array([0], np.int32))[:, 0]
     assert_close(got / max(extreme, 1e-30), (w @ x[0]) / max(extreme, 1e-30), 1e-3)
-    full = np.tile(np.array([[-1.0, 1.0]], np.float32), (1, 32))
-    data, w = stored(kind, np.tile(np.array([[-1.0, 1.0]]), (16, 32)))
-    got = ops.panel(isa, TYPES[kind], data, full)[0]
-    assert_close(got, w @ full[0], 1e-3)  # every product at its largest: no saturation
+
+
+@isas
+@pytest.mark.parametrize("kind", ["Q4_0", "Q8_0"])
+@pytest.mark.parametrize("signs", [(1, 1), (-1, -1), (-1, 1)])
+def test_products_at_their_largest_do_not_saturate(isa, kind, signs):
+    weights = np.full((16, 512), 7 / 8)
+    weights[:, ::32] = -1  # the one of each block that sets Q4_0's scale, so that all others are stored as 15
+    data, w = stored(kind, weights)
+    x = np.tile(np.array([signs], np.float32), (1, 256))
+    assert_close(ops.panel(isa, TYPES[kind], data, x)[0], w @ x[0], 1e-3)
+    assert_close(ops.row_dot(isa, TYPES[kind], data, x, np.array([0], np.int32))[:, 0], w @ x[0], 1e-3)
 
 
 @isas

@@ -47,6 +47,12 @@ std::vector<uint8_t> random_matrix(Type type, int rows, int cols) {
 
 constexpr int kLayers = 2, kVocab = 70, kRank = 32, kContext = 200;
 
+std::vector<int32_t> random_tokens() {
+  std::vector<int32_t> tokens(70);
+  for (int32_t& t : tokens) t = int32_t(rng() % kVocab);
+  return tokens;
+}
+
 struct Shape {
   int d_model, d_ff, heads, kv_heads, dim;
 };
@@ -151,8 +157,7 @@ double error(const std::vector<float>& got, const std::vector<float>& expected) 
 void test_models() {
   const char* types[] = {"F32", "F16", "BF16", "Q8_0", "Q4_0"};
   const char* modes[] = {"dense", "exact", "predicted"};
-  std::vector<int32_t> tokens;
-  for (int i = 0; i < 70; ++i) tokens.push_back(int32_t(rng() % kVocab));
+  const std::vector<int32_t> tokens = random_tokens();
   const std::vector<int32_t> few(tokens.begin(), tokens.begin() + 18);  // one by one: across a tile of the cache
   for (Type type : {Type::F32, Type::F16, Type::BF16, Type::Q8_0, Type::Q4_0}) {
     const Weights w(type);
@@ -218,8 +223,7 @@ void test_asks() {
 
 // The other structures: threads, blocks and kernels against plain C++ on one thread.
 void test_structures() {
-  std::vector<int32_t> tokens;
-  for (int i = 0; i < 70; ++i) tokens.push_back(int32_t(rng() % kVocab));
+  const std::vector<int32_t> tokens = random_tokens();
   for (Type type : {Type::F32, Type::Q4_0}) {
     const Weights w(type);
     for (Mode mode : {Mode::Dense, Mode::Exact, Mode::Predicted}) {
@@ -239,8 +243,7 @@ void test_structures() {
 
 // Rows of more than 16 blocks, and keys and values that are longer than what is asked for ahead of them.
 void test_long_rows() {
-  std::vector<int32_t> tokens;
-  for (int i = 0; i < 70; ++i) tokens.push_back(int32_t(rng() % kVocab));
+  const std::vector<int32_t> tokens = random_tokens();
   for (Shape longer : {Shape{576, 200, 2, 1, 128}, Shape{576, 200, 2, 2, 128}}) {
     shape = longer;
     for (Type type : {Type::F16, Type::Q8_0, Type::Q4_0}) {
@@ -295,8 +298,7 @@ void test_parts() {
 
 // Attention held by input: all inputs, or the larger half; threads, blocks and kernels against plain C++ on one thread.
 void test_inputs() {
-  std::vector<int32_t> tokens;
-  for (int i = 0; i < 70; ++i) tokens.push_back(int32_t(rng() % kVocab));
+  const std::vector<int32_t> tokens = random_tokens();
   for (Type type : {Type::F32, Type::Q8_0, Type::Q4_0}) {
     const Weights w(type);
     const auto q = random_matrix(type, shape.d_model, shape.heads * shape.dim), k = random_matrix(type, shape.d_model, shape.kv_heads * shape.dim),
