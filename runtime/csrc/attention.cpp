@@ -29,7 +29,7 @@ void Pass::attention(int thread, int l) {
   const Acts& norm = s.norm.acts;
   const bool by_input = layer.qkv_inputs.data != nullptr;
   each_token(thread, [&](int t) {
-    norm_token(s, t, layer.attn_norm, t);
+    norm_token(thread, t, layer.attn_norm, t);
     if (by_input) leave_out_inputs(norm, t);
   });
   const int q_rows = c().n_heads * c().head_dim, kv_rows = c().n_kv_heads * c().head_dim;
@@ -75,7 +75,8 @@ void Pass::rope(float* head, int t) const {
 void Pass::finish_head(float* head, int t, int h, const std::vector<float>& bias, const std::vector<float>& norm) const {
   const int dim = c().head_dim;
   if (!bias.empty()) m.k.add(head, &bias[size_t(h) * dim], dim);
-  if (!norm.empty()) m.k.rms_norm(head, norm.data(), dim, c().norm_eps, head);
+  Asks none;
+  if (!norm.empty()) m.k.rms_norm(head, norm.data(), dim, c().norm_eps, head, none);
   rope(head, t);
 }
 
@@ -152,12 +153,12 @@ void Pass::attend_one(int thread, int l) {
   ask_for(thread, m.layers[l].o);
   m.team.barrier();
   const Acts& heads = stream(thread).heads.acts;
-  for (int h = 0; h < c().n_heads; ++h) merge(h, heads.f + size_t(h) * dim);
-  m.k.quantise(heads, 0, 0, heads.blocks());
+  for (int h = 0; h < c().n_heads; ++h) merge(h, heads.f + size_t(h) * dim, mine.asks);
+  m.k.quantise(heads, 0, 0, heads.blocks(), mine.asks);
 }
 
 // Brings together the threads' parts of the output of head h.
-void Pass::merge(int h, float* out) const {
+void Pass::merge(int h, float* out, Asks& asks) const {
   const int dim = c().head_dim;
   float max = -3e38f, sum = 0;
   for (const auto& s : b.scratch)
@@ -169,6 +170,7 @@ void Pass::merge(int h, float* out) const {
     if (!(s->partial_sum[h] > 0)) continue;
     const float weight = std::exp(s->partial_max[h] - max) / sum;
     for (int i = 0; i < dim; ++i) out[i] += weight * s->partial[size_t(h) * dim + i];
+    asks.feed(4);
   }
 }
 
@@ -184,7 +186,7 @@ void Pass::attend_block(int thread, int l) {
     attend_tokens(thread, l, u / kv_heads * side, std::min(n, (u / kv_heads + 1) * side), u % kv_heads);
   m.team.barrier();
   const Acts& heads = stream(thread).heads.acts;
-  each_token(thread, [&](int t) { m.k.quantise(heads, t, 0, heads.blocks()); });
+  each_token(thread, [&](int t) { m.k.quantise(heads, t, 0, heads.blocks(), asks(thread)); });
 }
 
 void Pass::attend_tokens(int thread, int l, int first_token, int last_token, int kv) {

@@ -30,10 +30,11 @@ nb::ndarray<nb::numpy, float> array(std::vector<size_t> shape) {
 
 ActsBuffer acts_of(const Kernels& k, Matrix x) {
   ActsBuffer acts(int(x.shape(1)), int(x.shape(0)), true);
+  Asks asks;
   for (size_t t = 0; t < x.shape(0); ++t) {
     std::memcpy(acts.acts.f + t * acts.acts.width, x.data() + t * x.shape(1), x.shape(1) * sizeof(float));
-    k.quantise(acts.acts, int(t), 0, acts.acts.blocks());
-    k.arrange(acts.acts, int(t));
+    k.quantise(acts.acts, int(t), 0, acts.acts.blocks(), asks);
+    k.arrange(acts.acts, int(t), asks);
   }
   return acts;
 }
@@ -160,7 +161,8 @@ int count_at_least(const std::string& isa, Vector x, float size) {
 nb::ndarray<nb::numpy, float> rms_norm(const std::string& isa, Vector x, Vector weight, float eps) {
   if (x.size() != weight.size()) throw std::invalid_argument("x and weight differ in length");
   auto out = array({x.size()});
-  kernels(isa.c_str()).rms_norm(x.data(), weight.data(), int(x.size()), eps, out.data());
+  Asks asks;
+  kernels(isa.c_str()).rms_norm(x.data(), weight.data(), int(x.size()), eps, out.data(), asks);
   return out;
 }
 

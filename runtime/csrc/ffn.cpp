@@ -21,9 +21,9 @@ void Pass::ffn(int thread, int l) {
   Stream& s = stream(thread);
   const Acts &x = s.x.acts, &norm = s.norm.acts;
   each_token(thread, [&](int t) {
-    norm_token(s, t, layer.ffn_norm, t);
-    if (c().mode != Mode::Dense) m.k.arrange(norm, t);
-    if (c().mode == Mode::Predicted) m.k.quantise(x, t, 0, x.blocks());
+    norm_token(thread, t, layer.ffn_norm, t);
+    if (c().mode != Mode::Dense) m.k.arrange(norm, t, asks(thread));
+    if (c().mode == Mode::Predicted) m.k.quantise(x, t, 0, x.blocks(), asks(thread));
   });
   if (c().mode == Mode::Dense) return ffn_dense(thread, l);
   if (c().mode == Mode::Exact) list_fired(thread, l);
@@ -56,6 +56,7 @@ void Pass::ffn_dense(int thread, int l) {
   add_gate_bias(layer, first, last);
   const float threshold = firing_threshold(layer);
   LayerStats& stats = b.scratch[thread]->stats[l];
+  ask_for(thread, layer.down);
   int64_t fired = 0;
   for (int t = 0; t < n; ++t) {
     float *gate = &b.gate[size_t(t) * stride], *up = &b.up[size_t(t) * stride];
@@ -64,13 +65,12 @@ void Pass::ffn_dense(int thread, int l) {
     else if (c().activation == Activation::Gelu) gelu_mul(gate + from, up + from, to - from);
     else fired += m.k.relu_mul(gate + from, up + from, to - from, threshold, c().activation == Activation::Drelu);
     std::copy(gate + from, gate + to, a.f + size_t(t) * a.width + from);
-    m.k.quantise(a, t, blocks.first, blocks.last);
+    m.k.quantise(a, t, blocks.first, blocks.last, asks(thread));
   }
   // SiLU and GELU are never zero: all fire. Every neuron is computed here, which is what `predicted` counts.
   const int64_t all = int64_t(n) * (std::min(last * kLanes, c().d_ff) - std::min(first * kLanes, c().d_ff));
   stats.fired += can_be_zero(c().activation) ? fired : all;
   stats.predicted += all;
-  ask_for(thread, layer.down);
   m.team.barrier();
   const int out_stride = round_up(c().d_model, kLanes);
   multiply(thread, layer.down, a, b.out.get(), out_stride);
@@ -127,7 +127,7 @@ void Pass::list_predicted(int thread, int l) {
   m.team.barrier();
   each_token(thread, [&](int t) {
     for (int i = 0; i < rank; ++i) hidden.f[size_t(t) * hidden.width + i] = std::max(b.hidden[size_t(t) * hidden_stride + i], 0.0f);
-    m.k.quantise(hidden, t, 0, hidden.blocks());
+    m.k.quantise(hidden, t, 0, hidden.blocks(), asks(thread));
   });
   list_neurons(thread, l, layer.fc2, hidden, layer.predictor_threshold);
 }

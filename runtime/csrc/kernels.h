@@ -31,12 +31,14 @@ constexpr int kAhead = 6144;
 
 struct Kernels {
   const char* name;
+  // Those with `asks` ask for what is read next, line by line.
+
   // x [n] -> y = x / rms(x) * weight; y may be x.
-  void (*rms_norm)(const float* x, const float* weight, int n, float eps, float* y);
+  void (*rms_norm)(const float* x, const float* weight, int n, float eps, float* y, Asks& asks);
   // Quantises blocks [first, last) of token t of acts.f.
-  void (*quantise)(const Acts& acts, int t, int first, int last);
+  void (*quantise)(const Acts& acts, int t, int first, int last, Asks& asks);
   // Brings the quantised token t into the order of gate and up rows.
-  void (*arrange)(const Acts& acts, int t);
+  void (*arrange)(const Acts& acts, int t, Asks& asks);
 
   // out[t * stride + r] = panel row r . token t, for row groups [first, last) and all tokens.
   void (*panel)(Type type, const uint8_t* panel, int cols, int first, int last, const Acts& acts, int tokens,

@@ -82,9 +82,12 @@ struct Brain {
 };
 
 // ---- activations
-void rms_norm(const float* x, const float* weight, int n, float eps, float* y) {
+void rms_norm(const float* x, const float* weight, int n, float eps, float* y, Asks& asks) {
   F sum = f_zero();
-  for (int i = 0; i < n / kLanes * kLanes; i += kLanes) sum = f_fma(f_load(x + i), f_load(x + i), sum);
+  for (int i = 0; i < n / kLanes * kLanes; i += kLanes) {
+    sum = f_fma(f_load(x + i), f_load(x + i), sum);
+    if (i % (2 * kLanes) == 0) asks.feed(1);
+  }
   float total = f_sum(sum);
   for (int i = n / kLanes * kLanes; i < n; ++i) total += x[i] * x[i];
   const float scale = 1.0f / __builtin_sqrtf(total / float(n) + eps);
@@ -93,7 +96,7 @@ void rms_norm(const float* x, const float* weight, int n, float eps, float* y) {
   for (; i < n; ++i) y[i] = x[i] * scale * weight[i];
 }
 
-void quantise(const Acts& acts, int t, int first, int last) {
+void quantise(const Acts& acts, int t, int first, int last, Asks& asks) {
   const float* x = acts.f + size_t(t) * acts.width;
   int8_t* q = acts.q + size_t(t) * acts.width;
   float* d = acts.d + size_t(t) * acts.blocks();
@@ -107,10 +110,11 @@ void quantise(const Acts& acts, int t, int first, int last) {
     i_store_i8(q + b * kBlock + kLanes, qhi);
     d[b] = max / 127.0f;
     negative_sum[b] = -i_sum(i_add(qlo, qhi));
+    asks.feed(1);
   }
 }
 
-void arrange(const Acts& acts, int t) {
+void arrange(const Acts& acts, int t, Asks& asks) {
   const int8_t* q = acts.q + size_t(t) * acts.width;
   const float* d = acts.d + size_t(t) * acts.blocks();
   const int32_t* negative_sum = acts.negative_sum + size_t(t) * acts.blocks();
@@ -118,9 +122,11 @@ void arrange(const Acts& acts, int t) {
   float* lane_d = acts.lane_d + size_t(t) * acts.lane_width();
   int32_t* lane_sum = acts.lane_sum + size_t(t) * acts.lane_width();
   const int grouped = acts.groups() * kLanes;
-  for (int b = 0; b < grouped; ++b)
+  for (int b = 0; b < grouped; ++b) {
     for (int s = 0; s < 8; ++s)
       std::memcpy(lane_q + b / kLanes * 512 + s * 64 + b % kLanes * 4, q + b * kBlock + 4 * s, 4);
+    asks.feed(1);
+  }
   std::memcpy(lane_d, d, grouped * sizeof(float));
   std::memcpy(lane_sum, negative_sum, grouped * sizeof(int32_t));
   std::memcpy(lane_q + grouped * kBlock, q + grouped * kBlock, acts.width - grouped * kBlock);

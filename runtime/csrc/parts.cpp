@@ -23,12 +23,13 @@ void Pass::run_neurons(int thread, int l, const float* normed, const Neurons& ne
   const Range share = split(neurons.count, thread, threads());
   std::copy(neurons.index + share.first, neurons.index + share.last, mine.list.get());
   mine.listed = share.last - share.first;
+  mine.asks.clear();
   if (n > 1)
     for (int i = share.first; i < share.last; ++i) b.masks[neurons.index[i]] = neurons.tokens[i];
   each_token(thread, [&](int t) {
     std::memcpy(norm.f + size_t(t) * norm.width, normed + size_t(t) * d, d * sizeof(float));
-    m.k.quantise(norm, t, 0, norm.blocks());
-    m.k.arrange(norm, t);
+    m.k.quantise(norm, t, 0, norm.blocks(), mine.asks);
+    m.k.arrange(norm, t, mine.asks);
   });
   m.team.barrier();
   ffn_rows(thread, l);

@@ -1,11 +1,13 @@
 #include "pass.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 
 namespace hotcold {
 namespace {
 
+constexpr size_t kNext = 64 << 10;    // bytes of a panel that are asked for before it is read
 constexpr size_t kPiece = 128 << 10;  // bytes of a panel, at least, that are handed from thread to thread
 
 // x [n] -> y = (x - mean) / sqrt(variance + eps) * weight + bias. Not one of the kernels: no Llama has it, and it is a
@@ -44,6 +46,7 @@ void Pass::layer(int thread, int l) {
 }
 
 void Pass::multiply(int thread, const Panel& p, const Acts& acts, int count, float* out, int stride) {
+  asks(thread).clear();
   const int least = 1 + int(kPiece / panel_group_bytes(p.type, p.cols));
   m.team.share(thread, round_up(p.rows, kLanes) / kLanes, least, [&](int first, int last) {
     m.k.panel(p.type, p.data, p.cols, first, last, acts, count, out, stride);
@@ -51,9 +54,12 @@ void Pass::multiply(int thread, const Panel& p, const Acts& acts, int count, flo
 }
 
 void Pass::ask_for(int thread, const Panel& p) const {
-  const int first = split(round_up(p.rows, kLanes) / kLanes, thread, threads()).first;
-  const uint8_t* at = p.data + first * panel_group_bytes(p.type, p.cols);
-  for (int i = 0; p.data && i < kAhead; i += 64) ask_line(at + i);
+  asks(thread).clear();
+  if (!p.data) return;
+  const Range groups = split(round_up(p.rows, kLanes) / kLanes, thread, threads());
+  const size_t group = panel_group_bytes(p.type, p.cols), bytes = std::min(kNext, (groups.last - groups.first) * group);
+  asks(thread).add_run(p.data + groups.first * group, bytes);
+  asks(thread).feed(kAhead / 256);
 }
 
 void Pass::embed(int thread) {
@@ -67,13 +73,14 @@ void Pass::embed(int thread) {
   });
 }
 
-void Pass::norm_token(Stream& s, int t, const NormWeights& weights, int to) {
+void Pass::norm_token(int thread, int t, const NormWeights& weights, int to) {
+  Stream& s = stream(thread);
   const Acts &x = s.x.acts, &norm = s.norm.acts;
   const float* from = x.f + size_t(t) * x.width;
   float* normed = norm.f + size_t(to) * norm.width;
   if (c().layer_norm) layer_norm(from, weights, c().d_model, c().norm_eps, normed);
-  else m.k.rms_norm(from, weights.weight.data(), c().d_model, c().norm_eps, normed);
-  m.k.quantise(norm, to, 0, norm.blocks());
+  else m.k.rms_norm(from, weights.weight.data(), c().d_model, c().norm_eps, normed, asks(thread));
+  m.k.quantise(norm, to, 0, norm.blocks(), asks(thread));
 }
 
 void Pass::add_to_stream(int thread, const float* out, int stride, const std::vector<float>& bias) {
@@ -89,7 +96,7 @@ void Pass::logits(int thread) {
   const int first = n - wanted, stride = round_up(c().n_vocab, kLanes);
   each_token(thread, [&](int t) {
     if (t < first) return;
-    norm_token(s, t, m.output_norm, t - first);
+    norm_token(thread, t, m.output_norm, t - first);
   });
   multiply(thread, m.head, s.norm.acts, wanted, b.logits.get(), stride);
 }

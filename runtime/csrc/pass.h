@@ -50,8 +50,10 @@ struct Pass {
   // until the next barrier. A row is the same whoever computes it.
   void multiply(int thread, const Panel& panel, const Acts& acts, float* out, int stride) { multiply(thread, panel, acts, n, out, stride); }
   void multiply(int thread, const Panel& panel, const Acts& acts, int count, float* out, int stride);
-  // Asks for the beginning of this thread's rows: said before a barrier, after which they are multiplied.
+  // Asks for the beginning of this thread's rows, and leaves more of them in asks(thread), for what is done before they are
+  // multiplied: said before a barrier, at which memory would be idle.
   void ask_for(int thread, const Panel& panel) const;
+  Asks& asks(int thread) const { return b.scratch[thread]->asks; }
 
   // Sets the smallest inputs of token t to zero, the model's share of them, unless it is the first of the context.
   void leave_out_inputs(const Acts& acts, int t);
@@ -61,7 +63,7 @@ struct Pass {
                              const Acts& acts, const Outputs& out);
 
   // Norms the residual stream of token t into place `to` of the normed activations, and quantises it.
-  void norm_token(Stream& s, int t, const NormWeights& weights, int to);
+  void norm_token(int thread, int t, const NormWeights& weights, int to);
   // Adds rows of `out`, and a bias if there is one, to the residual stream of this thread's tokens.
   void add_to_stream(int thread, const float* out, int stride, const std::vector<float>& bias);
   void embed(int thread);
@@ -71,7 +73,7 @@ struct Pass {
   void store(int l, int t, int kv_head) const;
   void ask_for_keys(int thread, int l) const;
   void attend_one(int thread, int l);
-  void merge(int h, float* out) const;
+  void merge(int h, float* out, Asks& asks) const;
   void attend_block(int thread, int l);
   void attend_tokens(int thread, int l, int first_token, int last_token, int kv_head);
   void rope(float* head, int t) const;
