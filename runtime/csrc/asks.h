@@ -1,6 +1,7 @@
-// Rows that will be read soon, in that order. Kernels that read other rows meanwhile ask for them line by line, at
-// the pace of their own reading: what is asked for all at once comes late or not at all. Four rows are asked for side by
-// side, so that the prefetchers of the L2 cache follow four runs at a time (docs/performance.md).
+// Rows, or the beginning of a panel, that will be read soon, in that order. Kernels that read or compute something else
+// meanwhile ask for them line by line, at the pace of their own work: what is asked for all at once comes late or not at
+// all. Four rows are asked for side by side, so that the prefetchers of the L2 cache follow four runs at a time
+// (docs/performance.md).
 #pragma once
 #include <algorithm>
 #include <array>

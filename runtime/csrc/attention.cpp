@@ -55,7 +55,8 @@ void Pass::attention(int thread, int l) {
   } else {
     multiply(thread, layer.o, s.heads.acts, out, stride);
   }
-  ask_for(thread, c().mode == Mode::Predicted ? layer.fc1 : layer.gate);
+  if (c().mode == Mode::Predicted) ask_for(thread, layer.fc1);
+  else ask_for(thread, layer.gate, c().mode == Mode::Dense ? kBlock / kLanes : 1);
   m.team.barrier();
   if (!c().parallel) add_to_stream(thread, out, stride, layer.o_bias);
 }
@@ -116,15 +117,15 @@ void Pass::ask_for_keys(int thread, int l) const {
   const int skipped = first_seen(l, position) / kLanes, tiles = position / kLanes + 1 - skipped;
   const Range units = split(c().n_kv_heads * tiles, thread, threads());
   const int per_tile = c().head_dim * kLanes, first_tile = units.first % tiles;
-  Asks asks;
-  ask_for_run(asks, keys(l, units.first / tiles) + size_t(skipped + first_tile) * per_tile,
-              std::min(units.last - units.first, tiles - first_tile) * per_tile);
-  asks.feed(kAhead / 256);
   for (int u = units.first; u < units.last; ++u) {
     if (u % tiles != tiles - 1) continue;
     const uint16_t* tile = keys(l, u / tiles) + size_t(position / kLanes) * per_tile;
     for (int i = 0; i < per_tile; i += 64 / sizeof(uint16_t)) ask_line(tile + i);
   }
+  Asks first;
+  ask_for_run(first, keys(l, units.first / tiles) + size_t(skipped + first_tile) * per_tile,
+              std::min(units.last - units.first, tiles - first_tile) * per_tile);
+  first.feed(kAhead / 256);
 }
 
 // One token: the tiles of all key-value heads are shared out evenly, and where a head is shared by threads its parts are
@@ -132,7 +133,7 @@ void Pass::ask_for_keys(int thread, int l) const {
 void Pass::attend_one(int thread, int l) {
   const int kv_heads = c().n_kv_heads, group = c().n_heads / kv_heads, dim = c().head_dim, stride = round_up(c().n_ctx, kLanes);
   ThreadScratch& mine = *b.scratch[thread];
-  Asks asks;
+  Asks cache;
   const int from = first_seen(l, position), skipped = from / kLanes, tiles = position / kLanes + 1 - skipped;
   const Range units = split(kv_heads * tiles, thread, threads());
   std::fill_n(mine.partial_sum.get(), c().n_heads, 0.0f);
@@ -140,15 +141,15 @@ void Pass::attend_one(int thread, int l) {
     const int kv = u / tiles, first_tile = u % tiles, last_tile = std::min(tiles, first_tile + units.last - u), h0 = kv * group;
     const int first = std::max((skipped + first_tile) * kLanes, from), last = std::min((skipped + last_tile) * kLanes, position + 1);
     u += last_tile - first_tile;
-    ask_for_run(asks, values(l, kv) + size_t(first) * dim, (last - first) * dim);
+    ask_for_run(cache, values(l, kv) + size_t(first) * dim, (last - first) * dim);
     finish_queries(l, 0, kv, mine.queries.get());
     if (last_tile == tiles) store(l, 0, kv);
     float* scores = mine.scores.get();
-    m.k.scores(mine.queries.get(), group, dim, keys(l, kv), skipped + first_tile, skipped + last_tile, scores, stride, asks);
+    m.k.scores(mine.queries.get(), group, dim, keys(l, kv), skipped + first_tile, skipped + last_tile, scores, stride, cache);
     for (int g = 0; g < group; ++g)
       mine.partial_sum[h0 + g] = m.k.softmax(scores + size_t(g) * stride, first, last, &mine.partial_max[h0 + g]);
-    if (u < units.last) ask_for_run(asks, keys(l, kv + 1) + size_t(skipped) * kLanes * dim, tiles * kLanes * dim);
-    m.k.values(scores, stride, group, dim, values(l, kv), first, last, &mine.partial[size_t(h0) * dim], asks);
+    if (u < units.last) ask_for_run(cache, keys(l, kv + 1) + size_t(skipped) * kLanes * dim, tiles * kLanes * dim);
+    m.k.values(scores, stride, group, dim, values(l, kv), first, last, &mine.partial[size_t(h0) * dim], cache);
   }
   ask_for(thread, m.layers[l].o);
   m.team.barrier();
@@ -184,6 +185,7 @@ void Pass::attend_block(int thread, int l) {
   // Strided, so that the later tokens, which see more positions, are shared out evenly.
   for (int u = thread; u < (n + side - 1) / side * kv_heads; u += threads())
     attend_tokens(thread, l, u / kv_heads * side, std::min(n, (u / kv_heads + 1) * side), u % kv_heads);
+  ask_for(thread, m.layers[l].o);
   m.team.barrier();
   const Acts& heads = stream(thread).heads.acts;
   each_token(thread, [&](int t) { m.k.quantise(heads, t, 0, heads.blocks(), asks(thread)); });

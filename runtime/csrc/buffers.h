@@ -110,7 +110,6 @@ struct ThreadScratch {
 
   Block<float> scores, queries, attended, partial, partial_max, partial_sum;
   Block<float> y;  // [tokens, round_up(d_model, 128)], this thread's share of the FFN output
-  Asks asks;
   Block<int32_t> list;
   int listed = 0;
   Block<float> sums;      // this thread's part of what inputs add up to
@@ -118,6 +117,8 @@ struct ThreadScratch {
   int64_t input_bytes = 0;
   std::vector<DownQueue> queues;
   std::vector<LayerStats> stats;
+  // Apart from what is above: the owner writes this while other threads read that.
+  alignas(64) Asks asks;
   alignas(64) char pad[64];
 };
 

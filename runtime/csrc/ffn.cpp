@@ -164,10 +164,10 @@ void Pass::count_missed(int thread, int l) {
   for (int neuron = r.first; neuron < r.last; ++neuron) {
     int tokens[kMaxBlock];
     float gate[kMaxBlock];
-    Asks asks;
+    Asks none;
     const int count = set_bits(all & ~b.masks[neuron], tokens);
     const uint8_t* row = layer.bundle(neuron) + layer.gate_row.at;
-    m.k.row_dot(layer.gate_row.type, &row, 1, stream(thread).norm.acts, tokens, count, gate, asks);
+    m.k.row_dot(layer.gate_row.type, &row, 1, stream(thread).norm.acts, tokens, count, gate, none);
     const float bias = layer.gate_bias.empty() ? 0 : layer.gate_bias[neuron];
     for (int j = 0; j < count; ++j) b.scratch[thread]->stats[l].missed += gate[j] + bias >= firing_threshold(layer);
   }

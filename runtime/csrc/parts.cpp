@@ -9,6 +9,7 @@ namespace hotcold {
 void Pass::run_layers(int thread, int first, int last, float* x) {
   const int d = c().d_model;
   const Acts& stream_x = stream(thread).x.acts;
+  if (first < last) ask_for(thread, m.layers[first].q);
   each_token(thread, [&](int t) { std::memcpy(stream_x.f + size_t(t) * stream_x.width, x + size_t(t) * d, d * sizeof(float)); });
   for (int l = first; l < last; ++l) layer(thread, l);
   // One token: every thread has the stream, and the caller's reads nothing before all have finished.

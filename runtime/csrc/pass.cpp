@@ -34,6 +34,7 @@ void Pass::prepare() {
 }
 
 void Pass::run(int thread) {
+  ask_for(thread, m.layers[0].q);
   embed(thread);
   for (int l = 0; l < c().n_layers; ++l) layer(thread, l);
   if (wanted) logits(thread);
@@ -53,10 +54,10 @@ void Pass::multiply(int thread, const Panel& p, const Acts& acts, int count, flo
   });
 }
 
-void Pass::ask_for(int thread, const Panel& p) const {
+void Pass::ask_for(int thread, const Panel& p, int unit) const {
   asks(thread).clear();
   if (!p.data) return;
-  const Range groups = split(round_up(p.rows, kLanes) / kLanes, thread, threads());
+  const Range groups = split(round_up(p.rows, kLanes) / kLanes, thread, threads(), unit);
   const size_t group = panel_group_bytes(p.type, p.cols), bytes = std::min(kNext, (groups.last - groups.first) * group);
   asks(thread).add_run(p.data + groups.first * group, bytes);
   asks(thread).feed(kAhead / 256);

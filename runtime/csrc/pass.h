@@ -51,8 +51,8 @@ struct Pass {
   void multiply(int thread, const Panel& panel, const Acts& acts, float* out, int stride) { multiply(thread, panel, acts, n, out, stride); }
   void multiply(int thread, const Panel& panel, const Acts& acts, int count, float* out, int stride);
   // Asks for the beginning of this thread's rows, and leaves more of them in asks(thread), for what is done before they are
-  // multiplied: said before a barrier, at which memory would be idle.
-  void ask_for(int thread, const Panel& panel) const;
+  // multiplied: said before a barrier, at which memory would be idle. `unit`: groups of rows that one thread multiplies.
+  void ask_for(int thread, const Panel& panel, int unit = 1) const;
   Asks& asks(int thread) const { return b.scratch[thread]->asks; }
 
   // Sets the smallest inputs of token t to zero, the model's share of them, unless it is the first of the context.

@@ -65,10 +65,11 @@ class Single : RowWork {
     int n = share.take(current);
     // No chunk before the first asks for it; it can ask for what it does not begin with.
     for (int i = kSide; i < n; ++i) ask(current[i], first_row());
+    s.asks.close();
     for (int n_next; n; n = n_next) {
       n_next = share.take(next);
       const int fired = predicted() ? compute_gates(current, n) : look_up_gates(current, n);
-      for (int f = 0; f < fired; ++f) ask(fired_[f], layer.down_row);
+      for (int f = 0; m.config.gated && f < fired; ++f) ask(fired_[f], layer.down_row);
       for (int i = 0; i < n_next; ++i) ask(next[i], first_row());
       s.asks.close();
       if (m.config.gated) times_ups(fired);
@@ -168,7 +169,7 @@ class Several : RowWork {
       if (predicted()) compute_gates(current, n);
       else look_up_gates(current, n);
       stats.fired += fired_.end();
-      for (int f = 0; f < fired_.count; ++f) ask(fired_.neuron[f], layer.down_row);
+      for (int f = 0; m.config.gated && f < fired_.count; ++f) ask(fired_.neuron[f], layer.down_row);
       n_next = share.take(next);
       for (int i = 0; i < n_next; ++i) ask(next[i], first_row());
       s.asks.close();

@@ -110,8 +110,9 @@ def test_extreme_activations(isa, kind, extreme, rng):
 @pytest.mark.parametrize("kind", ["Q4_0", "Q8_0"])
 @pytest.mark.parametrize("signs", [(1, 1), (-1, -1), (-1, 1)])
 def test_products_at_their_largest_do_not_saturate(isa, kind, signs):
-    weights = np.full((16, 512), 7 / 8)
-    weights[:, ::32] = -1  # the one of each block that sets Q4_0's scale, so that all others are stored as 15
+    weights = np.full((16, 512), 7 / 8 if kind == "Q4_0" else 1)
+    if kind == "Q4_0":
+        weights[:, ::32] = -1  # sets the scale of its block, so that all others are stored as 15
     data, w = stored(kind, weights)
     x = np.tile(np.array([signs], np.float32), (1, 256))
     assert_close(ops.panel(isa, TYPES[kind], data, x)[0], w @ x[0], 1e-3)
