@@ -4,7 +4,6 @@
 // (docs/performance.md).
 #pragma once
 #include <algorithm>
-#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <utility>
@@ -49,21 +48,18 @@ class Asks {
   // Asks for the next four lines, `rounds` times, as far as there are rows. Stands in the inner loops of kernels: without a
   // call, which would make them keep their sums in memory.
   [[gnu::always_inline]] void feed(int rounds) {
+    feed(rounds, [](const uint8_t* line) { ask_line(line); });
+  }
+  template <class Ask>
+  [[gnu::always_inline]] void feed(int rounds, Ask ask) {
     for (int i = 0; i < rounds && first_ != last_; ++i) {
       const Group& group = groups_[first_ % kGroups];
-      for (const uint8_t* row : group.row) ask_line(row + at_);
+      for (const uint8_t* row : group.row) ask(row + at_);
       at_ += group.step;
       if (at_ < group.bytes) continue;
       at_ = 0;
       ++first_;
     }
-  }
-  bool empty() const { return first_ == last_; }
-  // The lines whose turn it is, unless empty().
-  std::array<const uint8_t*, 4> turn() const {
-    std::array<const uint8_t*, 4> lines;
-    for (int i = 0; i < kSide; ++i) lines[i] = groups_[first_ % kGroups].row[i] + at_;
-    return lines;
   }
 
  private:

@@ -191,11 +191,10 @@ void test_asks() {
   Asks asks;
   const auto fed = [&](int rounds) {
     std::string lines;
-    for (; rounds && !asks.empty(); --rounds, asks.feed(1))
-      for (const uint8_t* line : asks.turn()) {
-        const size_t at = line - rows[0];
-        lines += std::to_string(at / 1024) + "." + std::to_string(at % 1024 / 64) + " ";
-      }
+    asks.feed(rounds, [&](const uint8_t* line) {
+      const size_t at = line - rows[0];
+      lines += std::to_string(at / 1024) + "." + std::to_string(at % 1024 / 64) + " ";
+    });
     return lines;
   };
   asks.close();
