@@ -10,6 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from hotcold.runtime.triton.early import let_next_start, wait_for_last
 from hotcold.runtime.triton.tiles import nth_wanted, row_dots, store_partial, wanted_neurons, weighted_rows
 
 __all__ = [
@@ -32,17 +33,19 @@ def dot_kernel(
     out,
     n,
     tokens,
-    width,
+    WIDTH: tl.constexpr,
     KIND: tl.constexpr,
     RELU: tl.constexpr,
     TOKENS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
-    """out [tokens, n] = x · wᵀ; one program per ROWS rows."""
+    """out [tokens, n] = x · wᵀ; one program per ROWS rows, which it begins to read early."""
+    let_next_start(EARLY)
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     live = rows < n
-    sums = row_dots(x, w, scales, rows, live, tokens, width, KIND, TOKENS, ROWS, BLOCK)
+    sums = row_dots(x, w, scales, rows, live, tokens, WIDTH, KIND, TOKENS, ROWS, BLOCK, EARLY)
     if RELU:
         sums = tl.maximum(sums, 0.0)
     token = tl.arange(0, TOKENS)[None, :]
@@ -60,8 +63,11 @@ def count_kernel(
     ALWAYS: tl.constexpr,
     TOKENS: tl.constexpr,
     CHUNK: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """counts[chunk]: how many neurons of it are wanted."""
+    let_next_start(EARLY)
+    wait_for_last(EARLY)
     neuron = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
     wanted = wanted_neurons(scores, always, neuron, n, tokens, threshold, ALWAYS, TOKENS)
     tl.store(counts + tl.program_id(0), tl.sum(wanted, 0))
@@ -83,18 +89,26 @@ def list_kernel(
     TOKENS: tl.constexpr,
     CHUNK: tl.constexpr,
     CHUNKS: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
-    """Writes the wanted neurons of a chunk behind those of earlier chunks; program 0 writes the total."""
+    """Writes the wanted neurons of a chunk behind those of earlier chunks; program 0 writes the total.
+
+    A single chunk needs no counts.
+    """
+    let_next_start(EARLY)
+    wait_for_last(EARLY)
     chunk = tl.program_id(0)
-    each = tl.arange(0, CHUNKS)
-    per_chunk = tl.load(counts + each, mask=each < tl.num_programs(0), other=0)
-    before = tl.sum(tl.where(each < chunk, per_chunk, 0), 0)
     neuron = chunk * CHUNK + tl.arange(0, CHUNK)
     wanted = wanted_neurons(scores, always, neuron, n, tokens, threshold, ALWAYS, TOKENS)
+    if CHUNKS == 1:
+        before, total = 0, tl.sum(wanted, 0)
+    else:
+        each = tl.arange(0, CHUNKS)
+        per_chunk = tl.load(counts + each, mask=each < tl.num_programs(0), other=0)
+        before, total = tl.sum(tl.where(each < chunk, per_chunk, 0), 0), tl.sum(per_chunk, 0)
     place = before + tl.cumsum(wanted, 0) - 1
     tl.store(index + place, neuron, mask=wanted > 0)
     if chunk == 0:
-        total = tl.sum(per_chunk, 0)
         tl.store(count, total)
         if COUNTED:
             tl.store(counter, tl.load(counter) + total)
@@ -114,8 +128,8 @@ def listed_kernel(
     fired,
     n,
     tokens,
-    width,
     threshold,
+    WIDTH: tl.constexpr,
     KIND_GATE: tl.constexpr,
     KIND_UP: tl.constexpr,
     SCORED: tl.constexpr,
@@ -124,8 +138,11 @@ def listed_kernel(
     TOKENS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """a [tokens, n] by list position: gate dot (or known score), activation, up dot where it fires."""
+    let_next_start(EARLY)
+    wait_for_last(EARLY)
     listed = tl.load(count)
     token = tl.arange(0, TOKENS)[None, :]
     n_fired = tl.zeros((ROWS, TOKENS), tl.int32)
@@ -137,10 +154,12 @@ def listed_kernel(
         if SCORED:
             gates = tl.load(scores + token * n + rows[:, None], mask=inside, other=0.0)
         else:
-            gates = row_dots(x, gate, gate_scales, rows, live, tokens, width, KIND_GATE, TOKENS, ROWS, BLOCK)
+            gates = row_dots(
+                x, gate, gate_scales, rows, live, tokens, WIDTH, KIND_GATE, TOKENS, ROWS, BLOCK, False
+            )
         fires = (gates >= threshold) & inside
         live_up = tl.max(fires.to(tl.int32), 1) > 0
-        ups = row_dots(x, up, up_scales, rows, live_up, tokens, width, KIND_UP, TOKENS, ROWS, BLOCK)
+        ups = row_dots(x, up, up_scales, rows, live_up, tokens, WIDTH, KIND_UP, TOKENS, ROWS, BLOCK, False)
         if CLIP:
             ups = tl.maximum(ups, 0.0)
         found = tl.where(fires, gates * ups, 0.0)
@@ -161,13 +180,16 @@ def down_kernel(
     partial,
     n,
     tokens,
-    width,
+    WIDTH: tl.constexpr,
     KIND: tl.constexpr,
     TOKENS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """partial [splits, tokens, width]: program (c, s) sums the s-th part of the list into column block c."""
+    let_next_start(EARLY)
+    wait_for_last(EARLY)
     listed = tl.load(count)
     share = tl.cdiv(listed, tl.num_programs(1))
     begin = tl.program_id(1) * share
@@ -179,19 +201,20 @@ def down_kernel(
         live = position < end
         rows = tl.load(index + position, mask=live, other=0)
         sums += weighted_rows(
-            a, n, down, scales, position, rows, live, start, tokens, width, KIND, TOKENS, BLOCK
+            a, n, down, scales, position, rows, live, start, tokens, WIDTH, KIND, TOKENS, BLOCK
         )
-    store_partial(partial, sums, tl.program_id(1), start, tokens, width, TOKENS, BLOCK)
+    store_partial(partial, sums, tl.program_id(1), start, tokens, WIDTH, TOKENS, BLOCK)
 
 
 @triton.jit
-def sum_kernel(partial, y, parts, size, BLOCK: tl.constexpr):
-    """y [size] = Σ over parts of partial [parts, size], in order."""
+def sum_kernel(partial, y, parts, size, PARTS: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr):
+    """y [size] = Σ over parts of partial [parts, size], all asked for at once."""
+    let_next_start(EARLY)
+    wait_for_last(EARLY)
+    part = tl.arange(0, PARTS)[:, None]
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    total = tl.zeros((BLOCK,), tl.float32)
-    for part in range(parts):
-        total += tl.load(partial + part * size + at, mask=at < size, other=0.0)
-    tl.store(y + at, total, mask=at < size)
+    tile = tl.load(partial + part * size + at[None, :], mask=(part < parts) & (at < size)[None, :], other=0.0)
+    tl.store(y + at, tl.sum(tile, 0), mask=at < size)
 
 
 @triton.jit
@@ -203,16 +226,19 @@ def s2_kernel(
     out,
     n,
     tokens,
-    width,
     threshold,
+    WIDTH: tl.constexpr,
     KIND: tl.constexpr,
     CLIP: tl.constexpr,
     TOKENS: tl.constexpr,
     GROUP: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """S2: one program per GROUP neurons finds those that fire among them and reads these rows alone."""
+    let_next_start(EARLY)
+    wait_for_last(EARLY)
     group = tl.program_id(0)
     token = tl.arange(0, TOKENS)[None, :]
     neuron = group * GROUP + tl.arange(0, GROUP)
@@ -224,7 +250,7 @@ def s2_kernel(
     for first in range(0, total, ROWS):
         rows = nth_wanted(wanted, group, first, GROUP, ROWS)
         live = first + tl.arange(0, ROWS) < total
-        ups = row_dots(x, up, scales, rows, live, tokens, width, KIND, TOKENS, ROWS, BLOCK)
+        ups = row_dots(x, up, scales, rows, live, tokens, WIDTH, KIND, TOKENS, ROWS, BLOCK, False)
         if CLIP:
             ups = tl.maximum(ups, 0.0)
         inside = live[:, None] & (token < tokens)
@@ -240,14 +266,17 @@ def s3_kernel(
     partial,
     n,
     tokens,
-    width,
+    WIDTH: tl.constexpr,
     KIND: tl.constexpr,
     TOKENS: tl.constexpr,
     GROUP: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """S3, first pass: program (c, g) sums the firing rows of group g into column block c of partial."""
+    let_next_start(EARLY)
+    wait_for_last(EARLY)
     group = tl.program_id(1)
     neuron = group * GROUP + tl.arange(0, GROUP)
     token = tl.arange(0, TOKENS)[:, None]
@@ -261,5 +290,5 @@ def s3_kernel(
     for first in range(0, total, ROWS):
         rows = nth_wanted(wanted, group, first, GROUP, ROWS)
         live = first + tl.arange(0, ROWS) < total
-        sums += weighted_rows(a, n, down, scales, rows, rows, live, start, tokens, width, KIND, TOKENS, BLOCK)
-    store_partial(partial, sums, group, start, tokens, width, TOKENS, BLOCK)
+        sums += weighted_rows(a, n, down, scales, rows, rows, live, start, tokens, WIDTH, KIND, TOKENS, BLOCK)
+    store_partial(partial, sums, group, start, tokens, WIDTH, TOKENS, BLOCK)

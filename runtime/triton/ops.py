@@ -14,11 +14,11 @@ from triton import cdiv, next_power_of_2
 
 from hotcold.errors import ShapeError
 from hotcold.runtime.triton import kernels
-from hotcold.runtime.triton.launch import wrap_triton
+from hotcold.runtime.triton.launch import launch
 from hotcold.runtime.triton.reference import PLAIN_RELU
 from hotcold.runtime.triton.rows import Rows
 from hotcold.runtime.triton.steps import activate, add_norm, attend, norm, turn
-from hotcold.runtime.triton.tuning import Tiles, tiles_for
+from hotcold.runtime.triton.tuning import Tiles, tiles_for, whole_rows
 
 __all__ = [
     "MAX_TOKENS",
@@ -39,8 +39,9 @@ __all__ = [
 ]
 
 MAX_TOKENS = 8  # beyond that, a dense product on tensor cores is the better tool
-_CHUNK = 1024  # neurons that one program lists
-_SUM_BLOCK = 256
+_ONE_CHUNK = 16384  # neurons that a single program lists
+_CHUNK = 1024  # neurons per program, where there are more
+_SUM_BLOCK = 32
 
 
 def shape_key(kernel: str, x: Tensor, w: Tensor, kind: int) -> str:
@@ -53,6 +54,11 @@ def _tiles(kernel: str, x: Tensor, w: Tensor, kind: int) -> Tiles:
     return dict(tiles_for(kernel, x.device, shape_key(kernel, x, w, kind)))
 
 
+def _row_tiles(kernel: str, x: Tensor, w: Tensor, kind: int) -> Tiles:
+    """Of a kernel whose programs hold whole rows."""
+    return whole_rows(_tiles(kernel, x, w, kind), x.shape[1], x.device)
+
+
 def _batch(x: Tensor) -> int:
     return next_power_of_2(x.shape[0])
 
@@ -61,10 +67,11 @@ def _batch(x: Tensor) -> int:
 def _dot_rows(x: Tensor, w: Tensor, scales: Tensor, kind: int, relu: bool) -> Tensor:
     n, (tokens, width) = w.shape[0], x.shape
     out = x.new_empty(tokens, n)
-    tiles = _tiles("dot", x, w, kind)
-    wrap_triton(kernels.dot_kernel)[(cdiv(n, tiles["ROWS"]),)](
-        x, w, scales, out, n, tokens, width, KIND=kind, RELU=relu, TOKENS=_batch(x), **tiles
-    )
+    tiles = _row_tiles("dot", x, w, kind)
+    launch(
+        kernels.dot_kernel, (cdiv(n, tiles["ROWS"]),), x, w, scales, out, n, tokens,
+        WIDTH=width, KIND=kind, RELU=relu, TOKENS=_batch(x), **tiles,
+    )  # fmt: skip
     return out
 
 
@@ -74,10 +81,10 @@ def _s2(
 ) -> Tensor:
     n, (tokens, width) = up.shape[0], x.shape
     out = torch.empty_like(scores)
-    tiles = _tiles("s2", x, up, kind)
-    wrap_triton(kernels.s2_kernel)[(cdiv(n, tiles["GROUP"]),)](
-        scores, x, up, scales, out, n, tokens, width, threshold,
-        KIND=kind, CLIP=clip, TOKENS=_batch(x), **tiles,
+    tiles = _row_tiles("s2", x, up, kind)
+    launch(
+        kernels.s2_kernel, (cdiv(n, tiles["GROUP"]),), scores, x, up, scales, out, n, tokens, threshold,
+        WIDTH=width, KIND=kind, CLIP=clip, TOKENS=_batch(x), **tiles,
     )  # fmt: skip
     return out
 
@@ -88,21 +95,22 @@ def _s3(a: Tensor, down: Tensor, scales: Tensor, kind: int, width: int) -> Tenso
     tiles = _tiles("s3", a, down, kind)
     groups = cdiv(n, tiles["GROUP"])
     partial = a.new_empty(groups, tokens, width)
-    wrap_triton(kernels.s3_kernel)[(cdiv(width, tiles["BLOCK"]), groups)](
-        a, down, scales, partial, n, tokens, width, KIND=kind, TOKENS=_batch(a), **tiles
-    )
+    launch(
+        kernels.s3_kernel, (cdiv(width, tiles["BLOCK"]), groups), a, down, scales, partial, n, tokens,
+        WIDTH=width, KIND=kind, TOKENS=_batch(a), **tiles,
+    )  # fmt: skip
     return _total(partial)
 
 
 def _total(partial: Tensor) -> Tensor:
-    """The second pass of a sum: [parts, tokens, width] -> [tokens, width], in order."""
-    if partial.shape[0] == 1:
+    """The second pass of a sum: [parts, tokens, width] -> [tokens, width]."""
+    parts = partial.shape[0]
+    if parts == 1:
         return partial[0]
     y = torch.empty_like(partial[0])
     size = y.numel()
-    wrap_triton(kernels.sum_kernel)[(cdiv(size, _SUM_BLOCK),)](
-        partial, y, partial.shape[0], size, BLOCK=_SUM_BLOCK
-    )
+    sizes = {"PARTS": next_power_of_2(parts), "BLOCK": _SUM_BLOCK}
+    launch(kernels.sum_kernel, (cdiv(size, _SUM_BLOCK),), partial, y, parts, size, **sizes)
     return y
 
 
@@ -111,14 +119,18 @@ def _select(
     scores: Tensor, always: Tensor | None, threshold: float, counter: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     tokens, n = scores.shape
-    chunks = cdiv(n, _CHUNK)
+    # One program lists what it can look over at a time; the chunks of more are counted before.
+    chunk, warps = (next_power_of_2(n), 16) if n <= _ONE_CHUNK else (_CHUNK, 4)
+    chunks = cdiv(n, chunk)
     ints = {"dtype": torch.int32, "device": scores.device}
     counts, index, count = torch.empty(chunks, **ints), torch.empty(n, **ints), torch.empty(1, **ints)
-    sizes = {"ALWAYS": always is not None, "TOKENS": _batch(scores), "CHUNK": _CHUNK}
+    sizes = {"ALWAYS": always is not None, "TOKENS": _batch(scores), "CHUNK": chunk, "num_warps": warps}
     flags = scores if always is None else always.view(torch.uint8)
-    wrap_triton(kernels.count_kernel)[(chunks,)](scores, flags, counts, n, tokens, threshold, **sizes)
-    wrap_triton(kernels.list_kernel)[(chunks,)](
-        scores, flags, counts, index, count, count if counter is None else counter, n, tokens, threshold,
+    if chunks > 1:
+        launch(kernels.count_kernel, (chunks,), scores, flags, counts, n, tokens, threshold, **sizes)
+    launch(
+        kernels.list_kernel, (chunks,), scores, flags, counts, index, count,
+        count if counter is None else counter, n, tokens, threshold,
         COUNTED=counter is not None, CHUNKS=next_power_of_2(chunks), **sizes,
     )  # fmt: skip
     return index, count
@@ -142,11 +154,12 @@ def _ffn_listed(
 ) -> Tensor:
     n, (tokens, width) = up.shape[0], x.shape
     a = x.new_empty(tokens, n)
-    tiles = _tiles("listed", x, up, up_kind)
+    tiles = _row_tiles("listed", x, up, up_kind)
     programs = min(tiles.pop("PROGRAMS"), cdiv(n, tiles["ROWS"]))
-    wrap_triton(kernels.listed_kernel)[(programs,)](
-        x, gate, gate_scales, up, up_scales, gate, index, count, a, count if fired is None else fired,
-        n, tokens, width, threshold, KIND_GATE=gate_kind, KIND_UP=up_kind, SCORED=scored, CLIP=clip,
+    launch(
+        kernels.listed_kernel, (programs,), x, gate, gate_scales, up, up_scales, gate, index, count, a,
+        count if fired is None else fired, n, tokens, threshold,
+        WIDTH=width, KIND_GATE=gate_kind, KIND_UP=up_kind, SCORED=scored, CLIP=clip,
         COUNTED=fired is not None, TOKENS=_batch(x), **tiles,
     )  # fmt: skip
     return a
@@ -159,9 +172,10 @@ def _down_listed(
     tokens, n = a.shape
     tiles = _tiles("down", a, down, kind)
     partial = a.new_empty(tiles.pop("SPLITS"), tokens, width)
-    wrap_triton(kernels.down_kernel)[(cdiv(width, tiles["BLOCK"]), partial.shape[0])](
-        a, down, scales, index, count, partial, n, tokens, width, KIND=kind, TOKENS=_batch(a), **tiles
-    )
+    launch(
+        kernels.down_kernel, (cdiv(width, tiles["BLOCK"]), len(partial)), a, down, scales, index, count,
+        partial, n, tokens, WIDTH=width, KIND=kind, TOKENS=_batch(a), **tiles,
+    )  # fmt: skip
     return _total(partial)
 
 

@@ -9,21 +9,28 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from hotcold.runtime.triton.early import let_next_start, wait_for_last
+
 __all__ = ["activate_kernel", "attend_kernel", "blend_kernel", "norm_kernel", "turn_kernel"]
 
 
 @triton.jit
-def norm_kernel(x, added, weight, total, normed, width, eps, ADD: tl.constexpr, BLOCK: tl.constexpr):
+def norm_kernel(
+    x, added, weight, total, normed, width, eps, ADD: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr
+):
     """normed = RMSNorm(x + added), a row per program; the sum itself goes to total."""
+    let_next_start(EARLY)
     cols = tl.arange(0, BLOCK)
     inside = cols < width
+    factor = tl.load(weight + cols, mask=inside, other=0.0)
+    wait_for_last(EARLY)
     at = tl.program_id(0) * width + cols
     row = tl.load(x + at, mask=inside, other=0.0)
     if ADD:
         row += tl.load(added + at, mask=inside, other=0.0)
         tl.store(total + at, row, mask=inside)
     scale = 1 / tl.sqrt(tl.sum(row * row, 0) / width + eps)
-    tl.store(normed + at, row * scale * tl.load(weight + cols, mask=inside, other=0.0), mask=inside)
+    tl.store(normed + at, row * scale * factor, mask=inside)
 
 
 @triton.jit
@@ -42,8 +49,11 @@ def turn_kernel(
     n_ctx,
     half,
     BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """Program (token, head) turns a head of q, or turns one of k into the cache, or copies one of v there."""
+    let_next_start(EARLY)
+    wait_for_last(EARLY)
     token, head = tl.program_id(0), tl.program_id(1)
     position = tl.load(positions + token)
     cols = tl.arange(0, BLOCK)
@@ -89,12 +99,15 @@ def attend_kernel(
     SPLIT: tl.constexpr,
     POSITIONS: tl.constexpr,
     BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """Program (head, token, s) attends to cache positions [s · SHARE, (s + 1) · SHARE).
 
     out [splits, tokens, n_heads, head_dim] is normalised within a split; logs [splits, tokens, n_heads] is
     the logarithm of what it was divided by, -inf where a split has no visible position.
     """
+    let_next_start(EARLY)
+    wait_for_last(EARLY)
     head, token, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     last = tl.load(positions + token).to(tl.int32)
     begin = split * SHARE
@@ -111,11 +124,12 @@ def attend_kernel(
         live = position < end
         at = ((head // group).to(tl.int64) * n_ctx + position)[:, None] * head_dim + cols[None, :]
         read = live[:, None] & inside[None, :]
+        # Both are asked for before either is needed.
         key = tl.load(keys + at, mask=read, other=0.0).to(tl.float32)
+        value = tl.load(values + at, mask=read, other=0.0).to(tl.float32)
         score = tl.where(live, tl.sum(key * query[None, :], 1), float("-inf"))
         highest = tl.maximum(peak, tl.max(score, 0))
         faded, share = tl.exp(peak - highest), tl.exp(score - highest)
-        value = tl.load(values + at, mask=read, other=0.0).to(tl.float32)
         sums = sums * faded + tl.sum(value * share[:, None], 0)
         mass = mass * faded + tl.sum(share, 0)
         peak = highest
@@ -126,8 +140,12 @@ def attend_kernel(
 
 
 @triton.jit
-def blend_kernel(pieces, logs, out, splits, rows, width, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
+def blend_kernel(
+    pieces, logs, out, splits, rows, width, SPLITS: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr
+):
     """out [rows, width] = pieces [splits, rows, width] weighted by the softmax of logs [splits, rows]."""
+    let_next_start(EARLY)
+    wait_for_last(EARLY)
     row, split = tl.program_id(0), tl.arange(0, SPLITS)
     log = tl.load(logs + split * rows + row, mask=split < splits, other=float("-inf"))
     share = tl.exp(log - tl.max(log, 0))
@@ -140,9 +158,20 @@ def blend_kernel(pieces, logs, out, splits, rows, width, SPLITS: tl.constexpr, B
 
 @triton.jit
 def activate_kernel(
-    gate, up, a, fired, size, threshold, CLIP: tl.constexpr, COUNTED: tl.constexpr, BLOCK: tl.constexpr
+    gate,
+    up,
+    a,
+    fired,
+    size,
+    threshold,
+    CLIP: tl.constexpr,
+    COUNTED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """a [size] = act(gate) · up; how many are not zero is added to fired."""
+    let_next_start(EARLY)
+    wait_for_last(EARLY)
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = at < size
     gates = tl.load(gate + at, mask=inside, other=0.0)

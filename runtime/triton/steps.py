@@ -11,12 +11,12 @@ from torch.library import triton_op
 from triton import cdiv, next_power_of_2
 
 from hotcold.runtime.triton import step_kernels as kernels
-from hotcold.runtime.triton.launch import wrap_triton
+from hotcold.runtime.triton.launch import launch
 
 __all__ = ["activate", "add_norm", "attend", "norm", "turn"]
 
 _SHARE = 256  # cache positions of one program
-_POSITIONS = 64  # of them at a time
+_POSITIONS = 128  # of them at a time: 32 KiB of keys and values each with heads of 128
 _BLOCK = 1024
 
 
@@ -41,8 +41,9 @@ def _launch_norm(
 ) -> None:
     rows, width = x.shape
     block = next_power_of_2(width)
-    wrap_triton(kernels.norm_kernel)[(rows,)](
-        x, x if added is None else added, weight, normed if total is None else total, normed, width, eps,
+    launch(
+        kernels.norm_kernel, (rows,), x, x if added is None else added, weight,
+        normed if total is None else total, normed, width, eps,
         ADD=added is not None, BLOCK=block, num_warps=min(16, max(1, block // 256)),
     )  # fmt: skip
 
@@ -55,8 +56,9 @@ def turn(
     turned = torch.empty_like(q)
     (tokens, n_heads, head_dim), n_kv_heads = q.shape, k.shape[1]
     half = head_dim // 2
-    wrap_triton(kernels.turn_kernel)[(tokens, n_heads + 2 * n_kv_heads)](
-        q, k, v, cos, sin, positions, turned, keys, values, n_heads, n_kv_heads, keys.shape[1], half,
+    launch(
+        kernels.turn_kernel, (tokens, n_heads + 2 * n_kv_heads), q, k, v, cos, sin, positions, turned,
+        keys, values, n_heads, n_kv_heads, keys.shape[1], half,
         BLOCK=next_power_of_2(half), num_warps=1,
     )  # fmt: skip
     return turned
@@ -69,16 +71,18 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, positions: Tensor, seen: int
     splits, block = cdiv(seen, _SHARE), next_power_of_2(head_dim)
     out = q.new_empty(splits, tokens, n_heads * head_dim)
     logs = q.new_empty(splits, tokens, n_heads) if splits > 1 else out
-    wrap_triton(kernels.attend_kernel)[(n_heads, tokens, splits)](
-        q, keys, values, positions, out, logs, n_heads, n_heads // keys.shape[0], keys.shape[1], head_dim,
-        window, head_dim**-0.5, SHARE=_SHARE, SPLIT=splits > 1, POSITIONS=_POSITIONS, BLOCK=block,
+    launch(
+        kernels.attend_kernel, (n_heads, tokens, splits), q, keys, values, positions, out, logs,
+        n_heads, n_heads // keys.shape[0], keys.shape[1], head_dim, window, head_dim**-0.5,
+        SHARE=_SHARE, SPLIT=splits > 1, POSITIONS=_POSITIONS, BLOCK=block, num_warps=8,
     )  # fmt: skip
     if splits == 1:
         return out[0]
     blended = torch.empty_like(out[0])
-    wrap_triton(kernels.blend_kernel)[(tokens * n_heads,)](
-        out, logs, blended, splits, tokens * n_heads, head_dim, SPLITS=next_power_of_2(splits), BLOCK=block
-    )
+    launch(
+        kernels.blend_kernel, (tokens * n_heads,), out, logs, blended, splits, tokens * n_heads, head_dim,
+        SPLITS=next_power_of_2(splits), BLOCK=block,
+    )  # fmt: skip
     return blended
 
 
@@ -86,8 +90,9 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, positions: Tensor, seen: int
 def activate(gate: Tensor, up: Tensor, threshold: float, clip: bool, fired: Tensor | None = None) -> Tensor:
     """See step_reference.activate."""
     a, size = torch.empty_like(gate), gate.numel()
-    wrap_triton(kernels.activate_kernel)[(cdiv(size, _BLOCK),)](
-        gate, up, a, a if fired is None else fired, size, threshold,
+    launch(
+        kernels.activate_kernel, (cdiv(size, _BLOCK),), gate, up, a, a if fired is None else fired,
+        size, threshold,
         CLIP=clip, COUNTED=fired is not None, BLOCK=_BLOCK,
     )  # fmt: skip
     return a

@@ -1,7 +1,12 @@
 """What the kernels share: reading weights, finding the neurons that fire, dots with rows and sums of rows.
 
 All read weights through `row_tile`: [ROWS, BLOCK] of float32 whatever the stored type, where a row that is
-not `live` costs no memory traffic. TOKENS is the batch rounded up to a power of two; `tokens` the true one.
+not `live` costs no memory traffic. TOKENS is the batch rounded up to a power of two, `tokens` the true one;
+what a token too many comes to is stored by nobody.
+
+Memory is fast when much is asked for at once, so a program issues the loads of a whole tile before it needs
+the first of them, and nothing in between makes it wait: what is multiplied with x is loaded with as many
+neighbouring columns per thread as x is (TOGETHER), or Triton would exchange them through shared memory.
 """
 
 from __future__ import annotations
@@ -9,33 +14,50 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from hotcold.runtime.triton.early import wait_for_last
+
 __all__ = ["nth_wanted", "row_dots", "store_partial", "wanted_neurons", "weighted_rows"]
 
 # As in rows.py; kernels only see globals that are constexpr.
 _FLOAT = tl.constexpr(0)
 _Q4_0 = tl.constexpr(2)
 
+_WITH_X = tl.constexpr(4)  # neighbouring columns per thread: 16 bytes of x in float32
+_ALONE = tl.constexpr(8)  # 16 bytes of weights in half precision
+
 
 @triton.jit
-def row_tile(w, scales, rows, live, start, width, KIND: tl.constexpr, BLOCK: tl.constexpr):
+def row_tile(
+    w,
+    scales,
+    rows,
+    live,
+    start,
+    WIDTH: tl.constexpr,
+    KIND: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TOGETHER: tl.constexpr,
+):
     """Columns [start, start + BLOCK) of `rows`, float32 [ROWS, BLOCK]; 0 outside and in rows not live."""
-    cols = start + tl.arange(0, BLOCK)
-    inside = live[:, None] & (cols < width)[None, :]
-    rows = rows.to(tl.int64)[:, None]  # a matrix may have more than 2³¹ weights
+    rows = rows.to(tl.int64)  # a matrix may have more than 2³¹ weights
+    if KIND == _FLOAT:
+        cols = start + tl.max_contiguous(tl.arange(0, BLOCK), TOGETHER)
+        inside = live[:, None] & (cols < WIDTH)[None, :]
+        return tl.load(w + rows[:, None] * WIDTH + cols[None, :], mask=inside, other=0).to(tl.float32)
+    # Quantised: [ROWS, blocks, 32], so that a block's weights meet their scale.
+    block = start // 32 + tl.arange(0, BLOCK // 32)
+    inside = live[:, None] & (block < WIDTH // 32)[None, :]
+    scale = tl.load(scales + rows[:, None] * (WIDTH // 32) + block[None, :], mask=inside, other=0)
     if KIND == _Q4_0:
-        pairs = start // 2 + tl.arange(0, BLOCK // 2)
-        packed_inside = live[:, None] & (pairs < width // 2)[None, :]
-        packed = tl.load(w + rows * (width // 2) + pairs[None, :], mask=packed_inside, other=0)
-        values = tl.interleave(packed & 15, packed >> 4).to(tl.float32) - 8.0
+        byte = block[:, None] * 16 + tl.max_contiguous(tl.arange(0, 16), TOGETHER // 2)[None, :]
+        at = rows[:, None, None] * (WIDTH // 2) + byte[None, :, :]
+        packed = tl.load(w + at, mask=inside[:, :, None], other=0)
+        quants = tl.interleave(packed & 15, packed >> 4).to(tl.float32) - 8.0
     else:
-        values = tl.load(w + rows * width + cols[None, :], mask=inside, other=0).to(tl.float32)
-    if KIND != _FLOAT:
-        block = start // 32 + tl.arange(0, BLOCK // 32)
-        scaled = live[:, None] & (block < width // 32)[None, :]
-        scale = tl.load(scales + rows * (width // 32) + block[None, :], mask=scaled, other=0).to(tl.float32)
-        by_block = tl.reshape(values, (values.shape[0], BLOCK // 32, 32)) * scale[:, :, None]
-        values = tl.reshape(by_block, (values.shape[0], BLOCK))
-    return values
+        cols = block[:, None] * 32 + tl.max_contiguous(tl.arange(0, 32), TOGETHER)[None, :]
+        at = rows[:, None, None] * WIDTH + cols[None, :, :]
+        quants = tl.load(w + at, mask=inside[:, :, None], other=0).to(tl.float32)
+    return tl.reshape(quants * scale.to(tl.float32)[:, :, None], (rows.shape[0], BLOCK))
 
 
 @triton.jit
@@ -46,20 +68,24 @@ def row_dots(
     rows,
     live,
     tokens,
-    width,
+    WIDTH: tl.constexpr,
     KIND: tl.constexpr,
     TOKENS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
-    """[ROWS, TOKENS]: each row with each token's x [tokens, width]."""
-    token = tl.arange(0, TOKENS)[:, None]
+    """[ROWS, TOKENS]: each row with each token's x [tokens, WIDTH]; if EARLY, x is waited for, `rows` not."""
+    token = tl.arange(0, TOKENS)[None, :]
     sums = tl.zeros((ROWS, TOKENS), tl.float32)
-    for start in range(0, width, BLOCK):
-        cols = start + tl.arange(0, BLOCK)[None, :]
-        part = tl.load(x + token * width + cols, mask=(token < tokens) & (cols < width), other=0.0)
-        tile = row_tile(w, scales, rows, live, start, width, KIND, BLOCK)
-        sums += tl.sum(tile[:, None, :] * part[None, :, :], 2)
+    for start in tl.static_range(0, WIDTH, BLOCK):
+        tile = row_tile(w, scales, rows, live, start, WIDTH, KIND, BLOCK, _WITH_X)
+        if start == 0:
+            wait_for_last(EARLY)
+        cols = start + tl.arange(0, BLOCK)
+        for t in tl.static_range(TOKENS):
+            part = tl.load(x + tl.minimum(t, tokens - 1) * WIDTH + cols, mask=cols < WIDTH, other=0.0)
+            sums += tl.where(token == t, tl.sum(tile * part[None, :], 1)[:, None], 0.0)
     return sums
 
 
@@ -74,18 +100,23 @@ def weighted_rows(
     live,
     start,
     tokens,
-    width,
+    WIDTH: tl.constexpr,
     KIND: tl.constexpr,
     TOKENS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """[TOKENS, BLOCK]: Σ a[token, position] · row. A row whose multipliers are all zero is not read."""
     token = tl.arange(0, TOKENS)[:, None]
-    inside = (token < tokens) & live[None, :]
-    factor = tl.load(a + token * a_stride + position[None, :], mask=inside, other=0.0)
-    used = live & (tl.max((factor != 0.0).to(tl.int32), 0) > 0)
-    tile = row_tile(w, scales, rows, used, start, width, KIND, BLOCK)
-    return tl.sum(factor[:, :, None] * tile[None, :, :], 1)
+    factor = tl.load(a + position, mask=live, other=0.0)
+    used = factor != 0.0
+    for t in tl.static_range(1, TOKENS):
+        used |= tl.load(a + tl.minimum(t, tokens - 1) * a_stride + position, mask=live, other=0.0) != 0.0
+    tile = row_tile(w, scales, rows, used, start, WIDTH, KIND, BLOCK, _ALONE)
+    sums = tl.where(token == 0, tl.sum(factor[:, None] * tile, 0)[None, :], 0.0)
+    for t in tl.static_range(1, TOKENS):
+        factor = tl.load(a + tl.minimum(t, tokens - 1) * a_stride + position, mask=live, other=0.0)
+        sums += tl.where(token == t, tl.sum(factor[:, None] * tile, 0)[None, :], 0.0)
+    return sums
 
 
 @triton.jit

@@ -14,63 +14,85 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
+from triton import next_power_of_2
 
 from hotcold.errors import StorageError
 from hotcold.progress import log
 from hotcold.storage import write_json
 
-__all__ = ["CANDIDATES", "Tiles", "tiles_for", "tune"]
+__all__ = ["CANDIDATES", "Tiles", "tiles_for", "tune", "whole_rows"]
 
 Tiles = dict[str, int]
 
 _CALLS, _REPLAYS = 16, 8
 
 
-def _tiles(rows: int, block: int, num_warps: int, **more: int) -> Tiles:
-    return {"ROWS": rows, "BLOCK": block, "num_warps": num_warps, **more}
+def _rows(rows: int, each: int, **more: int) -> Tiles:
+    return {"ROWS": rows, "EACH": each, **more}
 
 
-# ROWS are read together, BLOCK columns at a time; GROUP neurons are searched by one program (s2, s3);
+def _blocks(rows: int, num_warps: int, **more: int) -> Tiles:
+    """A block is as wide as its warps load at once, so that a thread has its columns of all rows."""
+    return {"ROWS": rows, "BLOCK": 256 * num_warps, "num_warps": num_warps, **more}
+
+
+# ROWS are read together. Programs of `dot`, `listed` and `s2` hold whole rows, EACH weights per thread;
+# those of `down` and `s3` BLOCK columns. GROUP neurons are searched by one program (s2, s3);
 # PROGRAMS walk a list (listed), SPLITS of it are summed apart (down).
 CANDIDATES: dict[str, list[Tiles]] = {
     "dot": [
-        _tiles(4, 1024, 4),
-        _tiles(2, 2048, 4),
-        _tiles(8, 512, 4),
-        _tiles(1, 4096, 4),
-        _tiles(16, 256, 4),
-        _tiles(4, 1024, 8),
+        _rows(2, 64),
+        _rows(1, 128),
+        _rows(1, 64),
+        _rows(1, 32),
+        _rows(2, 128),
+        _rows(4, 64),
+        _rows(4, 128),
     ],
     "listed": [
-        _tiles(4, 1024, 4, PROGRAMS=528),
-        _tiles(2, 2048, 4, PROGRAMS=1056),
-        _tiles(1, 4096, 4, PROGRAMS=1056),
-        _tiles(8, 512, 4, PROGRAMS=264),
-        _tiles(4, 1024, 8, PROGRAMS=264),
+        _rows(1, 64, PROGRAMS=1056),
+        _rows(1, 128, PROGRAMS=2112),
+        _rows(1, 64, PROGRAMS=2112),
+        _rows(1, 32, PROGRAMS=1056),
+        _rows(2, 64, PROGRAMS=1056),
     ],
     "down": [
-        _tiles(32, 128, 4, SPLITS=16),
-        _tiles(64, 64, 4, SPLITS=8),
-        _tiles(16, 256, 4, SPLITS=32),
-        _tiles(16, 512, 4, SPLITS=64),
-        _tiles(64, 32, 8, SPLITS=1),
-        _tiles(128, 32, 8, SPLITS=4),
+        _blocks(16, 1, SPLITS=32),
+        _blocks(16, 1, SPLITS=64),
+        _blocks(8, 1, SPLITS=64),
+        _blocks(32, 1, SPLITS=32),
+        _blocks(16, 2, SPLITS=64),
+        _blocks(16, 4, SPLITS=64),
+        _blocks(8, 4, SPLITS=128),
     ],
     "s2": [
-        _tiles(4, 1024, 4, GROUP=32),
-        _tiles(2, 2048, 4, GROUP=16),
-        _tiles(4, 2048, 8, GROUP=32),
-        _tiles(1, 4096, 4, GROUP=8),
-        _tiles(8, 512, 4, GROUP=64),
+        _rows(1, 64, GROUP=8),
+        _rows(1, 128, GROUP=8),
+        _rows(2, 64, GROUP=16),
+        _rows(2, 128, GROUP=16),
+        _rows(2, 64, GROUP=32),
+        _rows(4, 64, GROUP=32),
+        _rows(4, 32, GROUP=32),
     ],
     "s3": [
-        _tiles(16, 128, 4, GROUP=256),
-        _tiles(16, 256, 4, GROUP=128),
-        _tiles(32, 64, 4, GROUP=256),
-        _tiles(32, 128, 4, GROUP=512),
-        _tiles(8, 512, 4, GROUP=128),
+        _blocks(16, 1, GROUP=128),
+        _blocks(8, 1, GROUP=128),
+        _blocks(16, 1, GROUP=256),
+        _blocks(16, 2, GROUP=128),
+        _blocks(32, 2, GROUP=256),
+        _blocks(16, 4, GROUP=128),
+        _blocks(32, 4, GROUP=256),
     ],
 }
+_WIDEST = 16384  # columns that a program holds of a row; wider rows are read in several rounds
+
+
+def whole_rows(tiles: Tiles, width: int, device: torch.device) -> Tiles:
+    """EACH in terms of a kernel's own sizes: BLOCK columns, which is all of a row, by so many warps."""
+    block = min(max(next_power_of_2(width), 32), _WIDEST if device.type == "cuda" else 32)
+    warps = tiles["ROWS"] * block // (32 * tiles["EACH"])
+    others = {name: size for name, size in tiles.items() if name != "EACH"}
+    return others | {"BLOCK": block, "num_warps": min(max(warps, 1), 16)}
 
 
 def tiles_for(kernel: str, device: torch.device, shape: str) -> Tiles:

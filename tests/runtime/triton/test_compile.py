@@ -16,11 +16,15 @@ import sys
 from triton import compile
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+import torch
 from hotcold.runtime.triton import kernels, step_kernels, tuning
+
+GPU = torch.device("cuda")
 
 WEIGHTS = {0: "*bf16", 1: "*i8", 2: "*u8"}
 FLAGS = {"SCORED": False, "CLIP": True, "RELU": True, "ALWAYS": True, "CHUNK": 1024, "CHUNKS": 16}
-FLAGS |= {"COUNTED": True, "ADD": True, "SHARE": 256, "POSITIONS": 64, "SPLITS": 16, "BLOCK": 128}
+FLAGS |= {"COUNTED": True, "ADD": True, "SHARE": 256, "POSITIONS": 128, "SPLITS": 16, "BLOCK": 128}
+FLAGS |= {"WIDTH": 5120, "PARTS": 64}
 
 STEPS = "added weight total normed q k v cos sin turned logs pieces".split()
 
@@ -38,12 +42,26 @@ def signature(kernel, kind, constants):
 
 def build(name, kind, tiles, tokens, capability, types=()):
     kernel = getattr(kernels, name + "_kernel", None) or getattr(step_kernels, name + "_kernel")
+    tiles = tuning.whole_rows(tiles, FLAGS["WIDTH"], GPU) if "EACH" in tiles else tiles
     every = FLAGS | tiles | {"TOKENS": tokens} | dict.fromkeys(("KIND", "KIND_GATE", "KIND_UP"), kind)
+    every["EARLY"] = capability >= 90
     constants = {key: every[key] for key in kernel.arg_names if key in every}
     source = ASTSource(kernel, signature(kernel, kind, constants) | dict(types), constants)
     target = GPUTarget("cuda", capability, 32)
-    assert compile(source, target=target, options={"num_warps": tiles["num_warps"]}).asm["cubin"]
+    built = compile(source, target=target, options={"num_warps": tiles["num_warps"]})
+    assert built.asm["cubin"]
+    check_start(name, built.asm["ptx"], capability)
     print(name, kind, tiles, tokens, capability, flush=True)
+
+def check_start(name, ptx, capability):
+    if capability < 90:
+        assert "griddepcontrol" not in ptx
+        return
+    before, after = ptx.split("griddepcontrol.wait")
+    assert "griddepcontrol.launch_dependents" in before
+    early = name in ("dot", "norm")  # these read weights ahead of what is computed before them
+    assert ("ld.global" in before) == early, name
+    assert "st.global" not in before and "ld.global" in after
 
 def step(name, **constants):
     floats = {"gate": "*fp32", "up": "*fp32"} if name == "activate" else {}
@@ -55,7 +73,7 @@ for name, candidates in tuning.CANDIDATES.items():
         for kind in WEIGHTS:
             for tokens in (1, 8) if every_candidate else (1,):
                 build(name, kind, tiles, tokens, capability)
-for name, tiles in {"count": {}, "list": {}, "sum": {"BLOCK": 256}}.items():
+for name, tiles in {"count": {}, "list": {}, "sum": {"BLOCK": 32}}.items():
     build(name, 0, tiles | {"num_warps": 4}, 1, capability)
 for name in ("turn", "blend", "activate"):
     step(name)
