@@ -279,11 +279,10 @@ def s3_kernel(
     wait_for_last(EARLY)
     group = tl.program_id(1)
     neuron = group * GROUP + tl.arange(0, GROUP)
-    token = tl.arange(0, TOKENS)[:, None]
-    factor = tl.load(
-        a + token * n + neuron[None, :], mask=(token < tokens) & (neuron < n)[None, :], other=0.0
-    )
-    wanted = tl.max((factor != 0.0).to(tl.int32), 0)
+    fired = tl.load(a + neuron, mask=neuron < n, other=0.0) != 0.0
+    for t in tl.static_range(1, TOKENS):
+        fired |= tl.load(a + tl.minimum(t, tokens - 1) * n + neuron, mask=neuron < n, other=0.0) != 0.0
+    wanted = fired.to(tl.int32)
     total = tl.sum(wanted, 0)
     start = tl.program_id(0) * BLOCK
     sums = tl.zeros((TOKENS, BLOCK), tl.float32)

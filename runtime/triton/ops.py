@@ -120,8 +120,8 @@ def _select(
 ) -> tuple[Tensor, Tensor]:
     tokens, n = scores.shape
     # One program lists what it can look over at a time; the chunks of more are counted before.
-    chunk, warps = (next_power_of_2(n), 16) if n <= _ONE_CHUNK else (_CHUNK, 4)
-    chunks = cdiv(n, chunk)
+    chunk = next_power_of_2(n) if n <= _ONE_CHUNK else _CHUNK
+    chunks, warps = cdiv(n, chunk), min(max(chunk // 512, 4), 32)
     ints = {"dtype": torch.int32, "device": scores.device}
     counts, index, count = torch.empty(chunks, **ints), torch.empty(n, **ints), torch.empty(1, **ints)
     sizes = {"ALWAYS": always is not None, "TOKENS": _batch(scores), "CHUNK": chunk, "num_warps": warps}

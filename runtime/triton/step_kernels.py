@@ -97,11 +97,10 @@ def attend_kernel(
     scale,
     SHARE: tl.constexpr,
     SPLIT: tl.constexpr,
-    POSITIONS: tl.constexpr,
     BLOCK: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    """Program (head, token, s) attends to cache positions [s · SHARE, (s + 1) · SHARE).
+    """Program (head, token, s) attends to cache positions [s · SHARE, (s + 1) · SHARE), all at once.
 
     out [splits, tokens, n_heads, head_dim] is normalised within a split; logs [splits, tokens, n_heads] is
     the logarithm of what it was divided by, -inf where a split has no visible position.
@@ -110,33 +109,28 @@ def attend_kernel(
     wait_for_last(EARLY)
     head, token, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     last = tl.load(positions + token).to(tl.int32)
-    begin = split * SHARE
-    end = tl.minimum(begin + SHARE, last + 1)
-    if window > 0:
-        begin = tl.maximum(begin, last + 1 - window)
     cols = tl.arange(0, BLOCK)
     inside = cols < head_dim
     query = tl.load(q + (token * n_heads + head) * head_dim + cols, mask=inside, other=0.0) * scale
-    peak, mass = float("-inf"), 0.0
-    sums = tl.zeros((BLOCK,), tl.float32)
-    for start in range(begin, end, POSITIONS):
-        position = start + tl.arange(0, POSITIONS)
-        live = position < end
-        at = ((head // group).to(tl.int64) * n_ctx + position)[:, None] * head_dim + cols[None, :]
-        read = live[:, None] & inside[None, :]
-        # Both are asked for before either is needed.
-        key = tl.load(keys + at, mask=read, other=0.0).to(tl.float32)
-        value = tl.load(values + at, mask=read, other=0.0).to(tl.float32)
-        score = tl.where(live, tl.sum(key * query[None, :], 1), float("-inf"))
-        highest = tl.maximum(peak, tl.max(score, 0))
-        faded, share = tl.exp(peak - highest), tl.exp(score - highest)
-        sums = sums * faded + tl.sum(value * share[:, None], 0)
-        mass = mass * faded + tl.sum(share, 0)
-        peak = highest
+    position = split * SHARE + tl.arange(0, SHARE)
+    live = position <= last
+    if window > 0:
+        live &= position > last - window
+    at = ((head // group).to(tl.int64) * n_ctx + position)[:, None] * head_dim + cols[None, :]
+    read = live[:, None] & inside[None, :]
+    # Both are asked for before either is needed.
+    key = tl.load(keys + at, mask=read, other=0.0).to(tl.float32)
+    value = tl.load(values + at, mask=read, other=0.0).to(tl.float32)
+    score = tl.where(live, tl.sum(key * query[None, :], 1), float("-inf"))
+    peak = tl.maximum(tl.max(score, 0), -1e38)  # a number, where nothing is visible too
+    share = tl.exp(score - peak)
+    mass = tl.sum(share, 0)
+    seen = mass > 0
+    mixed = tl.sum(value * share[:, None], 0) / tl.where(seen, mass, 1.0)
     row = (split * tl.num_programs(1) + token) * n_heads + head
-    tl.store(out + row * head_dim + cols, sums / tl.where(mass > 0, mass, 1.0), mask=inside)
+    tl.store(out + row * head_dim + cols, mixed, mask=inside)
     if SPLIT:
-        tl.store(logs + row, tl.where(mass > 0, peak + tl.log(tl.where(mass > 0, mass, 1.0)), float("-inf")))
+        tl.store(logs + row, tl.where(seen, peak + tl.log(tl.where(seen, mass, 1.0)), float("-inf")))
 
 
 @triton.jit

@@ -15,8 +15,7 @@ from hotcold.runtime.triton.launch import launch
 
 __all__ = ["activate", "add_norm", "attend", "norm", "turn"]
 
-_SHARE = 256  # cache positions of one program
-_POSITIONS = 128  # of them at a time: 32 KiB of keys and values each with heads of 128
+_SHARE = 256  # cache positions of one program, which holds their keys and values in registers
 _BLOCK = 1024
 
 
@@ -74,7 +73,7 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, positions: Tensor, seen: int
     launch(
         kernels.attend_kernel, (n_heads, tokens, splits), q, keys, values, positions, out, logs,
         n_heads, n_heads // keys.shape[0], keys.shape[1], head_dim, window, head_dim**-0.5,
-        SHARE=_SHARE, SPLIT=splits > 1, POSITIONS=_POSITIONS, BLOCK=block, num_warps=8,
+        SHARE=_SHARE, SPLIT=splits > 1, BLOCK=block, num_warps=min(max(block // 8, 4), 16),
     )  # fmt: skip
     if splits == 1:
         return out[0]

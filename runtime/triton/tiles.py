@@ -122,13 +122,13 @@ def weighted_rows(
 @triton.jit
 def wanted_neurons(scores, always, neuron, n, tokens, threshold, ALWAYS: tl.constexpr, TOKENS: tl.constexpr):
     """int32 [CHUNK]: 1 where a neuron's score reaches the threshold for any token, or it is always wanted."""
-    token = tl.arange(0, TOKENS)[:, None]
-    inside = (token < tokens) & (neuron < n)[None, :]
-    score = tl.load(scores + token * n + neuron[None, :], mask=inside, other=float("-inf"))
-    wanted = tl.max(((score >= threshold) & inside).to(tl.int32), 0)
+    wanted = tl.load(scores + neuron, mask=neuron < n, other=float("-inf")) >= threshold
+    for t in tl.static_range(1, TOKENS):
+        row = scores + tl.minimum(t, tokens - 1) * n
+        wanted |= tl.load(row + neuron, mask=neuron < n, other=float("-inf")) >= threshold
     if ALWAYS:
-        wanted = tl.maximum(wanted, tl.load(always + neuron, mask=neuron < n, other=0).to(tl.int32))
-    return wanted
+        wanted |= tl.load(always + neuron, mask=neuron < n, other=0) > 0
+    return (wanted & (neuron < n)).to(tl.int32)
 
 
 @triton.jit

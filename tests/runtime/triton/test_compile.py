@@ -23,7 +23,7 @@ GPU = torch.device("cuda")
 
 WEIGHTS = {0: "*bf16", 1: "*i8", 2: "*u8"}
 FLAGS = {"SCORED": False, "CLIP": True, "RELU": True, "ALWAYS": True, "CHUNK": 1024, "CHUNKS": 16}
-FLAGS |= {"COUNTED": True, "ADD": True, "SHARE": 256, "POSITIONS": 128, "SPLITS": 16, "BLOCK": 128}
+FLAGS |= {"COUNTED": True, "ADD": True, "SHARE": 256, "SPLITS": 16, "BLOCK": 128}
 FLAGS |= {"WIDTH": 5120, "PARTS": 64}
 
 STEPS = "added weight total normed q k v cos sin turned logs pieces".split()
