@@ -12,8 +12,9 @@ if TYPE_CHECKING:
     import numpy as np
 
 HELP = (
-    "Measure decoding with a GPU: each mode on the GPU alone, and hybrid at shares of the model's size, "
-    "where `dense` is whole layers on either side. With telemetry, and peak memory beside the plan's."
+    "Measure decoding with a GPU: each mode on the GPU alone, and at shares of the model's size hybrid, where "
+    "`dense` is whole layers on either side, llama.cpp, and transformers with accelerate's offloading. With "
+    "telemetry, and peak memory beside the plan's."
 )
 EXAMPLE = "hotcold bench-gpu --bundle demo/bundle --backends gpu,hybrid --budgets 25,50,75"
 
@@ -26,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add(
         "--backends", default="gpu,hybrid", metavar="LIST",
-        help="of gpu, hybrid, llama.cpp, and accelerate, that is transformers (%(default)s)",
+        help="of gpu, hybrid, llama.cpp, accelerate (%(default)s)",
     )  # fmt: skip
     add("-m", "--modes", default="dense,exact,predicted", metavar="LIST", help="(%(default)s)")
     add("--budgets", default="25,50,75", metavar="LIST", help="percent of the model's bytes (%(default)s)")
