@@ -12,9 +12,9 @@ if TYPE_CHECKING:
     import numpy as np
 
 HELP = (
-    "Measure decoding with a GPU: each mode on the GPU alone, and at shares of the model's size hybrid, where "
-    "`dense` is whole layers on either side, llama.cpp, and transformers with accelerate's offloading. With "
-    "telemetry, and peak memory beside the plan's."
+    "Measure decoding with a GPU: each mode on the GPU alone, and at shares of the model's size hybrid, "
+    "where `dense` is whole layers on either side, llama.cpp, and transformers with accelerate's offloading. "
+    "With telemetry, and peak memory beside the plan's."
 )
 EXAMPLE = "hotcold bench-gpu --bundle demo/bundle --backends gpu,hybrid --budgets 25,50,75"
 
