@@ -17,6 +17,7 @@ from hotcold.runtime.shape import ModelShape, activation_thresholds
 __all__ = ["MAX_BLOCK", "CpuSide"]
 
 MAX_BLOCK = 64  # tokens that the native engine computes together
+_NO_MASKS = np.empty(0, np.uint64)  # one token wants whatever is listed
 
 
 class CpuSide:
@@ -43,10 +44,14 @@ class CpuSide:
             raise UnsupportedError(str(error), where=file.path) from error
         self._model = model
 
+    @property
+    def any_layers(self) -> bool:
+        """Whether there are layers here as a whole."""
+        return self.first < self.n_layers
+
     def run_layers(self, x: np.ndarray, position: int) -> None:
         """The layers from `first` on, on the residual stream x float32 [tokens, d_model], in place."""
-        if self.first < self.n_layers:
-            _cpu.parts.run_layers(self._model, x, self.first, self.n_layers, position)
+        _cpu.parts.run_layers(self._model, x, self.first, self.n_layers, position)
 
     def cold(self, layer: int, normed: np.ndarray, wanted: np.ndarray, y: np.ndarray) -> tuple[int, int]:
         """y float32 [tokens, d_model] = what a layer's wanted cold neurons add; how many ran, and fired.
@@ -54,9 +59,12 @@ class CpuSide:
         `normed` float32 [tokens, d_model] is the FFN's input, `wanted` bool [tokens, n_cold].
         """
         index = np.flatnonzero(wanted.any(0)).astype(np.int32)
-        masks = _token_masks(wanted[:, index]) if len(wanted) > 1 else np.empty(0, np.uint64)
-        fired = _cpu.parts.run_neurons(self._model, layer, normed, index, masks, y)
-        return int(wanted.sum()), fired
+        masks = _token_masks(wanted[:, index]) if len(wanted) > 1 else _NO_MASKS
+        return int(wanted.sum()), _cpu.parts.run_neurons(self._model, layer, normed, index, masks, y)
+
+    def cold_of_one(self, layer: int, normed: np.ndarray, index: np.ndarray, y: np.ndarray) -> None:
+        """`cold` for one token: y [1, d_model] = what the listed ones add, `index` being int32 [n]."""
+        _cpu.parts.run_neurons(self._model, layer, normed, index, _NO_MASKS, y)
 
     def stats(self) -> np.ndarray:
         """int64 [3, n_layers]: fired, predicted, missed, since the last reset."""

@@ -129,12 +129,22 @@ class GpuEngine:
         return self._logits
 
     def _one_token(self, seen: int) -> Tensor:
-        x, layers = self._layers.embed(self._token), self._layers
-        h = layers.norm(x, self._norm_before(0))
-        for i, layer in enumerate(self._weights.layers):
+        _, h = self._through(range(len(self._weights.layers)), *self._embed_one(), seen)
+        return self._layers.dot(h, self._weights.head)
+
+    def _embed_one(self) -> tuple[Tensor, Tensor]:
+        """The residual stream of the token, and its norm for the first layer."""
+        x = self._layers.embed(self._token)
+        return x, self._layers.norm(x, self._norm_before(0))
+
+    def _through(self, which: range, x: Tensor, h: Tensor, seen: int) -> tuple[Tensor, Tensor]:
+        """The residual stream x of one token, and its norm h, after these layers."""
+        layers = self._layers
+        for i in which:
+            layer = self._weights.layers[i]
             x, h = layers.add_norm(x, layers.attention(i, h, self._position, seen), layer.ffn_norm)
             x, h = layers.add_norm(x, self._ffn_of_one(i, layer, x, h), self._norm_before(i + 1))
-        return layers.dot(h, self._weights.head)
+        return x, h
 
     def _norm_before(self, i: int) -> Tensor:
         """The norm's weight before layer i's attention, or before the head."""

@@ -1,10 +1,11 @@
 """Hot neurons on the device, cold ones on the CPU, at the same time.
 
-Per layer and token the device computes attention and the predictor, then sends the FFN's input and which
-cold neurons are wanted to the CPU, and goes on with the hot neurons while the CPU computes the cold ones. The
-CPU's share comes back and is added on the device. A layer without wanted cold neurons sends nothing back, and
-one without any cold neurons never waits. Layers that do not fit the device at all run on the CPU engine,
-after the others. In `dense` mode layers are on one side or the other as a whole.
+A layer with cold neurons is a hand-over: the device computes attention and the predictor, sends the FFN's
+input and which cold neurons are wanted to the CPU, and goes on with the hot neurons while the CPU computes
+the cold ones. A decoded token is two recorded steps per hand-over: its hot neurons; and all from there to the
+next one, which begins by adding up both shares, and runs through layers that have no cold neurons. If no cold
+neuron is wanted, nothing is sent back. Layers that do not fit the device at all run on the CPU engine, after
+the others. In `dense` mode layers are on one side or the other as a whole.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Self
 
@@ -41,8 +43,8 @@ __all__ = ["HybridEngine"]
 class _Buffers:
     """Tensors of one token that stay where they are, on the device; float32 [1, d_model]."""
 
-    x: Tensor  # the residual stream, into a layer
-    attended: Tensor  # after attention
+    x: Tensor  # the residual stream, into the CPU's layers and out of them
+    attended: Tensor  # the residual stream after attention
     normed: Tensor  # the FFN's input
     hot: Tensor  # what hot neurons add
     cold: Tensor  # what cold neurons add
@@ -94,8 +96,9 @@ class HybridEngine(GpuEngine):
         d, d_ff = self._weights.shape.d_model, self._weights.shape.d_ff
         sizes = [d] * 5 + [d_ff]
         self._one = _Buffers(*(torch.zeros(1, size, device=self.device) for size in sizes))
-        most_cold = max(self._cpu.n_cold)
-        self._staging = Staging(self.device, MAX_BLOCK, d, most_cold)
+        n_cold = self._cpu.n_cold
+        self._steps = _steps(n_cold[: self._cpu.first])
+        self._staging = Staging(self.device, len(self._steps) - 1, d, max(n_cold))
         # Decoding a quantised matrix for a dense product would take memory that the plan has no room for.
         quantised = any(not layer.q.data.is_floating_point() for layer in self._weights.layers)
         self._block = MAX_TOKENS if quantised else MAX_BLOCK
@@ -153,12 +156,14 @@ class HybridEngine(GpuEngine):
         self._token.fill_(token)
         self._position.fill_(self.position)
         seen = self._layers.cache.bucket(self.position + 1)
-        one, graphs = self._one, self._graphs
-        graphs.run("embed", lambda: one.x.copy_(self._layers.embed(self._token)))
-        for i, layer in enumerate(self._weights.layers):
-            self._layer_of_one(i, layer, seen)
-        self._cpu_layers(one.x, self.position)
-        graphs.run("logits", lambda: self._logits.copy_(self._layers.logits(one.x)))
+        returned, (*handing_over, last) = False, self._steps
+        for handover, layers in enumerate(handing_over):
+            self._run_step(layers, seen, returned)
+            returned = self._hand_over(handover, layers[-1])
+        self._run_step(last, seen, returned)
+        if self._cpu.any_layers:
+            self._cpu_layers(self._one.x, self.position)
+            self._graphs.run("logits", lambda: self._logits.copy_(self._layers.logits(self._one.x)))
         self._staging.finish(self.telemetry)
         self.position += 1
         self._tokens += 1
@@ -166,37 +171,45 @@ class HybridEngine(GpuEngine):
         self.telemetry.decode_s += time.perf_counter() - start
         return self._logits
 
-    def _layer_of_one(self, i: int, layer: DeviceLayer, seen: int) -> None:
-        one, n_cold = self._one, self._cpu.n_cold[i]
-        self._graphs.run(("attend", i, seen), lambda: self._attend_one(i, layer, seen))
-        if n_cold:
-            self._staging.mark_sent()
-        with self._staging.timed_hot():
-            self._graphs.run(("hot", i), lambda: self._hot_of_one(i, layer))
-        returned = n_cold > 0 and self._cold_of_one(i, n_cold)
-        if returned:
-            self._graphs.run(("add both", i), lambda: torch.add(one.attended + one.hot, one.cold, out=one.x))
+    def _run_step(self, layers: range, seen: int, returned: bool) -> None:
+        self._graphs.run((layers, seen, returned), lambda: self._step(layers, seen, returned))
+
+    def _step(self, layers: range, seen: int, returned: bool) -> None:
+        """From the embedding or a hand-over to the next one, or the end; `returned`: with the CPU's share."""
+        hands_over = layers and self._cpu.n_cold[layers[-1]]
+        x, h = self._before(layers.start, returned)
+        x, h = self._through(layers[:-1] if hands_over else layers, x, h, seen)
+        if hands_over:
+            self._attend_and_send(layers[-1], x, h, seen)
+        elif self._cpu.any_layers:
+            self._one.x.copy_(x)
         else:
-            self._graphs.run(("add hot", i), lambda: torch.add(one.attended, one.hot, out=one.x))
+            self._logits.copy_(self._layers.dot(h, self._weights.head))
 
-    def _attend_one(self, i: int, layer: DeviceLayer, seen: int) -> None:
+    def _before(self, i: int, returned: bool) -> tuple[Tensor, Tensor]:
+        """The residual stream before layer i, which begins a step, and its norm."""
+        if i == 0:
+            return self._embed_one()
+        one = self._one
+        if not returned:
+            return self._layers.add_norm(one.attended, one.hot, self._norm_before(i))
+        self._staging.send_back(one.cold)
+        return self._layers.add_norm(one.attended, one.hot + one.cold, self._norm_before(i))
+
+    def _attend_and_send(self, i: int, x: Tensor, h: Tensor, seen: int) -> None:
         """Attention and predictor; the FFN's input and the wanted cold neurons go to the host."""
-        one, layers, n_cold = self._one, self._layers, self._cpu.n_cold[i]
-        h = layers.norm(one.x, layer.attn_norm)
-        added = layers.attention(i, h, self._position, seen)
-        attended, normed = layers.add_norm(one.x, added, layer.ffn_norm)
-        one.attended.copy_(attended)
-        one.normed.copy_(normed)
-        wanted = None
+        one, layers, layer, wanted = self._one, self._layers, self._weights.layers[i], None
+        x, h = layers.add_norm(x, layers.attention(i, h, self._position, seen), layer.ffn_norm)
+        one.attended.copy_(x)
+        one.normed.copy_(h)
         if self.mode == "predicted":
-            predictor = layer.predictor
-            one.scores.copy_(layers.dot(layers.dot(one.attended, predictor.fc1).relu(), predictor.fc2))
-            chosen = (one.scores >= predictor.threshold) | predictor.always
-            wanted = chosen[:, layer.n_hot :]
-        if n_cold:
-            self._staging.send(one.normed, wanted)
+            dot, predictor = self._ops.dot_rows, layer.predictor
+            one.scores.copy_(dot(dot(x, predictor.fc1, relu=True), predictor.fc2))
+            wanted = ((one.scores >= predictor.threshold) | predictor.always)[:, layer.n_hot :]
+        self._staging.send(one.normed, wanted)
 
-    def _hot_of_one(self, i: int, layer: DeviceLayer) -> None:
+    def _hot_of_one(self, i: int) -> None:
+        layer = self._weights.layers[i]
         if layer.ffn is None:
             self._one.hot.zero_()
         elif self.mode == "predicted":
@@ -211,31 +224,32 @@ class HybridEngine(GpuEngine):
         index, count = ops.select(scores, predictor.threshold, always, self._counts[1, i])
         return self._listed(i, layer, layer.ffn.gate, self._one.normed, index, count)
 
-    def _cold_of_one(self, i: int, n_cold: int) -> bool:
-        """The CPU's share, while the device is at work on the hot one; whether there was anything."""
-        staging, telemetry = self._staging, self.telemetry
+    def _hand_over(self, handover: int, i: int) -> bool:
+        """Layer i's hot neurons on the device, its cold ones here; whether any were wanted."""
+        staging, telemetry, n_cold = self._staging, self.telemetry, self._cpu.n_cold[i]
+        staging.mark_sent(handover)
+        self._graphs.run(("hot", i), lambda: self._hot_of_one(i))
+        staging.mark_hot_done(handover)
         start = time.perf_counter()
-        staging.wait_sent()
-        telemetry.wait_s += time.perf_counter() - start
-        wanted = staging.wanted(1, n_cold) if self.mode == "predicted" else np.ones((1, n_cold), bool)
-        telemetry.bytes_to_host += staging.bytes_sent(1, n_cold if self.mode == "predicted" else 0)
-        if not wanted.any():
+        staging.wait_sent(handover)
+        sent = time.perf_counter()
+        telemetry.wait_s += sent - start
+        predicted = self.mode == "predicted"
+        telemetry.bytes_to_host += staging.normed.nbytes + (n_cold if predicted else 0)
+        wanted = staging.wanted(n_cold) if predicted else np.arange(n_cold, dtype=np.int32)
+        if not len(wanted):
             telemetry.skipped_handovers += 1
-            staging.no_cold()
+            staging.cold_took(handover, 0.0)
             return False
-        start = time.perf_counter()
-        computed, _ = self._cpu.cold(i, staging.normed(1), wanted, staging.cold(1))
-        staging.cold_took(time.perf_counter() - start)
-        staging.send_back(self._one.cold)
-        telemetry.cold_computed += computed
+        self._cpu.cold_of_one(i, staging.normed, wanted, staging.share)
+        staging.cold_took(handover, time.perf_counter() - sent)
+        telemetry.cold_computed += len(wanted)
         telemetry.handovers += 1
-        telemetry.bytes_to_device += self._one.cold.nbytes
+        telemetry.bytes_to_device += staging.share.nbytes
         return True
 
     def _cpu_layers(self, x: Tensor, position: int) -> None:
         """The layers that are on the CPU as a whole, in place on x [tokens, d_model]."""
-        if self._cpu.first == self._cpu.n_layers:
-            return
         there = x.cpu().numpy().copy()
         start = time.perf_counter()
         self._cpu.run_layers(there, position)
@@ -247,7 +261,8 @@ class HybridEngine(GpuEngine):
 
     def _after_layers(self, x: Tensor) -> Tensor:
         x = x.contiguous()
-        self._cpu_layers(x, self.position)
+        if self._cpu.any_layers:
+            self._cpu_layers(x, self.position)
         return x
 
     def _ffn_of_many(self, i: int, layer: DeviceLayer, x: Tensor, h: Tensor, positions: Tensor) -> Tensor:
@@ -273,6 +288,12 @@ class HybridEngine(GpuEngine):
         _, fired = self._cpu.cold(i, normed, everything, np.zeros_like(normed))
         self._counts[:2, i] -= torch.from_numpy(self._cpu.stats()[:2, i] - before).to(self.device)
         return fired
+
+
+def _steps(n_cold: Sequence[int]) -> list[range]:
+    """Layers by hand-overs: each range ends with a layer that has cold neurons, but for the last."""
+    ends = [i + 1 for i, n in enumerate(n_cold) if n]
+    return [range(start, stop) for start, stop in pairwise([0, *ends, len(n_cold)])]
 
 
 def _check_placement(placement: Placement, shape: ModelShape, mode: str) -> None:

@@ -12,8 +12,10 @@ class Telemetry:
     """Sums over `tokens` tokens since the last reset; times in seconds of wall clock, sizes in bytes.
 
     `hot_s` is the device's time on hot neurons, `cold_s` the CPU's on cold ones, `overlap_s` how long both
-    worked at once; `wait_s` is what the CPU waited for the device before a hand-over, `cpu_layers_s` what
-    layers took that are on the CPU as a whole. All but `total_s` and `tokens` count decoded tokens only.
+    worked at once: of layers that have both, as other layers are not timed by themselves. `wait_s` is what
+    the CPU waited for the device before a hand-over, for attention and for layers without cold neurons;
+    `cpu_layers_s` what layers took that are on the CPU as a whole. All but `total_s` and `tokens` count
+    decoded tokens only.
     """
 
     tokens: int = 0

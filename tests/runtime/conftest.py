@@ -38,6 +38,7 @@ class Recipe:
     hot: tuple[tuple[int, ...], ...] = ((1, 5, 9), ())
     quant: str = "F32"
     d_ff: int = 96
+    n_layers: int = 2
     seed: int = 0
     metadata: dict[str, object] = field(default_factory=dict)
 
@@ -67,7 +68,7 @@ def tiny_model(recipe: Recipe, vocab_size: int) -> LlamaForCausalLM:
         vocab_size=vocab_size,
         hidden_size=64,
         intermediate_size=recipe.d_ff,
-        num_hidden_layers=2,
+        num_hidden_layers=recipe.n_layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         hidden_act="relu" if recipe.activation != "silu" else "silu",
@@ -161,8 +162,9 @@ def write_sparse(
     file.writer.add_array("hotcold.activation_thresholds", [float(recipe.activation_threshold)] * n_layers)
     file.writer.add_array("hotcold.predictor.thresholds", [float(recipe.predictor_threshold)] * n_layers)
     file.writer.add_array("hotcold.predictor.ranks", [recipe.rank] * n_layers)
-    file.writer.add_array("hotcold.hot.counts", [len(hot) for hot in recipe.hot])
-    file.writer.add_array("hotcold.hot.neurons", [i for hot in recipe.hot for i in hot] or [0])
+    hot_sets = [*recipe.hot, *[()] * n_layers][:n_layers]
+    file.writer.add_array("hotcold.hot.counts", [len(hot) for hot in hot_sets])
+    file.writer.add_array("hotcold.hot.neurons", [i for hot in hot_sets for i in hot] or [0])
     file.tensor("token_embd", model.model.embed_tokens.weight)
     file.tensor("output", model.model.embed_tokens.weight)
     file.tensor("output_norm", model.model.norm.weight)

@@ -54,6 +54,56 @@ def test_the_cpu_engines_tokens(bundle, mode, name):
     assert greedy(hybrid, 40) == greedy(Engine.load(bundle.path, mode, 2, n_ctx=64), 40)
 
 
+# Layers without cold neurons before, between and after those with some: one run of the device each.
+DEEP_PLANS = {
+    "whole, split, whole, whole, split": (ALL, SOME, ALL, ALL, SOME),
+    "split, whole, split, whole, whole": (SOME, ALL, NONE, ALL, ALL),
+    "whole, split, whole, CPU, CPU": (ALL, SOME, ALL, ON_CPU, ON_CPU),
+    "whole, whole, split, split, CPU": (ALL, ALL, SOME, SOME, ON_CPU),
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", DEEP_PLANS)
+def test_runs_of_whole_layers(make_bundle, mode, name):
+    bundle = make_bundle(n_layers=5)
+    hybrid = HybridEngine.load(bundle.path, plan(*DEEP_PLANS[name]), mode, "cpu", 2, n_ctx=64)
+    engine = Engine.load(bundle.path, mode, 2, n_ctx=64)
+    assert greedy(hybrid, 30) == greedy(engine, 30)
+    got, expected = hybrid.stats(), engine.stats()
+    assert np.array_equal(got.predicted, expected.predicted)
+    assert np.abs(got.fired - expected.fired).max() <= 4
+    measured, splits = hybrid.measured(), sum(layer is SOME or layer is NONE for layer in DEEP_PLANS[name])
+    assert measured.handovers + measured.skipped_handovers == splits * 30
+    assert (measured.hot_s > 0) == (measured.cold_s > 0) == (splits > 0)
+
+
+def test_a_share_comes_back_for_some_tokens_and_not_for_others(make_bundle):
+    """Two layers with a single cold neuron each, so that a step follows hand-overs of both kinds."""
+    bundle = make_bundle(n_layers=5)
+    layers = (split(*range(1, D_FF)), split(*range(D_FF - 1)), ALL, ALL, split(*range(D_FF - 1)))
+    hybrid = HybridEngine.load(bundle.path, plan(*layers), "predicted", "cpu", 1, n_ctx=64)
+    assert greedy(hybrid, 40) == greedy(Engine.load(bundle.path, "predicted", 1, n_ctx=64), 40)
+    measured = hybrid.measured()
+    assert measured.handovers > 10 and measured.skipped_handovers > 10
+
+
+@pytest.mark.parametrize(("layers", "handovers", "extra"), [
+    ((ALL, ALL, ALL, ALL, ALL), 0, 1),
+    ((ALL, SOME, ALL, ALL, SOME), 2, 1),
+    ((SOME, SOME, SOME, SOME, SOME), 5, 1),
+    ((ALL, SOME, ALL, ON_CPU, ON_CPU), 1, 2),
+])  # fmt: skip
+def test_recorded_steps_of_a_token(make_bundle, monkeypatch, layers, handovers, extra):
+    """Each takes some 10 us of the host: two per hand-over, one to the end, one after layers on the CPU."""
+    keys: list[object] = []
+    hybrid = HybridEngine.load(make_bundle(n_layers=5).path, plan(*layers), "predicted", "cpu", 1, n_ctx=64)
+    hybrid.prefill(IDS[:3])
+    monkeypatch.setattr(hybrid._graphs, "run", lambda key, step: (keys.append(key), step()))
+    hybrid.decode(7)
+    assert len(keys) == len(set(keys)) == 2 * handovers + extra
+
+
 @pytest.mark.parametrize("layers", [(ALL, ALL), (ALL, ON_CPU), (ON_CPU, ON_CPU)])
 def test_the_cpu_engines_tokens_in_dense_mode(bundle, layers):
     hybrid = HybridEngine.load(bundle.path, plan(*layers), "dense", "cpu", 1, n_ctx=64)
