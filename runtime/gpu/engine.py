@@ -217,7 +217,7 @@ class GpuEngine:
         fired = stats.fired.sum() / all_neurons if self.mode != "dense" else 1.0
         predicted = stats.predicted.sum() / all_neurons if self.mode == "predicted" else 1.0
         position = self.position if position is None else position
-        attention = sum(w.nbytes for layer in weights.layers for w in (layer.q, layer.k, layer.v, layer.o))
+        attention = sum(w.nbytes for layer in weights.layers for w in (*layer.qkv, layer.o))
         predictors = [layer.predictor for layer in weights.layers if layer.predictor]
         ffns = [layer.ffn for layer in weights.layers if layer.ffn]
         return {

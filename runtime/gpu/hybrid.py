@@ -100,7 +100,7 @@ class HybridEngine(GpuEngine):
         self._steps = _steps(n_cold[: self._cpu.first])
         self._staging = Staging(self.device, len(self._steps) - 1, d, max(n_cold))
         # Decoding a quantised matrix for a dense product would take memory that the plan has no room for.
-        quantised = any(not layer.q.data.is_floating_point() for layer in self._weights.layers)
+        quantised = any(not layer.o.data.is_floating_point() for layer in self._weights.layers)
         self._block = MAX_TOKENS if quantised else MAX_BLOCK
         self.telemetry = Telemetry()
 

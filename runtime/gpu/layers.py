@@ -99,14 +99,7 @@ class Layers:
         positions that are looked at.
         """
         layer = self.weights.layers[i]
-        q, k, v = (
-            self._heads(h, w, bias, norm)
-            for w, bias, norm in (
-                (layer.q, layer.q_bias, layer.q_norm),
-                (layer.k, layer.k_bias, layer.k_norm),
-                (layer.v, layer.v_bias, None),
-            )
-        )
+        q, k, v = self._projections(h, layer)
         keys, values = self.cache.keys[i], self.cache.values[i]
         q = self.ops.turn(q, k, v, self._cos, self._sin, positions, keys, values)
         if len(q) <= MAX_TOKENS:
@@ -115,10 +108,17 @@ class Layers:
             mixed = self._attend_many(q, keys[:, :seen], values[:, :seen], positions, layer.window)
         return _plus(self.dot(mixed, layer.o), layer.o_bias)
 
-    def _heads(self, h: Tensor, w: Rows, bias: Tensor | None, norm: Tensor | None) -> Tensor:
-        """One projection of h, [tokens, heads, head_dim]."""
-        heads = _plus(self.dot(h, w), bias).unflatten(-1, (-1, self.shape.head_dim))
-        return heads if norm is None else self.norm(heads.flatten(0, 1), norm).view_as(heads)
+    def _projections(self, h: Tensor, layer: DeviceLayer) -> list[Tensor]:
+        """q, k and v of h, each [tokens, heads, head_dim]."""
+        products = [self.dot(h, rows) for rows in layer.qkv]
+        qkv = _plus(products[0] if len(products) == 1 else torch.cat(products, -1), layer.qkv_bias)
+        shape, found = self.shape, []
+        counts = (shape.n_heads, shape.n_kv_heads, shape.n_kv_heads)
+        parts = qkv.split([n * shape.head_dim for n in counts], -1)
+        for part, norm in zip(parts, (layer.q_norm, layer.k_norm, None), strict=True):
+            heads = part.contiguous().unflatten(-1, (-1, shape.head_dim))
+            found.append(heads if norm is None else self.norm(heads.flatten(0, 1), norm).view_as(heads))
+        return found
 
     def _attend_many(self, q: Tensor, keys: Tensor, values: Tensor, positions: Tensor, window: int) -> Tensor:
         """`attend` for a block of a prompt, by torch; keys and values are [kv_heads, seen, head_dim].

@@ -43,7 +43,7 @@ def _products(weights: DeviceWeights, mode: str) -> list[Rows]:
     """Matrices that are read as a whole."""
     products = [weights.head]
     for layer in weights.layers:
-        products += [layer.q, layer.k, layer.v, layer.o]
+        products += [*layer.qkv, layer.o]
         products += [layer.predictor.fc1, layer.predictor.fc2] if layer.predictor else []
         if layer.ffn and mode != "predicted":
             products.append(layer.ffn.gate)

@@ -17,7 +17,7 @@ from hotcold.convert.quantize import dequantize
 from hotcold.errors import FormatError, ShapeError, UnsupportedError
 from hotcold.runtime.shape import ModelShape, activation_thresholds, read_predictors
 from hotcold.runtime.triton.reference import PLAIN_RELU
-from hotcold.runtime.triton.rows import Rows
+from hotcold.runtime.triton.rows import Rows, joined
 
 __all__ = ["DeviceFfn", "DeviceLayer", "DevicePredictor", "DeviceWeights", "read_weights"]
 
@@ -49,13 +49,9 @@ class DeviceLayer:
 
     attn_norm: Tensor  # [d_model]
     ffn_norm: Tensor
-    q: Rows
-    k: Rows
-    v: Rows
+    qkv: tuple[Rows, ...]  # q, k and v as one matrix, or apart where their types differ
+    qkv_bias: Tensor | None
     o: Rows
-    q_bias: Tensor | None
-    k_bias: Tensor | None
-    v_bias: Tensor | None
     o_bias: Tensor | None
     q_norm: Tensor | None  # [head_dim], of each head
     k_norm: Tensor | None
@@ -87,7 +83,7 @@ class DeviceWeights:
 
 
 def _parts(layer: DeviceLayer) -> list[Rows | Tensor]:
-    parts: list[Rows | Tensor] = [layer.attn_norm, layer.ffn_norm, layer.q, layer.k, layer.v, layer.o]
+    parts: list[Rows | Tensor] = [layer.attn_norm, layer.ffn_norm, *layer.qkv, layer.o]
     if layer.ffn:
         parts += [layer.ffn.gate, layer.ffn.up, layer.ffn.down]
     if layer.predictor:
@@ -118,14 +114,16 @@ class _Reader:
 
     def rows(self, name: str, n: int, width: int, order: np.ndarray | None = None) -> Rows:
         """The matrix [n, width], or its rows `order`. A leading dimension of one expert is dropped."""
+        return self.host_rows(name, n, width, order).to(self.device)
+
+    def host_rows(self, name: str, n: int, width: int, order: np.ndarray | None = None) -> Rows:
+        """The same in main memory."""
         tensor = self._tensor(name, (n, width))
         if tensor.type in _KEPT:
             rows = Rows.from_gguf(tensor.type, np.asarray(tensor.data), width)
         else:
             rows = Rows.of(torch.from_numpy(np.array(dequantize(tensor))).reshape(n, width).half())
-        if order is not None:
-            rows = rows.take(torch.from_numpy(order.astype(np.int64)))
-        return rows.to(self.device)
+        return rows if order is None else rows.take(torch.from_numpy(order.astype(np.int64)))
 
     def _tensor(self, name: str, shape: tuple[int, ...]) -> object:
         if name not in self.file.tensors:
@@ -208,13 +206,12 @@ def _read_layer(
     predictors: list | None,
     firing: float,
 ) -> DeviceLayer:
-    block, d, heads = f"blk.{i}", shape.d_model, shape.n_heads * shape.head_dim
+    block, d = f"blk.{i}", shape.d_model
     return DeviceLayer(
         attn_norm=reader.vector(f"{block}.attn_norm.weight", d),
         ffn_norm=reader.vector(f"{block}.ffn_norm.weight", d),
-        **_read_projections(reader, shape, block),
+        **_read_attention(reader, shape, block),
         window=shape.windows[i],
-        o=reader.rows(f"{block}.attn_output.weight", d, heads),
         ffn=_read_ffn(reader, shape, block, order, n_hot) if n_hot else None,
         predictor=_read_predictor(reader, shape, i, order, predictors[i]) if predictors else None,
         firing=max(firing, PLAIN_RELU),
@@ -222,19 +219,37 @@ def _read_layer(
     )
 
 
-def _read_projections(reader: _Reader, shape: ModelShape, block: str) -> dict[str, Rows | Tensor | None]:
-    """q, k and v with their biases, and the norms of their heads."""
-    parts: dict[str, Rows | Tensor | None] = {}
+def _read_attention(reader: _Reader, shape: ModelShape, block: str) -> dict[str, object]:
+    """The projections with their biases, and the norms of q's and k's heads."""
+    qkv, qkv_bias = _read_qkv(reader, shape, block)
+    norms = {
+        f"{slot}_norm": reader.vector(f"{block}.attn_{slot}_norm.weight", shape.head_dim)
+        if shape.form.head_norm
+        else None
+        for slot in ("q", "k")
+    }
+    return norms | {
+        "qkv": qkv,
+        "qkv_bias": qkv_bias,
+        "o": reader.rows(f"{block}.attn_output.weight", shape.d_model, shape.n_heads * shape.head_dim),
+        "o_bias": reader.bias(f"{block}.attn_output.bias", shape.d_model),
+    }
+
+
+def _read_qkv(reader: _Reader, shape: ModelShape, block: str) -> tuple[tuple[Rows, ...], Tensor | None]:
+    """The rows of q, k and v, one matrix where their types allow it, joined in main memory; their biases."""
+    rows, biases = [], []
     for slot, n_heads in (("q", shape.n_heads), ("k", shape.n_kv_heads), ("v", shape.n_kv_heads)):
         name, n = f"{block}.attn_{slot}", n_heads * shape.head_dim
         order = _halves(n_heads, shape) if shape.form.interleaved and slot != "v" else None
-        parts[slot] = reader.rows(f"{name}.weight", n, shape.d_model, order)
-        parts[f"{slot}_bias"] = reader.bias(f"{name}.bias", n, order)
-    for slot in ("q", "k"):
-        name = f"{block}.attn_{slot}_norm.weight"
-        parts[f"{slot}_norm"] = reader.vector(name, shape.head_dim) if shape.form.head_norm else None
-    parts["o_bias"] = reader.bias(f"{block}.attn_output.bias", shape.d_model)
-    return parts
+        rows.append(reader.host_rows(f"{name}.weight", n, shape.d_model, order))
+        biases.append(reader.bias(f"{name}.bias", n, order))
+    has_bias = any(bias is not None for bias in biases)
+    whole = [
+        torch.zeros(part.n, device=reader.device) if bias is None else bias
+        for part, bias in zip(rows, biases, strict=True)
+    ]
+    return tuple(part.to(reader.device) for part in joined(rows)), torch.cat(whole) if has_bias else None
 
 
 def _halves(n_heads: int, shape: ModelShape) -> np.ndarray:

@@ -8,6 +8,7 @@ it is loaded; GGUF pairs weight i with i+16.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from hotcold.errors import ShapeError, UnsupportedError
 
-__all__ = ["FLOAT", "Q4_0", "Q8_0", "Rows"]
+__all__ = ["FLOAT", "Q4_0", "Q8_0", "Rows", "joined"]
 
 FLOAT, Q8_0, Q4_0 = 0, 1, 2  # what `kind` may be; the kernels know the same numbers
 
@@ -109,6 +110,18 @@ class Rows:
             quants = torch.stack([self.data & 15, self.data >> 4], -1).flatten(1).to(torch.int8) - 8
         blocks = quants.float().unflatten(1, (-1, _BLOCK)) * self.scales.float()[..., None]
         return blocks.flatten(1).to(dtype)
+
+
+def joined(parts: Sequence[Rows]) -> list[Rows]:
+    """One matrix of the rows of all, for one kernel to read; where types differ, `parts` as they are."""
+    first = parts[0]
+    if any(
+        (part.kind, part.data.dtype, part.width) != (first.kind, first.data.dtype, first.width)
+        for part in parts
+    ):
+        return list(parts)
+    data, scales = (torch.cat([getattr(part, name) for part in parts]) for name in ("data", "scales"))
+    return [Rows(data, scales, first.kind, first.width)]
 
 
 def _whole_rows(data: np.ndarray, row_bytes: int, width_fits: bool) -> np.ndarray:

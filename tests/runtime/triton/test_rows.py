@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from hotcold.errors import ShapeError, UnsupportedError
-from hotcold.runtime.triton.rows import Rows
+from hotcold.runtime.triton.rows import Rows, joined
 
 
 @pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q8_0", "Q4_0"])
@@ -20,6 +20,20 @@ def test_dequantizes_as_gguf_does(kind):
     assert rows.nbytes == packed.nbytes and rows.row_bytes == packed.nbytes // 5
     few = rows.take(torch.tensor([3, 1]))
     assert torch.equal(few.dequantize(), rows.dequantize()[[3, 1]]) and few.n == 2
+
+
+@pytest.mark.parametrize("kind", ["BF16", "Q8_0", "Q4_0"])
+def test_joined_where_types_allow_it(kind):
+    def packed(name, n):
+        values = np.random.default_rng(n).standard_normal((n, 64)).astype(np.float32)
+        quantised = gguf.quants.quantize(values, gguf.GGMLQuantizationType[name])
+        return Rows.from_gguf(name, quantised, 64)
+
+    parts = [packed(kind, 3), packed(kind, 2)]
+    (whole,) = joined(parts)
+    assert whole.kind == parts[0].kind and whole.nbytes == sum(part.nbytes for part in parts)
+    assert torch.equal(whole.dequantize(), torch.cat([part.dequantize() for part in parts]))
+    assert joined([*parts, packed("F16", 2)])[:2] == parts
 
 
 def test_errors():
