@@ -48,6 +48,8 @@ CANDIDATES: dict[str, list[Tiles]] = {
         _rows(2, 128),
         _rows(4, 64),
         _rows(4, 128),
+        _rows(8, 64),
+        _rows(8, 32),
     ],
     "listed": [
         _rows(1, 64, PROGRAMS=1056),
