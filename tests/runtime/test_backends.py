@@ -15,7 +15,7 @@ from hotcold.errors import FormatError, InputError, MismatchError, UnsupportedEr
 from hotcold.predictor.bundle import LayerPredictor, PredictorBundle
 from hotcold.runtime.backends import BackendOptions, make_placement, open_engine
 from hotcold.runtime.engine import Engine
-from hotcold.runtime.gpu.device import free_bytes, open_device, parse_budget
+from hotcold.runtime.gpu.device import free_bytes, open_device, parse_budgets
 from hotcold.runtime.placement import PlacedLayer, Placement
 from hotcold.runtime.placement_file import gpuidx_path, load_placement, save_placement
 
@@ -92,7 +92,7 @@ def test_dry_run_prints_the_plan_and_loads_nothing(sized, capsys, monkeypatch):
     assert main([*arguments, "--vram-budget", "100M", "--mode", "exact"]) == 0
     printed = capsys.readouterr().out
     assert "hit rate" in printed and "tokens/s expected" in printed
-    assert len(printed.splitlines()) == 1 + 2 + 1
+    assert len(printed.splitlines()) == 1 + 2 + 2
 
 
 def test_run_reports_the_telemetry(sized, capsys):
@@ -132,7 +132,7 @@ def test_errors_are_one_line(sized, capsys, arguments, message):
 
 
 PLAN = Placement(
-    (PlacedLayer(True, np.array([1, 4], np.int32), 8), PlacedLayer(False, np.empty(0, np.int32), 8)), 100
+    (PlacedLayer(True, np.array([1, 4], np.int32), 8), PlacedLayer(False, np.empty(0, np.int32), 8)), (100,)
 )
 
 
@@ -140,7 +140,7 @@ def test_a_plan_is_read_as_it_was_written(tmp_path):
     save_placement(PLAN, tmp_path / "plan.json", "f" * 64)
     read = load_placement(tmp_path / "plan.json", 2, 8, "f" * 64)
     assert [layer.hot.tolist() for layer in read.layers] == [[1, 4], []]
-    assert [layer.on_device for layer in read.layers] == [True, False] and read.budget == 100
+    assert [layer.on_device for layer in read.layers] == [True, False] and read.budgets == (100,)
     with pytest.raises(MismatchError, match="a plan for another model"):
         load_placement(tmp_path / "plan.json", 2, 8, "e" * 64)
     with pytest.raises(MismatchError, match="a plan for another model"):
@@ -175,9 +175,9 @@ def test_broken_plans(tmp_path, field, value, message):
 
 def test_budgets():
     device = open_device("cpu")
-    assert parse_budget("1M", device) == 1 << 20
-    assert 0 < parse_budget("auto", device) <= 2 * free_bytes(device)
-    with pytest.raises(UnsupportedError, match="more than is free"):
-        parse_budget("99999T", device)
+    assert parse_budgets("1M", [device]) == [1 << 20]
+    assert 0 < parse_budgets("auto", [device])[0] <= 2 * free_bytes(device)
+    with pytest.raises(UnsupportedError, match=r"cpu: --vram-budget is more than is free"):
+        parse_budgets("99999T", [device])
     with pytest.raises(InputError, match="unknown backend"):
         BackendOptions("tpu")

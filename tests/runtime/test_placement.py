@@ -11,14 +11,16 @@ from hypothesis import strategies as st
 
 from hotcold.errors import InputError, UnsupportedError
 from hotcold.runtime import placement_solver
-from hotcold.runtime.placement import Costs, FfnTime, LayerLoad, Problem, parse_bytes, place, place_layers
+from hotcold.runtime.placement import Costs, FfnTime, LayerLoad, Problem, place, place_layers
+from hotcold.runtime.placement_devices import Fixed
+from hotcold.runtime.sizes import parse_bytes
 
 COSTS = Costs(device_bandwidth=1e9, cpu_bandwidth=1e8, handover_s=1e-5, split_s=2e-6)
 
 
 def problem(frequencies, budget, *, neuron_bytes=100, frame=1000, fixed=500, costs=COSTS):
     layers = [LayerLoad(np.asarray(f, np.float32), neuron_bytes, frame, frame) for f in frequencies]
-    return Problem(layers, fixed, fixed, budget, costs)
+    return Problem(layers, Fixed(fixed), fixed, (budget,), costs)
 
 
 @st.composite
@@ -42,7 +44,7 @@ def problems(draw):
 @given(problems())
 def test_budget_homes_and_least(of):
     plan = place(of)
-    assert plan.device_bytes <= of.budget
+    assert plan.device_bytes <= of.budgets[0]
     assert len(plan.layers) == len(of.layers)
     for layer, load in zip(plan.layers, of.layers, strict=True):
         both = np.concatenate([layer.hot, layer.cold])
@@ -74,15 +76,17 @@ def test_a_solution_is_read_as_neurons_within_the_budget(budget, neurons):
 def test_no_worse_than_all_ways_to_cut(of):
     """Small enough to try every number of groups in every layer."""
     layers = of.layers[:2]
-    of = Problem(layers, of.fixed_bytes, 0, min(of.budget, 20_000), of.costs)
-    times = [FfnTime(layer, of.costs) for layer in layers[: of.n_framed]]
+    of = Problem(layers, of.fixed, 0, (min(of.budgets[0], 20_000),), of.costs)
+    left = of.budgets[0] - of.fixed.first
+    n_framed = min(len(layers), left // 1000)
+    times = [FfnTime(layer, of.costs) for layer in layers[:n_framed]]
     best = np.inf
     choices = [
         [n for n in sorted({*range(0, t.layer.d_ff, 20), t.layer.d_ff, t.least}) if n == 0 or n >= t.least]
         for t in times
     ]
     for counts in itertools.product(*choices):
-        if sum(counts) * 100 <= of.ffn_budget:
+        if sum(counts) * 100 <= left - 1000 * n_framed:
             best = min(best, sum(t.total(n) for t, n in zip(times, counts, strict=True)))
     plan = place(of)
     found = sum(t.total(len(layer.hot)) for t, layer in zip(times, plan.layers, strict=False))
@@ -123,7 +127,7 @@ def test_the_greedy_answer_stands_in_for_the_solver(monkeypatch):
     monkeypatch.setattr(placement_solver, "solver_counts", lambda *_: None)
     of = problem([np.linspace(0, 1, 100)] * 4, 500 + 4000 + 150 * 100)
     plan = place(of)
-    assert plan.method == "greedy" and plan.device_bytes <= of.budget
+    assert plan.method == "greedy" and plan.device_bytes <= of.budgets[0]
     assert sum(len(layer.hot) for layer in plan.layers) > 100
 
 

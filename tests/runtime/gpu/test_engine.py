@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from hotcold.errors import InputError, UnsupportedError
 from hotcold.runtime.engine import Engine
 from hotcold.runtime.gpu import engine as gpu_engine
+from hotcold.runtime.gpu import stage as gpu_stage
 from hotcold.runtime.gpu.engine import GpuEngine
 from hotcold.runtime.reference import ReferenceEngine
 
@@ -97,7 +98,7 @@ def test_through_the_triton_kernels(bundle, monkeypatch):
     from hotcold.runtime.triton import ops
 
     expected = GpuEngine.load(bundle.path, "predicted", "cpu", n_ctx=16).prefill(IDS[:3])
-    monkeypatch.setattr(gpu_engine, "operators", lambda device: ops)
+    monkeypatch.setattr(gpu_stage, "operators", lambda device: ops)
     device = GpuEngine.load(bundle.path, "predicted", "cpu", n_ctx=16)
     for token in IDS[:3]:
         logits = device.decode(token)
@@ -122,11 +123,11 @@ def test_a_layer_is_few_launches(bundle, monkeypatch, mode, most):
     """Launches take as long as reading the weights where a layer is many small ones."""
     from hotcold.runtime.triton import ops
 
-    monkeypatch.setattr(gpu_engine, "operators", lambda device: ops)
+    monkeypatch.setattr(gpu_stage, "operators", lambda device: ops)
     device = GpuEngine.load(bundle.path, mode, "cpu", n_ctx=16)
     device.prefill(IDS[:1])
     with torch.inference_mode(), Launches() as launches:
-        device._one_token(16)
+        device._stages[0]._one_token(16)
     assert len(launches.names) <= 2 * most + 5, launches.names
 
 
