@@ -2,7 +2,8 @@
 
 Sides are loaded one after the other, as two of them may not fit: a machine with a GPU is taken to be quiet,
 and the spread over the rounds tells whether it was. Every side decodes the same text, fed token by token.
-Peak memory is what torch's allocator held at most; the plan's is what `runtime/gpu/plan.py` expected.
+Peak memory is what torch's allocator held at most; the plan's is what `runtime/gpu/plan.py` expected, and for
+accelerate the weights that stay on the device.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import gc
 import math
 import time
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,14 +29,16 @@ from hotcold.progress import Progress
 from hotcold.runtime.backends import BackendOptions, make_placement, open_engine
 from hotcold.runtime.bundle_files import file_of_role
 
-__all__ = ["GpuRow", "GpuSide", "bench_gpu", "sides_of"]
+__all__ = ["PEERS", "GpuRow", "GpuSide", "bench_gpu", "sides_of"]
+
+PEERS = ("llama.cpp", "accelerate")
 
 
 @dataclass(frozen=True, slots=True)
 class GpuSide:
-    """What is measured: a backend in a mode. `budget` is in bytes, for `hybrid` and llama.cpp."""
+    """What is measured: a backend in a mode. `budget` is in bytes, for all but `gpu`."""
 
-    backend: str  # gpu, hybrid, or llama.cpp
+    backend: str  # gpu, hybrid, or one of PEERS
     mode: str
     budget: int | None = None
     share: float | None = None  # of the model's bytes, if the budget is that
@@ -74,7 +78,7 @@ def sides_of(
     `dense` is among the hybrid modes as the baseline: whole layers on either side. InputError for unknown
     names.
     """
-    known = ("gpu", "hybrid", "llama.cpp")
+    known = ("gpu", "hybrid", *PEERS)
     for backend in backends:
         if backend not in known:
             raise InputError("unknown backend", got=backend, expected=" | ".join(known))
@@ -82,8 +86,7 @@ def sides_of(
     sides = [GpuSide("gpu", mode) for mode in modes] if "gpu" in backends else []
     for share in shares if set(backends) - {"gpu"} else ():
         budget = int(share * total)
-        if "llama.cpp" in backends:
-            sides.append(GpuSide("llama.cpp", "", budget, share))
+        sides += [GpuSide(peer, "", budget, share) for peer in PEERS if peer in backends]
         if "hybrid" in backends:
             sides += [GpuSide("hybrid", mode, budget, share) for mode in modes]
     return sides
@@ -123,6 +126,8 @@ def _measure(
     if side.backend == "llama.cpp":
         return _time(side, _llama_cpp(bundle, side, device, n_threads, n_ctx), texts, progress)
     _forget_peak(device)
+    if side.backend == "accelerate":
+        return _time_accelerate(bundle, side, device, texts, progress)
     options = BackendOptions(side.backend, device, str(side.budget) if side.budget else "auto")
     engine = open_engine(bundle, side.mode, n_threads, n_ctx, options)
     row = _time(side, engine, texts, progress)
@@ -134,7 +139,7 @@ def _measure(
         bytes_per_token=per_token,
         bandwidth_share=row.generation.median * per_token / bandwidth if side.backend == "gpu" else None,
         sparsity=None if side.mode == "dense" or math.isnan(stats.sparsity) else stats.sparsity,
-        peak_bytes=torch.cuda.max_memory_allocated(device) if _is_gpu(device) else None,
+        peak_bytes=_peak(device),
         planned_bytes=placement.device_bytes if placement else None,
         expected_tok_s=placement.tokens_per_second if placement else None,
         telemetry=engine.measured().as_json() if placement else None,
@@ -179,6 +184,17 @@ def _llama_cpp(bundle: str | Path, side: GpuSide, device: str, n_threads: int, n
     return LlamaCpp(path, n_threads=n_threads, n_ctx=n_ctx, n_gpu_layers=n_layers)
 
 
+def _time_accelerate(
+    bundle: str | Path, side: GpuSide, device: str, texts: Sequence[Segment], progress: Progress
+) -> GpuRow:
+    """transformers with accelerate at the same budget, all of whose memory on the device is torch's."""
+    from hotcold.eval.peers.offloading import Accelerate  # brings transformers, which no other side needs
+
+    with closing(Accelerate(file_of_role(bundle, "dense"), device=device, budget=side.budget)) as peer:
+        row = _time(side, peer, texts, progress)
+        return replace(row, peak_bytes=_peak(device), planned_bytes=peer.device_bytes)
+
+
 def _is_gpu(device: str) -> bool:
     return torch.device(device).type == "cuda"
 
@@ -186,6 +202,10 @@ def _is_gpu(device: str) -> bool:
 def _forget_peak(device: str) -> None:
     if _is_gpu(device):
         torch.cuda.reset_peak_memory_stats(device)
+
+
+def _peak(device: str) -> int | None:
+    return torch.cuda.max_memory_allocated(device) if _is_gpu(device) else None
 
 
 def as_table(rows: Sequence[GpuRow]) -> str:

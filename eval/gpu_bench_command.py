@@ -12,8 +12,9 @@ if TYPE_CHECKING:
     import numpy as np
 
 HELP = (
-    "Measure decoding with a GPU: each mode on the GPU alone, and hybrid at shares of the model's size, "
-    "where `dense` is whole layers on either side. With telemetry, and peak memory beside the plan's."
+    "Measure decoding with a GPU: each mode on the GPU alone, and at shares of the model's size hybrid, "
+    "where `dense` is whole layers on either side, llama.cpp, and transformers with accelerate's offloading. "
+    "With telemetry, and peak memory beside the plan's."
 )
 EXAMPLE = "hotcold bench-gpu --bundle demo/bundle --backends gpu,hybrid --budgets 25,50,75"
 
@@ -24,7 +25,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     model.add_argument("--bundle", metavar="DIR", help="a folder that `hotcold export` wrote")
     model.add_argument("--synthetic", metavar="SHAPE", help="random weights, as `hotcold bench` makes them")
     add = parser.add_argument
-    add("--backends", default="gpu,hybrid", metavar="LIST", help="of gpu, hybrid, llama.cpp (%(default)s)")
+    add(
+        "--backends", default="gpu,hybrid", metavar="LIST",
+        help="of gpu, hybrid, llama.cpp, accelerate (%(default)s)",
+    )  # fmt: skip
     add("-m", "--modes", default="dense,exact,predicted", metavar="LIST", help="(%(default)s)")
     add("--budgets", default="25,50,75", metavar="LIST", help="percent of the model's bytes (%(default)s)")
     add("--device", default="cuda", help="cuda, cuda:N, or cpu for a dry run (%(default)s)")
@@ -76,7 +80,7 @@ def _measure(args: argparse.Namespace, scratch: Path) -> tuple[dict, str]:
     bandwidth = device_bandwidth(device, threads)
     where = {"device": args.device, "n_threads": threads}
     if args.check:
-        sides = [side for side in sides if side.backend != "llama.cpp"]
+        sides = [side for side in sides if side.backend not in gpu_bench.PEERS]
         rows = agreement.agreement(bundle, sides, ids[: args.n_prompt], args.n_gen, **where)
         table = agreement.as_table(rows)
     else:

@@ -50,6 +50,9 @@ PARTS = (
     Part("gpu-7b-8l", 180, _decode("llama-2-7b", "gpu", *_FEW)),
     Part("hybrid-7b", 150, _decode("llama-2-7b", "hybrid", *_FEW, "-m", "dense,predicted", "-r", "3")),
     Part("hybrid-13b", 240, _decode("llama-2-13b", "hybrid", *_FEW, "-m", "dense,predicted", "-r", "3")),
+    # Every token of these brings gigabytes over the bus: few of them, and none of the others' time at stake.
+    Part("accelerate-7b", 150, _decode("llama-2-7b", "accelerate", *_FEW, "-n", "8", "-r", "3")),
+    Part("accelerate-13b", 240, _decode("llama-2-13b", "accelerate", *_FEW, "-n", "8", "-r", "3")),
     Part("gpu-7b", 420, _decode("llama-2-7b", "gpu", "-r", "3")),
 )  # fmt: skip
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hotcold import checkpoint, storage
-from hotcold.convert.export import ExportOptions, export_bundle
+from hotcold.convert.export import ExportOptions, export_bundle, export_file
 from hotcold.convert.hf_checkpoint import HFCheckpoint
 from hotcold.predictor.bundle import PredictorBundle
 
@@ -100,6 +101,20 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def lossy_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Its predictors miss the neurons whose gates are barely open."""
     return write_bundle(tmp_path_factory.mktemp("lossy"), threshold=0.5)
+
+
+@pytest.fixture(scope="session")
+def make_dense_file(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Write a model with these changes of its config as a dense GGUF file in F16."""
+
+    def make(**changes: object) -> Path:
+        folder, tokenizer = tmp_path_factory.mktemp("model"), make_tokenizer()
+        checkpoint.save(make_model(tokenizer.get_vocab_size(), **changes), tokenizer, folder)
+        path, options = folder / "tiny.gguf", ExportOptions(quant="f16")
+        export_file(HFCheckpoint(folder), path, "dense", name="tiny", fingerprint="0" * 64, options=options)
+        return path
+
+    return make
 
 
 @pytest.fixture(scope="session")

@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 
 from hotcold.cli import main
+from hotcold.convert.gguf_read import GGUFFile
 from hotcold.errors import InputError, MismatchError, UnsupportedError
 from hotcold.eval import agreement, kernel_bench
 from hotcold.eval.gpu_bench import GpuSide, sides_of
 from hotcold.eval.kernel_bench import KernelPlan, KernelRow, check_kernels
 from hotcold.eval.peers.llama_cpp import LlamaCpp
 from hotcold.eval.synthetic import Synthetic, write_synthetic
+from hotcold.runtime.bundle_files import file_of_role
 from hotcold.runtime.gpu.device import open_device
 from hotcold.runtime.triton import ops
 
@@ -103,10 +105,22 @@ def test_bench_gpu(synthetic, capsys, tmp_path):
     assert rows["gpu predicted"]["sparsity"] > 0.3
 
 
+def test_bench_gpu_with_accelerate(synthetic, capsys):
+    arguments = ["bench-gpu", "--synthetic", "smollm2-135m", "--layers", "1", "--device", "cpu", "-t", "1"]
+    sizes = ["-r", "2", "-p", "3", "-n", "4", "--budgets", "50,900", "--cache", str(synthetic.parent)]
+    assert main([*arguments, *sizes, "--backends", "accelerate", "-o", "json"]) == 0
+    little, much = json.loads(capsys.readouterr().out)["rows"]
+    assert (little["name"], much["name"]) == ("accelerate 50%", "accelerate 900%")
+    assert little["generation"]["median"] > 0 and little["prompt"]["median"] > 0
+    assert little["planned_bytes"] == 0  # no room beside that for the embedding, the largest layer
+    weights = sum(t.data.nbytes for t in GGUFFile(file_of_role(synthetic, "dense")).tensors.values())
+    assert much["planned_bytes"] == pytest.approx(weights, rel=0.01)
+
+
 def test_sides(synthetic):
-    sides = sides_of(synthetic, ["hybrid", "llama.cpp"], ["exact"], [0.5])
-    assert [side.name for side in sides] == ["llama.cpp 50%", "hybrid 50% exact"]
-    assert sides[0].budget == sides[1].budget > 1 << 20
+    sides = sides_of(synthetic, ["hybrid", "accelerate", "llama.cpp"], ["exact"], [0.5])
+    assert [side.name for side in sides] == ["llama.cpp 50%", "accelerate 50%", "hybrid 50% exact"]
+    assert sides[0].budget == sides[1].budget == sides[2].budget > 1 << 20
     assert GpuSide("gpu", "dense").name == "gpu dense"
     with pytest.raises(InputError, match="unknown backend"):
         sides_of(synthetic, ["tpu"], ["exact"], [0.5])
@@ -120,8 +134,8 @@ def test_llama_cpp_without_a_gpu_says_so(synthetic):
 
 def test_the_device_says_what_the_cpu_engine_says(synthetic, capsys):
     arguments = ["bench-gpu", "--synthetic", "smollm2-135m", "--layers", "1", "--device", "cpu", "-t", "1"]
-    arguments += ["--cache", str(synthetic.parent), "-m", "predicted", "--backends", "gpu", "--check"]
-    assert main([*arguments, "-p", "3", "-n", "6", "-o", "json"]) == 0
+    arguments += ["--cache", str(synthetic.parent), "-m", "predicted", "--backends", "gpu,accelerate"]
+    assert main([*arguments, "--check", "-p", "3", "-n", "6", "-o", "json"]) == 0
     (row,) = json.loads(capsys.readouterr().out)["rows"]
     assert row["name"] == "gpu predicted" and row["tokens"] == 6 and row["worst_error"] < 0.1
     assert row["alike"] == 6 or row["lead"] < 5  # a near tie
