@@ -79,8 +79,13 @@ class GpuEngine:
         homes = whole_model(file, self.mode, self.n_ctx, parse_budgets(self._budget, self.devices))
         rest = self.shape.n_layers - len(homes)
         if rest and self._budget != "auto":
-            got, fix = f"{rest} layers too many", "raise it, or use --backend hybrid"
-            raise UnsupportedError("the model does not fit --vram-budget", where=file.path, got=got, fix=fix)
+            raise UnsupportedError(
+                "the model does not fit --vram-budget",
+                where=file.path,
+                got=f"room for {len(homes)} layers",
+                expected=self.shape.n_layers,
+                fix="raise it, or use --backend hybrid",
+            )
         # What is free is a guess: what is too much by it is tried on the last device.
         self._open_stages(file, spans([*homes, *[homes[-1] if homes else 0] * rest]))
 
