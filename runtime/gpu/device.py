@@ -49,7 +49,7 @@ def open_devices(names: str = "cuda") -> list[torch.device]:
 
 
 def on(device: torch.device) -> AbstractContextManager[None]:
-    """Makes a GPU the current one for a while: Triton, events and graphs go there, wherever tensors are."""
+    """Make a GPU the current one for a while: Triton, events and graphs go there, wherever tensors are."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 

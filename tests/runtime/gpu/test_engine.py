@@ -190,3 +190,7 @@ def test_tuning_measures_each_kind_of_matrix_once(bundle, mode, monkeypatch):
     dots = ["512x64", "64x64", "32x64", "128x32", *(["128x64"] if mode == "exact" else [])]
     kernels = [f"dot {size}" for size in dots] + ["listed 64", "down 64"]
     assert sorted(tuned) == sorted(f"{kernel} float32 kind 0 tokens 1" for kernel in kernels)
+    tuned.clear()
+    first = read_weights(file, torch.device("cpu"), range(1), with_predictors=True, with_head=False)
+    tune_weights(first, mode, ops, torch.device("cpu"))
+    assert len(tuned) == len(kernels) - 1  # the head is on another device
