@@ -235,7 +235,7 @@ def test_dense_logits_are_those_of_transformers(name, make_bundle_of, logits_of)
 
 @pytest.mark.parametrize("name", [name for name in FAMILIES if not name.startswith(("opt", "falcon"))])
 def test_on_a_device_and_the_cpu(name, make_bundle_of, logits_of):
-    """A layer on either side, torch on the CPU being the device; each has its biases, head norms and window."""
+    """A layer on either side, torch on the CPU being the device; with biases, head norms and windows."""
     all_hot, none_hot = np.arange(D_FF, dtype=np.int32), np.empty(0, np.int32)
     layers = (PlacedLayer(True, all_hot, D_FF), PlacedLayer(False, none_hot, D_FF))
     placement = Placement(layers, (1 << 30,))
