@@ -40,7 +40,7 @@ def make_problem(
         LayerLoad(frequency, -(-ffn // shape.d_ff), frame + cache, frame)
         for frequency, (ffn, frame) in zip(frequencies, by_layer, strict=True)
     ]
-    head = file.tensors[_head_name(file)].data.nbytes
+    head = _bytes_of(file, _head_name(file))
     return Problem(layers, _fixed(file, shape, n_ctx), head, tuple(budgets), costs)
 
 
@@ -62,11 +62,16 @@ def _cache_bytes(shape: ModelShape, n_ctx: int) -> int:
 
 def _fixed(file: GGUFFile, shape: ModelShape, n_ctx: int) -> Fixed:
     outer = sum(tensor.data.nbytes for name, tensor in file.tensors.items() if not name.startswith("blk."))
-    embedding = file.tensors["token_embd.weight"].data.nbytes
+    embedding = _bytes_of(file, "token_embd.weight")
     tied = embedding if _head_name(file) == "token_embd.weight" else 0
     tables = 2 * 4 * n_ctx * (shape.head_dim // 2)
     logits = 4 * shape.n_vocab
     return Fixed(embedding, outer - embedding + tied + logits, tables + _ACTIVATIONS, tied)
+
+
+def _bytes_of(file: GGUFFile, name: str) -> int:
+    """0 for a tensor that is missing: who reads it says so."""
+    return file.tensors[name].data.nbytes if name in file.tensors else 0
 
 
 def _head_name(file: GGUFFile) -> str:

@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from hotcold.convert.gguf_read import GGUFFile
-from hotcold.errors import InputError, MismatchError, UnsupportedError
+from hotcold.errors import FormatError, InputError, MismatchError, UnsupportedError
 from hotcold.runtime.engine import Engine
 from hotcold.runtime.gpu import device as gpu_device
+from hotcold.runtime.gpu import engine as gpu_engine
 from hotcold.runtime.gpu.device import open_devices, parse_budgets
 from hotcold.runtime.gpu.engine import GpuEngine, file_and_mode
 from hotcold.runtime.gpu.hybrid import HybridEngine
@@ -98,6 +99,17 @@ def test_the_second_device_is_given_nothing_of_the_first(deep, mode):
         assert engine._prompt(IDS[:20], 3).device.type == "meta"
         if mode == "dense":  # in other modes torch in place of the kernels looks at values
             assert engine._decode(IDS[:1]).shape == (1, engine.n_vocab)
+
+
+def test_a_missing_tensor_is_named(deep, monkeypatch):
+    def without_embedding(path):
+        file = GGUFFile(path)
+        del file.tensors["token_embd.weight"]
+        return file
+
+    monkeypatch.setattr(gpu_engine, "GGUFFile", without_embedding)
+    with pytest.raises(FormatError, match=r"token_embd.weight: missing tensor"):
+        GpuEngine.load(deep, "exact", "cpu")
 
 
 def hot(device: int, *neurons: int | range) -> PlacedLayer:
