@@ -28,6 +28,7 @@ from hotcold.eval.results import Spread
 from hotcold.progress import Progress
 from hotcold.runtime.backends import BackendOptions, make_placement, open_engine
 from hotcold.runtime.bundle_files import file_of_role
+from hotcold.runtime.gpu.device import open_devices
 
 __all__ = ["PEERS", "GpuRow", "GpuSide", "bench_gpu", "sides_of"]
 
@@ -195,17 +196,18 @@ def _time_accelerate(
         return replace(row, peak_bytes=_peak(device), planned_bytes=peer.device_bytes)
 
 
-def _is_gpu(device: str) -> bool:
-    return torch.device(device).type == "cuda"
+def _gpus(device: str) -> list[torch.device]:
+    return [each for each in open_devices(device) if each.type == "cuda"]
 
 
 def _forget_peak(device: str) -> None:
-    if _is_gpu(device):
-        torch.cuda.reset_peak_memory_stats(device)
+    for gpu in _gpus(device):
+        torch.cuda.reset_peak_memory_stats(gpu)
 
 
 def _peak(device: str) -> int | None:
-    return torch.cuda.max_memory_allocated(device) if _is_gpu(device) else None
+    """Of several GPUs the sum."""
+    return sum(map(torch.cuda.max_memory_allocated, _gpus(device))) or None
 
 
 def as_table(rows: Sequence[GpuRow]) -> str:

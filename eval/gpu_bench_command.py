@@ -31,7 +31,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     add("-m", "--modes", default="dense,exact,predicted", metavar="LIST", help="(%(default)s)")
     add("--budgets", default="25,50,75", metavar="LIST", help="percent of the model's bytes (%(default)s)")
-    add("--device", default="cuda", help="cuda, cuda:N, or cpu for a dry run (%(default)s)")
+    add(
+        "--device", default="cuda:0", metavar="LIST",
+        help="a GPU, or several in order, of which each has the budget: cuda:0,cuda:1; cpu for a dry run "
+        "(%(default)s)",
+    )  # fmt: skip
     add("-t", "--threads", type=int, metavar="N", help="threads of the CPU's share (default: all CPUs)")
     add("-r", "--repetitions", type=int, default=5, metavar="N", help="rounds (%(default)s)")
     add("-p", "--n-prompt", type=int, default=64, metavar="N", help="tokens per prompt (%(default)s)")
@@ -69,9 +73,9 @@ def _measure(args: argparse.Namespace, scratch: Path) -> tuple[dict, str]:
     from hotcold.eval.kernel_bench_command import device_name
     from hotcold.eval.sides import checked_modes
     from hotcold.runtime.gpu.costs import device_bandwidth
-    from hotcold.runtime.gpu.device import open_device
+    from hotcold.runtime.gpu.device import open_devices
 
-    device = open_device(args.device)
+    device = open_devices(args.device)[0]
     plan, threads = Plan(args.repetitions, args.n_prompt, args.n_gen), machine.thread_count(args.threads)
     modes = checked_modes(args.modes, ("dense", "exact", "predicted"))
     shares = [_percent(text) for text in args.budgets.split(",") if text.strip()]

@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--save", required=True, metavar="FILE", help="write the results to this file, part by part")
     add("--parts", metavar="LIST", help="which parts, in their fixed order (default: all)")
     add("--minutes", type=float, default=9.0, metavar="M", help="for all of them (%(default)s)")
-    add("--device", default="cuda", help="cuda, cuda:N, or cpu for a dry run (%(default)s)")
+    add("--device", default="cuda:0", help="cuda:N, or cpu for a dry run (%(default)s)")
     add("--cache", metavar="DIR", help="keep the synthetic files here for the parts that follow")
 
 

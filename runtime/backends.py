@@ -62,12 +62,17 @@ def add_backend_arguments(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add(
         "--backend", choices=BACKENDS, default="cpu",
-        help="cpu; gpu: all on one device; hybrid: hot neurons there, cold ones on the CPU (%(default)s)",
+        help="cpu; gpu: all on GPUs; hybrid: hot neurons there, cold ones on the CPU (%(default)s)",
     )  # fmt: skip
     add(
-        "--device", default="cuda", help="cuda, cuda:N, or cpu, where torch stands in for a GPU (%(default)s)"
-    )
-    add("--vram-budget", default="auto", metavar="SIZE", help="hybrid: such as 6G; auto: all that is free")
+        "--device", default="cuda", metavar="LIST",
+        help="cuda: as many GPUs as are needed; cuda:1; cuda:0,cuda:1: layers go there in this order; cpu or "
+        "cpu,cpu: torch stands in for GPUs (%(default)s)",
+    )  # fmt: skip
+    add(
+        "--vram-budget", default="auto", metavar="SIZES",
+        help="gpu, hybrid: memory to use, such as 6G on each device, or 6G,4G; auto: all that is free",
+    )  # fmt: skip
     add("--place", metavar="FILE", help="hybrid: use this plan, or PowerInfer's .gpuidx")
     add(
         "--firing", metavar="DIR",
@@ -102,7 +107,7 @@ def open_engine(
     if options.backend == "gpu":
         from hotcold.runtime.gpu.engine import GpuEngine
 
-        return GpuEngine.load(bundle, mode, options.device, n_ctx)
+        return GpuEngine.load(bundle, mode, options.device, n_ctx, options.vram_budget)
     from hotcold.runtime.gpu.hybrid import HybridEngine
 
     placement = make_placement(bundle, mode, n_threads, n_ctx, options)
@@ -117,7 +122,7 @@ def make_placement(
     """The plan that a hybrid engine of these options would use; no weight is read for it."""
     from hotcold.convert.gguf_read import GGUFFile
     from hotcold.runtime.gpu.costs import measure_costs
-    from hotcold.runtime.gpu.device import open_device, parse_budget
+    from hotcold.runtime.gpu.device import open_devices, parse_budgets
     from hotcold.runtime.gpu.engine import file_and_mode
     from hotcold.runtime.gpu.plan import make_problem
     from hotcold.runtime.placement import place, place_layers
@@ -125,14 +130,15 @@ def make_placement(
     from hotcold.runtime.shape import ModelShape
 
     path, mode = file_and_mode(bundle, mode)
-    file, device = GGUFFile(path), open_device(options.device)
+    file, devices = GGUFFile(path), open_devices(options.device)
     shape = ModelShape.read(file)
     if options.place:
         return load_placement(options.place, shape.n_layers, shape.d_ff, _fingerprint(file))
-    budget = parse_budget(options.vram_budget, device)
+    budgets = parse_budgets(options.vram_budget, devices)
     frequencies = None if mode == "dense" else _frequencies(bundle, shape.n_layers, shape.d_ff, options)
-    costs = measure_costs(device, n_threads or len(os.sched_getaffinity(0)), shape.d_model)
-    problem = make_problem(file, frequencies, mode=mode, n_ctx=n_ctx, budget=budget, costs=costs)
+    # Of several devices the first speaks for all.
+    costs = measure_costs(devices[0], n_threads or len(os.sched_getaffinity(0)), shape.d_model)
+    problem = make_problem(file, frequencies, mode=mode, n_ctx=n_ctx, budgets=budgets, costs=costs)
     return place_layers(problem) if mode == "dense" else place(problem)
 
 
@@ -163,7 +169,7 @@ def _save(placement: Placement, bundle: str | Path, mode: str) -> None:
     from hotcold.runtime.placement_file import plan_path, save_placement
 
     path, mode = file_and_mode(bundle, mode)
-    saved = plan_path(bundle, mode, placement.budget)
+    saved = plan_path(bundle, mode, placement.budgets)
     try:
         save_placement(placement, saved, _fingerprint(GGUFFile(path)))
         log(f"plan: {saved}")

@@ -2,7 +2,8 @@
 
 The device first takes what every token reads: head and embedding, then layer by layer the norms,
 attention, predictor and KV cache (a layer's frame). What is left of the budget goes to hot neurons. A layer
-whose frame does not fit is computed on the CPU as a whole.
+whose frame does not fit is computed on the CPU as a whole. Of several devices each has some of the layers
+(placement_devices.py), and a budget of its own for their neurons.
 
 The time of a layer's FFN is that of the slower side, as both work at once:
 
@@ -20,7 +21,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from hotcold.errors import InputError, UnsupportedError
+from hotcold.runtime.placement_devices import Fixed, fill, spans, spread
 
 __all__ = [
     "Costs",
@@ -28,13 +29,9 @@ __all__ = [
     "PlacedLayer",
     "Placement",
     "Problem",
-    "format_bytes",
-    "parse_bytes",
     "place",
     "place_layers",
 ]
-
-_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,28 +61,21 @@ class LayerLoad:
         """Number of neurons."""
         return len(self.frequency)
 
+    @property
+    def ffn_bytes(self) -> int:
+        """All neurons."""
+        return self.d_ff * self.neuron_bytes
+
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """A model to be placed within `budget` bytes; `fixed_bytes` must be on the device at all events."""
+    """A model to be placed within these bytes per device; `fixed` must be there at all events."""
 
     layers: Sequence[LayerLoad]
-    fixed_bytes: int
+    fixed: Fixed
     fixed_read: int
-    budget: int
+    budgets: tuple[int, ...]
     costs: Costs
-
-    @property
-    def n_framed(self) -> int:
-        """How many layers, from the first on, have their frame on the device."""
-        ends = self.fixed_bytes + np.cumsum([layer.frame_bytes for layer in self.layers])
-        return int(np.searchsorted(ends, self.budget, side="right"))
-
-    @property
-    def ffn_budget(self) -> int:
-        """Bytes that are left for hot neurons."""
-        frames = sum(layer.frame_bytes for layer in self.layers[: self.n_framed])
-        return max(0, self.budget - self.fixed_bytes - frames)
 
 
 class FfnTime:
@@ -133,6 +123,7 @@ class PlacedLayer:
     device_bytes: int = 0
     cpu_bytes: int = 0
     seconds: float = 0.0  # expected, of one token
+    device: int = 0  # which one, if on a device
 
     @property
     def cold(self) -> np.ndarray:
@@ -142,19 +133,33 @@ class PlacedLayer:
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """A plan: one `PlacedLayer` per layer. `method` says how it was found."""
+    """A plan: one `PlacedLayer` per layer. `method` says how it was found.
+
+    `budgets` and `fixed` are bytes per device: what it may take, and what it has beside layers.
+    """
 
     layers: tuple[PlacedLayer, ...]
-    budget: int
-    fixed_bytes: int = 0
+    budgets: tuple[int, ...]
+    fixed: tuple[int, ...] = (0,)
     seconds: float = 0.0  # expected, of one token
     method: str = ""
     settings: dict[str, object] = field(default_factory=dict)
 
     @property
+    def spans(self) -> list[tuple[int, range]]:
+        """Devices in use, in order, and the layers of each. Even without any layer one device is."""
+        homes = [layer.device for layer in self.layers if layer.on_device]
+        return spans(homes) or [(self.fixed.index(max(self.fixed)), range(0))]
+
+    @property
     def device_bytes(self) -> int:
-        """What the plan puts on the device."""
-        return self.fixed_bytes + sum(layer.device_bytes for layer in self.layers)
+        """What the plan puts on all devices together."""
+        return sum(map(self.bytes_on, range(len(self.budgets))))
+
+    def bytes_on(self, device: int) -> int:
+        """What the plan puts on one device."""
+        layers = (layer for layer in self.layers if layer.device == device)
+        return self.fixed[device] + sum(layer.device_bytes for layer in layers)
 
     @property
     def tokens_per_second(self) -> float:
@@ -165,51 +170,68 @@ class Placement:
 def place(problem: Problem, time_limit: float = 10.0) -> Placement:
     """The best plan found: by HiGHS within `time_limit` seconds, by a greedy rule where that is no worse.
 
-    Raises UnsupportedError where not even `fixed_bytes` fit the budget.
+    Raises UnsupportedError where not even what is fixed fits the budgets.
     """
+    layers = problem.layers
+    frames, neurons = [layer.frame_bytes for layer in layers], [layer.ffn_bytes for layer in layers]
+    homes, fixed = spread(frames, neurons, problem.fixed, problem.budgets)
+    times = [FfnTime(layer, problem.costs) for layer in layers[: len(homes)]]
+    counts: list[int] = []
+    methods: set[str] = set()
+    for device in sorted(set(homes)):  # no neuron has a choice of devices, so each is a problem of its own
+        there = [time for time, home in zip(times, homes, strict=True) if home == device]
+        left = problem.budgets[device] - fixed[device] - sum(time.layer.frame_bytes for time in there)
+        found, method = _best_counts(there, left, time_limit / len(set(homes)))
+        counts += found
+        methods.add(method)
+    return _placement(problem, times, counts, homes, fixed, max(methods, default="greedy"))
+
+
+def _best_counts(times: Sequence[FfnTime], budget: int, time_limit: float) -> tuple[list[int], str]:
+    """Neurons per layer of one device, and how they were found."""
     from hotcold.runtime.placement_solver import greedy_counts, solver_counts
 
-    if problem.fixed_bytes > problem.budget:
-        raise UnsupportedError(
-            "too little GPU memory for embedding, head and buffers",
-            got=format_bytes(problem.budget),
-            expected=f"{format_bytes(problem.fixed_bytes)} or more",
-            fix="raise --vram-budget, or use --backend cpu",
-        )
-    times = [FfnTime(layer, problem.costs) for layer in problem.layers[: problem.n_framed]]
-    found = {"greedy": greedy_counts(times, problem.ffn_budget)}
-    solved = solver_counts(times, problem.ffn_budget, time_limit)
+    found = {"greedy": greedy_counts(times, budget)}
+    solved = solver_counts(times, budget, time_limit)
     if solved is not None:
-        found["highs"] = greedy_counts(times, problem.ffn_budget, solved)
+        found["highs"] = greedy_counts(times, budget, solved)
     method = min(found, key=lambda name: _seconds(times, found[name]))
-    return _placement(problem, times, found[method], method)
+    return found[method], method
 
 
 def place_layers(problem: Problem) -> Placement:
-    """The plan of `dense` mode: whole layers, from the first on, as long as they fit; all neurons or none."""
-    whole = [
-        LayerLoad(layer.frequency, layer.neuron_bytes, layer.frame_bytes + layer.d_ff * layer.neuron_bytes)
-        for layer in problem.layers
-    ]
-    n = Problem(whole, problem.fixed_bytes, 0, problem.budget, problem.costs).n_framed
-    times = [FfnTime(layer, problem.costs) for layer in problem.layers[:n]]
-    return _placement(problem, times, [layer.d_ff for layer in problem.layers[:n]], "layers")
+    """The plan of `dense` mode: whole layers, from the first on, as long as they fit; all neurons or none.
+
+    Raises what `place` does.
+    """
+    sizes = [layer.frame_bytes + layer.ffn_bytes for layer in problem.layers]
+    homes, fixed = fill(sizes, problem.fixed, problem.budgets)
+    whole = problem.layers[: len(homes)]
+    times = [FfnTime(layer, problem.costs) for layer in whole]
+    return _placement(problem, times, [layer.d_ff for layer in whole], homes, fixed, "layers")
 
 
 def _seconds(times: Sequence[FfnTime], counts: Sequence[int]) -> float:
     return sum(time.total(n) for time, n in zip(times, counts, strict=True))
 
 
-def _placement(problem: Problem, times: Sequence[FfnTime], counts: Sequence[int], method: str) -> Placement:
+def _placement(
+    problem: Problem,
+    times: Sequence[FfnTime],
+    counts: Sequence[int],
+    homes: Sequence[int],
+    fixed: Sequence[int],
+    method: str,
+) -> Placement:
     costs = problem.costs
-    on_device = [_split(time, n) for time, n in zip(times, counts, strict=True)]
+    on_device = [_split(*each) for each in zip(times, counts, homes, strict=True)]
     on_cpu = [_on_cpu(layer, costs) for layer in problem.layers[len(times) :]]
     layers = (*on_device, *on_cpu)
     seconds = problem.fixed_read / costs.device_bandwidth + sum(layer.seconds for layer in layers)
-    return Placement(layers, problem.budget, problem.fixed_bytes, seconds, method)
+    return Placement(layers, problem.budgets, tuple(fixed), seconds, method)
 
 
-def _split(time: FfnTime, n: int) -> PlacedLayer:
+def _split(time: FfnTime, n: int, device: int) -> PlacedLayer:
     layer = time.layer
     return PlacedLayer(
         on_device=True,
@@ -219,6 +241,7 @@ def _split(time: FfnTime, n: int) -> PlacedLayer:
         device_bytes=layer.frame_bytes + n * layer.neuron_bytes,
         cpu_bytes=(layer.d_ff - n) * layer.neuron_bytes,
         seconds=time.total(n) + layer.frame_read / time.costs.device_bandwidth,
+        device=device,
     )
 
 
@@ -231,21 +254,3 @@ def _on_cpu(layer: LayerLoad, costs: Costs) -> PlacedLayer:
         cpu_bytes=layer.frame_bytes + layer.d_ff * layer.neuron_bytes,
         seconds=read / costs.cpu_bandwidth,
     )
-
-
-def parse_bytes(text: str) -> int:
-    """`6G`, `512M`, `6.5GiB` or a plain number of bytes; units are powers of 1024. Raises InputError."""
-    number = text.strip().upper().removesuffix("IB").removesuffix("B")
-    unit = number[-1:] if number[-1:] in _UNITS else ""
-    try:
-        value = float(number.removesuffix(unit)) * _UNITS[unit]
-    except ValueError:
-        value = -1.0
-    if not 0 <= value < float("inf"):
-        raise InputError("not a size in bytes", got=text, expected="such as 6G, 512M, or auto")
-    return int(value)
-
-
-def format_bytes(n: float) -> str:
-    """`6.00 GiB`, `512.0 MiB`: for people."""
-    return f"{n / (1 << 30):.2f} GiB" if n >= 1 << 30 else f"{n / (1 << 20):.1f} MiB"

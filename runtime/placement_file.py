@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,10 @@ _FORMAT, _VERSION = "hotcold-placement", 1
 _MAX_BYTES = 1 << 28
 
 
-def plan_path(bundle: str | Path, mode: str, budget: int) -> Path:
-    """Where a plan of this budget is saved: beside the bundle, which itself stays as its manifest says."""
-    bundle = Path(bundle)
-    return bundle.with_name(f"{bundle.name}.{mode}-{budget >> 20}MiB.placement.json")
+def plan_path(bundle: str | Path, mode: str, budgets: Sequence[int]) -> Path:
+    """Where a plan of these budgets is saved: beside the bundle, which itself stays as its manifest says."""
+    bundle, sizes = Path(bundle), "+".join(str(budget >> 20) for budget in budgets)
+    return bundle.with_name(f"{bundle.name}.{mode}-{sizes}MiB.placement.json")
 
 
 def gpuidx_path(plan: str | Path) -> Path:
@@ -36,6 +37,7 @@ def save_placement(placement: Placement, path: str | Path, fingerprint: str | No
     layers = [
         {
             "on_device": layer.on_device,
+            "device": layer.device,
             "hit_rate": layer.hit_rate,
             "device_bytes": layer.device_bytes,
             "cpu_bytes": layer.cpu_bytes,
@@ -48,15 +50,17 @@ def save_placement(placement: Placement, path: str | Path, fingerprint: str | No
         "version": _VERSION,
         "model_fingerprint": fingerprint,
         "method": placement.method,
-        "budget": placement.budget,
-        "fixed_bytes": placement.fixed_bytes,
+        "budget": sum(placement.budgets),
+        "budgets": placement.budgets,
+        "fixed_bytes": sum(placement.fixed),
+        "fixed": placement.fixed,
         "tokens_per_second": placement.tokens_per_second,
         "d_ff": placement.layers[0].d_ff,
         "settings": placement.settings,
         "layers": layers,
     })  # fmt: skip
     buckets = [layer.hot for layer in placement.layers]
-    GpuIndex(buckets, placement.layers[0].d_ff, placement.budget).write(gpuidx_path(path))
+    GpuIndex(buckets, placement.layers[0].d_ff, sum(placement.budgets)).write(gpuidx_path(path))
 
 
 def load_placement(path: str | Path, n_layers: int, d_ff: int, fingerprint: str | None = None) -> Placement:
@@ -70,7 +74,7 @@ def load_placement(path: str | Path, n_layers: int, d_ff: int, fingerprint: str 
     if path.suffix == ".gpuidx":
         index = GpuIndex.read(GGUFFile(path))
         layers = [PlacedLayer(True, hot, index.d_ff) for hot in index.buckets]
-        placement, of = Placement(tuple(layers), index.vram_capacity, method="gpuidx"), None
+        placement, of = Placement(tuple(layers), (index.vram_capacity,), method="gpuidx"), None
     else:
         placement, of = _from_json(path)
     got = (len(placement.layers), placement.layers[0].d_ff)
@@ -90,13 +94,20 @@ def _from_json(path: Path) -> tuple[Placement, str | None]:
         raise FormatError("not a plan of this version", where=path, field="format")
     try:
         layers = [_layer(entry, int(value["d_ff"]), path, i) for i, entry in enumerate(value["layers"])]
-        fixed, budget = int(value["fixed_bytes"]), int(value["budget"])
+        # A plan from before there were several devices has totals only.
+        budgets = tuple(map(int, value.get("budgets", [int(value["budget"])])))
+        fixed = tuple(map(int, value.get("fixed", [int(value["fixed_bytes"])])))
     except (KeyError, TypeError, ValueError) as error:
         raise FormatError("a field is missing or of another type", where=path, got=error) from error
     framed = [layer.on_device for layer in layers]
     if not layers or framed != sorted(framed, reverse=True):
         raise FormatError("layers on the device must come first", where=path, field="layers")
-    return Placement(tuple(layers), budget, fixed, method="file"), value.get("model_fingerprint")
+    homes = [layer.device for layer in layers if layer.on_device]
+    if homes != sorted(homes) or not set(homes) <= set(range(len(budgets))):
+        raise FormatError("layers must be on devices in order", where=path, field="layers")
+    if len(fixed) != len(budgets) or not budgets:
+        raise FormatError("sizes must be there for each device", where=path, field="budgets")
+    return Placement(tuple(layers), budgets, fixed, method="file"), value.get("model_fingerprint")
 
 
 def _layer(entry: dict[str, Any], d_ff: int, path: Path, i: int) -> PlacedLayer:
@@ -106,4 +117,5 @@ def _layer(entry: dict[str, Any], d_ff: int, path: Path, i: int) -> PlacedLayer:
         what = "hot neurons must ascend, be below d_ff, and lie on the device"
         raise FormatError(what, where=path, field=f"layers[{i}].hot")
     figures = {name: entry[name] for name in ("hit_rate", "device_bytes", "cpu_bytes")}
-    return PlacedLayer(bool(entry["on_device"]), hot.astype(np.int32), d_ff, **figures)
+    device = int(entry.get("device", 0))
+    return PlacedLayer(bool(entry["on_device"]), hot.astype(np.int32), d_ff, **figures, device=device)

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import torch
 
 from hotcold.runtime import _cpu
+from hotcold.runtime.gpu.device import on
 from hotcold.runtime.placement import Costs
 
 __all__ = ["device_bandwidth", "measure_costs"]
@@ -33,7 +34,8 @@ def device_bandwidth(device: torch.device, n_threads: int) -> float:
     if device.type == "cpu":
         return 1e9 * _cpu.read_bandwidth(n_threads, _PROBE, 3)
     probe = torch.ones(_PROBE // 4, device=device)
-    return probe.nbytes * _IN_A_ROW / statistics.median(_event_seconds(probe.sum)[_FIRST:])
+    with on(device):
+        return probe.nbytes * _IN_A_ROW / statistics.median(_event_seconds(probe.sum)[_FIRST:])
 
 
 def _event_seconds(step: Callable[[], object]) -> list[float]:

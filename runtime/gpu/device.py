@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import ModuleType
 
 import torch
 
 from hotcold.errors import InputError, UnsupportedError
-from hotcold.runtime.placement import format_bytes, parse_bytes
+from hotcold.runtime.sizes import format_bytes, parse_bytes
 
-__all__ = ["free_bytes", "memory_or_error", "open_device", "operators", "parse_budget"]
+__all__ = ["free_bytes", "memory_or_error", "on", "open_device", "open_devices", "operators", "parse_budgets"]
 
 _INSTEAD = "use --backend cpu"
 _MARGIN = 256 << 20  # left for the driver, and for what grows while a kernel is compiled
@@ -24,16 +24,44 @@ def open_device(name: str = "cuda") -> torch.device:
 
     Raises InputError for another name, UnsupportedError for what is missing.
     """
+    device = _named(name)
+    if device.type == "cuda":
+        device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
+        torch.cuda.set_device(device)
+    return device
+
+
+def open_devices(names: str = "cuda") -> list[torch.device]:
+    """`cuda`, all GPUs that can be used; or some in order: `cuda:1`, `cuda:0,cuda:1`, `cpu`, `cpu,cpu`.
+
+    Raises InputError for other names and for a GPU named twice, UnsupportedError for what is missing.
+    """
+    devices = [_named(name) for name in names.split(",")]
+    if names == "cuda":
+        gpus = [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
+        return [gpu for gpu in gpus if torch.cuda.get_device_capability(gpu) >= _OLDEST]
+    if len({device.type for device in devices}) > 1 or torch.device("cuda") in devices:
+        raise InputError("devices are GPUs by number, or cpu", got=names, expected="such as cuda:0,cuda:1")
+    gpus = [device for device in devices if device.type == "cuda"]
+    if len(set(gpus)) < len(gpus):
+        raise InputError("a GPU is named twice", got=names)
+    return devices
+
+
+def on(device: torch.device) -> AbstractContextManager[None]:
+    """Make a GPU the current one for a while: Triton, events and graphs go there, wherever tensors are."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def _named(name: str) -> torch.device:
     try:
-        device = torch.device(name)
+        device = torch.device(name.strip())
     except RuntimeError:
         device = torch.device("meta")
     if device.type not in ("cuda", "cpu"):
         raise InputError("unknown device", got=name, expected="cuda, cuda:N, or cpu")
     if device.type == "cuda":
         _check_cuda(device)
-        device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
-        torch.cuda.set_device(device)
     return device
 
 
@@ -75,18 +103,28 @@ def free_bytes(device: torch.device) -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
 
 
-def parse_budget(text: str, device: torch.device) -> int:
-    """Bytes of `--vram-budget`; `auto` is all that is free.
+def parse_budgets(text: str, devices: Sequence[torch.device]) -> list[int]:
+    """Bytes of `--vram-budget` for each device: a size for all, or one for each; `auto` is all that is free.
 
-    Raises InputError for what is no size, UnsupportedError for more than there is.
+    Raises InputError for what is no size or another number of them, UnsupportedError for more than there is.
     """
+    sizes = text.split(",")
+    if len(sizes) not in (1, len(devices)):
+        expected = f"one size, or {len(devices)}"
+        raise InputError("--vram-budget is not for as many devices", got=text, expected=expected)
+    sizes *= len(devices) if len(sizes) == 1 else 1
+    return [_budget(size.strip(), device) for size, device in zip(sizes, devices, strict=True)]
+
+
+def _budget(text: str, device: torch.device) -> int:
     free = free_bytes(device)
     if text == "auto":
         return free
     budget = parse_bytes(text)
     if budget > free:
         got, there = format_bytes(budget), f"at most {format_bytes(free)}"
-        raise UnsupportedError("--vram-budget is more than is free", got=got, expected=there, fix="use auto")
+        what = "--vram-budget is more than is free"
+        raise UnsupportedError(what, where=str(device), got=got, expected=there, fix="use auto")
     return budget
 
 

@@ -1,7 +1,6 @@
-"""The whole model on one device, in `dense`, `exact` or `predicted` mode; the contract is the CPU engine's.
+"""The whole model on one device or several, in `dense`, `exact` or `predicted` mode.
 
-A decoded token is one CUDA graph: nothing in it waits for the host, and the number of active neurons stays on
-the device. Prompts are computed in blocks with dense products, and neurons that a mode leaves out are masked.
+The contract is the CPU engine's. Each device has some of the layers, in order; what it does is in stage.py.
 """
 
 from __future__ import annotations
@@ -18,12 +17,13 @@ from torch import Tensor
 from hotcold.convert.gguf_read import GGUFFile
 from hotcold.errors import InputError, UnsupportedError
 from hotcold.runtime.bundle_files import file_of_role
-from hotcold.runtime.gpu.device import memory_or_error, open_device, operators
-from hotcold.runtime.gpu.graphs import Graphs
-from hotcold.runtime.gpu.layers import MAX_TOKENS, Layers
-from hotcold.runtime.gpu.weights import DeviceLayer, DeviceWeights, read_weights
+from hotcold.runtime.gpu.device import memory_or_error, on, open_devices, parse_budgets
+from hotcold.runtime.gpu.plan import whole_model
+from hotcold.runtime.gpu.stage import Stage
+from hotcold.runtime.gpu.weights import DeviceWeights, read_weights
+from hotcold.runtime.placement_devices import spans
+from hotcold.runtime.shape import ModelShape
 from hotcold.runtime.stats import Stats
-from hotcold.runtime.triton.rows import Rows
 
 __all__ = ["GpuEngine"]
 
@@ -31,48 +31,75 @@ _BLOCK = 512  # tokens of a prompt that are computed together
 
 
 class GpuEngine:
-    """One sequence of tokens through a model on a device."""
+    """One sequence of tokens through a model on devices."""
 
     _block = _BLOCK
 
-    def __init__(self, path: str | Path, mode: str, device: torch.device, n_ctx: int = 2048) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        mode: str,
+        devices: Sequence[torch.device],
+        n_ctx: int = 2048,
+        budget: str = "auto",
+    ) -> None:
         """Load the GGUF file `path`. Raises InputError, FormatError, UnsupportedError."""
         if n_ctx < 1:
             raise InputError("the context must hold at least one token", got=n_ctx)
         file = GGUFFile(path)
-        self.mode, self.n_ctx, self.device, self.audit = mode, n_ctx, device, False
+        self.mode, self.n_ctx, self.devices, self.audit = mode, n_ctx, list(devices), False
+        self._budget = budget
         self.n_threads = len(os.sched_getaffinity(0))
-        with memory_or_error(device):
-            self._load(file)
-        _check_mode(file, self._weights, mode)
-        self.n_vocab = self._weights.shape.n_vocab
+        self.shape = ModelShape.read(file)
+        self.n_vocab = self.shape.n_vocab
+        self._stages: list[Stage] = []
+        self._load(file)
+        _check_mode(file, self._stages[0].weights, mode)
         self.position = 0
         self.reset_stats()
 
     @classmethod
-    def load(cls, bundle: str | Path, mode: str = "auto", device: str = "cuda", n_ctx: int = 2048) -> Self:
-        """Open a bundle folder or one GGUF file; `auto` is `predicted` where there are predictors."""
+    def load(
+        cls,
+        bundle: str | Path,
+        mode: str = "auto",
+        device: str = "cuda",
+        n_ctx: int = 2048,
+        budget: str = "auto",
+    ) -> Self:
+        """Open a bundle folder or one GGUF file; `auto` is `predicted` where there are predictors.
+
+        `device` and `budget` are what `open_devices` and `parse_budgets` take. As few devices are used as the
+        model needs.
+        """
         path, mode = file_and_mode(bundle, mode)
-        return cls(path, mode, open_device(device), n_ctx)
+        return cls(path, mode, open_devices(device), n_ctx, budget)
 
     def _load(self, file: GGUFFile) -> None:
-        self._weights = read_weights(file, self.device, with_predictors=self.mode == "predicted")
-        self._prepare()
+        homes = whole_model(file, self.mode, self.n_ctx, parse_budgets(self._budget, self.devices))
+        rest = self.shape.n_layers - len(homes)
+        if rest and self._budget != "auto":
+            raise UnsupportedError(
+                "the model does not fit --vram-budget",
+                where=file.path,
+                got=f"room for {len(homes)} layers",
+                expected=self.shape.n_layers,
+                fix="raise it, or use --backend hybrid",
+            )
+        # What is free is a guess: what is too much by it is tried on the last device.
+        self._open_stages(file, spans([*homes, *[homes[-1] if homes else 0] * rest]))
 
-    def _prepare(self) -> None:
-        """Everything that stays where it is from token to token."""
-        shape, device = self._weights.shape, self.device
-        self._layers = Layers(self._weights, self.n_ctx, device, operators(device))
-        self._ops, self._clip = self._layers.ops, shape.activation == "drelu"
-        if device.type == "cuda":
-            from hotcold.runtime.gpu.tune import tune_weights
+    def _open_stages(self, file: GGUFFile, of: Sequence[tuple[int, range]]) -> None:
+        """One stage for each of these, a device's number and its layers."""
+        for home, layers in of:
+            device = self.devices[home]
+            with memory_or_error(device), on(device):
+                self._stages.append(self._open_stage(file, device, layers, layers == of[-1][1]))
 
-            tune_weights(self._weights, self.mode, self._ops, device)
-        self._graphs = Graphs(device)
-        self._counts = torch.zeros(3, shape.n_layers, dtype=torch.int64, device=device)
-        self._token = torch.zeros(1, dtype=torch.int64, device=device)
-        self._position = torch.zeros(1, dtype=torch.int64, device=device)
-        self._logits = torch.zeros(1, shape.n_vocab, device=device)
+    def _open_stage(self, file: GGUFFile, device: torch.device, layers: range, last: bool) -> Stage:
+        predicted = self.mode == "predicted"
+        weights = read_weights(file, device, layers, with_predictors=predicted, with_head=last)
+        return Stage(weights, self.mode, self.n_ctx)
 
     def reset(self) -> None:
         """Forget all tokens."""
@@ -81,20 +108,17 @@ class GpuEngine:
     def reset_stats(self) -> None:
         """Start counting anew."""
         self._tokens = 0
-        self._counts.zero_()
+        for stage in self._stages:
+            stage.reset_counts()
 
     def stats(self) -> Stats:
         """What was computed since `reset_stats()`."""
         fired, predicted, missed = self._device_counts()
-        return Stats(self._tokens, self._weights.shape.d_ff, fired, predicted, missed, audit=self.audit)
+        return Stats(self._tokens, self.shape.d_ff, fired, predicted, missed, audit=self.audit)
 
     def _device_counts(self) -> np.ndarray:
-        """int64 [3, n_layers]: fired, predicted (all, where nothing predicts), missed."""
-        counts = self._counts.cpu().numpy().copy()
-        if self.mode != "predicted":
-            n_hot = [layer.n_hot for layer in self._weights.layers]
-            counts[1, : len(n_hot)] = self._tokens * np.array(n_hot, np.int64)
-        return counts
+        """int64 [3, layers on devices]: fired, predicted (all, where nothing predicts), missed."""
+        return np.concatenate([stage.counts(self._tokens) for stage in self._stages], axis=1)
 
     def decode(self, token: int) -> np.ndarray:
         """Append one token; logits of the next one, float32 [n_vocab]."""
@@ -105,9 +129,11 @@ class GpuEngine:
         """Append tokens; logits after the last one, float32 [n_vocab], or after each, [len(ids), n_vocab]."""
         tokens = np.ascontiguousarray(ids, np.int64)
         check_tokens(tokens, self.position, self.n_ctx, self.n_vocab)
+        for stage in self._stages:
+            stage.audit = self.audit
         # Position 0 is computed in full, which is not what a recorded token does.
         if len(tokens) == 1 and self.position > 0 and not self.audit:
-            logits = self._decode(int(tokens[0]))
+            logits = self._decode(tokens)
         else:
             blocks = [tokens[i : i + self._block] for i in range(0, len(tokens), self._block)]
             last = len(blocks) - 1
@@ -118,108 +144,43 @@ class GpuEngine:
             logits = torch.cat(found) if all_logits else found[-1]
         return (logits if all_logits else logits[0]).cpu().numpy().copy()
 
-    def _decode(self, token: int) -> Tensor:
-        """One token after others, by the recorded step; logits [1, n_vocab]."""
-        self._token.fill_(token)
-        self._position.fill_(self.position)
-        seen = self._layers.cache.bucket(self.position + 1)
-        self._graphs.run(seen, lambda: self._logits.copy_(self._one_token(seen)))
+    def _decode(self, ids: np.ndarray) -> Tensor:
+        """One token after others; what the last stage makes of it, logits [1, n_vocab]."""
+        x = torch.from_numpy(ids)
+        for stage in self._stages:
+            with on(stage.device):
+                x = stage.decode(x, self.position)
         self.position += 1
         self._tokens += 1
-        return self._logits
-
-    def _one_token(self, seen: int) -> Tensor:
-        _, h = self._through(range(len(self._weights.layers)), *self._embed_one(), seen)
-        return self._layers.dot(h, self._weights.head)
-
-    def _embed_one(self) -> tuple[Tensor, Tensor]:
-        """The residual stream of the token, and its norm for the first layer."""
-        x = self._layers.embed(self._token)
-        return x, self._layers.norm(x, self._norm_before(0))
-
-    def _through(self, which: range, x: Tensor, h: Tensor, seen: int) -> tuple[Tensor, Tensor]:
-        """The residual stream x of one token, and its norm h, after these layers."""
-        layers = self._layers
-        for i in which:
-            layer = self._weights.layers[i]
-            x, h = layers.add_norm(x, layers.attention(i, h, self._position, seen), layer.ffn_norm)
-            x, h = layers.add_norm(x, self._ffn_of_one(i, layer, x, h), self._norm_before(i + 1))
-        return x, h
-
-    def _norm_before(self, i: int) -> Tensor:
-        """The norm's weight before layer i's attention, or before the head."""
-        layers = self._weights.layers
-        return layers[i].attn_norm if i < len(layers) else self._weights.output_norm
-
-    def _ffn_of_one(self, i: int, layer: DeviceLayer, x: Tensor, h: Tensor) -> Tensor:
-        """The FFN of one token by lists of active neurons; x is the residual stream, h its norm."""
-        if self.mode == "dense":
-            return self._ffn_of_many(i, layer, x, h, self._position)
-        ops, ffn = self._ops, layer.ffn
-        if self.mode == "exact":
-            gate = ops.dot_rows(h, ffn.gate)
-            index, count = ops.select(gate, layer.firing)
-        else:
-            gate, predictor = ffn.gate, layer.predictor
-            index, count = ops.predict(
-                x, predictor.fc1, predictor.fc2, predictor.threshold, predictor.always, self._counts[1, i]
-            )
-        return self._listed(i, layer, gate, h, index, count)
-
-    def _listed(
-        self, i: int, layer: DeviceLayer, gate: Rows | Tensor, h: Tensor, index: Tensor, count: Tensor
-    ) -> Tensor:
-        """What the listed neurons add, by their gate rows or known gate scores."""
-        fired = self._counts[0, i]
-        a = self._ops.ffn_listed(h, gate, layer.ffn.up, index, count, layer.firing, self._clip, fired)
-        return self._ops.down_listed(a, layer.ffn.down, index, count)
+        return x
 
     def _prompt(self, ids: np.ndarray, logits_of: int) -> Tensor | None:
         """A block of tokens; logits of the last `logits_of` of them, [logits_of, n_vocab]."""
-        tokens = torch.from_numpy(ids).to(self.device)
-        positions = torch.arange(self.position, self.position + len(ids), device=self.device)
-        x, seen = self._layers.embed(tokens), self._layers.cache.bucket(self.position + len(ids))
-        for i, layer in enumerate(self._weights.layers):
-            h = self._layers.norm(x, layer.attn_norm)
-            x, h = self._layers.add_norm(x, self._layers.attention(i, h, positions, seen), layer.ffn_norm)
-            x = x + self._ffn_of_many(i, layer, x, h, positions)
-        x = self._after_layers(x)
+        x = torch.from_numpy(ids)
+        for stage in self._stages:
+            with on(stage.device):
+                x = stage.prompt(x, self.position)
+        x = self._after_stages(x)
         self.position += len(ids)
         self._tokens += len(ids)
-        return self._layers.logits(x[-logits_of:]) if logits_of else None
+        with on(stage.device):
+            return stage.logits(x[-logits_of:]) if logits_of else None
 
-    def _after_layers(self, x: Tensor) -> Tensor:
+    def _after_stages(self, x: Tensor) -> Tensor:
         """The residual stream [tokens, d_model] after layers that are elsewhere, if there are any."""
         return x
 
-    def _ffn_of_many(self, i: int, layer: DeviceLayer, x: Tensor, h: Tensor, positions: Tensor) -> Tensor:
-        """The FFN with all gates and ups computed, and what the mode leaves out masked."""
-        predicted = self.mode == "predicted"
-        return self._masked(i, layer, h, self._layers.predictions(layer, x, positions) if predicted else None)
-
-    def _masked(self, i: int, layer: DeviceLayer, h: Tensor, computed: Tensor | None) -> Tensor:
-        """The neurons on the device, all of them or those that are `computed`, bool [tokens, n]."""
-        ffn, dot = layer.ffn, self._layers.dot
-        gate, up, fired = dot(h, ffn.gate), dot(h, ffn.up), self._counts[0, i]
-        a = self._layers.activate(gate, up, layer.firing, fired if computed is None else None)
-        if computed is not None:
-            self._counts[1, i] += computed.sum()
-            if self.audit:
-                self._counts[2, i] += ((a != 0) & ~computed).sum()
-            a = torch.where(computed, a, 0.0)
-            fired += (a != 0).sum()
-        return dot(a, ffn.down) if self._weights.dense_file else weighted(self._ops, a, ffn.down)
-
     def bytes_per_token(self, position: int | None = None) -> dict[str, float]:
         """Bytes of device memory that one decoded token reads, by part; as `Engine.bytes_per_token`."""
-        weights, shape, stats = self._weights, self._weights.shape, self.stats()
+        shape, stats = self.shape, self.stats()
+        layers = [layer for stage in self._stages for layer in stage.weights.layers]
         all_neurons = max(stats.tokens, 1) * shape.n_layers * shape.d_ff
         fired = stats.fired.sum() / all_neurons if self.mode != "dense" else 1.0
         predicted = stats.predicted.sum() / all_neurons if self.mode == "predicted" else 1.0
         position = self.position if position is None else position
-        attention = sum(w.nbytes for layer in weights.layers for w in (*layer.qkv, layer.o))
-        predictors = [layer.predictor for layer in weights.layers if layer.predictor]
-        ffns = [layer.ffn for layer in weights.layers if layer.ffn]
+        attention = sum(w.nbytes for layer in layers for w in (*layer.qkv, layer.o))
+        predictors = [layer.predictor for layer in layers if layer.predictor]
+        ffns = [layer.ffn for layer in layers if layer.ffn]
         return {
             "attention": float(attention),
             "predictor": float(sum(p.fc1.nbytes + p.fc2.nbytes for p in predictors)),
@@ -227,20 +188,10 @@ class GpuEngine:
                 predicted * sum(f.gate.nbytes for f in ffns)
                 + fired * sum(f.up.nbytes + f.down.nbytes for f in ffns)
             ),
-            "head": float(weights.head.nbytes),
+            "head": float(self._stages[-1].weights.head.nbytes),
             "kv": float(2 * 2 * shape.n_layers * shape.n_kv_heads * shape.head_dim * position),
             "other": float(4 * shape.d_model * (2 * shape.n_layers + 1)),
         }
-
-
-def weighted(ops: object, a: Tensor, down: object) -> Tensor:
-    """a · down over the rows of fired neurons, by the operator that suits the number of tokens."""
-    if len(a) <= MAX_TOKENS:
-        return ops.s3(a.contiguous(), down)
-    if a.device.type == "cpu":
-        return a @ down.dequantize()
-    dtype = down.data.dtype if down.data.is_floating_point() else torch.float16
-    return (a.to(dtype) @ down.dequantize(dtype)).float()
 
 
 def file_and_mode(bundle: str | Path, mode: str) -> tuple[Path, str]:

@@ -22,6 +22,8 @@ class Graphs:
         self._seen: set[Hashable] = set()
         self._graphs: dict[Hashable, torch.cuda.CUDAGraph] = {}
         self._pool = torch.cuda.graph_pool_handle() if self._records else None
+        # torch's own capture stream belongs to whichever GPU was recorded on first.
+        self._stream = torch.cuda.Stream(device) if self._records else None
 
     def run(self, key: Hashable, step: Callable[[], None]) -> None:
         """Run `step`, or its record."""
@@ -31,7 +33,7 @@ class Graphs:
             return
         if key not in self._graphs:
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool):
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
                 step()
             self._graphs[key] = graph
         self._graphs[key].replay()

@@ -8,10 +8,12 @@ from collections.abc import Sequence
 import numpy as np
 
 from hotcold.convert.gguf_read import GGUFFile
-from hotcold.runtime.placement import Costs, LayerLoad, Placement, Problem, format_bytes
+from hotcold.runtime.placement import Costs, LayerLoad, Placement, Problem
+from hotcold.runtime.placement_devices import Fixed, fill
 from hotcold.runtime.shape import ModelShape
+from hotcold.runtime.sizes import format_bytes
 
-__all__ = ["make_problem", "part_bytes", "plan_table"]
+__all__ = ["make_problem", "part_bytes", "plan_table", "whole_model"]
 
 _FFN = ("ffn_gate", "ffn_up", "ffn_down")
 _ROUTER = "ffn_gate_inp"
@@ -25,7 +27,7 @@ def make_problem(
     *,
     mode: str,
     n_ctx: int,
-    budget: int,
+    budgets: Sequence[int],
     costs: Costs,
 ) -> Problem:
     """The model of `file` as placement sees it. Without `frequencies`, every neuron is as frequent as any."""
@@ -33,17 +35,47 @@ def make_problem(
     if frequencies is None or mode == "dense":
         frequencies = [np.ones(shape.d_ff, np.float32)] * shape.n_layers
     by_layer = [_layer_bytes(file, i, mode) for i in range(shape.n_layers)]
-    cache = 2 * _KV_BYTES * shape.n_kv_heads * shape.head_dim * n_ctx
+    cache = _cache_bytes(shape, n_ctx)
     layers = [
         LayerLoad(frequency, -(-ffn // shape.d_ff), frame + cache, frame)
         for frequency, (ffn, frame) in zip(frequencies, by_layer, strict=True)
     ]
+    head = _bytes_of(file, _head_name(file))
+    return Problem(layers, _fixed(file, shape, n_ctx), head, tuple(budgets), costs)
+
+
+def whole_model(file: GGUFFile, mode: str, n_ctx: int, budgets: Sequence[int]) -> list[int]:
+    """The device of each layer if all of it is on one, from the first layer on as far as these bytes go.
+
+    Raises UnsupportedError where not even embedding and head fit.
+    """
+    shape = ModelShape.read(file)
+    cache = _cache_bytes(shape, n_ctx)
+    sizes = [sum(_layer_bytes(file, i, mode)) + cache for i in range(shape.n_layers)]
+    return fill(sizes, _fixed(file, shape, n_ctx), budgets)[0]
+
+
+def _cache_bytes(shape: ModelShape, n_ctx: int) -> int:
+    """A layer's keys and values."""
+    return 2 * _KV_BYTES * shape.n_kv_heads * shape.head_dim * n_ctx
+
+
+def _fixed(file: GGUFFile, shape: ModelShape, n_ctx: int) -> Fixed:
     outer = sum(tensor.data.nbytes for name, tensor in file.tensors.items() if not name.startswith("blk."))
-    head = "output.weight" if "output.weight" in file.tensors else "token_embd.weight"
+    embedding = _bytes_of(file, "token_embd.weight")
+    tied = embedding if _head_name(file) == "token_embd.weight" else 0
     tables = 2 * 4 * n_ctx * (shape.head_dim // 2)
     logits = 4 * shape.n_vocab
-    fixed = outer + tables + logits + _ACTIVATIONS
-    return Problem(layers, fixed, file.tensors[head].data.nbytes, budget, costs)
+    return Fixed(embedding, outer - embedding + tied + logits, tables + _ACTIVATIONS, tied)
+
+
+def _bytes_of(file: GGUFFile, name: str) -> int:
+    """0 for a tensor that is missing: who reads it says so."""
+    return file.tensors[name].data.nbytes if name in file.tensors else 0
+
+
+def _head_name(file: GGUFFile) -> str:
+    return "output.weight" if "output.weight" in file.tensors else "token_embd.weight"
 
 
 def _layer_bytes(file: GGUFFile, layer: int, mode: str) -> tuple[int, int]:
@@ -65,7 +97,7 @@ def part_bytes(file: GGUFFile) -> dict[str, int]:
     """Bytes of a file's tensors by part: attention, predictor, gate, up, down, head, other."""
     kinds = {"attn_": "attention", "fc": "predictor", "ffn_gate": "gate", "ffn_up": "up", "ffn_down": "down"}
     sizes = dict.fromkeys([*kinds.values(), "head", "other"], 0)
-    head = "output.weight" if "output.weight" in file.tensors else "token_embd.weight"
+    head = _head_name(file)
     for name, tensor in file.tensors.items():
         part = next((kind for start, kind in kinds.items() if f".{start}" in name), "other")
         is_vector = len(tensor.shape) == 1 or _ROUTER in name
@@ -77,20 +109,22 @@ def part_bytes(file: GGUFFile) -> dict[str, int]:
 
 def plan_table(placement: Placement) -> str:
     """The plan for people: per layer where it lives, then the totals."""
-    lines = ["layer  where   hot neurons   share  hit rate      device         CPU  expected ms"]
+    lines = ["layer  where     hot neurons   share  hit rate      device         CPU  expected ms"]
     for i, layer in enumerate(placement.layers):
-        where = "device" if layer.on_device else "CPU"
+        where = f"device {layer.device}" if layer.on_device else "CPU"
         share = len(layer.hot) / layer.d_ff
         lines.append(
-            f"{i:5d}  {where:<6}  {len(layer.hot):11d}  {share:6.1%}  {layer.hit_rate:8.1%}"
+            f"{i:5d}  {where:<8}  {len(layer.hot):11d}  {share:6.1%}  {layer.hit_rate:8.1%}"
             f"  {format_bytes(layer.device_bytes):>10}  {format_bytes(layer.cpu_bytes):>10}"
             f"  {1e3 * layer.seconds:11.3f}"
         )
     neurons = sum(layer.d_ff for layer in placement.layers)
     hot = sum(len(layer.hot) for layer in placement.layers)
+    for device, sizes in enumerate(zip(placement.budgets, placement.fixed, strict=True)):
+        taken, budget, fixed = map(format_bytes, (placement.bytes_on(device), *sizes))
+        lines.append(f"device {device}: {taken} of a budget of {budget}, {fixed} of it fixed")
     lines.append(
-        f"total: {hot / neurons:.1%} of neurons hot; {format_bytes(placement.device_bytes)} of a budget of "
-        f"{format_bytes(placement.budget)} on the device, {format_bytes(placement.fixed_bytes)} of it fixed; "
+        f"total: {hot / neurons:.1%} of neurons hot; "
         f"{placement.tokens_per_second:.1f} tokens/s expected ({placement.method})"
     )
     return "\n".join(lines)

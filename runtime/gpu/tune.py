@@ -41,7 +41,7 @@ def tune_ffns(ffns: Sequence[tuple[Rows, Rows, Rows]], ops: ModuleType, device: 
 
 def _products(weights: DeviceWeights, mode: str) -> list[Rows]:
     """Matrices that are read as a whole."""
-    products = [weights.head]
+    products = [weights.head] if weights.head else []
     for layer in weights.layers:
         products += [*layer.qkv, layer.o]
         products += [layer.predictor.fc1, layer.predictor.fc2] if layer.predictor else []

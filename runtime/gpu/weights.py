@@ -64,20 +64,23 @@ class DeviceLayer:
 
 @dataclass(frozen=True, slots=True)
 class DeviceWeights:
-    """What of a model is on the device."""
+    """What of a model is on one device: consecutive layers, the embedding before the first, the head last."""
 
     shape: ModelShape
-    embedding: Rows  # [n_vocab, d_model]
-    head: Rows
-    output_norm: Tensor
+    device: torch.device
+    first: int  # number of the first of `layers` in the model
     layers: list[DeviceLayer]
+    embedding: Rows | None  # [n_vocab, d_model]
+    head: Rows | None
+    output_norm: Tensor
     dense_file: bool
 
     @property
     def nbytes(self) -> int:
         """Bytes of all of it."""
-        head = [] if self.head is self.embedding else [self.head]
-        return sum(part.nbytes for part in [self.embedding, self.output_norm, *head]) + sum(
+        head = None if self.head is self.embedding else self.head
+        outer = [part for part in (self.embedding, head, self.output_norm) if part is not None]
+        return sum(part.nbytes for part in outer) + sum(
             part.nbytes for layer in self.layers for part in _parts(layer)
         )
 
@@ -134,15 +137,15 @@ class _Reader:
             raise ShapeError(f"tensor {name}", where=self.file.path, got=tensor.shape, expected=shape)
         return tensor
 
-    def check_all_known(self, layers: int) -> None:
+    def check_all_known(self, layers: range) -> None:
         """A tensor of a kind not read here (a bias, a norm of heads) means another function."""
-        first_cpu = tuple(f"blk.{i}." for i in range(layers, 10_000))
-        known = ("fc1.weight", "fc2.weight", "ffn_gate", "ffn_up", "ffn_down", "rope_freqs.weight")
+        known = ("fc1.weight", "fc2.weight", "ffn_gate", "ffn_up", "ffn_down")
+        outer = ("token_embd.weight", "output.weight", "rope_freqs.weight")
         left = sorted(
             name
-            for name in self._unread
-            if name.endswith(".bias")
-            or not (name.startswith(first_cpu) or any(part in name for part in known))
+            for name in self._unread.difference(outer)
+            if (not name.startswith("blk.") or int(name.split(".")[1]) in layers)
+            and (name.endswith(".bias") or not any(part in name for part in known))
         )
         if left:
             what = "the GPU backend does not know this kind of tensor"
@@ -152,31 +155,41 @@ class _Reader:
 def read_weights(
     file: GGUFFile,
     device: torch.device,
+    which: range | None = None,
     hot: Sequence[np.ndarray] | None = None,
+    *,
     with_predictors: bool = False,
+    with_head: bool = True,
 ) -> DeviceWeights:
-    """Read `len(hot)` layers with the neurons that `hot` names for each; without it, all of all layers.
+    """Read the layers `which`, of all layers without it, with the neurons that `hot` names for each, or all.
 
-    Raises FormatError, ShapeError or UnsupportedError for a file that this backend cannot run.
+    The embedding comes with the first layer. Raises FormatError, ShapeError or UnsupportedError for a file
+    that this backend cannot run.
     """
     shape, reader = ModelShape.read(file), _Reader(file, device)
     _check_supported(file, shape)
     d, vocab = shape.d_model, shape.n_vocab
     dense_file = "blk.0.ffn_down_t.weight" not in reader
-    orders = [None] * shape.n_layers if hot is None else [_order(chosen, shape.d_ff) for chosen in hot]
-    counts = [shape.d_ff] * shape.n_layers if hot is None else [len(chosen) for chosen in hot]
-    embedding = reader.rows("token_embd.weight", vocab, d)
-    head = reader.rows("output.weight", vocab, d) if "output.weight" in reader else embedding
-    if head is not embedding and _equal(head, embedding):
+    which = range(shape.n_layers) if which is None else which
+    orders = [None] * len(which) if hot is None else [_order(chosen, shape.d_ff) for chosen in hot]
+    counts = [shape.d_ff] * len(which) if hot is None else [len(chosen) for chosen in hot]
+    embedding = reader.rows("token_embd.weight", vocab, d) if not which.start else None
+    head = reader.rows(_head_name(reader), vocab, d) if with_head else None
+    if head and embedding and _equal(head, embedding):
         head = embedding
     predictors = read_predictors(file, shape) if with_predictors else None
+    firing = activation_thresholds(file, shape.n_layers)
     layers = [
-        _read_layer(reader, shape, i, orders[i], counts[i], predictors, firing)
-        for i, firing in zip(range(len(counts)), activation_thresholds(file, shape.n_layers), strict=False)
+        _read_layer(reader, shape, i, order, count, predictors, firing[i])
+        for i, order, count in zip(which, orders, counts, strict=True)
     ]
     output_norm = reader.vector("output_norm.weight", d)
-    reader.check_all_known(len(layers))
-    return DeviceWeights(shape, embedding, head, output_norm, layers, dense_file)
+    reader.check_all_known(which)
+    return DeviceWeights(shape, device, which.start, layers, embedding, head, output_norm, dense_file)
+
+
+def _head_name(reader: _Reader) -> str:
+    return "output.weight" if "output.weight" in reader else "token_embd.weight"
 
 
 def _order(hot: np.ndarray, d_ff: int) -> np.ndarray:

@@ -15,7 +15,7 @@ from hotcold.errors import FormatError, InputError, MismatchError, UnsupportedEr
 from hotcold.predictor.bundle import LayerPredictor, PredictorBundle
 from hotcold.runtime.backends import BackendOptions, make_placement, open_engine
 from hotcold.runtime.engine import Engine
-from hotcold.runtime.gpu.device import free_bytes, open_device, parse_budget
+from hotcold.runtime.gpu.device import free_bytes, open_device, parse_budgets
 from hotcold.runtime.placement import PlacedLayer, Placement
 from hotcold.runtime.placement_file import gpuidx_path, load_placement, save_placement
 
@@ -92,7 +92,33 @@ def test_dry_run_prints_the_plan_and_loads_nothing(sized, capsys, monkeypatch):
     assert main([*arguments, "--vram-budget", "100M", "--mode", "exact"]) == 0
     printed = capsys.readouterr().out
     assert "hit rate" in printed and "tokens/s expected" in printed
-    assert len(printed.splitlines()) == 1 + 2 + 1
+    assert len(printed.splitlines()) == 1 + 2 + 2
+
+
+def test_dry_run_on_two_devices(sized, capsys):
+    """What one device would have to take and cannot, two do."""
+    plan = make_placement(sized, "exact", 1, 64, options("4G"))
+    layer, fixed = plan.layers[0].device_bytes, plan.fixed[0]
+    budgets = f"{fixed + layer},{fixed + layer // 2}"
+    arguments = ["run", str(sized), "--backend", "hybrid", "--device", "cpu,cpu", "--dry-run", "-c", "64"]
+    assert main([*arguments, "--vram-budget", budgets, "--mode", "exact"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "device 0" in lines[1] and "device 1" in lines[2] and len(lines) == 1 + 2 + 3
+    assert lines[3].startswith("device 0: ") and lines[4].startswith("device 1: ")
+
+
+def test_run_on_two_devices(sized, capsys):
+    plan = make_placement(sized, "exact", 1, 64, options("4G"))
+    budget = str(plan.device_bytes - plan.layers[0].device_bytes // 2)
+    arguments = ["run", str(sized), "-p", "fox", "-n", "4", "--ignore-eos", "--temp", "0", "-c", "64"]
+    assert main([*arguments, "--mode", "exact"]) == 0
+    expected = capsys.readouterr().out
+    for backend in ("gpu", "hybrid"):
+        devices = ["--backend", backend, "--device", "cpu,cpu", "--vram-budget", budget]
+        assert main([*arguments, "--mode", "exact", *devices]) == 0
+        assert capsys.readouterr().out == expected
+    [saved] = sized.parent.glob("*+*MiB.placement.json")
+    assert [layer.device for layer in load_placement(saved, 2, 96).layers] == [0, 1]
 
 
 def test_run_reports_the_telemetry(sized, capsys):
@@ -123,6 +149,11 @@ def test_run_reports_the_telemetry(sized, capsys):
             "no.json: no such plan",
         ),
         (["-p", "a", "--backend", "gpu", "--device", "quux"], "unknown device"),
+        (["-p", "a", "--backend", "gpu", "--device", "cpu", "--vram-budget", "1M"], "too little GPU memory"),
+        (
+            ["-p", "a", "--backend", "hybrid", "--device", "cpu,cpu", "--vram-budget", "1G,1G,1G"],
+            "--vram-budget is not for as many devices (got 1G,1G,1G, expected one size, or 2)",
+        ),
     ],
 )
 def test_errors_are_one_line(sized, capsys, arguments, message):
@@ -132,7 +163,7 @@ def test_errors_are_one_line(sized, capsys, arguments, message):
 
 
 PLAN = Placement(
-    (PlacedLayer(True, np.array([1, 4], np.int32), 8), PlacedLayer(False, np.empty(0, np.int32), 8)), 100
+    (PlacedLayer(True, np.array([1, 4], np.int32), 8), PlacedLayer(False, np.empty(0, np.int32), 8)), (100,)
 )
 
 
@@ -140,16 +171,43 @@ def test_a_plan_is_read_as_it_was_written(tmp_path):
     save_placement(PLAN, tmp_path / "plan.json", "f" * 64)
     read = load_placement(tmp_path / "plan.json", 2, 8, "f" * 64)
     assert [layer.hot.tolist() for layer in read.layers] == [[1, 4], []]
-    assert [layer.on_device for layer in read.layers] == [True, False] and read.budget == 100
+    assert [layer.on_device for layer in read.layers] == [True, False] and read.budgets == (100,)
+    assert read.fixed == (0,) and read.spans == [(0, range(1))]
     with pytest.raises(MismatchError, match="a plan for another model"):
         load_placement(tmp_path / "plan.json", 2, 8, "e" * 64)
     with pytest.raises(MismatchError, match="a plan for another model"):
         load_placement(tmp_path / "plan.json", 3, 8)
 
 
+def test_a_plan_for_several_devices(tmp_path):
+    layers = [PlacedLayer(True, np.array([i], np.int32), 8, device=i) for i in range(2)]
+    save_placement(Placement((*layers, PLAN.layers[1]), (100, 50), (20, 10)), tmp_path / "plan.json")
+    read = load_placement(tmp_path / "plan.json", 3, 8)
+    assert read.budgets == (100, 50) and read.fixed == (20, 10)
+    assert read.spans == [(0, range(1)), (1, range(1, 2))]
+
+
+def test_a_plan_from_before_there_were_several_devices(tmp_path):
+    save_placement(PLAN, tmp_path / "plan.json")
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    del plan["budgets"], plan["fixed"]
+    for layer in plan["layers"]:
+        del layer["device"]
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    read = load_placement(tmp_path / "plan.json", 2, 8)
+    assert read.budgets == (100,) and read.fixed == (0,) and read.spans == [(0, range(1))]
+
+
+ON_SECOND = {"on_device": True, "device": 1, "hot": [1], "hit_rate": 1, "device_bytes": 1, "cpu_bytes": 1}
+
+
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
+        ("layers", [ON_SECOND], "layers must be on devices in order"),
+        ("budgets", [], "sizes must be there for each device|layers must be on devices"),
+        ("budgets", 5, "a field is missing or of another type"),
+        ("fixed", [1, 2], "sizes must be there for each device"),
         ("format", "other", "not a plan of this version"),
         ("budget", "much", "a field is missing or of another type"),
         ("layers", [{"on_device": True}], "a field is missing"),
@@ -175,9 +233,9 @@ def test_broken_plans(tmp_path, field, value, message):
 
 def test_budgets():
     device = open_device("cpu")
-    assert parse_budget("1M", device) == 1 << 20
-    assert 0 < parse_budget("auto", device) <= 2 * free_bytes(device)
-    with pytest.raises(UnsupportedError, match="more than is free"):
-        parse_budget("99999T", device)
+    assert parse_budgets("1M", [device]) == [1 << 20]
+    assert 0 < parse_budgets("auto", [device])[0] <= 2 * free_bytes(device)
+    with pytest.raises(UnsupportedError, match=r"cpu: --vram-budget is more than is free"):
+        parse_budgets("99999T", [device])
     with pytest.raises(InputError, match="unknown backend"):
         BackendOptions("tpu")

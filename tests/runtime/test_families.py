@@ -28,6 +28,8 @@ from hotcold.convert.verify import verify_bundle
 from hotcold.errors import InputError
 from hotcold.predictor.bundle import PredictorBundle
 from hotcold.runtime.engine import Engine
+from hotcold.runtime.gpu.hybrid import HybridEngine
+from hotcold.runtime.placement import PlacedLayer, Placement
 from hotcold.runtime.reference import ReferenceEngine
 
 N_LAYERS, D_MODEL, D_FF, N_VOCAB, RANK = 2, 64, 128, 320, 32
@@ -225,6 +227,19 @@ def test_dense_logits_are_those_of_transformers(name, make_bundle_of, logits_of)
     reference = ReferenceEngine.load(bundle, "dense", n_ctx=64)
     assert difference(reference.prefill(IDS, all_logits=True), logits_of(name)) < 1e-5
     engine = Engine.load(bundle, "dense", 2, n_ctx=64)
+    assert difference(engine.prefill(IDS, all_logits=True), logits_of(name)) < 1e-3
+    engine.reset()
+    one_by_one = np.stack([engine.decode(token) for token in IDS])
+    assert difference(one_by_one, logits_of(name)) < 1e-3
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if not name.startswith(("opt", "falcon"))])
+def test_on_a_device_and_the_cpu(name, make_bundle_of, logits_of):
+    """A layer on either side, torch on the CPU being the device; with biases, head norms and windows."""
+    all_hot, none_hot = np.arange(D_FF, dtype=np.int32), np.empty(0, np.int32)
+    layers = (PlacedLayer(True, all_hot, D_FF), PlacedLayer(False, none_hot, D_FF))
+    placement = Placement(layers, (1 << 30,))
+    engine = HybridEngine.load(make_bundle_of(name), placement, "dense", "cpu", 2, n_ctx=64)
     assert difference(engine.prefill(IDS, all_logits=True), logits_of(name)) < 1e-3
     engine.reset()
     one_by_one = np.stack([engine.decode(token) for token in IDS])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,14 +13,16 @@ from hypothesis import strategies as st
 
 from hotcold.errors import InputError, UnsupportedError
 from hotcold.runtime import placement_solver
-from hotcold.runtime.placement import Costs, FfnTime, LayerLoad, Problem, parse_bytes, place, place_layers
+from hotcold.runtime.placement import Costs, FfnTime, LayerLoad, Problem, place, place_layers
+from hotcold.runtime.placement_devices import Fixed, fill
+from hotcold.runtime.sizes import parse_bytes
 
 COSTS = Costs(device_bandwidth=1e9, cpu_bandwidth=1e8, handover_s=1e-5, split_s=2e-6)
 
 
 def problem(frequencies, budget, *, neuron_bytes=100, frame=1000, fixed=500, costs=COSTS):
     layers = [LayerLoad(np.asarray(f, np.float32), neuron_bytes, frame, frame) for f in frequencies]
-    return Problem(layers, fixed, fixed, budget, costs)
+    return Problem(layers, Fixed(fixed), fixed, (budget,), costs)
 
 
 @st.composite
@@ -42,7 +46,7 @@ def problems(draw):
 @given(problems())
 def test_budget_homes_and_least(of):
     plan = place(of)
-    assert plan.device_bytes <= of.budget
+    assert plan.device_bytes <= of.budgets[0]
     assert len(plan.layers) == len(of.layers)
     for layer, load in zip(plan.layers, of.layers, strict=True):
         both = np.concatenate([layer.hot, layer.cold])
@@ -56,6 +60,63 @@ def test_budget_homes_and_least(of):
     framed = [layer.on_device for layer in plan.layers]
     assert framed == sorted(framed, reverse=True)
     assert plan.seconds >= 0
+
+
+@settings(max_examples=60, deadline=None)
+@given(problems(), st.lists(st.integers(0, 60_000), min_size=1, max_size=3), st.integers(0, 400))
+def test_several_devices_keep_their_budgets(of, budgets, head):
+    """The embedding is on the first device in use, the head on the last one, and layers in order."""
+    fixed = Fixed(300, head, each=100, tied=head // 2)
+    of = replace(of, fixed=fixed, budgets=tuple(budgets))
+    for plan_of in (place, place_layers):
+        if max(budgets) < fixed.on(first=True, last=True):
+            with contextlib.suppress(UnsupportedError):  # it may fit two devices where it fits none alone
+                plan_of(of)
+            continue
+        plan = plan_of(of)
+        devices = [device for device, _ in plan.spans]
+        assert devices == sorted(set(devices))
+        assert [i for _, layers in plan.spans for i in layers] == list(range(plan.spans[-1][1].stop))
+        for device, budget in enumerate(budgets):
+            first, last = device == devices[0], device == devices[-1]
+            extra = fixed.on(first=first, last=last) if device in devices else 0
+            layers = [layer for layer in plan.layers if layer.on_device and layer.device == device]
+            held = extra + sum(1000 + 100 * len(layer.hot) for layer in layers)
+            assert plan.fixed[device] == extra and plan.bytes_on(device) == held <= budget
+        for layer, load in zip(plan.layers, of.layers, strict=True):
+            both = np.concatenate([layer.hot, layer.cold])
+            assert np.array_equal(np.sort(both), np.arange(load.d_ff))
+
+
+def test_a_second_device_is_used_when_the_first_is_full():
+    """Twelve layers of 1,000 + 50 * 100 bytes; 500 bytes of head or embedding on each end."""
+    frequencies = [np.linspace(0, 1, 50)] * 12
+    of = problem(frequencies, 500 + 12 * 6000)
+
+    def on_devices(*budgets: int) -> list[int]:
+        plan = place(replace(of, fixed=Fixed(500, 500, tied=500), budgets=budgets))
+        return [sum(layer.device == i for layer in plan.layers) for i in range(len(budgets))]
+
+    assert on_devices(500 + 12 * 6000, 10**6) == [12, 0]
+    assert on_devices(500 + 12 * 6000 - 1, 10**6) == [0, 12]  # one device is better than two
+    assert on_devices(500 + 10 * 6000, 500 + 3 * 6000, 10**3) == [10, 2, 0]
+    assert on_devices(100, 500 + 12 * 6000) == [0, 12]
+
+
+def test_neurons_that_stay_away_do_so_on_all_devices():
+    """Frames alone would fit the first device, whose neurons would then all be cold."""
+    of = problem([np.linspace(0, 1, 50)] * 12, 0)
+    plan = place(replace(of, budgets=(20_000, 20_000)))
+    counts = [sum(len(x.hot) for x in plan.layers if x.device == device) for device in range(2)]
+    assert [len(layers) for _, layers in plan.spans] == [6, 6] and all(x.on_device for x in plan.layers)
+    assert min(counts) > 0.85 * max(counts) > 100
+
+
+def test_what_is_fixed_may_fit_two_devices_only():
+    fill_two = fill([100, 100], Fixed(500, 400, each=10), [700, 700])
+    assert fill_two == ([0, 1], [510, 410])
+    with pytest.raises(UnsupportedError, match="too little GPU memory"):
+        fill([100], Fixed(500, 400, each=10), [700, 700])
 
 
 @pytest.mark.parametrize("budget, neurons", [(2_100, 20), (2_000, 20), (1_999, 18), (199, 0)])
@@ -74,15 +135,17 @@ def test_a_solution_is_read_as_neurons_within_the_budget(budget, neurons):
 def test_no_worse_than_all_ways_to_cut(of):
     """Small enough to try every number of groups in every layer."""
     layers = of.layers[:2]
-    of = Problem(layers, of.fixed_bytes, 0, min(of.budget, 20_000), of.costs)
-    times = [FfnTime(layer, of.costs) for layer in layers[: of.n_framed]]
+    of = Problem(layers, of.fixed, 0, (min(of.budgets[0], 20_000),), of.costs)
+    left = of.budgets[0] - of.fixed.first
+    n_framed = min(len(layers), left // 1000)
+    times = [FfnTime(layer, of.costs) for layer in layers[:n_framed]]
     best = np.inf
     choices = [
         [n for n in sorted({*range(0, t.layer.d_ff, 20), t.layer.d_ff, t.least}) if n == 0 or n >= t.least]
         for t in times
     ]
     for counts in itertools.product(*choices):
-        if sum(counts) * 100 <= of.ffn_budget:
+        if sum(counts) * 100 <= left - 1000 * n_framed:
             best = min(best, sum(t.total(n) for t, n in zip(times, counts, strict=True)))
     plan = place(of)
     found = sum(t.total(len(layer.hot)) for t, layer in zip(times, plan.layers, strict=False))
@@ -123,7 +186,7 @@ def test_the_greedy_answer_stands_in_for_the_solver(monkeypatch):
     monkeypatch.setattr(placement_solver, "solver_counts", lambda *_: None)
     of = problem([np.linspace(0, 1, 100)] * 4, 500 + 4000 + 150 * 100)
     plan = place(of)
-    assert plan.method == "greedy" and plan.device_bytes <= of.budget
+    assert plan.method == "greedy" and plan.device_bytes <= of.budgets[0]
     assert sum(len(layer.hot) for layer in plan.layers) > 100
 
 

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from hotcold.errors import InputError, UnsupportedError
 from hotcold.runtime.engine import Engine
 from hotcold.runtime.gpu import engine as gpu_engine
+from hotcold.runtime.gpu import stage as gpu_stage
 from hotcold.runtime.gpu.engine import GpuEngine
 from hotcold.runtime.reference import ReferenceEngine
 
@@ -114,7 +115,7 @@ def test_through_the_triton_kernels(bundle, monkeypatch):
     from hotcold.runtime.triton import ops
 
     expected = GpuEngine.load(bundle.path, "predicted", "cpu", n_ctx=16).prefill(IDS[:3])
-    monkeypatch.setattr(gpu_engine, "operators", lambda device: ops)
+    monkeypatch.setattr(gpu_stage, "operators", lambda device: ops)
     device = GpuEngine.load(bundle.path, "predicted", "cpu", n_ctx=16)
     for token in IDS[:3]:
         logits = device.decode(token)
@@ -139,11 +140,11 @@ def test_a_layer_is_few_launches(bundle, monkeypatch, mode, most):
     """Launches take as long as reading the weights where a layer is many small ones."""
     from hotcold.runtime.triton import ops
 
-    monkeypatch.setattr(gpu_engine, "operators", lambda device: ops)
+    monkeypatch.setattr(gpu_stage, "operators", lambda device: ops)
     device = GpuEngine.load(bundle.path, mode, "cpu", n_ctx=16)
     device.prefill(IDS[:1])
     with torch.inference_mode(), Launches() as launches:
-        device._one_token(16)
+        device._stages[0]._one_token(16)
     assert len(launches.names) <= 2 * most + 5, launches.names
 
 
@@ -207,3 +208,7 @@ def test_tuning_measures_each_kind_of_matrix_once(bundle, mode, monkeypatch):
     kernels = [f"dot {size}" for size in ("512x64", "128x64", "64x64", "32x64", "128x32")]
     kernels += ["listed 64", "down 64"]
     assert sorted(tuned) == sorted(f"{kernel} float32 kind 0 tokens 1" for kernel in kernels)
+    tuned.clear()
+    first = read_weights(file, torch.device("cpu"), range(1), with_predictors=True, with_head=False)
+    tune_weights(first, mode, ops, torch.device("cpu"))
+    assert len(tuned) == len(kernels) - 1  # the head is on another device

@@ -19,7 +19,7 @@ MODES = ["exact", "predicted"]
 
 
 def plan(*layers: PlacedLayer) -> Placement:
-    return Placement(layers, 1 << 30)
+    return Placement(layers, (1 << 30,))
 
 
 def split(*hot: int | range) -> PlacedLayer:
@@ -99,7 +99,7 @@ def test_recorded_steps_of_a_token(make_bundle, monkeypatch, layers, handovers, 
     keys: list[object] = []
     hybrid = HybridEngine.load(make_bundle(n_layers=5).path, plan(*layers), "predicted", "cpu", 1, n_ctx=64)
     hybrid.prefill(IDS[:3])
-    monkeypatch.setattr(hybrid._graphs, "run", lambda key, step: (keys.append(key), step()))
+    monkeypatch.setattr(hybrid._stages[0]._graphs, "run", lambda key, step: (keys.append(key), step()))
     hybrid.decode(7)
     assert len(keys) == len(set(keys)) == 2 * handovers + extra
 
