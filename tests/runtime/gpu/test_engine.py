@@ -60,7 +60,8 @@ def test_q_k_and_v_of_different_types(make_bundle):
     """They stay apart, and give what they give as one matrix."""
     path = make_bundle(quant="F16").path
     together, apart = (GpuEngine.load(path, "exact", "cpu") for _ in range(2))
-    layers, shape = apart._weights.layers, apart._weights.shape
+    weights = apart._stages[0].weights
+    layers, shape = weights.layers, weights.shape
     ends = np.cumsum([0, shape.n_heads, shape.n_kv_heads, shape.n_kv_heads]) * shape.head_dim
     for i, layer in enumerate(layers):
         (whole,) = layer.qkv
