@@ -21,14 +21,14 @@ import numpy as np
 import torch
 
 from hotcold.convert.gguf_read import GGUFFile
-from hotcold.errors import InputError
+from hotcold.errors import HotcoldError, InputError
 from hotcold.eval.bench import Segment
 from hotcold.eval.peers.llama_cpp import LlamaCpp
 from hotcold.eval.results import Spread
-from hotcold.progress import Progress
+from hotcold.progress import Progress, log
 from hotcold.runtime.backends import BackendOptions, make_placement, open_engine
 from hotcold.runtime.bundle_files import file_of_role
-from hotcold.runtime.gpu.device import open_devices
+from hotcold.runtime.gpu.device import memory_or_error, open_devices
 
 __all__ = ["PEERS", "GpuRow", "GpuSide", "bench_gpu", "sides_of"]
 
@@ -53,11 +53,14 @@ class GpuSide:
 
 @dataclass(frozen=True, slots=True)
 class GpuRow:
-    """What one side did. Speeds in tokens/s, sizes in bytes; what a side does not tell is None."""
+    """What one side did. Speeds in tokens/s, sizes in bytes; what a side does not tell is None.
+
+    Of a side that could not run at all only `error` is told.
+    """
 
     side: GpuSide
-    prompt: Spread
-    generation: Spread
+    prompt: Spread | None = None
+    generation: Spread | None = None
     bytes_per_token: float | None = None
     bandwidth_share: float | None = None  # of the device's, `gpu` alone
     sparsity: float | None = None
@@ -65,6 +68,7 @@ class GpuRow:
     planned_bytes: int | None = None
     expected_tok_s: float | None = None
     telemetry: dict[str, float] | None = None
+    error: str | None = None
 
     def as_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -102,12 +106,23 @@ def bench_gpu(
     n_threads: int,
     bandwidth: float,
 ) -> list[GpuRow]:
-    """Measure all sides on `texts`; `bandwidth` is the device's, in bytes per second."""
+    """Measure all sides on `texts`; `bandwidth` is the device's, in bytes per second.
+
+    One that cannot run, for lack of memory say, costs no other its row; if none can, the last one raises.
+    """
     n_ctx = max(len(text.prompt) + len(text.generated) for text in texts)
     rows = []
     with Progress("bench", total=len(sides) * len(texts), unit="run") as progress:
         for side in sides:
-            rows.append(_measure(bundle, side, texts, device, n_threads, n_ctx, bandwidth, progress))
+            try:
+                with memory_or_error(open_devices(device)[0]):
+                    row = _measure(bundle, side, texts, device, n_threads, n_ctx, bandwidth, progress)
+            except HotcoldError as error:
+                if side is sides[-1] and all(row.error for row in rows):
+                    raise
+                log(f"{side.name}: {error}")
+                row = GpuRow(side, error=str(error))
+            rows.append(row)
             gc.collect()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
@@ -235,11 +250,12 @@ def as_table(rows: Sequence[GpuRow]) -> str:
             _figure(bus, 2**-10, ".1f"),
         ]
         lines.append("| " + " | ".join(cells) + " |")
+    lines += [f"\n{row.side.name}: {row.error}" for row in rows if row.error]
     return "\n".join(lines)
 
 
-def _spread(spread: Spread) -> str:
-    return f"{spread.median:.1f} ({spread.low:.1f}–{spread.high:.1f})"
+def _spread(spread: Spread | None) -> str:
+    return "–" if spread is None else f"{spread.median:.1f} ({spread.low:.1f}–{spread.high:.1f})"
 
 
 def _figure(value: float | None, scale: float, form: str) -> str:

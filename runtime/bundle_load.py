@@ -21,6 +21,7 @@ from hotcold.convert.quantize import dequantize
 from hotcold.errors import FormatError, InputError, MismatchError, ShapeError, UnsupportedError
 from hotcold.progress import log
 from hotcold.runtime import _cpu
+from hotcold.runtime.head import EMBEDDING, head_name
 from hotcold.runtime.shape import ModelShape, activation_thresholds, read_predictors
 
 __all__ = ["MODES", "Source", "load_layers", "load_model", "new_model"]
@@ -220,11 +221,10 @@ def load_layers(
 
 
 def _head_is_embedding(source: Source, vocab: int, d: int) -> bool:
-    """PowerInfer's form always has output.weight, for tied models too: one copy in memory is enough."""
-    if "output.weight" not in source:
-        return True
-    head, embedding = source.tensor("output.weight", vocab, d), source.tensor("token_embd.weight", vocab, d)
-    return head.type == embedding.type and np.array_equal(head.data, embedding.data)
+    """One copy in memory is enough."""
+    if "output.weight" in source:
+        source.tensor("output.weight", vocab, d)  # is read here, whether it is needed or not
+    return head_name(source.file) == EMBEDDING
 
 
 def _load_norm(

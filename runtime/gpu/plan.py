@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from hotcold.convert.gguf_read import GGUFFile
+from hotcold.runtime.head import EMBEDDING, head_name
 from hotcold.runtime.placement import Costs, LayerLoad, Placement, Problem
 from hotcold.runtime.placement_devices import Fixed, fill
 from hotcold.runtime.shape import ModelShape
@@ -40,8 +41,8 @@ def make_problem(
         LayerLoad(frequency, -(-ffn // shape.d_ff), frame + cache, frame)
         for frequency, (ffn, frame) in zip(frequencies, by_layer, strict=True)
     ]
-    head = _bytes_of(file, _head_name(file))
-    return Problem(layers, _fixed(file, shape, n_ctx), head, tuple(budgets), costs)
+    fixed = _fixed(file, shape, n_ctx)
+    return Problem(layers, fixed, _bytes_of(file, head_name(file)), tuple(budgets), costs)
 
 
 def whole_model(file: GGUFFile, mode: str, n_ctx: int, budgets: Sequence[int]) -> list[int]:
@@ -61,21 +62,16 @@ def _cache_bytes(shape: ModelShape, n_ctx: int) -> int:
 
 
 def _fixed(file: GGUFFile, shape: ModelShape, n_ctx: int) -> Fixed:
-    outer = sum(tensor.data.nbytes for name, tensor in file.tensors.items() if not name.startswith("blk."))
-    embedding = _bytes_of(file, "token_embd.weight")
-    tied = embedding if _head_name(file) == "token_embd.weight" else 0
+    embedding, name = _bytes_of(file, EMBEDDING), head_name(file)
+    tied = embedding if name == EMBEDDING else 0
+    norm, logits = 4 * shape.d_model, 4 * shape.n_vocab
     tables = 2 * 4 * n_ctx * (shape.head_dim // 2)
-    logits = 4 * shape.n_vocab
-    return Fixed(embedding, outer - embedding + tied + logits, tables + _ACTIVATIONS, tied)
+    return Fixed(embedding, _bytes_of(file, name) + norm + logits, tables + _ACTIVATIONS, tied)
 
 
 def _bytes_of(file: GGUFFile, name: str) -> int:
     """0 for a tensor that is missing: who reads it says so."""
     return file.tensors[name].data.nbytes if name in file.tensors else 0
-
-
-def _head_name(file: GGUFFile) -> str:
-    return "output.weight" if "output.weight" in file.tensors else "token_embd.weight"
 
 
 def _layer_bytes(file: GGUFFile, layer: int, mode: str) -> tuple[int, int]:
@@ -97,13 +93,14 @@ def part_bytes(file: GGUFFile) -> dict[str, int]:
     """Bytes of a file's tensors by part: attention, predictor, gate, up, down, head, other."""
     kinds = {"attn_": "attention", "fc": "predictor", "ffn_gate": "gate", "ffn_up": "up", "ffn_down": "down"}
     sizes = dict.fromkeys([*kinds.values(), "head", "other"], 0)
-    head = _head_name(file)
+    head = head_name(file)
     for name, tensor in file.tensors.items():
+        if name in (EMBEDDING, "output.weight") and name != head:
+            continue  # an embedding's rows are few, a copy of it is not read
         part = next((kind for start, kind in kinds.items() if f".{start}" in name), "other")
         is_vector = len(tensor.shape) == 1 or _ROUTER in name
         part = "head" if name == head else "other" if is_vector else part
-        if name != "token_embd.weight" or part == "head":
-            sizes[part] += tensor.data.nbytes
+        sizes[part] += tensor.data.nbytes
     return sizes
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from hotcold.convert.gguf_read import GGUFFile
 from hotcold.convert.quantize import dequantize
 from hotcold.errors import FormatError, ShapeError, UnsupportedError
+from hotcold.runtime.head import EMBEDDING, head_name
 from hotcold.runtime.shape import ModelShape, activation_thresholds, read_predictors
 from hotcold.runtime.triton.reference import PLAIN_RELU
 from hotcold.runtime.triton.rows import Rows, joined
@@ -174,9 +175,11 @@ def read_weights(
     orders = [None] * len(which) if hot is None else [_order(chosen, shape.d_ff) for chosen in hot]
     counts = [shape.d_ff] * len(which) if hot is None else [len(chosen) for chosen in hot]
     embedding = reader.rows("token_embd.weight", vocab, d) if not which.start else None
-    head = reader.rows(_head_name(reader), vocab, d) if with_head else None
-    if head and embedding and _equal(head, embedding):
-        head = embedding
+    head = None
+    if with_head:
+        name = head_name(file)
+        shared = embedding if name == EMBEDDING else None
+        head = shared or reader.rows(name, vocab, d)
     predictors = read_predictors(file, shape) if with_predictors else None
     firing = activation_thresholds(file, shape.n_layers)
     layers = [
@@ -188,17 +191,9 @@ def read_weights(
     return DeviceWeights(shape, device, which.start, layers, embedding, head, output_norm, dense_file)
 
 
-def _head_name(reader: _Reader) -> str:
-    return "output.weight" if "output.weight" in reader else "token_embd.weight"
-
-
 def _order(hot: np.ndarray, d_ff: int) -> np.ndarray:
     """All neurons of a layer, the hot ones first."""
     return np.concatenate([hot, np.setdiff1d(np.arange(d_ff, dtype=hot.dtype), hot)])
-
-
-def _equal(a: Rows, b: Rows) -> bool:
-    return a.kind == b.kind and torch.equal(a.data, b.data) and torch.equal(a.scales, b.scales)
 
 
 def _check_supported(file: GGUFFile, shape: ModelShape) -> None:

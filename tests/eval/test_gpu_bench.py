@@ -105,6 +105,22 @@ def test_bench_gpu(synthetic, capsys, tmp_path):
     assert rows["gpu predicted"]["sparsity"] > 0.3
 
 
+def test_a_side_that_cannot_run_costs_no_other_its_row(synthetic, capsys):
+    arguments = ["bench-gpu", "--synthetic", "smollm2-135m", "--layers", "1", "--device", "cpu", "-t", "1"]
+    arguments += ["-r", "2", "-p", "3", "-n", "4", "--cache", str(synthetic.parent), "-m", "exact"]
+    assert main([*arguments, "--backends", "hybrid", "--budgets", "5,900", "-o", "json"]) == 0
+    told = capsys.readouterr()
+    little, much = json.loads(told.out)["rows"]
+    assert "too little GPU memory" in little["error"] and little["generation"] is None
+    assert "hybrid 5% exact: too little GPU memory" in told.err
+    assert much["error"] is None and much["generation"]["median"] > 0
+    assert main([*arguments, "--backends", "hybrid", "--budgets", "5,900"]) == 0
+    table = capsys.readouterr().out
+    assert "| hybrid 5% exact | – | – |" in table and "\nhybrid 5% exact: too little GPU memory" in table
+    assert main([*arguments, "--backends", "hybrid", "--budgets", "5"]) == 2
+    assert "error: too little GPU memory" in capsys.readouterr().err
+
+
 def test_bench_gpu_with_accelerate(synthetic, capsys):
     arguments = ["bench-gpu", "--synthetic", "smollm2-135m", "--layers", "1", "--device", "cpu", "-t", "1"]
     sizes = ["-r", "2", "-p", "3", "-n", "4", "--budgets", "50,900", "--cache", str(synthetic.parent)]

@@ -99,7 +99,7 @@ def test_dry_run_on_two_devices(sized, capsys):
     """What one device would have to take and cannot, two do."""
     plan = make_placement(sized, "exact", 1, 64, options("4G"))
     layer, fixed = plan.layers[0].device_bytes, plan.fixed[0]
-    budgets = f"{fixed + layer},{fixed + layer // 2}"
+    budgets = f"{fixed + layer},{fixed + layer}"
     arguments = ["run", str(sized), "--backend", "hybrid", "--device", "cpu,cpu", "--dry-run", "-c", "64"]
     assert main([*arguments, "--vram-budget", budgets, "--mode", "exact"]) == 0
     lines = capsys.readouterr().out.splitlines()

@@ -1,0 +1,51 @@
+"""The head: a matrix of its own, the embedding, or a copy of it, which takes no memory of its own."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from hotcold.convert.gguf_read import GGUFFile
+from hotcold.runtime.bundle_files import file_of_role
+from hotcold.runtime.gpu import plan
+from hotcold.runtime.gpu.plan import part_bytes
+from hotcold.runtime.gpu.weights import read_weights
+from hotcold.runtime.head import EMBEDDING, head_name
+
+HEAD = "output.weight"
+
+
+@pytest.fixture
+def sparse(bundle):
+    """A tied model in PowerInfer's form, which has a head that is a copy."""
+    return GGUFFile(file_of_role(bundle.path, "sparse"))
+
+
+@pytest.fixture
+def untied(bundle):
+    """The same with one other weight in the head."""
+    file = GGUFFile(file_of_role(bundle.path, "sparse"))
+    head = np.array(file.tensors[HEAD].data)
+    head.reshape(-1)[-1] ^= 1
+    file.tensors[HEAD] = replace(file.tensors[HEAD], data=head)
+    return file
+
+
+def test_names(bundle, sparse, untied):
+    assert HEAD in sparse.tensors and head_name(sparse) == EMBEDDING
+    dense = GGUFFile(file_of_role(bundle.path, "dense"))
+    assert HEAD not in dense.tensors and head_name(dense) == EMBEDDING
+    assert head_name(untied) == HEAD
+
+
+def test_a_copy_takes_no_memory(sparse, untied):
+    one, two = (read_weights(file, torch.device("cpu")) for file in (sparse, untied))
+    assert one.head is one.embedding and two.head is not two.embedding
+    more = sparse.tensors[HEAD].data.nbytes
+    assert two.nbytes - one.nbytes == more
+    planned = [plan._fixed(file, one.shape, 8).on(first=True, last=True) for file in (sparse, untied)]
+    assert planned[1] - planned[0] == more
+    assert part_bytes(sparse) == part_bytes(untied) and part_bytes(sparse)["head"] == more
