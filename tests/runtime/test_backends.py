@@ -109,7 +109,8 @@ def test_dry_run_on_two_devices(sized, capsys):
 
 def test_run_on_two_devices(sized, capsys):
     plan = make_placement(sized, "exact", 1, 64, options("4G"))
-    budget = str(plan.device_bytes - plan.layers[0].device_bytes // 2)
+    layer = plan.layers[0].device_bytes + plan.layers[0].cpu_bytes
+    budget = str(plan.fixed[0] + 3 * layer // 2)
     arguments = ["run", str(sized), "-p", "fox", "-n", "4", "--ignore-eos", "--temp", "0", "-c", "64"]
     assert main([*arguments, "--mode", "exact"]) == 0
     expected = capsys.readouterr().out
