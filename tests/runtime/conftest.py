@@ -162,7 +162,7 @@ def write_sparse(
     file.writer.add_array("hotcold.activation_thresholds", [float(recipe.activation_threshold)] * n_layers)
     file.writer.add_array("hotcold.predictor.thresholds", [float(recipe.predictor_threshold)] * n_layers)
     file.writer.add_array("hotcold.predictor.ranks", [recipe.rank] * n_layers)
-    hot_sets = [*recipe.hot, *[()] * n_layers][:n_layers]
+    hot_sets = [*recipe.hot, *[()] * (n_layers - len(recipe.hot))]
     file.writer.add_array("hotcold.hot.counts", [len(hot) for hot in hot_sets])
     file.writer.add_array("hotcold.hot.neurons", [i for hot in hot_sets for i in hot] or [0])
     file.tensor("token_embd", model.model.embed_tokens.weight)
