@@ -30,22 +30,28 @@ def dot_kernel(
     x,
     w,
     scales,
+    bias,
     out,
     n,
     tokens,
     WIDTH: tl.constexpr,
     KIND: tl.constexpr,
+    BIASED: tl.constexpr,
     RELU: tl.constexpr,
     TOKENS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    """out [tokens, n] = x · wᵀ; one program per ROWS rows, which it begins to read early."""
+    """out [tokens, n] = x · wᵀ + bias; one program per ROWS rows, which it begins to read early."""
     let_next_start(EARLY)
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     live = rows < n
+    if BIASED:
+        shift = tl.load(bias + rows, mask=live, other=0.0)
     sums = row_dots(x, w, scales, rows, live, tokens, WIDTH, KIND, TOKENS, ROWS, BLOCK, EARLY)
+    if BIASED:
+        sums += shift[:, None]
     if RELU:
         sums = tl.maximum(sums, 0.0)
     token = tl.arange(0, TOKENS)[None, :]
@@ -119,6 +125,7 @@ def listed_kernel(
     x,
     gate,
     gate_scales,
+    bias,
     up,
     up_scales,
     scores,
@@ -133,6 +140,8 @@ def listed_kernel(
     KIND_GATE: tl.constexpr,
     KIND_UP: tl.constexpr,
     SCORED: tl.constexpr,
+    BIASED: tl.constexpr,
+    GATED: tl.constexpr,
     CLIP: tl.constexpr,
     COUNTED: tl.constexpr,
     TOKENS: tl.constexpr,
@@ -140,7 +149,7 @@ def listed_kernel(
     BLOCK: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    """a [tokens, n] by list position: gate dot (or known score), activation, up dot where it fires."""
+    """a [tokens, n] by list position: gate dot (or known score), activation, up dot if any where it fires."""
     let_next_start(EARLY)
     wait_for_last(EARLY)
     listed = tl.load(count)
@@ -157,12 +166,19 @@ def listed_kernel(
             gates = row_dots(
                 x, gate, gate_scales, rows, live, tokens, WIDTH, KIND_GATE, TOKENS, ROWS, BLOCK, False
             )
+            if BIASED:
+                gates += tl.load(bias + rows, mask=live, other=0.0)[:, None]
         fires = (gates >= threshold) & inside
-        live_up = tl.max(fires.to(tl.int32), 1) > 0
-        ups = row_dots(x, up, up_scales, rows, live_up, tokens, WIDTH, KIND_UP, TOKENS, ROWS, BLOCK, False)
-        if CLIP:
-            ups = tl.maximum(ups, 0.0)
-        found = tl.where(fires, gates * ups, 0.0)
+        values = gates
+        if GATED:
+            live_up = tl.max(fires.to(tl.int32), 1) > 0
+            ups = row_dots(
+                x, up, up_scales, rows, live_up, tokens, WIDTH, KIND_UP, TOKENS, ROWS, BLOCK, False
+            )
+            if CLIP:
+                ups = tl.maximum(ups, 0.0)
+            values = gates * ups
+        found = tl.where(fires, values, 0.0)
         tl.store(a + token * n + position[:, None], found, mask=inside)
         n_fired += (found != 0.0).to(tl.int32)
     if COUNTED:  # whole numbers: their sum does not depend on the order

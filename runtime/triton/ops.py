@@ -64,13 +64,14 @@ def _batch(x: Tensor) -> int:
 
 
 @triton_op("hotcold::dot_rows", mutates_args=())
-def _dot_rows(x: Tensor, w: Tensor, scales: Tensor, kind: int, relu: bool) -> Tensor:
+def _dot_rows(x: Tensor, w: Tensor, scales: Tensor, kind: int, bias: Tensor | None, relu: bool) -> Tensor:
     n, (tokens, width) = w.shape[0], x.shape
     out = x.new_empty(tokens, n)
     tiles = _row_tiles("dot", x, w, kind)
     launch(
-        kernels.dot_kernel, (cdiv(n, tiles["ROWS"]),), x, w, scales, out, n, tokens,
-        WIDTH=width, KIND=kind, RELU=relu, TOKENS=_batch(x), **tiles,
+        kernels.dot_kernel, (cdiv(n, tiles["ROWS"]),), x, w, scales, x if bias is None else bias, out,
+        n, tokens,
+        WIDTH=width, KIND=kind, BIASED=bias is not None, RELU=relu, TOKENS=_batch(x), **tiles,
     )  # fmt: skip
     return out
 
@@ -143,7 +144,8 @@ def _ffn_listed(
     gate_scales: Tensor,
     gate_kind: int,
     scored: bool,
-    up: Tensor,
+    bias: Tensor | None,
+    up: Tensor | None,
     up_scales: Tensor,
     up_kind: int,
     index: Tensor,
@@ -152,15 +154,16 @@ def _ffn_listed(
     clip: bool,
     fired: Tensor | None,
 ) -> Tensor:
-    n, (tokens, width) = up.shape[0], x.shape
+    n, (tokens, width) = index.shape[0], x.shape
     a = x.new_empty(tokens, n)
-    tiles = _row_tiles("listed", x, up, up_kind)
+    tiles = _row_tiles("listed", x, gate if up is None else up, up_kind)
     programs = min(tiles.pop("PROGRAMS"), cdiv(n, tiles["ROWS"]))
     launch(
-        kernels.listed_kernel, (programs,), x, gate, gate_scales, up, up_scales, gate, index, count, a,
+        kernels.listed_kernel, (programs,), x, gate, gate_scales, x if bias is None else bias,
+        gate if up is None else up, up_scales, gate, index, count, a,
         count if fired is None else fired, n, tokens, threshold,
-        WIDTH=width, KIND_GATE=gate_kind, KIND_UP=up_kind, SCORED=scored, CLIP=clip,
-        COUNTED=fired is not None, TOKENS=_batch(x), **tiles,
+        WIDTH=width, KIND_GATE=gate_kind, KIND_UP=up_kind, SCORED=scored, BIASED=bias is not None,
+        GATED=up is not None, CLIP=clip, COUNTED=fired is not None, TOKENS=_batch(x), **tiles,
     )  # fmt: skip
     return a
 
@@ -179,10 +182,10 @@ def _down_listed(
     return _total(partial)
 
 
-def dot_rows(x: Tensor, w: Rows, relu: bool = False) -> Tensor:
+def dot_rows(x: Tensor, w: Rows, bias: Tensor | None = None, relu: bool = False) -> Tensor:
     """See reference.dot_rows. Raises ShapeError, as all here do, for what the kernel cannot take."""
-    _check(x, w)
-    return _dot_rows(x, w.data, w.scales, w.kind, relu)
+    _check(x, w, bias)
+    return _dot_rows(x, w.data, w.scales, w.kind, bias, relu)
 
 
 def s2(scores: Tensor, x: Tensor, up: Rows, threshold: float = PLAIN_RELU, clip: bool = False) -> Tensor:
@@ -221,25 +224,28 @@ def predict(
 def ffn_listed(
     x: Tensor,
     gate: Rows | Tensor,
-    up: Rows,
+    up: Rows | None,
     index: Tensor,
     count: Tensor,
     threshold: float = PLAIN_RELU,
     clip: bool = False,
     fired: Tensor | None = None,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """See reference.ffn_listed; here, what stands after `count` is undefined."""
-    _check(x, up)
+    last = gate if up is None else up
+    _check(x, last)
     if isinstance(gate, Tensor):
-        _check_values("scores", gate, (len(x), up.n))
-        data, scales, kind = gate, up.scales, up.kind
+        _check_values("scores", gate, (len(x), last.n))
+        data, scales, kind = gate, last.scales, last.kind
     else:
-        _check(x, gate)
+        _check(x, gate, bias)
         data, scales, kind = gate.data, gate.scales, gate.kind
-    scored = isinstance(gate, Tensor)
+    scored, up_data = isinstance(gate, Tensor), None if up is None else up.data
     return _ffn_listed(
-        x, data, scales, kind, scored, up.data, up.scales, up.kind, index, count, threshold, clip, fired
-    )
+        x, data, scales, kind, scored, bias, up_data, last.scales, last.kind, index, count, threshold, clip,
+        fired,
+    )  # fmt: skip
 
 
 def down_listed(a: Tensor, down: Rows, index: Tensor, count: Tensor) -> Tensor:
@@ -257,8 +263,11 @@ def ffn_exact(
     return down_listed(ffn_listed(x, scores, up, index, count, threshold, clip), down, index, count), count
 
 
-def _check(x: Tensor, w: Rows) -> None:
+def _check(x: Tensor, w: Rows, bias: Tensor | None = None) -> None:
     _check_values("x", x, (len(x), w.width))
+    if bias is not None and (bias.dtype != torch.float32 or tuple(bias.shape) != (w.n,)):
+        got, expected = f"{bias.dtype} {list(bias.shape)}", f"torch.float32 {[w.n]}"
+        raise ShapeError("bias does not fit the weights", got=got, expected=expected)
 
 
 def _check_values(name: str, values: Tensor, shape: tuple[int, ...]) -> None:

@@ -33,9 +33,9 @@ __all__ = [
 PLAIN_RELU = torch.finfo(torch.float32).tiny
 
 
-def dot_rows(x: Tensor, w: Rows, relu: bool = False) -> Tensor:
-    """x · wᵀ, float32 [tokens, w.n], rectified on request."""
-    y = x @ w.dequantize().T
+def dot_rows(x: Tensor, w: Rows, bias: Tensor | None = None, relu: bool = False) -> Tensor:
+    """x · wᵀ + bias, float32 [tokens, w.n], rectified on request; `bias` is float32 [w.n]."""
+    y = torch.nn.functional.linear(x, w.dequantize(), bias)
     return y.relu() if relu else y
 
 
@@ -94,22 +94,30 @@ def predict(
 def ffn_listed(
     x: Tensor,
     gate: Rows | Tensor,
-    up: Rows,
+    up: Rows | None,
     index: Tensor,
     count: Tensor,
     threshold: float = PLAIN_RELU,
     clip: bool = False,
     fired: Tensor | None = None,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """act(gate) · up of the listed neurons, float32 [tokens, n] by position in the list; zero after `count`.
 
-    `gate` are the gate rows, or scores [tokens, n] that are known already. The up row of a neuron that fires
-    for no token is not read. How many values are not zero is added to `fired`, an int64 tensor of one number.
+    `gate` are the gate rows, whose scores get `bias` [n] added if given, or scores [tokens, n] that are known
+    already. Without `up`, which takes gate rows, a value is act(gate). The up row of a neuron that fires for
+    no token is not read. How many values are not zero is added to `fired`, an int64 tensor of one number.
     """
     live = index[: int(count)].long()
-    scores = gate[:, live] if isinstance(gate, Tensor) else dot_rows(x, gate.take(live))
-    a = x.new_zeros(len(x), up.n)
-    a[:, : len(live)] = s2(scores, x, up.take(live), threshold, clip)
+    if isinstance(gate, Tensor):
+        scores = gate[:, live]
+    else:
+        scores = dot_rows(x, gate.take(live), None if bias is None else bias[live])
+    a = x.new_zeros(len(x), len(index))
+    if up is None:
+        a[:, : len(live)] = activate(scores, None, threshold, clip)
+    else:
+        a[:, : len(live)] = s2(scores, x, up.take(live), threshold, clip)
     if fired is not None:
         fired += (a != 0).sum()
     return a

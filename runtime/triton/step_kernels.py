@@ -16,21 +16,38 @@ __all__ = ["activate_kernel", "attend_kernel", "blend_kernel", "norm_kernel", "t
 
 @triton.jit
 def norm_kernel(
-    x, added, weight, total, normed, width, eps, ADD: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr
+    x,
+    added,
+    weight,
+    bias,
+    total,
+    normed,
+    width,
+    eps,
+    ADD: tl.constexpr,
+    BIASED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
-    """normed = RMSNorm(x + added), a row per program; the sum itself goes to total."""
+    """normed = RMSNorm(x + added), with a bias LayerNorm, a row per program; the sum itself goes to total."""
     let_next_start(EARLY)
     cols = tl.arange(0, BLOCK)
     inside = cols < width
     factor = tl.load(weight + cols, mask=inside, other=0.0)
+    if BIASED:
+        shift = tl.load(bias + cols, mask=inside, other=0.0)
     wait_for_last(EARLY)
     at = tl.program_id(0) * width + cols
     row = tl.load(x + at, mask=inside, other=0.0)
     if ADD:
         row += tl.load(added + at, mask=inside, other=0.0)
         tl.store(total + at, row, mask=inside)
-    scale = 1 / tl.sqrt(tl.sum(row * row, 0) / width + eps)
-    tl.store(normed + at, row * scale * factor, mask=inside)
+    if BIASED:
+        row = tl.where(inside, row - tl.sum(row, 0) / width, 0.0)
+    found = row * (1 / tl.sqrt(tl.sum(row * row, 0) / width + eps)) * factor
+    if BIASED:
+        found += shift
+    tl.store(normed + at, found, mask=inside)
 
 
 @triton.jit
@@ -158,21 +175,25 @@ def activate_kernel(
     fired,
     size,
     threshold,
+    GATED: tl.constexpr,
     CLIP: tl.constexpr,
     COUNTED: tl.constexpr,
     BLOCK: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    """a [size] = act(gate) · up; how many are not zero is added to fired."""
+    """a [size] = act(gate) · up, or act(gate); how many are not zero is added to fired."""
     let_next_start(EARLY)
     wait_for_last(EARLY)
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = at < size
     gates = tl.load(gate + at, mask=inside, other=0.0)
-    ups = tl.load(up + at, mask=inside, other=0.0)
-    if CLIP:
-        ups = tl.maximum(ups, 0.0)
-    found = tl.where((gates >= threshold) & inside, gates * ups, 0.0)
+    values = gates
+    if GATED:
+        ups = tl.load(up + at, mask=inside, other=0.0)
+        if CLIP:
+            ups = tl.maximum(ups, 0.0)
+        values = gates * ups
+    found = tl.where((gates >= threshold) & inside, values, 0.0)
     tl.store(a + at, found, mask=inside)
     if COUNTED:  # whole numbers: their sum does not depend on the order
         tl.atomic_add(fired, tl.sum((found != 0.0).to(tl.int64), 0), sem="relaxed")

@@ -12,15 +12,19 @@ from torch import Tensor
 __all__ = ["activate", "add_norm", "attend", "norm", "turn"]
 
 
-def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """RMSNorm of x float32 [rows, width] (arXiv 1910.07467)."""
+def norm(x: Tensor, weight: Tensor, eps: float, bias: Tensor | None = None) -> Tensor:
+    """RMSNorm of x float32 [rows, width] (arXiv 1910.07467), or with a bias LayerNorm (arXiv 1607.06450)."""
+    if bias is not None:
+        return torch.nn.functional.layer_norm(x, weight.shape, weight, bias, eps)
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
 
 
-def add_norm(x: Tensor, added: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """x + added, and the RMSNorm of that."""
+def add_norm(
+    x: Tensor, added: Tensor, weight: Tensor, eps: float, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """x + added, and the norm of that."""
     total = x + added
-    return total, norm(total, weight, eps)
+    return total, norm(total, weight, eps, bias)
 
 
 def turn(
@@ -59,9 +63,12 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, positions: Tensor, seen: int
     return torch.einsum("tkgs,ksd->tkgd", scores.softmax(-1), v).flatten(1)
 
 
-def activate(gate: Tensor, up: Tensor, threshold: float, clip: bool, fired: Tensor | None = None) -> Tensor:
-    """gate · up where gate reaches `threshold`, else 0; `clip` rectifies up (dReLU)."""
-    a = torch.where(gate >= threshold, gate * (up.relu() if clip else up), 0.0)
+def activate(
+    gate: Tensor, up: Tensor | None, threshold: float, clip: bool, fired: Tensor | None = None
+) -> Tensor:
+    """gate · up where gate reaches `threshold`, else 0; `clip` rectifies up (dReLU), without `up` it is 1."""
+    value = gate if up is None else gate * (up.relu() if clip else up)
+    a = torch.where(gate >= threshold, value, 0.0)
     if fired is not None:
         fired += (a != 0).sum()
     return a

@@ -20,30 +20,39 @@ _BLOCK = 1024
 
 
 @triton_op("hotcold::norm", mutates_args=())
-def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def norm(x: Tensor, weight: Tensor, eps: float, bias: Tensor | None = None) -> Tensor:
     """See step_reference.norm."""
     normed = torch.empty_like(x)
-    _launch_norm(x, None, weight, None, normed, eps)
+    _launch_norm(x, None, weight, bias, None, normed, eps)
     return normed
 
 
 @triton_op("hotcold::add_norm", mutates_args=())
-def add_norm(x: Tensor, added: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def add_norm(
+    x: Tensor, added: Tensor, weight: Tensor, eps: float, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """See step_reference.add_norm."""
     total, normed = torch.empty_like(x), torch.empty_like(x)
-    _launch_norm(x, added, weight, total, normed, eps)
+    _launch_norm(x, added, weight, bias, total, normed, eps)
     return total, normed
 
 
 def _launch_norm(
-    x: Tensor, added: Tensor | None, weight: Tensor, total: Tensor | None, normed: Tensor, eps: float
+    x: Tensor,
+    added: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    total: Tensor | None,
+    normed: Tensor,
+    eps: float,
 ) -> None:
     rows, width = x.shape
     block = next_power_of_2(width)
     launch(
         kernels.norm_kernel, (rows,), x, x if added is None else added, weight,
-        normed if total is None else total, normed, width, eps,
-        ADD=added is not None, BLOCK=block, num_warps=min(16, max(1, block // 256)),
+        weight if bias is None else bias, normed if total is None else total, normed, width, eps,
+        ADD=added is not None, BIASED=bias is not None,
+        BLOCK=block, num_warps=min(16, max(1, block // 256)),
     )  # fmt: skip
 
 
@@ -86,12 +95,14 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, positions: Tensor, seen: int
 
 
 @triton_op("hotcold::activate", mutates_args=("fired",))
-def activate(gate: Tensor, up: Tensor, threshold: float, clip: bool, fired: Tensor | None = None) -> Tensor:
+def activate(
+    gate: Tensor, up: Tensor | None, threshold: float, clip: bool, fired: Tensor | None = None
+) -> Tensor:
     """See step_reference.activate."""
     a, size = torch.empty_like(gate), gate.numel()
     launch(
-        kernels.activate_kernel, (cdiv(size, _BLOCK),), gate, up, a, a if fired is None else fired,
-        size, threshold,
-        CLIP=clip, COUNTED=fired is not None, BLOCK=_BLOCK,
+        kernels.activate_kernel, (cdiv(size, _BLOCK),), gate, gate if up is None else up, a,
+        a if fired is None else fired, size, threshold,
+        GATED=up is not None, CLIP=clip, COUNTED=fired is not None, BLOCK=_BLOCK,
     )  # fmt: skip
     return a

@@ -23,10 +23,10 @@ GPU = torch.device("cuda")
 
 WEIGHTS = {0: "*bf16", 1: "*i8", 2: "*u8"}
 FLAGS = {"SCORED": False, "CLIP": True, "RELU": True, "ALWAYS": True, "CHUNK": 1024, "CHUNKS": 16}
-FLAGS |= {"COUNTED": True, "ADD": True, "SHARE": 256, "SPLITS": 16, "BLOCK": 128}
+FLAGS |= {"COUNTED": True, "BIASED": True, "GATED": True, "ADD": True, "SHARE": 256, "SPLITS": 16, "BLOCK": 128}
 FLAGS |= {"WIDTH": 5120, "PARTS": 64}
 
-STEPS = "added weight total normed q k v cos sin turned logs pieces".split()
+STEPS = "added weight bias total normed q k v cos sin turned logs pieces".split()
 
 def signature(kernel, kind, constants):
     types = {name: "i32" for name in kernel.arg_names}
@@ -78,12 +78,17 @@ for name, candidates in tuning.CANDIDATES.items():
         for kind in WEIGHTS:
             for tokens in (1, 8) if every_candidate else (1,):
                 build(name, kind, tiles, tokens, capability)
+for kind in WEIGHTS:  # as gated models without biases have it, and as others have it
+    build("dot", kind, tuning.CANDIDATES["dot"][0] | {"BIASED": False}, 1, capability)
+    build("listed", kind, tuning.CANDIDATES["listed"][0] | {"GATED": False}, 1, capability)
 for name, tiles in {"count": {}, "list": {}, "sum": {"BLOCK": 32}}.items():
     build(name, 0, tiles | {"num_warps": 4}, 1, capability)
 for name in ("turn", "blend", "activate"):
     step(name)
+step("activate", GATED=False)
 for add in (False, True):
-    step("norm", ADD=add, BLOCK=4096)
+    for biased in (False, True):
+        step("norm", ADD=add, BIASED=biased, BLOCK=4096)
 for split in (False, True):
     step("attend", SPLIT=split, num_warps=16)
 """
@@ -100,7 +105,7 @@ def compiled(which: str, capability: int) -> int:
 
 
 def test_kernels_compile_for_hopper():
-    assert compiled("first", 90) == 5 * 3 + 3 + 7
+    assert compiled("first", 90) == 5 * 3 + 2 * 3 + 3 + 10
 
 
 @pytest.mark.slow

@@ -132,6 +132,45 @@ def test_listed_neurons(rng, kind, tokens, firing):
     close(ops.down_listed(a, down, index, count), expected @ down.dequantize().nan_to_num())
 
 
+@pytest.mark.parametrize(("firing", "tokens"), CASES)
+@pytest.mark.parametrize("kind", TYPES)
+def test_listed_neurons_without_a_gate(rng, kind, tokens, firing):
+    """One matrix into the FFN with a bias: its rows of the list are read, and no other matrix."""
+    n, width = 45, 64
+    predicted, bias = gate_scores(rng, 1, n, firing), tensor(rng.standard_normal(n) * 8)
+    index, count = ops.select(predicted, 0.0)
+    live = predicted[0] > 0
+    into, x = poisoned(rows(rng, n, width, kind), live), tensor(rng.standard_normal((tokens, width)))
+    bias[~live] = float("nan")
+    scores = (x @ into.dequantize().T + bias).nan_to_num()
+    expected = torch.where((scores >= 0.2) & live, scores, 0)
+    for where in (ops, reference):
+        fired = torch.tensor(3, device=DEVICE)
+        a = where.ffn_listed(x, into, None, index, count, 0.2, fired=fired, bias=bias)
+        close(a[:, : int(count)], expected[:, live])
+        assert fired == 3 + (expected != 0).sum()
+
+
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("tokens", [1, 5])
+@pytest.mark.parametrize("kind", TYPES)
+def test_a_bias_is_added_before_it_is_rectified(rng, kind, tokens, relu):
+    w, x = rows(rng, 45, 64, kind), tensor(rng.standard_normal((tokens, 64)))
+    bias = tensor(rng.standard_normal(45) * 8)
+    expected = x @ w.dequantize().T + bias
+    for where in (ops, reference):
+        close(where.dot_rows(x, w, bias, relu), expected.relu() if relu else expected)
+
+
+def test_a_bias_that_does_not_fit(rng):
+    w, x = rows(rng, 45, 64, "F32"), torch.zeros(1, 64, device=DEVICE)
+    for bias in (torch.zeros(44), torch.zeros(45).half()):
+        with pytest.raises(ShapeError, match="bias does not fit the weights"):
+            ops.dot_rows(x, w, bias)
+        with pytest.raises(ShapeError, match="bias does not fit the weights"):
+            ops.ffn_listed(x, w, None, *ops.select(torch.ones(1, 45, device=DEVICE), 0.0), bias=bias)
+
+
 def test_an_up_row_whose_gate_does_not_fire_is_not_read(rng):
     index, count = ops.select(tensor(np.ones((1, 45))), 0.5)
     gate, x = rows(rng, 45, 64, "F32"), tensor(rng.standard_normal((1, 64)))
@@ -195,7 +234,7 @@ def test_registered_with_torch(rng):
     """torch.library's own checks of the schema, of fake tensors and of torch.compile's tracing."""
     w, x = rows(rng, 20, 64, "F32"), tensor(rng.standard_normal((1, 64)))
     torch.library.opcheck(
-        torch.ops.hotcold.dot_rows, (x, w.data, w.scales, 0, False), test_utils="test_schema"
+        torch.ops.hotcold.dot_rows, (x, w.data, w.scales, 0, None, False), test_utils="test_schema"
     )
     assert torch.ops.hotcold.s2.default._schema.name == "hotcold::s2"
 

@@ -26,13 +26,25 @@ def cache(rng: np.random.Generator, n_kv_heads: int, n_ctx: int, head_dim: int) 
     return tuple(normal(rng, n_kv_heads, n_ctx, head_dim).half() for _ in range(2))
 
 
+@pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize(("rows", "width"), [(1, 64), (3, 96), (5, 1), (2, 1100)])
-def test_norms(rng, rows, width):
-    x, added, weight = normal(rng, rows, width), normal(rng, rows, width), normal(rng, width)
-    torch.testing.assert_close(steps.norm(x, weight, 1e-5), step_reference.norm(x, weight, 1e-5))
-    got, expected = (where.add_norm(x, added, weight, 1e-5) for where in (steps, step_reference))
+def test_norms(rng, rows, width, biased):
+    """With a mean far from zero, which a LayerNorm takes away."""
+    x, added, weight = normal(rng, rows, width) + 3, normal(rng, rows, width), normal(rng, width)
+    bias = normal(rng, width) if biased else None
+    torch.testing.assert_close(steps.norm(x, weight, 1e-5, bias), step_reference.norm(x, weight, 1e-5, bias))
+    got, expected = (where.add_norm(x, added, weight, 1e-5, bias) for where in (steps, step_reference))
     assert torch.equal(got[0], expected[0])
     torch.testing.assert_close(got[1], expected[1])
+
+
+def test_the_layer_norm_is_that_of_its_paper(rng):
+    x, weight, bias = normal(rng, 4, 70).double() + 2, normal(rng, 70).double(), normal(rng, 70).double()
+    mean = x.mean(-1, keepdim=True)
+    variance = (x - mean).square().mean(-1, keepdim=True)
+    expected = (x - mean) / (variance + 1e-5).sqrt() * weight + bias
+    got = step_reference.norm(x.float(), weight.float(), 1e-5, bias.float())
+    torch.testing.assert_close(got, expected.float(), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("head_dim", [8, 20])
@@ -80,10 +92,10 @@ def test_the_reference_of_attention_is_torchs(rng):
     torch.testing.assert_close(got, expected[0].transpose(0, 1).flatten(1), rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("clip", [False, True])
+@pytest.mark.parametrize(("gated", "clip"), [(True, False), (True, True), (False, False)])
 @pytest.mark.parametrize("size", [1, 70, 2500])
-def test_activation_counts_what_fires(rng, size, clip):
-    gate, up = normal(rng, 2, size), normal(rng, 2, size)
+def test_activation_counts_what_fires(rng, size, gated, clip):
+    gate, up = normal(rng, 2, size), normal(rng, 2, size) if gated else None
     counts = [torch.tensor([5, 7], device=DEVICE) for _ in range(2)]
     found = [
         where.activate(gate, up, 0.3, clip, count[1])
@@ -92,3 +104,5 @@ def test_activation_counts_what_fires(rng, size, clip):
     assert torch.equal(*found) and torch.equal(*counts)
     assert counts[0].tolist() == [5, 7 + int((found[0] != 0).sum())]
     assert torch.equal(steps.activate(gate, up, 0.3, clip), found[0])
+    if not gated:
+        assert torch.equal(found[0], torch.where(gate >= 0.3, gate, 0))
