@@ -18,11 +18,11 @@ import numpy as np
 from hotcold.convert.attention_rows import PROJECTIONS
 from hotcold.convert.gguf_read import GGUFFile, Tensor
 from hotcold.convert.quantize import dequantize
-from hotcold.errors import FormatError, InputError, MismatchError, ShapeError, UnsupportedError
+from hotcold.errors import FormatError, MismatchError, ShapeError, UnsupportedError
 from hotcold.progress import log
 from hotcold.runtime import _cpu
 from hotcold.runtime.head import EMBEDDING, head_name
-from hotcold.runtime.shape import ModelShape, activation_thresholds, read_predictors
+from hotcold.runtime.shape import ModelShape, activation_thresholds, check_context, read_predictors
 
 __all__ = ["MODES", "Source", "load_layers", "load_model", "new_model"]
 
@@ -103,7 +103,7 @@ def load_model(
     shape = ModelShape.read(file)
     source = Source(file)
     by_input = None if attention is None else _attention_rows(attention, file)
-    _check_context(source, shape, n_ctx)
+    check_context(file, shape, n_ctx)
     try:
         model = new_model(file, shape, mode, n_threads, n_ctx, isa, attention)
         _load(model, source, file, shape, mode, by_input)
@@ -114,14 +114,6 @@ def load_model(
         if part is not None and part.converted:
             log(f"{part.path.name}: {', '.join(sorted(part.converted))} became F16, for want of kernels")
     return model, shape
-
-
-def _check_context(source: Source, shape: ModelShape, n_ctx: int) -> None:
-    rows = source.shape_of(f"{shape.form.positions}.weight")
-    if shape.form.positions and rows and n_ctx > rows[0] - shape.form.first_position:
-        limit = f"at most {rows[0] - shape.form.first_position}"
-        what = "the model has no positions for so long a context"
-        raise InputError(what, where=source.path, got=n_ctx, expected=limit, fix="lower it with -c")
 
 
 def new_model(

@@ -11,13 +11,21 @@ from hotcold.convert.forms import FORMS, WINDOWS, Form
 from hotcold.convert.gguf_read import GGUFFile
 from hotcold.convert.rope import Rope
 from hotcold.convert.rope_factors import read_rope, rope_divisors
-from hotcold.errors import FormatError, UnsupportedError
+from hotcold.errors import FormatError, InputError, UnsupportedError
 
-__all__ = ["ModelShape", "Predictor", "activation_thresholds", "read_predictors"]
+__all__ = [
+    "NEVER_ZERO",
+    "ModelShape",
+    "Predictor",
+    "activation_thresholds",
+    "check_context",
+    "read_predictors",
+]
 
 _MAX_LAYERS = 1 << 12  # lists are made of that length before any weight is looked at
 _MAX_HEADS, _MAX_HEAD, _MAX_WIDTH = 1 << 10, 1 << 12, 1 << 20
-ACTIVATIONS = ("relu", "fatrelu", "drelu", "silu", "gelu")
+NEVER_ZERO = ("silu", "gelu")
+ACTIVATIONS = ("relu", "fatrelu", "drelu", *NEVER_ZERO)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +83,16 @@ class ModelShape:
             windows=_per_layer(file, WINDOWS, n_layers, 0),
             activation=_activation(file, form),
         )
+
+
+def check_context(file: GGUFFile, shape: ModelShape, n_ctx: int) -> None:
+    """Raise InputError for more context than the model has learned positions for."""
+    form, name = shape.form, f"{shape.form.positions}.weight"
+    if form.positions and name in file.tensors:
+        most = file.tensors[name].shape[0] - form.first_position
+        if n_ctx > most:
+            what, limit = "the model has no positions for so long a context", f"at most {most}"
+            raise InputError(what, where=file.path, got=n_ctx, expected=limit, fix="lower it with -c")
 
 
 class _Keys:

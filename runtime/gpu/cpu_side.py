@@ -14,18 +14,29 @@ from hotcold.runtime.bundle_load import Source, load_layers, new_model
 from hotcold.runtime.placement import Placement
 from hotcold.runtime.shape import ModelShape, activation_thresholds
 
-__all__ = ["MAX_BLOCK", "CpuSide"]
+__all__ = ["MAX_BLOCK", "CpuSide", "check_hybrid"]
 
 MAX_BLOCK = 64  # tokens that the native engine computes together
 _NO_MASKS = np.empty(0, np.uint64)  # one token wants whatever is listed
+
+
+def check_hybrid(file: GGUFFile, shape: ModelShape) -> None:
+    """Raise UnsupportedError where the native engine has no neurons apart from their layer: without gates."""
+    if not shape.form.gated:
+        what, got = (
+            "the hybrid backend runs models with gated FFNs only",
+            file.metadata["general.architecture"],
+        )
+        raise UnsupportedError(what, where=file.path, got=got, fix="use --backend gpu or --backend cpu")
 
 
 class CpuSide:
     """What `placement` leaves to the CPU. `n_cold` are the cold neurons held per layer."""
 
     def __init__(self, file: GGUFFile, placement: Placement, mode: str, n_threads: int, n_ctx: int) -> None:
-        """Pack these weights. Raises what loading the CPU engine raises."""
+        """Pack these weights. Raises what loading the CPU engine and `check_hybrid` raise."""
         shape = ModelShape.read(file)
+        check_hybrid(file, shape)
         whole = [i for i, layer in enumerate(placement.layers) if not layer.on_device]
         self.first = whole[0] if whole else shape.n_layers
         self.n_layers, self.d_model = shape.n_layers, shape.d_model

@@ -22,7 +22,7 @@ from hotcold.runtime.gpu.plan import whole_model
 from hotcold.runtime.gpu.stage import Stage
 from hotcold.runtime.gpu.weights import DeviceWeights, read_weights
 from hotcold.runtime.placement_devices import spans
-from hotcold.runtime.shape import ModelShape
+from hotcold.runtime.shape import ModelShape, check_context
 from hotcold.runtime.stats import Stats
 
 __all__ = ["GpuEngine"]
@@ -51,6 +51,7 @@ class GpuEngine:
         self._budget = budget
         self.n_threads = len(os.sched_getaffinity(0))
         self.shape = ModelShape.read(file)
+        check_context(file, self.shape, n_ctx)
         self.n_vocab = self.shape.n_vocab
         self._stages: list[Stage] = []
         self._load(file)
@@ -186,7 +187,7 @@ class GpuEngine:
             "predictor": float(sum(p.fc1.nbytes + p.fc2.nbytes for p in predictors)),
             "ffn": float(
                 predicted * sum(f.gate.nbytes for f in ffns)
-                + fired * sum(f.up.nbytes + f.down.nbytes for f in ffns)
+                + fired * sum(rows.nbytes for f in ffns for rows in (f.up, f.down) if rows)
             ),
             "head": float(self._stages[-1].weights.head.nbytes),
             "kv": float(2 * 2 * shape.n_layers * shape.n_kv_heads * shape.head_dim * position),

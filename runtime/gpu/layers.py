@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from hotcold.runtime.gpu.weights import DeviceLayer, DeviceWeights
-from hotcold.runtime.shape import ModelShape
+from hotcold.runtime.gpu.weights import DeviceLayer, DeviceNorm, DeviceWeights
+from hotcold.runtime.shape import NEVER_ZERO, ModelShape
 from hotcold.runtime.triton.rows import FLOAT, Rows
 
-__all__ = ["Cache", "Layers"]
+__all__ = ["Cache", "Layers", "plus"]
 
 MAX_TOKENS = 8
 _SMALLEST_BUCKET = 256
@@ -53,40 +53,45 @@ class Layers:
         self.cache = Cache(weights.shape, len(weights.layers), n_ctx, device)
         # Keys are kept in half precision; a CPU has no fast product of halves.
         self._product_type = torch.float16 if device.type == "cuda" else torch.float32
-        frequencies = torch.from_numpy(np.asarray(self.shape.rope_frequencies, np.float64))
-        angle = torch.arange(n_ctx, dtype=torch.float64)[:, None] * frequencies
+        frequencies = np.asarray(self.shape.rope_frequencies, np.float64)
+        if self.shape.form.positions:  # learned, and in the residual stream already: nothing turns
+            frequencies = np.zeros(self.shape.head_dim // 2)
+        angle = torch.arange(n_ctx, dtype=torch.float64)[:, None] * torch.from_numpy(frequencies)
         scale = self.shape.rope_scale
         self._cos, self._sin = ((scale * part).float().to(device) for part in (angle.cos(), angle.sin()))
 
-    def norm(self, x: Tensor, weight: Tensor) -> Tensor:
-        """RMSNorm of x [tokens, d_model]."""
-        return self.ops.norm(x.contiguous(), weight, self.shape.norm_eps)
+    def norm(self, x: Tensor, by: DeviceNorm) -> Tensor:
+        """The norm of x [tokens, d_model]."""
+        return self.ops.norm(x.contiguous(), by.weight, self.shape.norm_eps, by.bias)
 
-    def add_norm(self, x: Tensor, added: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """x + added, both [tokens, d_model], and the RMSNorm of that."""
-        return self.ops.add_norm(x, added.contiguous(), weight, self.shape.norm_eps)
+    def add_norm(self, x: Tensor, added: Tensor, by: DeviceNorm) -> tuple[Tensor, Tensor]:
+        """x + added, both [tokens, d_model], and the norm of that."""
+        return self.ops.add_norm(x, added.contiguous(), by.weight, self.shape.norm_eps, by.bias)
 
-    def activate(self, gate: Tensor, up: Tensor, firing: float, fired: Tensor | None = None) -> Tensor:
+    def activate(self, gate: Tensor, up: Tensor | None, firing: float, fired: Tensor | None = None) -> Tensor:
         """act(gate) · up, the neurons' values; how many are not zero is added to `fired`, int64 []."""
-        if self.shape.activation != "silu":
-            return self.ops.activate(gate, up, firing, self.shape.activation == "drelu", fired)
-        a = torch.nn.functional.silu(gate) * up
+        activation = self.shape.activation
+        if activation not in NEVER_ZERO:
+            return self.ops.activate(gate, up, firing, activation == "drelu", fired)
+        a = getattr(torch.nn.functional, activation)(gate)
+        a = a if up is None else a * up
         if fired is not None:
             fired += (a != 0).sum()
         return a
 
-    def dot(self, x: Tensor, w: Rows) -> Tensor:
-        """x · wᵀ, float32 [tokens, w.n]."""
+    def dot(self, x: Tensor, w: Rows, bias: Tensor | None = None) -> Tensor:
+        """x · wᵀ + bias, float32 [tokens, w.n]."""
         if len(x) <= MAX_TOKENS:
-            return self.ops.dot_rows(x.contiguous(), w)
+            return self.ops.dot_rows(x.contiguous(), w, bias)
         if self.device.type == "cpu":
-            return x @ w.dequantize().T
+            return plus(x @ w.dequantize().T, bias)
         dtype = w.data.dtype if w.kind == FLOAT else torch.float16
-        return (x.to(dtype) @ w.dequantize(dtype).T).float()
+        return plus((x.to(dtype) @ w.dequantize(dtype).T).float(), bias)
 
-    def embed(self, tokens: Tensor) -> Tensor:
-        """Rows of the embedding, float32 [tokens, d_model]."""
-        return self.weights.embedding.take(tokens).dequantize()
+    def embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """Rows of the embedding, float32 [tokens, d_model], plus those of learned positions if any."""
+        x, learned = self.weights.embedding.take(tokens).dequantize(), self.weights.positions
+        return x if learned is None else x + learned.take(positions).dequantize()
 
     def logits(self, x: Tensor) -> Tensor:
         """Logits float32 [tokens, n_vocab] of the residual stream."""
@@ -106,12 +111,14 @@ class Layers:
             mixed = self.ops.attend(q, keys, values, positions, seen, layer.window)
         else:
             mixed = self._attend_many(q, keys[:, :seen], values[:, :seen], positions, layer.window)
-        return _plus(self.dot(mixed, layer.o), layer.o_bias)
+        return self.dot(mixed, layer.o, layer.o_bias)
 
     def _projections(self, h: Tensor, layer: DeviceLayer) -> list[Tensor]:
         """q, k and v of h, each [tokens, heads, head_dim]."""
-        products = [self.dot(h, rows) for rows in layer.qkv]
-        qkv = _plus(products[0] if len(products) == 1 else torch.cat(products, -1), layer.qkv_bias)
+        if len(layer.qkv) == 1:
+            qkv = self.dot(h, layer.qkv[0], layer.qkv_bias)
+        else:
+            qkv = plus(torch.cat([self.dot(h, rows) for rows in layer.qkv], -1), layer.qkv_bias)
         shape, found = self.shape, []
         counts = (shape.n_heads, shape.n_kv_heads, shape.n_kv_heads)
         parts = qkv.split([n * shape.head_dim for n in counts], -1)
@@ -150,5 +157,6 @@ class Layers:
         return (logits >= predictor.threshold) | predictor.always | (positions == 0)[:, None]
 
 
-def _plus(x: Tensor, bias: Tensor | None) -> Tensor:
+def plus(x: Tensor, bias: Tensor | None) -> Tensor:
+    """x + bias, where there is one."""
     return x if bias is None else x + bias

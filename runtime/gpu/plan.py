@@ -64,9 +64,10 @@ def _cache_bytes(shape: ModelShape, n_ctx: int) -> int:
 def _fixed(file: GGUFFile, shape: ModelShape, n_ctx: int) -> Fixed:
     embedding, name = _bytes_of(file, EMBEDDING), head_name(file)
     tied = embedding if name == EMBEDDING else 0
+    positions = _bytes_of(file, f"{shape.form.positions}.weight")
     norm, logits = 4 * shape.d_model, 4 * shape.n_vocab
     tables = 2 * 4 * n_ctx * (shape.head_dim // 2)
-    return Fixed(embedding, _bytes_of(file, name) + norm + logits, tables + _ACTIVATIONS, tied)
+    return Fixed(embedding + positions, _bytes_of(file, name) + norm + logits, tables + _ACTIVATIONS, tied)
 
 
 def _bytes_of(file: GGUFFile, name: str) -> int:

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from hotcold.runtime.gpu.device import operators
 from hotcold.runtime.gpu.graphs import Graphs
-from hotcold.runtime.gpu.layers import MAX_TOKENS, Layers
-from hotcold.runtime.gpu.weights import DeviceLayer, DeviceWeights
+from hotcold.runtime.gpu.layers import MAX_TOKENS, Layers, plus
+from hotcold.runtime.gpu.weights import DeviceLayer, DeviceNorm, DeviceWeights
 from hotcold.runtime.triton.rows import Rows
 
 __all__ = ["Stage"]
@@ -80,34 +80,48 @@ class Stage:
 
     def _begin(self) -> tuple[Tensor, Tensor]:
         """The residual stream of the token before these layers, and its norm."""
-        x = self._embedded(self._given)
+        x = self._embedded(self._given, self._position)
         return x, self._layers.norm(x, self._norm_before(0))
 
     def _through(self, which: range, x: Tensor, h: Tensor, seen: int) -> tuple[Tensor, Tensor]:
         """The residual stream x of one token, and its norm h, after these layers."""
-        layers = self._layers
         for i in which:
-            layer = self.weights.layers[i]
-            x, h = layers.add_norm(x, layers.attention(i, h, self._position, seen), layer.ffn_norm)
-            x, h = layers.add_norm(x, self._ffn_of_one(i, layer, x, h), self._norm_before(i + 1))
+            stream, x, h = self._attended(i, x, h, self._position, seen)
+            added = self._ffn_of_one(i, self.weights.layers[i], x, h)
+            x, h = self._layers.add_norm(stream, added, self._norm_before(i + 1))
         return x, h
+
+    def _attended(
+        self, i: int, x: Tensor, h: Tensor, positions: Tensor, seen: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The residual stream after layer i's attention, which reads h, the norm of x; and the FFN's x and h.
+
+        That x is the stream after attention, in a parallel layer (Falcon) still the one before.
+        """
+        layers, layer = self._layers, self.weights.layers[i]
+        added = layers.attention(i, h, positions, seen)
+        if self.weights.shape.form.parallel:
+            one_norm = layer.ffn_norm is layer.attn_norm
+            return x + added, x, h if one_norm else layers.norm(x, layer.ffn_norm)
+        x, h = layers.add_norm(x, added, layer.ffn_norm)
+        return x, x, h
 
     def _end(self, x: Tensor, h: Tensor) -> None:
         self._out.copy_(self._layers.dot(h, self.weights.head) if self._ends else x)
 
-    def _norm_before(self, i: int) -> Tensor:
-        """The norm's weight before layer i's attention, or before the head."""
+    def _norm_before(self, i: int) -> DeviceNorm:
+        """The norm before layer i's attention, or before the head."""
         layers = self.weights.layers
         return layers[i].attn_norm if i < len(layers) else self.weights.output_norm
 
-    def _embedded(self, given: Tensor) -> Tensor:
-        return given if self.weights.embedding is None else self._layers.embed(given)
+    def _embedded(self, given: Tensor, positions: Tensor) -> Tensor:
+        return given if self.weights.embedding is None else self._layers.embed(given, positions)
 
     def _ffn_of_one(self, i: int, layer: DeviceLayer, x: Tensor, h: Tensor) -> Tensor:
         """The FFN of one token by lists of active neurons; x is the residual stream, h its norm."""
-        if self.mode == "dense":
-            return self._ffn_of_many(i, layer, x, h, self._position)
         ops, ffn = self._ops, layer.ffn
+        if self.mode == "dense" or (self.mode == "exact" and ffn.up is None):
+            return self._masked(i, layer, h, None)  # no rows but those of `down` can be left out
         if self.mode == "exact":
             gate = ops.dot_rows(h, ffn.gate)
             index, count = ops.select(gate, layer.firing)
@@ -122,21 +136,23 @@ class Stage:
         self, i: int, layer: DeviceLayer, gate: Rows | Tensor, h: Tensor, index: Tensor, count: Tensor
     ) -> Tensor:
         """What the listed neurons add, by their gate rows or known gate scores."""
-        fired = self._counts[0, i]
-        a = self._ops.ffn_listed(h, gate, layer.ffn.up, index, count, layer.firing, self._clip, fired)
-        return self._ops.down_listed(a, layer.ffn.down, index, count)
+        fired, ffn = self._counts[0, i], layer.ffn
+        a = self._ops.ffn_listed(
+            h, gate, ffn.up, index, count, layer.firing, self._clip, fired, ffn.gate_bias
+        )
+        return plus(self._ops.down_listed(a, ffn.down, index, count), ffn.down_bias)
 
     # ---- prompts
 
     def prompt(self, given: Tensor, position: int) -> Tensor:
         """A block of tokens from `position` on: the residual stream [tokens, d_model] after these layers."""
-        given = given.to(self.device, non_blocking=True)
-        x, layers, end = self._embedded(given), self._layers, position + len(given)
-        positions, seen = torch.arange(position, end, device=self.device), layers.cache.bucket(end)
+        given, end = given.to(self.device, non_blocking=True), position + len(given)
+        positions, seen = torch.arange(position, end, device=self.device), self._layers.cache.bucket(end)
+        x = self._embedded(given, positions)
         for i, layer in enumerate(self.weights.layers):
-            h = layers.norm(x, layer.attn_norm)
-            x, h = layers.add_norm(x, layers.attention(i, h, positions, seen), layer.ffn_norm)
-            x = x + self._ffn_of_many(i, layer, x, h, positions)
+            h = self._layers.norm(x, layer.attn_norm)
+            stream, x, h = self._attended(i, x, h, positions, seen)
+            x = stream + self._ffn_of_many(i, layer, x, h, positions)
         return x
 
     def logits(self, x: Tensor) -> Tensor:
@@ -151,7 +167,8 @@ class Stage:
     def _masked(self, i: int, layer: DeviceLayer, h: Tensor, computed: Tensor | None) -> Tensor:
         """The neurons on the device, all of them or those that are `computed`, bool [tokens, n]."""
         ffn, dot = layer.ffn, self._layers.dot
-        gate, up, fired = dot(h, ffn.gate), dot(h, ffn.up), self._counts[0, i]
+        gate, fired = dot(h, ffn.gate, ffn.gate_bias), self._counts[0, i]
+        up = None if ffn.up is None else dot(h, ffn.up)
         a = self._layers.activate(gate, up, layer.firing, fired if computed is None else None)
         if computed is not None:
             self._counts[1, i] += computed.sum()
@@ -159,7 +176,9 @@ class Stage:
                 self._counts[2, i] += ((a != 0) & ~computed).sum()
             a = torch.where(computed, a, 0.0)
             fired += (a != 0).sum()
-        return dot(a, ffn.down) if self.weights.dense_file else weighted(self._ops, a, ffn.down)
+        if self.weights.dense_file:
+            return dot(a, ffn.down, ffn.down_bias)
+        return plus(weighted(self._ops, a, ffn.down), ffn.down_bias)
 
 
 def weighted(ops: object, a: Tensor, down: Rows) -> Tensor:

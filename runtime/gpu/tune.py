@@ -46,8 +46,8 @@ def _products(weights: DeviceWeights, mode: str) -> list[Rows]:
         products += [*layer.qkv, layer.o]
         products += [layer.predictor.fc1, layer.predictor.fc2] if layer.predictor else []
         if layer.ffn and mode != "predicted":
-            products.append(layer.ffn.gate)
-            products += [layer.ffn.up, layer.ffn.down] if mode == "dense" else []
+            others = [layer.ffn.up, layer.ffn.down] if mode == "dense" else []
+            products += [rows for rows in (layer.ffn.gate, *others) if rows]
     return products
 
 
@@ -63,13 +63,20 @@ def _tune_lists(ffns: Sequence[DeviceFfn], ops: ModuleType, device: torch.device
     """The kernels over lists, on the FFNs of the greatest number of neurons."""
     if not ffns:
         return
-    most = max(ffn.up.n for ffn in ffns)
-    alike = [ffn for ffn in ffns if ffn.up.n == most]
-    x, a = torch.randn(1, alike[0].up.width, device=device), torch.randn(1, most, device=device)
-    index, count = ops.select(torch.rand(1, most, device=device), 1 - _LISTED)
-    scores = a.abs() + 1  # every listed neuron fires
-    _tune("listed", ops, x, [ffn.up for ffn in alike], lambda w: ops.ffn_listed(x, scores, w, index, count))
-    _tune("down", ops, a, [ffn.down for ffn in alike], lambda w: ops.down_listed(a, w, index, count))
+    most = max(ffn.gate.n for ffn in ffns)
+    alike = [ffn for ffn in ffns if ffn.gate.n == most]
+    x, a = torch.randn(1, alike[0].gate.width, device=device), torch.randn(1, most, device=device)
+    chances = torch.rand(1, most, device=device)
+    index, count = ops.select(chances, 1 - _LISTED)
+    scores, downs = a.abs() + 1, [ffn.down for ffn in alike]  # every listed neuron fires
+    if alike[0].up:
+        ups = [ffn.up for ffn in alike]
+        _tune("listed", ops, x, ups, lambda w: ops.ffn_listed(x, scores, w, index, count))
+    else:
+        gates, few = [ffn.gate for ffn in alike], torch.where(chances >= 1 - _LISTED, scores, 0)
+        _tune("listed", ops, x, gates, lambda w: ops.ffn_listed(x, w, None, index, count))
+        _tune("s3", ops, few, downs, lambda w: ops.s3(few, w))
+    _tune("down", ops, a, downs, lambda w: ops.down_listed(a, w, index, count))
 
 
 def _tune(

@@ -12,17 +12,27 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hotcold.convert.forms import FORMS, Form
 from hotcold.convert.gguf_read import GGUFFile
 from hotcold.convert.quantize import dequantize
 from hotcold.errors import FormatError, ShapeError, UnsupportedError
 from hotcold.runtime.head import EMBEDDING, head_name
-from hotcold.runtime.shape import ModelShape, activation_thresholds, read_predictors
+from hotcold.runtime.shape import NEVER_ZERO, ModelShape, activation_thresholds, read_predictors
 from hotcold.runtime.triton.reference import PLAIN_RELU
 from hotcold.runtime.triton.rows import Rows, joined
 
-__all__ = ["DeviceFfn", "DeviceLayer", "DevicePredictor", "DeviceWeights", "read_weights"]
+__all__ = ["DeviceFfn", "DeviceLayer", "DeviceNorm", "DevicePredictor", "DeviceWeights", "read_weights"]
 
+_POSITIONS = {f"{form.positions}.weight" for form in FORMS.values() if form.positions}
 _KEPT = ("F32", "F16", "BF16", "Q8_0", "Q4_0")  # other types become F16
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceNorm:
+    """Of an RMSNorm, or with a bias of a LayerNorm; both [width]."""
+
+    weight: Tensor
+    bias: Tensor | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,25 +47,30 @@ class DevicePredictor:
 
 @dataclass(frozen=True, slots=True)
 class DeviceFfn:
-    """The rows of the neurons on the device. In a dense file `down` is [d_model, d_ff], else [n, d_model]."""
+    """The rows of the neurons on the device. In a dense file `down` is [d_model, d_ff], else [n, d_model].
+
+    `gate` decides which neurons fire: in an FFN without gates it is the one matrix into it, and `up` is None.
+    """
 
     gate: Rows
-    up: Rows
+    up: Rows | None
     down: Rows
+    gate_bias: Tensor | None = None
+    down_bias: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class DeviceLayer:
     """One layer. Its neurons are numbered hot ones first; `n_hot` of them are on the device."""
 
-    attn_norm: Tensor  # [d_model]
-    ffn_norm: Tensor
+    attn_norm: DeviceNorm
+    ffn_norm: DeviceNorm  # the same object where attention and FFN read one norm
     qkv: tuple[Rows, ...]  # q, k and v as one matrix, or apart where their types differ
     qkv_bias: Tensor | None
     o: Rows
     o_bias: Tensor | None
-    q_norm: Tensor | None  # [head_dim], of each head
-    k_norm: Tensor | None
+    q_norm: DeviceNorm | None  # of each head
+    k_norm: DeviceNorm | None
     window: int  # positions that a query sees; 0: all
     ffn: DeviceFfn | None  # None: all neurons are cold
     predictor: DevicePredictor | None
@@ -72,22 +87,23 @@ class DeviceWeights:
     first: int  # number of the first of `layers` in the model
     layers: list[DeviceLayer]
     embedding: Rows | None  # [n_vocab, d_model]
+    positions: Rows | None  # learned ones, from that of position 0 on; with the embedding
     head: Rows | None
-    output_norm: Tensor
+    output_norm: DeviceNorm
     dense_file: bool
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all of it."""
+        """Bytes of all of it but biases."""
         head = None if self.head is self.embedding else self.head
-        outer = [part for part in (self.embedding, head, self.output_norm) if part is not None]
-        return sum(part.nbytes for part in outer) + sum(
-            part.nbytes for layer in self.layers for part in _parts(layer)
-        )
+        parts = [self.embedding, self.positions, head, self.output_norm.weight]
+        for layer in self.layers:
+            parts += _parts(layer)
+        return sum(part.nbytes for part in parts if part is not None)
 
 
-def _parts(layer: DeviceLayer) -> list[Rows | Tensor]:
-    parts: list[Rows | Tensor] = [layer.attn_norm, layer.ffn_norm, *layer.qkv, layer.o]
+def _parts(layer: DeviceLayer) -> list[Rows | Tensor | None]:
+    parts = [layer.attn_norm.weight, layer.ffn_norm.weight, *layer.qkv, layer.o]
     if layer.ffn:
         parts += [layer.ffn.gate, layer.ffn.up, layer.ffn.down]
     if layer.predictor:
@@ -116,6 +132,10 @@ class _Reader:
         values = self.vector(name, n)
         return values if order is None else values[torch.from_numpy(order).to(self.device)]
 
+    def norm(self, name: str, n: int, form: Form) -> DeviceNorm:
+        bias = self.vector(f"{name}.bias", n) if form.layer_norm else None
+        return DeviceNorm(self.vector(f"{name}.weight", n), bias)
+
     def rows(self, name: str, n: int, width: int, order: np.ndarray | None = None) -> Rows:
         """The matrix [n, width], or its rows `order`. A leading dimension of one expert is dropped."""
         return self.host_rows(name, n, width, order).to(self.device)
@@ -141,7 +161,7 @@ class _Reader:
     def check_all_known(self, layers: range) -> None:
         """A tensor of a kind not read here (a bias, a norm of heads) means another function."""
         known = ("fc1.weight", "fc2.weight", "ffn_gate", "ffn_up", "ffn_down")
-        outer = ("token_embd.weight", "output.weight", "rope_freqs.weight")
+        outer = ("token_embd.weight", "output.weight", "rope_freqs.weight", *_POSITIONS)
         left = sorted(
             name
             for name in self._unread.difference(outer)
@@ -168,13 +188,14 @@ def read_weights(
     that this backend cannot run.
     """
     shape, reader = ModelShape.read(file), _Reader(file, device)
-    _check_supported(file, shape)
     d, vocab = shape.d_model, shape.n_vocab
     dense_file = "blk.0.ffn_down_t.weight" not in reader
+    _check_supported(file, shape, dense_file)
     which = range(shape.n_layers) if which is None else which
     orders = [None] * len(which) if hot is None else [_order(chosen, shape.d_ff) for chosen in hot]
     counts = [shape.d_ff] * len(which) if hot is None else [len(chosen) for chosen in hot]
     embedding = reader.rows("token_embd.weight", vocab, d) if not which.start else None
+    positions = _read_positions(reader, shape) if not which.start and shape.form.positions else None
     head = None
     if with_head:
         name = head_name(file)
@@ -186,9 +207,11 @@ def read_weights(
         _read_layer(reader, shape, i, order, count, predictors, firing[i])
         for i, order, count in zip(which, orders, counts, strict=True)
     ]
-    output_norm = reader.vector("output_norm.weight", d)
+    output_norm = reader.norm("output_norm", d, shape.form)
     reader.check_all_known(which)
-    return DeviceWeights(shape, device, which.start, layers, embedding, head, output_norm, dense_file)
+    return DeviceWeights(
+        shape, device, which.start, layers, embedding, positions, head, output_norm, dense_file
+    )
 
 
 def _order(hot: np.ndarray, d_ff: int) -> np.ndarray:
@@ -196,13 +219,23 @@ def _order(hot: np.ndarray, d_ff: int) -> np.ndarray:
     return np.concatenate([hot, np.setdiff1d(np.arange(d_ff, dtype=hot.dtype), hot)])
 
 
-def _check_supported(file: GGUFFile, shape: ModelShape) -> None:
-    """Gated FFNs after RMSNorms, one after the other, with rotary positions: Llama, Qwen, Mistral, Bamboo."""
-    form = shape.form
-    if form.layer_norm or form.parallel or form.positions or not form.gated:
-        got = file.metadata["general.architecture"]
-        what = "the GPU backend runs models with RMSNorm and gated FFNs only"
-        raise UnsupportedError(what, where=file.path, got=got, fix="use --backend cpu")
+def _check_supported(file: GGUFFile, shape: ModelShape, dense_file: bool) -> None:
+    """No model is like this, but a file may say so, and something else would be computed."""
+    refused = {
+        "dReLU needs a gate": shape.activation == "drelu" and not shape.form.gated,
+        "SiLU and GELU models run in dense mode only": shape.activation in NEVER_ZERO and not dense_file,
+        "heads of an odd width have no halves": shape.head_dim % 2,
+    }
+    for what, is_so in refused.items():
+        if is_so:
+            raise UnsupportedError(what, where=file.path)
+
+
+def _read_positions(reader: _Reader, shape: ModelShape) -> Rows:
+    """Learned ones, from that of position 0 on."""
+    name, first = f"{shape.form.positions}.weight", shape.form.first_position
+    n = reader.file.tensors[name].shape[0] if name in reader else 0
+    return reader.rows(name, n, shape.d_model, np.arange(first, n))
 
 
 def _read_layer(
@@ -214,10 +247,9 @@ def _read_layer(
     predictors: list | None,
     firing: float,
 ) -> DeviceLayer:
-    block, d = f"blk.{i}", shape.d_model
+    block = f"blk.{i}"
     return DeviceLayer(
-        attn_norm=reader.vector(f"{block}.attn_norm.weight", d),
-        ffn_norm=reader.vector(f"{block}.ffn_norm.weight", d),
+        **_read_norms(reader, shape, block),
         **_read_attention(reader, shape, block),
         window=shape.windows[i],
         ffn=_read_ffn(reader, shape, block, order, n_hot) if n_hot else None,
@@ -227,11 +259,24 @@ def _read_layer(
     )
 
 
+def _read_norms(reader: _Reader, shape: ModelShape, block: str) -> dict[str, DeviceNorm]:
+    """Those before attention and FFN. Falcon's may be one; where they are two, `attn_norm` is the FFN's."""
+    form, d = shape.form, shape.d_model
+    norm = reader.norm(f"{block}.attn_norm", d, form)
+    if not form.parallel:
+        return {"attn_norm": norm, "ffn_norm": reader.norm(f"{block}.ffn_norm", d, form)}
+    own = f"{block}.attn_norm_2"
+    return {
+        "attn_norm": reader.norm(own, d, form) if f"{own}.weight" in reader else norm,
+        "ffn_norm": norm,
+    }
+
+
 def _read_attention(reader: _Reader, shape: ModelShape, block: str) -> dict[str, object]:
     """The projections with their biases, and the norms of q's and k's heads."""
     qkv, qkv_bias = _read_qkv(reader, shape, block)
     norms = {
-        f"{slot}_norm": reader.vector(f"{block}.attn_{slot}_norm.weight", shape.head_dim)
+        f"{slot}_norm": reader.norm(f"{block}.attn_{slot}_norm", shape.head_dim, shape.form)
         if shape.form.head_norm
         else None
         for slot in ("q", "k")
@@ -246,6 +291,9 @@ def _read_attention(reader: _Reader, shape: ModelShape, block: str) -> dict[str,
 
 def _read_qkv(reader: _Reader, shape: ModelShape, block: str) -> tuple[tuple[Rows, ...], Tensor | None]:
     """The rows of q, k and v, one matrix where their types allow it, joined in main memory; their biases."""
+    if shape.form.fused_qkv:
+        name, n = f"{block}.attn_qkv", (shape.n_heads + 2 * shape.n_kv_heads) * shape.head_dim
+        return (reader.rows(f"{name}.weight", n, shape.d_model),), reader.bias(f"{name}.bias", n)
     rows, biases = [], []
     for slot, n_heads in (("q", shape.n_heads), ("k", shape.n_kv_heads), ("v", shape.n_kv_heads)):
         name, n = f"{block}.attn_{slot}", n_heads * shape.head_dim
@@ -270,15 +318,16 @@ def _read_ffn(
     reader: _Reader, shape: ModelShape, block: str, order: np.ndarray | None, n_hot: int
 ) -> DeviceFfn:
     d, d_ff = shape.d_model, shape.d_ff
-    if f"{block}.ffn_down_t.weight" in reader:
-        kept = None if order is None else order[:n_hot]
-        parts = {"gate": "ffn_gate", "up": "ffn_up", "down": "ffn_down_t"}
-        return DeviceFfn(
-            **{part: reader.rows(f"{block}.{n}.weight", d_ff, d, kept) for part, n in parts.items()}
-        )
+    by_neuron = f"{block}.ffn_down_t.weight" in reader
     suffix = "_exps" if f"{block}.ffn_down_exps.weight" in reader else ""
-    gate, up = (reader.rows(f"{block}.ffn_{part}{suffix}.weight", d_ff, d) for part in ("gate", "up"))
-    return DeviceFfn(gate, up, reader.rows(f"{block}.ffn_down{suffix}.weight", d, d_ff))
+    kept = order[:n_hot] if by_neuron and order is not None else None
+    down = f"{block}.ffn_down_t" if by_neuron else f"{block}.ffn_down{suffix}"
+    down_rows = reader.rows(f"{down}.weight", *((d_ff, d) if by_neuron else (d, d_ff)), kept)
+    up = reader.rows(f"{block}.ffn_up{suffix}.weight", d_ff, d, kept)
+    if shape.form.gated:
+        return DeviceFfn(reader.rows(f"{block}.ffn_gate{suffix}.weight", d_ff, d, kept), up, down_rows)
+    biases = reader.bias(f"{block}.ffn_up.bias", d_ff, kept), reader.bias(f"{down}.bias", d)
+    return DeviceFfn(up, None, down_rows, *biases)
 
 
 def _read_predictor(

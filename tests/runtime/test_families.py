@@ -25,9 +25,11 @@ from hotcold.convert.gguf_read import GGUFFile
 from hotcold.convert.hf_checkpoint import HFCheckpoint
 from hotcold.convert.llama_cpp import is_exact
 from hotcold.convert.verify import verify_bundle
-from hotcold.errors import InputError
+from hotcold.errors import InputError, UnsupportedError
 from hotcold.predictor.bundle import PredictorBundle
+from hotcold.runtime.backends import BackendOptions, open_engine
 from hotcold.runtime.engine import Engine
+from hotcold.runtime.gpu.engine import GpuEngine
 from hotcold.runtime.gpu.hybrid import HybridEngine
 from hotcold.runtime.placement import PlacedLayer, Placement
 from hotcold.runtime.reference import ReferenceEngine
@@ -233,6 +235,50 @@ def test_dense_logits_are_those_of_transformers(name, make_bundle_of, logits_of)
     assert difference(one_by_one, logits_of(name)) < 1e-3
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_dense_logits_on_a_device(name, make_bundle_of, logits_of):
+    """Torch on the CPU being the device; a prompt at once, by eights as the operators take it, one by one."""
+    engine = GpuEngine.load(make_bundle_of(name), "dense", "cpu", n_ctx=64)
+    for step in (len(IDS), 8, 1):
+        engine.reset()
+        logits = [engine.prefill(IDS[i : i + step], all_logits=True) for i in range(0, len(IDS), step)]
+        assert difference(np.concatenate(logits), logits_of(name)) < 1e-3
+
+
+def greedy(engine: Engine | GpuEngine, n: int) -> list[int]:
+    logits, tokens = engine.prefill(IDS[:5]), []
+    for _ in range(n):
+        tokens.append(int(logits.argmax()))
+        logits = engine.decode(tokens[-1])
+    return tokens
+
+
+@pytest.mark.parametrize("mode", ["exact", "predicted"])
+@pytest.mark.parametrize("name", SPARSE)
+def test_sparse_modes_on_a_device(name, mode, make_bundle_of):
+    """The logits and counts of the oracle, and the tokens of the CPU engine."""
+    bundle = make_bundle_of(name)
+    device, reference = (
+        GpuEngine.load(bundle, mode, "cpu", n_ctx=64),
+        ReferenceEngine.load(bundle, mode, n_ctx=64),
+    )
+    reference.cache_dtype, reference.audit, device.audit = torch.float16, True, True
+    expected = reference.prefill(IDS, all_logits=True)
+    assert difference(device.prefill(IDS, all_logits=True), expected) < 2e-4
+    got, counts = device.stats(), reference.stats()
+    assert np.abs(got.fired - counts.fired).max() <= 2 and np.abs(got.missed - counts.missed).max() <= 2
+    assert np.array_equal(got.predicted, counts.predicted)
+    device.reset()
+    device.audit = False
+    device.reset_stats()
+    one_by_one = np.stack([device.decode(token) for token in IDS])
+    assert difference(one_by_one, expected) < 2e-4
+    assert np.abs(device.stats().fired - counts.fired).max() <= 2
+    assert np.array_equal(device.stats().predicted, counts.predicted)
+    device.reset()
+    assert greedy(device, 20) == greedy(Engine.load(bundle, mode, 1, n_ctx=64), 20)
+
+
 @pytest.mark.parametrize("name", [name for name in FAMILIES if not name.startswith(("opt", "falcon"))])
 def test_on_a_device_and_the_cpu(name, make_bundle_of, logits_of):
     """A layer on either side, torch on the CPU being the device; with biases, head norms and windows."""
@@ -244,6 +290,15 @@ def test_on_a_device_and_the_cpu(name, make_bundle_of, logits_of):
     engine.reset()
     one_by_one = np.stack([engine.decode(token) for token in IDS])
     assert difference(one_by_one, logits_of(name)) < 1e-3
+
+
+@pytest.mark.parametrize("name", ["opt", "falcon-40b-relu"])
+def test_no_hybrid_without_gates(name, make_bundle_of):
+    options = BackendOptions("hybrid", device="cpu")
+    with pytest.raises(
+        UnsupportedError, match=rf"gated FFNs only \(got {name[:3]}.*use --backend gpu or --backend cpu"
+    ):
+        open_engine(make_bundle_of(name), "exact", 1, 64, options)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -324,6 +379,8 @@ def test_our_gguf_files_are_read_back_as_the_checkpoint(name, make_family, make_
 def test_learned_positions_bound_the_context(make_bundle_of):
     with pytest.raises(InputError, match=r"so long a context \(got 65, expected at most 64\)"):
         Engine.load(make_bundle_of("opt"), "dense", 1, n_ctx=65)
+    with pytest.raises(InputError, match=r"so long a context \(got 65, expected at most 64\)"):
+        GpuEngine.load(make_bundle_of("opt"), "exact", "cpu", n_ctx=65)
     Engine.load(make_bundle_of("opt"), "exact", 1, n_ctx=64)
 
 

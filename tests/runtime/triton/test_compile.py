@@ -23,8 +23,8 @@ GPU = torch.device("cuda")
 
 WEIGHTS = {0: "*bf16", 1: "*i8", 2: "*u8"}
 FLAGS = {"SCORED": False, "CLIP": True, "RELU": True, "ALWAYS": True, "CHUNK": 1024, "CHUNKS": 16}
-FLAGS |= {"COUNTED": True, "BIASED": True, "GATED": True, "ADD": True, "SHARE": 256, "SPLITS": 16, "BLOCK": 128}
-FLAGS |= {"WIDTH": 5120, "PARTS": 64}
+FLAGS |= {"COUNTED": True, "BIASED": True, "GATED": True, "ADD": True, "SHARE": 256, "SPLITS": 16}
+FLAGS |= {"WIDTH": 5120, "PARTS": 64, "BLOCK": 128}
 
 STEPS = "added weight bias total normed q k v cos sin turned logs pieces".split()
 
