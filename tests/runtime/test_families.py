@@ -279,6 +279,21 @@ def test_sparse_modes_on_a_device(name, mode, make_bundle_of):
     assert greedy(device, 20) == greedy(Engine.load(bundle, mode, 1, n_ctx=64), 20)
 
 
+@pytest.mark.parametrize(
+    ("name", "mode"), [("opt", "exact"), ("opt", "predicted"), ("falcon-40b-relu", "predicted")]
+)
+def test_without_gates_through_the_triton_kernels(name, mode, make_bundle_of, monkeypatch):
+    """In Triton's interpreter: the first token, and one after it."""
+    from hotcold.runtime.gpu import stage
+    from hotcold.runtime.triton import ops
+
+    expected = GpuEngine.load(make_bundle_of(name), mode, "cpu", n_ctx=16).prefill(IDS[:2])
+    monkeypatch.setattr(stage, "operators", lambda device: ops)
+    device = GpuEngine.load(make_bundle_of(name), mode, "cpu", n_ctx=16)
+    device.prefill(IDS[:1])
+    assert difference(device.decode(IDS[1]), expected) < 1e-4
+
+
 @pytest.mark.parametrize("name", [name for name in FAMILIES if not name.startswith(("opt", "falcon"))])
 def test_on_a_device_and_the_cpu(name, make_bundle_of, logits_of):
     """A layer on either side, torch on the CPU being the device; with biases, head norms and windows."""
