@@ -7,11 +7,13 @@ when an engine is loaded. A GPU, or a shape, that was never tuned gets the first
 from __future__ import annotations
 
 import json
+import math
 import os
 import statistics
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from triton import next_power_of_2
@@ -113,12 +115,22 @@ def tune(kernel: str, device: torch.device, shape: str, run: Callable[[], object
         return tiles_for(kernel, device, shape)
     known, key = _remembered(_gpu(device)), f"{kernel} {shape}"
     if key not in known:
-        known[key] = min(CANDIDATES[kernel], key=lambda tiles: _milliseconds(known, key, tiles, run))
-        try:
-            write_json(_file(_gpu(device)), known)
-        except StorageError as error:
-            log(f"tile sizes are not remembered: {error}")
+        times = [_milliseconds(known, key, tiles, run) for tiles in CANDIDATES[kernel]]
+        known[key] = CANDIDATES[kernel][min(range(len(times)), key=times.__getitem__)]
+        _save(_gpu(device), known, key, times)
     return known[key]
+
+
+def _save(gpu: str, known: dict[str, Tiles], key: str, times: list[float]) -> None:
+    """The choices; and beside them all times, microseconds in the order of CANDIDATES, for who improves these."""
+    path = _file(gpu)
+    all_times = path.with_suffix(".times.json")
+    us = [1e3 * ms / _CALLS if math.isfinite(ms) else None for ms in times]
+    try:
+        write_json(path, known)
+        write_json(all_times, _read(all_times) | {key: us})
+    except StorageError as error:
+        log(f"tile sizes are not remembered: {error}")
 
 
 def _milliseconds(known: dict[str, Tiles], key: str, tiles: Tiles, run: Callable[[], object]) -> float:
@@ -173,11 +185,17 @@ def _gpu(device: torch.device) -> str:
 @lru_cache
 def _remembered(gpu: str) -> dict[str, Tiles]:
     """What the cache file of this GPU says; entries of other kernels' shape are dropped."""
+    found = _read(_file(gpu))
+    return {key: tiles for key, tiles in found.items() if tiles in CANDIDATES.get(key.partition(" ")[0], ())}
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """An object of JSON; empty where there is none."""
     try:
-        found = json.loads(_file(gpu).read_text())
-        return {key: tiles for key, tiles in found.items() if tiles in CANDIDATES[key.split()[0]]}
-    except (OSError, ValueError, KeyError, AttributeError):
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):
         return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _file(gpu: str) -> Path:
