@@ -122,7 +122,7 @@ def tune(kernel: str, device: torch.device, shape: str, run: Callable[[], object
 
 
 def _save(gpu: str, known: dict[str, Tiles], key: str, times: list[float]) -> None:
-    """The choices; and beside them all times, microseconds in the order of CANDIDATES, for who improves these."""
+    """The choices; and beside them all times, microseconds in the order of CANDIDATES."""
     path = _file(gpu)
     all_times = path.with_suffix(".times.json")
     us = [1e3 * ms / _CALLS if math.isfinite(ms) else None for ms in times]
