@@ -57,7 +57,7 @@ def test_all_times_are_kept_beside(monkeypatch, on_a_gpu):
     assert times["dot 9x9"] == [pytest.approx(2), None, *[pytest.approx(10)] * (n - 2)]
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"dot 8x8": {"ROWS": 999999}}', '{"what 1": {}}'])
+@pytest.mark.parametrize("text", ["", "[]", '{"dot 8x8": {"WEIGHTS": 999999}}', '{"what 1": {}}'])
 def test_a_cache_file_of_another_kind_is_ignored(on_a_gpu, text):
     on_a_gpu.parent.mkdir(parents=True)
     on_a_gpu.write_text(text)
