@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import ModuleType
@@ -16,6 +15,7 @@ __all__ = ["free_bytes", "memory_or_error", "on", "open_device", "open_devices",
 
 _INSTEAD = "use --backend cpu"
 _MARGIN = 256 << 20  # left for the driver, and for what grows while a kernel is compiled
+_TRITON = (3, 5)  # with a working griddepcontrol, which 3.4 has but cannot compile
 _OLDEST = (8, 0)  # bfloat16 and asynchronous copies: Ampere and later
 
 
@@ -75,12 +75,22 @@ def _check_cuda(device: torch.device) -> None:
     n = torch.cuda.device_count()
     if (device.index or 0) >= n:
         raise InputError("no such GPU", got=str(device), expected=f"cuda:0 to cuda:{n - 1}")
-    if importlib.util.find_spec("triton") is None:
-        raise UnsupportedError("Triton is not installed", fix=f"`pip install triton`, or {_INSTEAD}")
+    _check_triton()
     capability = torch.cuda.get_device_capability(device)
     if capability < _OLDEST:
         got = f"{torch.cuda.get_device_name(device)}, compute capability {capability[0]}.{capability[1]}"
         raise UnsupportedError("this GPU is too old for the kernels", got=got, expected="8.0", fix=_INSTEAD)
+
+
+def _check_triton() -> None:
+    least = ".".join(map(str, _TRITON))
+    fix = f"`pip install 'triton>={least}'`, or {_INSTEAD}"
+    try:
+        from triton import __version__ as found  # nightly builds have another name for pip
+    except ImportError:
+        raise UnsupportedError("Triton is not installed", fix=fix) from None
+    if tuple(int(part) for part in found.split(".")[:2]) < _TRITON:
+        raise UnsupportedError("this Triton is too old for the kernels", got=found, expected=least, fix=fix)
 
 
 def operators(device: torch.device) -> ModuleType:

@@ -7,11 +7,13 @@ when an engine is loaded. A GPU, or a shape, that was never tuned gets the first
 from __future__ import annotations
 
 import json
+import math
 import os
 import statistics
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from triton import next_power_of_2
@@ -27,6 +29,10 @@ Tiles = dict[str, int]
 _CALLS, _REPLAYS = 16, 8
 
 
+def _weights(weights: int, each: int) -> Tiles:
+    return {"WEIGHTS": weights, "EACH": each}
+
+
 def _rows(rows: int, each: int, **more: int) -> Tiles:
     return {"ROWS": rows, "EACH": each, **more}
 
@@ -36,20 +42,19 @@ def _blocks(rows: int, num_warps: int, **more: int) -> Tiles:
     return {"ROWS": rows, "BLOCK": 256 * num_warps, "num_warps": num_warps, **more}
 
 
-# ROWS are read together. Programs of `dot`, `listed` and `s2` hold whole rows, EACH weights per thread;
-# those of `down` and `s3` BLOCK columns. GROUP neurons are searched by one program (s2, s3);
-# PROGRAMS walk a list (listed), SPLITS of it are summed apart (down).
+# ROWS are read together. Programs of `dot`, `listed` and `s2` hold whole rows, EACH weights per thread,
+# and of `dot` as many rows as make WEIGHTS. Those of `down` and `s3` hold BLOCK columns. GROUP neurons are
+# searched by one program (s2, s3); PROGRAMS walk a list (listed), SPLITS of it are summed apart (down).
 CANDIDATES: dict[str, list[Tiles]] = {
     "dot": [
-        _rows(2, 64),
-        _rows(1, 128),
-        _rows(1, 64),
-        _rows(1, 32),
-        _rows(2, 128),
-        _rows(4, 64),
-        _rows(4, 128),
-        _rows(8, 64),
-        _rows(8, 32),
+        _weights(8192, 64),
+        _weights(4096, 128),
+        _weights(4096, 64),
+        _weights(4096, 32),
+        _weights(8192, 128),
+        _weights(16384, 64),
+        _weights(16384, 128),
+        _weights(32768, 64),
     ],
     "listed": [
         _rows(1, 64, PROGRAMS=1056),
@@ -90,11 +95,12 @@ _WIDEST = 16384  # columns that a program holds of a row; wider rows are read in
 
 
 def whole_rows(tiles: Tiles, width: int, device: torch.device) -> Tiles:
-    """EACH in terms of a kernel's own sizes: BLOCK columns, which is all of a row, by so many warps."""
+    """WEIGHTS and EACH in terms of a kernel's own sizes: BLOCK columns, which is all of a row, and warps."""
     block = min(max(next_power_of_2(width), 32), _WIDEST if device.type == "cuda" else 32)
-    warps = tiles["ROWS"] * block // (32 * tiles["EACH"])
-    others = {name: size for name, size in tiles.items() if name != "EACH"}
-    return others | {"BLOCK": block, "num_warps": min(max(warps, 1), 16)}
+    rows = tiles["ROWS"] if "ROWS" in tiles else max(tiles["WEIGHTS"] // block, 1)
+    warps = min(max(rows * block // (32 * tiles["EACH"]), 1), 16)
+    others = {name: size for name, size in tiles.items() if name not in ("WEIGHTS", "EACH")}
+    return others | {"ROWS": rows, "BLOCK": block, "num_warps": warps}
 
 
 def tiles_for(kernel: str, device: torch.device, shape: str) -> Tiles:
@@ -113,12 +119,22 @@ def tune(kernel: str, device: torch.device, shape: str, run: Callable[[], object
         return tiles_for(kernel, device, shape)
     known, key = _remembered(_gpu(device)), f"{kernel} {shape}"
     if key not in known:
-        known[key] = min(CANDIDATES[kernel], key=lambda tiles: _milliseconds(known, key, tiles, run))
-        try:
-            write_json(_file(_gpu(device)), known)
-        except StorageError as error:
-            log(f"tile sizes are not remembered: {error}")
+        times = [_milliseconds(known, key, tiles, run) for tiles in CANDIDATES[kernel]]
+        known[key] = CANDIDATES[kernel][min(range(len(times)), key=times.__getitem__)]
+        _save(_gpu(device), known, key, times)
     return known[key]
+
+
+def _save(gpu: str, known: dict[str, Tiles], key: str, times: list[float]) -> None:
+    """The choices; and beside them all times, microseconds in the order of CANDIDATES."""
+    path = _file(gpu)
+    all_times = path.with_suffix(".times.json")
+    us = [1e3 * ms / _CALLS if math.isfinite(ms) else None for ms in times]
+    try:
+        write_json(path, known)
+        write_json(all_times, _read(all_times) | {key: us})
+    except StorageError as error:
+        log(f"tile sizes are not remembered: {error}")
 
 
 def _milliseconds(known: dict[str, Tiles], key: str, tiles: Tiles, run: Callable[[], object]) -> float:
@@ -159,7 +175,7 @@ def _replay_milliseconds(run: Callable[[], object]) -> list[float]:
 
 def _small(tiles: Tiles) -> Tiles:
     """For the interpreter: several programs and loop rounds even on a tiny matrix."""
-    limits = {"ROWS": 4, "BLOCK": 32, "GROUP": 16, "PROGRAMS": 3, "SPLITS": 3}
+    limits = {"ROWS": 4, "WEIGHTS": 128, "BLOCK": 32, "GROUP": 16, "PROGRAMS": 3, "SPLITS": 3}
     return {name: min(size, limits.get(name, size)) for name, size in tiles.items()}
 
 
@@ -173,11 +189,17 @@ def _gpu(device: torch.device) -> str:
 @lru_cache
 def _remembered(gpu: str) -> dict[str, Tiles]:
     """What the cache file of this GPU says; entries of other kernels' shape are dropped."""
+    found = _read(_file(gpu))
+    return {key: tiles for key, tiles in found.items() if tiles in CANDIDATES.get(key.partition(" ")[0], ())}
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """An object of JSON; empty where there is none."""
     try:
-        found = json.loads(_file(gpu).read_text())
-        return {key: tiles for key, tiles in found.items() if tiles in CANDIDATES[key.split()[0]]}
-    except (OSError, ValueError, KeyError, AttributeError):
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):
         return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _file(gpu: str) -> Path:

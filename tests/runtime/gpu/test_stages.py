@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -196,6 +198,19 @@ def test_devices_by_name(two_gpus, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     assert open_devices("cuda") == open_devices("cuda:0,cuda:1") == gpus
     assert open_devices("cuda:1") == gpus[1:] and open_devices("cuda:1,cuda:0") == gpus[::-1]
+
+
+@pytest.mark.parametrize(("version", "message"), [
+    ("3.4.0", r"this Triton is too old for the kernels \(got 3\.4\.0, expected 3\.5\); `pip install"),
+    (None, "Triton is not installed; `pip install 'triton>=3.5'`, or use --backend cpu"),
+])  # fmt: skip
+def test_triton_is_looked_for(two_gpus, monkeypatch, version, message):
+    if version:
+        monkeypatch.setattr("triton.__version__", version)
+    else:
+        monkeypatch.setitem(sys.modules, "triton", None)
+    with pytest.raises(UnsupportedError, match=message):
+        open_devices("cuda:0")
 
 
 @pytest.mark.parametrize(

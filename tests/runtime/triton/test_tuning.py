@@ -46,7 +46,18 @@ def test_the_fastest_is_kept_and_remembered(monkeypatch, on_a_gpu):
     assert json.loads(on_a_gpu.read_text()) == {"dot 8x8": best}
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"dot 8x8": {"ROWS": 999999}}', '{"what 1": {}}'])
+def test_all_times_are_kept_beside(monkeypatch, on_a_gpu):
+    """Microseconds of one call, of 16 that were timed together; null for what did not compile."""
+    n = len(tuning.CANDIDATES["dot"])
+    stopwatch(monkeypatch, [0.032, float("inf"), *[0.16] * (n - 2)])
+    tuning.tune("dot", GPU, "8x8", lambda: None)
+    tuning.tune("dot", GPU, "9x9", lambda: None)
+    times = json.loads(on_a_gpu.with_suffix(".times.json").read_text())
+    assert list(times) == ["dot 8x8", "dot 9x9"]
+    assert times["dot 9x9"] == [pytest.approx(2), None, *[pytest.approx(10)] * (n - 2)]
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"dot 8x8": {"WEIGHTS": 999999}}', '{"what 1": {}}'])
 def test_a_cache_file_of_another_kind_is_ignored(on_a_gpu, text):
     on_a_gpu.parent.mkdir(parents=True)
     on_a_gpu.write_text(text)
