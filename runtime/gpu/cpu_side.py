@@ -23,10 +23,7 @@ _NO_MASKS = np.empty(0, np.uint64)  # one token wants whatever is listed
 def check_hybrid(file: GGUFFile, shape: ModelShape) -> None:
     """Raise UnsupportedError where the native engine has no neurons apart from their layer: without gates."""
     if not shape.form.gated:
-        what, got = (
-            "the hybrid backend runs models with gated FFNs only",
-            file.metadata["general.architecture"],
-        )
+        what, got = "the hybrid backend runs gated FFNs only", file.metadata["general.architecture"]
         raise UnsupportedError(what, where=file.path, got=got, fix="use --backend gpu or --backend cpu")
 
 

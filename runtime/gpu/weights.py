@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hotcold.convert.forms import FORMS, Form
+from hotcold.convert.forms import Form
 from hotcold.convert.gguf_read import GGUFFile
 from hotcold.convert.quantize import dequantize
 from hotcold.errors import FormatError, ShapeError, UnsupportedError
@@ -23,7 +23,6 @@ from hotcold.runtime.triton.rows import Rows, joined
 
 __all__ = ["DeviceFfn", "DeviceLayer", "DeviceNorm", "DevicePredictor", "DeviceWeights", "read_weights"]
 
-_POSITIONS = {f"{form.positions}.weight" for form in FORMS.values() if form.positions}
 _KEPT = ("F32", "F16", "BF16", "Q8_0", "Q4_0")  # other types become F16
 
 
@@ -158,10 +157,10 @@ class _Reader:
             raise ShapeError(f"tensor {name}", where=self.file.path, got=tensor.shape, expected=shape)
         return tensor
 
-    def check_all_known(self, layers: range) -> None:
+    def check_all_known(self, layers: range, form: Form) -> None:
         """A tensor of a kind not read here (a bias, a norm of heads) means another function."""
         known = ("fc1.weight", "fc2.weight", "ffn_gate", "ffn_up", "ffn_down")
-        outer = ("token_embd.weight", "output.weight", "rope_freqs.weight", *_POSITIONS)
+        outer = ("token_embd.weight", "output.weight", "rope_freqs.weight", f"{form.positions}.weight")
         left = sorted(
             name
             for name in self._unread.difference(outer)
@@ -208,7 +207,7 @@ def read_weights(
         for i, order, count in zip(which, orders, counts, strict=True)
     ]
     output_norm = reader.norm("output_norm", d, shape.form)
-    reader.check_all_known(which)
+    reader.check_all_known(which, shape.form)
     return DeviceWeights(
         shape, device, which.start, layers, embedding, positions, head, output_norm, dense_file
     )
@@ -220,11 +219,11 @@ def _order(hot: np.ndarray, d_ff: int) -> np.ndarray:
 
 
 def _check_supported(file: GGUFFile, shape: ModelShape, dense_file: bool) -> None:
-    """No model is like this, but a file may say so, and something else would be computed."""
+    """Refuse what a file may say of a model, though none is like that, and the steps have no word for."""
     refused = {
         "dReLU needs a gate": shape.activation == "drelu" and not shape.form.gated,
         "SiLU and GELU models run in dense mode only": shape.activation in NEVER_ZERO and not dense_file,
-        "heads of an odd width have no halves": shape.head_dim % 2,
+        "heads of an odd width have no halves to turn": shape.head_dim % 2,
     }
     for what, is_so in refused.items():
         if is_so:

@@ -15,9 +15,14 @@ import numpy as np
 import pytest
 import torch
 from stored_rows import interleave
+from tiny_families import FAMILIES, IDS, SPARSE, random_predictors, write_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from hotcold import checkpoint
+from hotcold.checkpoint import fingerprint
+from hotcold.convert.export import ExportOptions, export_bundle
+from hotcold.convert.hf_checkpoint import HFCheckpoint
 from hotcold.convert.manifest import MANIFEST, BundleFile, Manifest
 
 TEXT = "The quick brown fox jumps over the lazy dog. Größe, naïve café, 東京 and 🦊🐶! 0123456789\n"
@@ -283,3 +288,52 @@ def make_bundle(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., TinyB
 def bundle(make_bundle: Callable[..., TinyBundle]) -> TinyBundle:
     """The default tiny ReLU bundle in float32."""
     return make_bundle()
+
+
+@pytest.fixture(scope="session")
+def make_family(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """make_family("qwen2") → the HF directory of that tiny model, made once."""
+    made: dict[str, Path] = {}
+
+    def make(name: str) -> Path:
+        if name not in made:
+            made[name] = tmp_path_factory.mktemp("family") / name
+            write_model(made[name], FAMILIES[name])
+        return made[name]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_bundle_of(make_family, tmp_path_factory) -> Callable[[str], Path]:
+    """make_bundle_of("qwen2") → its F32 bundle, with random predictors where the model is sparse."""
+    made: dict[str, Path] = {}
+
+    def make(name: str) -> Path:
+        if name not in made:
+            model, root = make_family(name), tmp_path_factory.mktemp("bundle")
+            predictors = random_predictors(model, root / "predictors") if name in SPARSE else None
+            made[name] = root / "bundle"
+            export_bundle(
+                HFCheckpoint(model), made[name], name="m", fingerprint=fingerprint(str(model)),
+                predictors=predictors,
+                options=ExportOptions("f32", predictor_quant="f32", attention_rows=True),
+            )  # fmt: skip
+        return made[name]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def logits_of(make_family) -> Callable[[str], np.ndarray]:
+    """logits_of("qwen2") → what transformers computes, float32 [32, n_vocab]."""
+    made: dict[str, np.ndarray] = {}
+
+    def logits(name: str) -> np.ndarray:
+        if name not in made:
+            with torch.no_grad():
+                model = checkpoint.load_model(str(make_family(name)))
+                made[name] = model(torch.from_numpy(IDS)[None]).logits[0].numpy()
+        return made[name]
+
+    return logits

@@ -1,0 +1,141 @@
+"""Every family on a device, torch on the CPU being one: against transformers, oracle and CPU engine."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from tiny_families import D_FF, FAMILIES, IDS, SPARSE, difference
+
+from hotcold.convert.gguf_read import GGUFFile
+from hotcold.errors import InputError, UnsupportedError
+from hotcold.runtime.backends import BackendOptions, open_engine
+from hotcold.runtime.engine import Engine
+from hotcold.runtime.gpu import engine as gpu_engine
+from hotcold.runtime.gpu import stage
+from hotcold.runtime.gpu.engine import GpuEngine
+from hotcold.runtime.gpu.hybrid import HybridEngine
+from hotcold.runtime.gpu.tune import tune_weights
+from hotcold.runtime.gpu.weights import read_weights
+from hotcold.runtime.placement import PlacedLayer, Placement
+from hotcold.runtime.reference import ReferenceEngine
+from hotcold.runtime.triton import ops, tuning
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_dense_logits_on_a_device(name, make_bundle_of, logits_of):
+    """Torch on the CPU being the device; a prompt at once, by eights as the operators take it, one by one."""
+    engine = GpuEngine.load(make_bundle_of(name), "dense", "cpu", n_ctx=64)
+    for step in (len(IDS), 8, 1):
+        engine.reset()
+        logits = [engine.prefill(IDS[i : i + step], all_logits=True) for i in range(0, len(IDS), step)]
+        assert difference(np.concatenate(logits), logits_of(name)) < 1e-3
+
+
+def greedy(engine: Engine | GpuEngine, n: int) -> list[int]:
+    logits, tokens = engine.prefill(IDS[:5]), []
+    for _ in range(n):
+        tokens.append(int(logits.argmax()))
+        logits = engine.decode(tokens[-1])
+    return tokens
+
+
+@pytest.mark.parametrize("mode", ["exact", "predicted"])
+@pytest.mark.parametrize("name", SPARSE)
+def test_sparse_modes_on_a_device(name, mode, make_bundle_of):
+    """The logits and counts of the oracle, and the tokens of the CPU engine."""
+    bundle = make_bundle_of(name)
+    device, reference = (
+        GpuEngine.load(bundle, mode, "cpu", n_ctx=64),
+        ReferenceEngine.load(bundle, mode, n_ctx=64),
+    )
+    reference.cache_dtype, reference.audit, device.audit = torch.float16, True, True
+    expected = reference.prefill(IDS, all_logits=True)
+    assert difference(device.prefill(IDS, all_logits=True), expected) < 2e-4
+    got, counts = device.stats(), reference.stats()
+    assert np.abs(got.fired - counts.fired).max() <= 2 and np.abs(got.missed - counts.missed).max() <= 2
+    assert np.array_equal(got.predicted, counts.predicted)
+    device.reset()
+    device.audit = False
+    device.reset_stats()
+    one_by_one = np.stack([device.decode(token) for token in IDS])
+    assert difference(one_by_one, expected) < 2e-4
+    assert np.abs(device.stats().fired - counts.fired).max() <= 2
+    assert np.array_equal(device.stats().predicted, counts.predicted)
+    device.reset()
+    assert greedy(device, 20) == greedy(Engine.load(bundle, mode, 1, n_ctx=64), 20)
+
+
+def test_learned_positions_are_on_the_first_device(make_bundle_of, monkeypatch):
+    one = GpuEngine.load(make_bundle_of("opt"), "predicted", "cpu", n_ctx=64)
+    monkeypatch.setattr(gpu_engine, "whole_model", lambda *_: [0, 1])
+    two = GpuEngine.load(make_bundle_of("opt"), "predicted", "cpu,cpu", n_ctx=64)
+    assert [stage.weights.positions is None for stage in two._stages] == [False, True]
+    assert greedy(two, 20) == greedy(one, 20)
+
+
+def test_learned_positions_bound_the_context(make_bundle_of):
+    with pytest.raises(InputError, match=r"so long a context \(got 65, expected at most 64\)"):
+        GpuEngine.load(make_bundle_of("opt"), "exact", "cpu", n_ctx=65)
+
+
+def test_tuning_without_gates(make_bundle_of, monkeypatch):
+    """One matrix into the FFN is listed, and exact mode's rows of `down` are another kernel's."""
+    tuned = {}
+    monkeypatch.setattr(tuning, "tune", lambda kernel, device, shape, run: tuned.update({kernel: run()}))
+    weights = read_weights(GGUFFile(make_bundle_of("opt") / "m.powerinfer.gguf"), torch.device("cpu"))
+    tune_weights(weights, "exact", ops, torch.device("cpu"))
+    assert sorted(tuned) == ["dot", "down", "listed", "s3"]
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value", "message"),
+    [
+        ("opt", "hotcold.activation", "drelu", "dReLU needs a gate"),
+        ("llama", "hotcold.activation", "silu", "SiLU and GELU models run in dense mode only"),
+        ("opt", "opt.attention.key_length", 15, "heads of an odd width"),
+    ],
+)
+def test_what_a_device_would_compute_wrongly(name, key, value, message, make_bundle_of, monkeypatch):
+    def changed(path):
+        file = GGUFFile(path)
+        file.metadata[key] = value
+        return file
+
+    monkeypatch.setattr(gpu_engine, "GGUFFile", changed)
+    with pytest.raises(UnsupportedError, match=message):
+        GpuEngine.load(make_bundle_of(name), "exact", "cpu", n_ctx=64)
+
+
+@pytest.mark.parametrize(
+    ("name", "mode"), [("opt", "exact"), ("opt", "predicted"), ("falcon-40b-relu", "predicted")]
+)
+def test_without_gates_through_the_triton_kernels(name, mode, make_bundle_of, monkeypatch):
+    """In Triton's interpreter: the first token, and one after it."""
+    expected = GpuEngine.load(make_bundle_of(name), mode, "cpu", n_ctx=16).prefill(IDS[:2])
+    monkeypatch.setattr(stage, "operators", lambda device: ops)
+    device = GpuEngine.load(make_bundle_of(name), mode, "cpu", n_ctx=16)
+    device.prefill(IDS[:1])
+    assert difference(device.decode(IDS[1]), expected) < 1e-4
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if not name.startswith(("opt", "falcon"))])
+def test_on_a_device_and_the_cpu(name, make_bundle_of, logits_of):
+    """A layer on either side, torch on the CPU being the device; with biases, head norms and windows."""
+    all_hot, none_hot = np.arange(D_FF, dtype=np.int32), np.empty(0, np.int32)
+    layers = (PlacedLayer(True, all_hot, D_FF), PlacedLayer(False, none_hot, D_FF))
+    placement = Placement(layers, (1 << 30,))
+    engine = HybridEngine.load(make_bundle_of(name), placement, "dense", "cpu", 2, n_ctx=64)
+    assert difference(engine.prefill(IDS, all_logits=True), logits_of(name)) < 1e-3
+    engine.reset()
+    one_by_one = np.stack([engine.decode(token) for token in IDS])
+    assert difference(one_by_one, logits_of(name)) < 1e-3
+
+
+@pytest.mark.parametrize("name", ["opt", "falcon-40b-relu"])
+def test_no_hybrid_without_gates(name, make_bundle_of):
+    options = BackendOptions("hybrid", device="cpu")
+    with pytest.raises(
+        UnsupportedError, match=rf"runs gated FFNs only \(got {name[:3]}.*use --backend gpu or --backend cpu"
+    ):
+        open_engine(make_bundle_of(name), "exact", 1, 64, options)
