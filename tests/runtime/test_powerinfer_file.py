@@ -18,6 +18,7 @@ from hotcold.cli import main
 from hotcold.errors import FormatError, ShapeError, UnsupportedError
 from hotcold.predictor.bundle import PredictorBundle
 from hotcold.runtime.engine import Engine
+from hotcold.runtime.gpu.engine import GpuEngine
 from hotcold.runtime.reference import ReferenceEngine
 
 N_LAYERS, D, D_FF, HEADS, KV, HEAD, VOCAB, BASE, EPS = 2, 64, 192, 4, 2, 16, 300, 10000.0, 1e-5
@@ -305,6 +306,10 @@ def block(w: dict[str, np.ndarray], layer: int) -> dict[str, np.ndarray]:
     return {name.removeprefix(prefix): array for name, array in w.items() if name.startswith(prefix)}
 
 
+def on_cpu_and_device(path: Path) -> tuple[Engine, GpuEngine]:
+    return Engine(path, "predicted", 1, n_ctx=16), GpuEngine.load(path, "predicted", "cpu", n_ctx=16)
+
+
 def test_opt_runs(tmp_path):
     """Learned positions from row 2 on, biases everywhere, the embedding as head, an unsaid epsilon."""
     linear = {
@@ -331,8 +336,8 @@ def test_opt_runs(tmp_path):
         active = np.maximum(h @ b["ffn_up"].T + b["ffn_up.bias"], 0) * kept(x, b)
         x = x + active @ b["ffn_down_t"] + b["ffn_down_t.bias"]
     expected = normed(x, w, "output_norm") @ w["token_embd"].T
-    engine = Engine(tmp_path / "m.powerinfer.gguf", "predicted", n_threads=1, n_ctx=16)
-    assert distance(engine.prefill(IDS, all_logits=True), expected) < 0.01
+    for engine in on_cpu_and_device(tmp_path / "m.powerinfer.gguf"):
+        assert distance(engine.prefill(IDS, all_logits=True), expected) < 0.01
     out = tmp_path / "predictors"
     assert (
         main(["convert", str(tmp_path / "m.powerinfer.gguf"), "--to", "predictors", "--out", str(out)]) == 0
@@ -369,5 +374,5 @@ def test_falcon_runs(tmp_path, two_norms):
         active = np.maximum(normed(x, b, "attn_norm") @ b["ffn_up"].T, 0) * kept(x, b)
         x = x + attention + active @ b["ffn_down_t"]
     expected = normed(x, w, "output_norm") @ w["output"].T
-    engine = Engine(tmp_path / "m.powerinfer.gguf", "predicted", n_threads=1, n_ctx=16)
-    assert distance(engine.prefill(IDS, all_logits=True), expected) < 0.01
+    for engine in on_cpu_and_device(tmp_path / "m.powerinfer.gguf"):
+        assert distance(engine.prefill(IDS, all_logits=True), expected) < 0.01
