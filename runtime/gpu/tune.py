@@ -52,24 +52,30 @@ def _products(weights: DeviceWeights, mode: str) -> list[Rows]:
 
 
 def _alike(products: Sequence[Rows]) -> list[list[Rows]]:
-    """In groups of about one shape, and of one type."""
+    """In groups of about one shape, and of one type.
+
+    Triton compiles a kernel anew where n is no multiple of 16, which it must not while a graph is recorded.
+    """
     groups: dict[tuple, list[Rows]] = defaultdict(list)
     for rows in products:
-        groups[next_power_of_2(rows.n), rows.width, rows.data.dtype, rows.kind].append(rows)
+        shape = next_power_of_2(rows.n), rows.n % 16 == 0, rows.width
+        groups[*shape, rows.data.dtype, rows.kind].append(rows)
     return list(groups.values())
 
 
 def _tune_lists(ffns: Sequence[DeviceFfn], ops: ModuleType, device: torch.device) -> None:
-    """The kernels over lists, on the FFNs of the greatest number of neurons."""
+    """The kernels over lists, on the larger FFNs, as many neurons of each."""
     if not ffns:
         return
     most = max(ffn.up.n for ffn in ffns)
-    alike = [ffn for ffn in ffns if ffn.up.n == most]
-    x, a = torch.randn(1, alike[0].up.width, device=device), torch.randn(1, most, device=device)
-    index, count = ops.select(torch.rand(1, most, device=device), 1 - _LISTED)
+    large = [ffn for ffn in ffns if 2 * ffn.up.n >= most]
+    n = min(ffn.up.n for ffn in large)
+    x, a = torch.randn(1, large[0].up.width, device=device), torch.randn(1, n, device=device)
+    index, count = ops.select(torch.rand(1, n, device=device), 1 - _LISTED)
     scores = a.abs() + 1  # every listed neuron fires
-    _tune("listed", ops, x, [ffn.up for ffn in alike], lambda w: ops.ffn_listed(x, scores, w, index, count))
-    _tune("down", ops, a, [ffn.down for ffn in alike], lambda w: ops.down_listed(a, w, index, count))
+    ups, downs = ([getattr(ffn, part).first(n) for ffn in large] for part in ("up", "down"))
+    _tune("listed", ops, x, ups, lambda w: ops.ffn_listed(x, scores, w, index, count))
+    _tune("down", ops, a, downs, lambda w: ops.down_listed(a, w, index, count))
 
 
 def _tune(

@@ -12,7 +12,12 @@ import sys
 import pytest
 
 CODE = """
+import re
+import subprocess
 import sys
+import tempfile
+from pathlib import Path
+import triton
 from triton import compile
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -26,6 +31,7 @@ FLAGS = {"SCORED": False, "CLIP": True, "RELU": True, "ALWAYS": True, "CHUNK": 1
 FLAGS |= {"COUNTED": True, "ADD": True, "SHARE": 256, "SPLITS": 16, "BLOCK": 128}
 FLAGS |= {"WIDTH": 5120, "PARTS": 64}
 
+EVEN = "n size width head_dim half n_ctx rows".split()  # multiples of 16 in any model
 STEPS = "added weight total normed q k v cos sin turned logs pieces".split()
 
 def signature(kernel, kind, constants):
@@ -42,13 +48,16 @@ def signature(kernel, kind, constants):
 
 def build(name, kind, tiles, tokens, capability, types=()):
     kernel = getattr(kernels, name + "_kernel", None) or getattr(step_kernels, name + "_kernel")
+    first = tiles == tuning.CANDIDATES.get(name, [tiles])[0]
     tiles = tuning.whole_rows(tiles, FLAGS["WIDTH"], GPU) if "EACH" in tiles else tiles
     every = FLAGS | tiles | {"TOKENS": tokens} | dict.fromkeys(("KIND", "KIND_GATE", "KIND_UP"), kind)
     every["EARLY"] = capability >= 90
+    every |= {"tokens": 1} if tokens == 1 else {}  # as Triton takes an argument that is 1
     constants = {key: every[key] for key in kernel.arg_names if key in every}
     types = signature(kernel, kind, constants) | dict(types)
-    aligned = {(i,): [["tt.divisibility", 16]] for i, text in enumerate(types.values()) if text[0] == "*"}
-    source = ASTSource(kernel, types, constants, aligned)
+    aligned = [text[0] == "*" or (text, name in EVEN) == ("i32", True) for name, text in types.items()]
+    attributes = {(i,): [["tt.divisibility", 16]] for i, is_so in enumerate(aligned) if is_so}
+    source = ASTSource(kernel, types, constants, attributes)
     target = GPUTarget("cuda", capability, 32)
     built = compile(source, target=target, options={"num_warps": tiles["num_warps"]})
     assert built.asm["cubin"]
@@ -56,7 +65,17 @@ def build(name, kind, tiles, tokens, capability, types=()):
     if name in ("dot", "listed", "down") and tokens == 1:
         # Nothing is exchanged between threads but sums and scales.
         assert built.asm["ptx"].count("bar.sync") <= 12, (name, kind, tiles)
+    if first and tokens == 1:
+        assert stack_bytes(built.asm["cubin"]) == 0, (name, kind, tiles)
     print(name, kind, tiles, tokens, capability, flush=True)
+
+def stack_bytes(cubin):  # what does not fit the registers
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        told = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True)
+    return int(re.search(r"STACK:(\\d+)", told.stdout + told.stderr)[1])
 
 def check_start(name, ptx, capability):
     if capability < 90:
