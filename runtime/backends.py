@@ -119,7 +119,7 @@ def open_engine(
 def make_placement(
     bundle: str | Path, mode: str, n_threads: int | None, n_ctx: int, options: BackendOptions
 ) -> Placement:
-    """The plan that a hybrid engine of these options would use; no weight is read for it."""
+    """The plan that a hybrid engine of these options would use; no weights are loaded for it."""
     from hotcold.convert.gguf_read import GGUFFile
     from hotcold.runtime.gpu.costs import measure_costs
     from hotcold.runtime.gpu.cpu_side import check_hybrid
@@ -139,7 +139,8 @@ def make_placement(
     budgets = parse_budgets(options.vram_budget, devices)
     frequencies = None if mode == "dense" else _frequencies(bundle, shape.n_layers, shape.d_ff, options)
     # Of several devices the first speaks for all.
-    costs = measure_costs(devices[0], n_threads or len(os.sched_getaffinity(0)), shape.d_model)
+    threads = n_threads or len(os.sched_getaffinity(0))
+    costs = measure_costs(devices[0], threads, shape.d_model, shape.d_ff)
     problem = make_problem(file, frequencies, mode=mode, n_ctx=n_ctx, budgets=budgets, costs=costs)
     return place_layers(problem) if mode == "dense" else place(problem)
 

@@ -7,7 +7,7 @@ whose frame does not fit is computed on the CPU as a whole. Of several devices e
 
 The time of a layer's FFN is that of the slower side, as both work at once:
 
-    device(n) = bytes of the n hottest neurons that fire / device bandwidth + split cost, if there are any
+    device(n) = bytes of the n hottest neurons that fire / device bandwidth + split cost, if there are others
     cpu(n)    = bytes of the other ones that fire / CPU bandwidth + hand-over, if there are any
 
 PowerInfer's solver (SOSP'24, section 6; its `solver.py`) maximises the firing counts on the GPU instead,
@@ -55,11 +55,16 @@ class LayerLoad:
     neuron_bytes: int  # gate, up and down row of one neuron
     frame_bytes: int  # norms, attention, predictor, KV cache
     frame_read: int = 0  # of those, what one token reads
+    always_read: float = 0.0  # share of a neuron's bytes that is read whether it is active or not
 
     @property
     def d_ff(self) -> int:
         """Number of neurons."""
         return len(self.frequency)
+
+    def read(self, frequency: np.ndarray) -> np.ndarray:
+        """Bytes that one token reads of neurons of this frequency."""
+        return self.neuron_bytes * (self.always_read + (1 - self.always_read) * frequency)
 
     @property
     def ffn_bytes(self) -> int:
@@ -84,18 +89,24 @@ class FfnTime:
     def __init__(self, layer: LayerLoad, costs: Costs) -> None:
         self.layer, self.costs = layer, costs
         self.order = np.argsort(-layer.frequency, kind="stable")
-        ascending = layer.frequency[self.order].astype(np.float64)
-        self._active = np.concatenate([[0.0], np.cumsum(ascending)]) * layer.neuron_bytes
+        ordered = layer.frequency[self.order].astype(np.float64)
+        self._active, self._read = (np.r_[0.0, np.cumsum(part)] for part in (ordered, layer.read(ordered)))
 
     def device(self, n: int) -> float:
         """Seconds on the device."""
-        return self._active[n] / self.costs.device_bandwidth + (self.costs.split_s if n else 0.0)
+        split = self.costs.split_s if 0 < n < self.layer.d_ff else 0.0
+        return self._read[n] / self.costs.device_bandwidth + split
 
     def cpu(self, n: int) -> float:
         """Seconds on the CPU, the hand-over included."""
         if n == self.layer.d_ff:
             return 0.0
-        return (self._active[-1] - self._active[n]) / self.costs.cpu_bandwidth + self.costs.handover_s
+        return (self._read[-1] - self._read[n]) / self.costs.cpu_bandwidth + self.costs.handover_s
+
+    def reads(self, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Seconds of reading alone, on either side, for each of these numbers of neurons."""
+        read = self._read[counts]
+        return read / self.costs.device_bandwidth, (self._read[-1] - read) / self.costs.cpu_bandwidth
 
     def total(self, n: int) -> float:
         """Seconds until both are done."""
@@ -108,7 +119,7 @@ class FfnTime:
     @property
     def least(self) -> int:
         """The fewest neurons that pay for the split: what they save the CPU is `split_s` or more."""
-        paid = self._active / self.costs.cpu_bandwidth >= self.costs.split_s
+        paid = self._read / self.costs.cpu_bandwidth >= self.costs.split_s
         return max(1, int(paid.argmax())) if paid.any() else self.layer.d_ff
 
 
@@ -246,7 +257,7 @@ def _split(time: FfnTime, n: int, device: int) -> PlacedLayer:
 
 
 def _on_cpu(layer: LayerLoad, costs: Costs) -> PlacedLayer:
-    read = layer.frame_read + float(layer.frequency.sum()) * layer.neuron_bytes
+    read = layer.frame_read + float(layer.read(layer.frequency).sum())
     return PlacedLayer(
         on_device=False,
         hot=np.empty(0, np.int32),

@@ -3,7 +3,7 @@
 Neurons are taken in groups, the most frequent first. With x the share of each group that is on the device, y
 whether a layer has any and z whether it has all, minimise the sum over layers of t where
 
-    t >= device time:  Σ x·active / device bandwidth + split · y
+    t >= device time:  Σ x·active / device bandwidth + split · (y - z)
     t >= CPU time:     Σ (1 - x)·active / CPU bandwidth + hand-over · (1 - z)
     Σ x >= least · y   (none, or enough to pay for the split)       x <= y       groups · z <= Σ x
     Σ x·bytes <= budget
@@ -83,10 +83,9 @@ class _Programme:
         groups = list(range(self.at[layer], self.at[layer + 1]))
         y, z, t = self.y + layer, self.z + layer, self.t + layer
         split, handover = _SCALE * time.costs.split_s, _SCALE * time.costs.handover_s
-        device = _SCALE * np.diff([time.device(n) - (time.costs.split_s if n else 0) for n in edges])
-        cpu = _SCALE * np.diff([time.cpu(n) - (time.costs.handover_s if n < edges[-1] else 0) for n in edges])
+        device, cpu = (_SCALE * np.diff(seconds) for seconds in time.reads(edges))
         whole = _SCALE * time.cpu(0)
-        self._row([*groups, y, t], [*-device, -split, 1.0], 0.0)
+        self._row([*groups, y, z, t], [*-device, -split, split, 1.0], 0.0)
         self._row([*groups, z, t], [*-cpu, handover, 1.0], whole)
         least = float(np.searchsorted(edges, time.least))  # groups that hold the fewest neurons allowed
         self._row([*groups, y], [*[1.0] * len(groups), -least], 0.0)

@@ -10,6 +10,8 @@ import torch
 
 from hotcold.runtime import _cpu
 from hotcold.runtime.gpu.device import on
+from hotcold.runtime.gpu.graphs import Graphs
+from hotcold.runtime.gpu.staging import Staging
 from hotcold.runtime.placement import Costs
 
 __all__ = ["device_bandwidth", "measure_costs"]
@@ -19,12 +21,12 @@ _FIRST, _REPETITIONS = 3, 20
 _IN_A_ROW = 8  # so that launching and waiting, a fifth of one sum's time on a fast GPU, do not count
 
 
-def measure_costs(device: torch.device, n_threads: int, d_model: int) -> Costs:
-    """Read bandwidths of both memories, a hand-over's round trip, and the launch of a few small kernels."""
+def measure_costs(device: torch.device, n_threads: int, d_model: int, d_ff: int) -> Costs:
+    """Read bandwidths of both memories, a hand-over as the engine does it, and a few small kernels apart."""
     return Costs(
         device_bandwidth=device_bandwidth(device, n_threads),
         cpu_bandwidth=1e9 * _cpu.read_bandwidth(n_threads, _PROBE, 3),
-        handover_s=_seconds(device, _round_trip(device, d_model)),
+        handover_s=_seconds(device, _handover(device, d_model, d_ff)),
         split_s=_seconds(device, _few_kernels(device, d_model)),
     )
 
@@ -52,27 +54,36 @@ def _event_seconds(step: Callable[[], object]) -> list[float]:
     return times
 
 
-def _round_trip(device: torch.device, d_model: int) -> Callable[[], object]:
-    there = torch.zeros(d_model, device=device)
-    here = torch.zeros(d_model, pin_memory=device.type == "cuda")
+def _handover(device: torch.device, d_model: int, d_ff: int) -> Callable[[], object]:
+    """What a layer with cold neurons takes beside reading them: records, copies, marks, the host."""
+    staging, graphs = Staging(device, 1, d_model, d_ff), Graphs(device)
+    x, share = torch.zeros(2, 1, d_model, device=device)
+    wanted = torch.zeros(1, d_ff, dtype=torch.bool, device=device)
+
+    def back() -> None:
+        staging.send_back(share)
+        x.add_(share)
 
     def step() -> None:
-        here.copy_(there, non_blocking=True)
-        _wait(device)
-        there.copy_(here, non_blocking=True)
+        graphs.run("send", lambda: staging.send(x, wanted))
+        staging.mark_sent(0)
+        staging.mark_hot_done(0)
+        staging.wait_sent(0)
+        staging.wanted(d_ff)
+        graphs.run("back", back)
 
     return step
 
 
 def _few_kernels(device: torch.device, d_model: int) -> Callable[[], object]:
-    """As many small kernels as the hot neurons of a layer take."""
-    x = torch.zeros(d_model, device=device)
+    """A record of as many small kernels as the hot neurons of a layer take."""
+    x, graphs = torch.zeros(d_model, device=device), Graphs(device)
 
-    def step() -> None:
+    def kernels() -> None:
         for _ in range(4):
             x.add_(1)
 
-    return step
+    return lambda: graphs.run("hot", kernels)
 
 
 def _wait(device: torch.device) -> None:

@@ -1,4 +1,4 @@
-"""From a bundle and a budget to a plan, before any weight is read: sizes come from the GGUF file's header."""
+"""From a bundle and a budget to a plan, before weights are loaded: sizes come from the GGUF file's header."""
 
 from __future__ import annotations
 
@@ -37,8 +37,9 @@ def make_problem(
         frequencies = [np.ones(shape.d_ff, np.float32)] * shape.n_layers
     by_layer = [_layer_bytes(file, i, mode) for i in range(shape.n_layers)]
     cache = _cache_bytes(shape, n_ctx)
+    always = _gate_share(file) if mode == "exact" else 0.0
     layers = [
-        LayerLoad(frequency, -(-ffn // shape.d_ff), frame + cache, frame)
+        LayerLoad(frequency, -(-ffn // shape.d_ff), frame + cache, frame, always)
         for frequency, (ffn, frame) in zip(frequencies, by_layer, strict=True)
     ]
     fixed = _fixed(file, shape, n_ctx)
@@ -73,6 +74,12 @@ def _fixed(file: GGUFFile, shape: ModelShape, n_ctx: int) -> Fixed:
 def _bytes_of(file: GGUFFile, name: str) -> int:
     """0 for a tensor that is missing: who reads it says so."""
     return file.tensors[name].data.nbytes if name in file.tensors else 0
+
+
+def _gate_share(file: GGUFFile) -> float:
+    """Of a neuron's bytes, those that tell whether it fires."""
+    gate = _bytes_of(file, "blk.0.ffn_gate.weight") or _bytes_of(file, "blk.0.ffn_up.weight")
+    return gate / max(_layer_bytes(file, 0, "exact")[0], 1)
 
 
 def _layer_bytes(file: GGUFFile, layer: int, mode: str) -> tuple[int, int]:

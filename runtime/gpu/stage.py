@@ -39,7 +39,8 @@ class Stage:
 
             tune_weights(weights, mode, self._ops, device)
         self._graphs = Graphs(device)
-        self._counts = torch.zeros(3, len(weights.layers), dtype=torch.int64, device=device)
+        # 16 bytes apart, as Triton compiles a kernel anew for another alignment.
+        self._counts = torch.zeros(3, len(weights.layers), 2, dtype=torch.int64, device=device)[..., 0]
         stream = torch.zeros(1, shape.d_model, device=device)
         self._given = stream if weights.embedding is None else stream.new_zeros(1, dtype=torch.int64)
         self._position = torch.zeros(1, dtype=torch.int64, device=device)

@@ -52,28 +52,33 @@ def _products(weights: DeviceWeights, mode: str) -> list[Rows]:
 
 
 def _alike(products: Sequence[Rows]) -> list[list[Rows]]:
-    """In groups of about one shape, and of one type."""
+    """In groups of about one shape, and of one type.
+
+    Triton compiles a kernel anew where n is no multiple of 16, which it must not while a graph is recorded.
+    """
     groups: dict[tuple, list[Rows]] = defaultdict(list)
     for rows in products:
-        groups[next_power_of_2(rows.n), rows.width, rows.data.dtype, rows.kind].append(rows)
+        shape = next_power_of_2(rows.n), rows.n % 16 == 0, rows.width
+        groups[*shape, rows.data.dtype, rows.kind].append(rows)
     return list(groups.values())
 
 
 def _tune_lists(ffns: Sequence[DeviceFfn], ops: ModuleType, device: torch.device) -> None:
-    """The kernels over lists, on the FFNs of the greatest number of neurons."""
+    """The kernels over lists, on the larger FFNs, as many neurons of each."""
     if not ffns:
         return
     most = max(ffn.gate.n for ffn in ffns)
-    alike = [ffn for ffn in ffns if ffn.gate.n == most]
-    x, a = torch.randn(1, alike[0].gate.width, device=device), torch.randn(1, most, device=device)
-    chances = torch.rand(1, most, device=device)
+    large = [ffn for ffn in ffns if 2 * ffn.gate.n >= most]
+    n = min(ffn.gate.n for ffn in large)
+    x, a = torch.randn(1, large[0].gate.width, device=device), torch.randn(1, n, device=device)
+    chances = torch.rand(1, n, device=device)
     index, count = ops.select(chances, 1 - _LISTED)
-    scores, downs = a.abs() + 1, [ffn.down for ffn in alike]  # every listed neuron fires
-    if alike[0].up:
-        ups = [ffn.up for ffn in alike]
+    scores, downs = a.abs() + 1, [ffn.down.first(n) for ffn in large]  # every listed neuron fires
+    if large[0].up:
+        ups = [ffn.up.first(n) for ffn in large]
         _tune("listed", ops, x, ups, lambda w: ops.ffn_listed(x, scores, w, index, count))
     else:
-        gates, few = [ffn.gate for ffn in alike], torch.where(chances >= 1 - _LISTED, scores, 0)
+        gates, few = [ffn.gate.first(n) for ffn in large], torch.where(chances >= 1 - _LISTED, scores, 0)
         _tune("listed", ops, x, gates, lambda w: ops.ffn_listed(x, w, None, index, count))
         _tune("s3", ops, few, downs, lambda w: ops.s3(few, w))
     _tune("down", ops, a, downs, lambda w: ops.down_listed(a, w, index, count))

@@ -1,4 +1,4 @@
-"""A model's weights on a device, from a GGUF file: all layers or the first few, all neurons or the hot ones.
+"""A model's weights on a device, from a GGUF file: all layers or some in a row, all neurons or the hot ones.
 
 Tensors are read one at a time; what a quantised type is decoded to, and when, is the operators' business.
 """

@@ -4,7 +4,8 @@ A token is some hundred short kernels in a row, and between two of them the memo
 microsecond: the last programs of one drain, those of the next start and wait for their first bytes. A kernel
 launched early starts as soon as all programs of the one before it have started, and reads what nothing before
 it writes, its weights, ahead of `wait_for_last`. What that lets through sees everything that was written
-before; it must stand in every kernel that is launched so, ahead of whatever else is read or written.
+before; it must stand in every kernel that is launched so, ahead of whatever else is read or written. What is
+given to a kernel as weights must not be what the kernel just before it computes.
 """
 
 from __future__ import annotations

@@ -7,6 +7,8 @@ Nothing here waits for the device.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 from torch.library import triton_op
@@ -39,8 +41,7 @@ __all__ = [
 ]
 
 MAX_TOKENS = 8  # beyond that, a dense product on tensor cores is the better tool
-_ONE_CHUNK = 16384  # neurons that a single program lists
-_CHUNK = 1024  # neurons per program, where there are more
+_CHUNK = 1024  # neurons that one program lists, where there are more than a single one can
 _SUM_BLOCK = 32
 
 
@@ -115,13 +116,22 @@ def _total(partial: Tensor) -> Tensor:
     return y
 
 
+@lru_cache
+def _one_chunk(device: torch.device) -> int:
+    """Neurons that a single program lists, at 8 bytes of shared memory each: desktop GPUs have less of it."""
+    if device.type != "cuda":
+        return 16384
+    room = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    return 16384 if room >= 16384 * 8 else 8192
+
+
 @triton_op("hotcold::select", mutates_args=("counter",))
 def _select(
     scores: Tensor, always: Tensor | None, threshold: float, counter: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     tokens, n = scores.shape
     # One program lists what it can look over at a time; the chunks of more are counted before.
-    chunk = next_power_of_2(n) if n <= _ONE_CHUNK else _CHUNK
+    chunk = next_power_of_2(n) if n <= _one_chunk(scores.device) else _CHUNK
     chunks, warps = cdiv(n, chunk), min(max(chunk // 512, 4), 32)
     ints = {"dtype": torch.int32, "device": scores.device}
     counts, index, count = torch.empty(chunks, **ints), torch.empty(n, **ints), torch.empty(1, **ints)

@@ -97,6 +97,10 @@ class Rows:
         scales = self.scales if self.kind == FLOAT else self.scales[index]
         return type(self)(self.data[index].contiguous(), scales, self.kind, self.width)
 
+    def first(self, n: int) -> Self:
+        """The first n rows, shared with these."""
+        return type(self)(self.data[:n], self.scales[:n], self.kind, self.width)
+
     def to(self, device: torch.device | str) -> Self:
         """The same rows in another memory."""
         return type(self)(self.data.to(device), self.scales.to(device), self.kind, self.width)

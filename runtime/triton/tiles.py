@@ -44,20 +44,21 @@ def row_tile(
         cols = start + tl.max_contiguous(tl.arange(0, BLOCK), TOGETHER)
         inside = live[:, None] & (cols < WIDTH)[None, :]
         return tl.load(w + rows[:, None] * WIDTH + cols[None, :], mask=inside, other=0).to(tl.float32)
-    # Quantised: [ROWS, blocks, 32], so that a block's weights meet their scale.
+    # Quantised: read as floats are, then [ROWS, blocks, 32], so that a block's weights meet their scale.
     block = start // 32 + tl.arange(0, BLOCK // 32)
     inside = live[:, None] & (block < WIDTH // 32)[None, :]
     scale = tl.load(scales + rows[:, None] * (WIDTH // 32) + block[None, :], mask=inside, other=0)
     if KIND == _Q4_0:
-        byte = block[:, None] * 16 + tl.max_contiguous(tl.arange(0, 16), TOGETHER // 2)[None, :]
-        at = rows[:, None, None] * (WIDTH // 2) + byte[None, :, :]
-        packed = tl.load(w + at, mask=inside[:, :, None], other=0)
+        byte = start // 2 + tl.max_contiguous(tl.arange(0, BLOCK // 2), TOGETHER // 2)
+        inside = live[:, None] & (byte < WIDTH // 2)[None, :]
+        packed = tl.load(w + rows[:, None] * (WIDTH // 2) + byte[None, :], mask=inside, other=0)
         quants = tl.interleave(packed & 15, packed >> 4).to(tl.float32) - 8.0
     else:
-        cols = block[:, None] * 32 + tl.max_contiguous(tl.arange(0, 32), TOGETHER)[None, :]
-        at = rows[:, None, None] * WIDTH + cols[None, :, :]
-        quants = tl.load(w + at, mask=inside[:, :, None], other=0).to(tl.float32)
-    return tl.reshape(quants * scale.to(tl.float32)[:, :, None], (rows.shape[0], BLOCK))
+        cols = start + tl.max_contiguous(tl.arange(0, BLOCK), TOGETHER)
+        inside = live[:, None] & (cols < WIDTH)[None, :]
+        quants = tl.load(w + rows[:, None] * WIDTH + cols[None, :], mask=inside, other=0).to(tl.float32)
+    quants = tl.reshape(quants, (rows.shape[0], BLOCK // 32, 32)) * scale.to(tl.float32)[:, :, None]
+    return tl.reshape(quants, (rows.shape[0], BLOCK))
 
 
 @triton.jit

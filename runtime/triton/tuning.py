@@ -81,13 +81,13 @@ CANDIDATES: dict[str, list[Tiles]] = {
         _rows(4, 64, GROUP=32),
         _rows(4, 32, GROUP=32),
     ],
-    "s3": [
+    "s3": [  # few registers first: it is what is used for several tokens
+        _blocks(16, 4, GROUP=128),
         _blocks(16, 1, GROUP=128),
         _blocks(8, 1, GROUP=128),
         _blocks(16, 1, GROUP=256),
         _blocks(16, 2, GROUP=128),
         _blocks(32, 2, GROUP=256),
-        _blocks(16, 4, GROUP=128),
         _blocks(32, 4, GROUP=256),
     ],
 }

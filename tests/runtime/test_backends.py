@@ -14,9 +14,11 @@ from hotcold.convert.gpu_index import GpuIndex
 from hotcold.errors import FormatError, InputError, MismatchError, UnsupportedError
 from hotcold.predictor.bundle import LayerPredictor, PredictorBundle
 from hotcold.runtime.backends import BackendOptions, make_placement, open_engine
+from hotcold.runtime.bundle_files import file_of_role
 from hotcold.runtime.engine import Engine
 from hotcold.runtime.gpu.device import free_bytes, open_device, parse_budgets
-from hotcold.runtime.placement import PlacedLayer, Placement
+from hotcold.runtime.gpu.plan import make_problem
+from hotcold.runtime.placement import Costs, PlacedLayer, Placement
 from hotcold.runtime.placement_file import gpuidx_path, load_placement, save_placement
 
 IDS = [5, 9, 40, 77]
@@ -93,6 +95,16 @@ def test_dry_run_prints_the_plan_and_loads_nothing(sized, capsys, monkeypatch):
     printed = capsys.readouterr().out
     assert "hit rate" in printed and "tokens/s expected" in printed
     assert len(printed.splitlines()) == 1 + 2 + 2
+
+
+def test_exact_is_planned_with_all_gates(sized):
+    """A third of what neurons hold is read on every token, whatever fires."""
+    file, costs = GGUFFile(file_of_role(sized, "sparse")), Costs(1e9, 1e8, 1e-5, 2e-6)
+    problems = [
+        make_problem(file, [np.zeros(96)] * 2, mode=mode, n_ctx=64, budgets=[1 << 32], costs=costs)
+        for mode in ("exact", "predicted")
+    ]
+    assert [of.layers[0].always_read for of in problems] == [pytest.approx(1 / 3), 0.0]
 
 
 def test_dry_run_on_two_devices(sized, capsys):

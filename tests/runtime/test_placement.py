@@ -20,8 +20,8 @@ from hotcold.runtime.sizes import parse_bytes
 COSTS = Costs(device_bandwidth=1e9, cpu_bandwidth=1e8, handover_s=1e-5, split_s=2e-6)
 
 
-def problem(frequencies, budget, *, neuron_bytes=100, frame=1000, fixed=500, costs=COSTS):
-    layers = [LayerLoad(np.asarray(f, np.float32), neuron_bytes, frame, frame) for f in frequencies]
+def problem(frequencies, budget, *, neuron_bytes=100, frame=1000, fixed=500, costs=COSTS, always=0.0):
+    layers = [LayerLoad(np.asarray(f, np.float32), neuron_bytes, frame, frame, always) for f in frequencies]
     return Problem(layers, Fixed(fixed), fixed, (budget,), costs)
 
 
@@ -39,7 +39,8 @@ def problems(draw):
         split_s=draw(st.sampled_from([0.0, 1e-6, 1e-4])),
     )
     most = 500 + n_layers * (1000 + d_ff * 100)
-    return problem(frequencies, draw(st.integers(500, most + 1000)), costs=costs)
+    always = draw(st.sampled_from([0.0, 1 / 3]))
+    return problem(frequencies, draw(st.integers(500, most + 1000)), costs=costs, always=always)
 
 
 @settings(max_examples=60)
@@ -152,6 +153,18 @@ def test_no_worse_than_all_ways_to_cut(of):
     # The solver moves whole groups and stops within a thousandth of the best; the cuts above do neither.
     slack = sum(t.total(0) for t in times) * 0.02 + 1e-12
     assert not times or found <= best * 1.05 + slack
+
+
+def test_times_of_a_layer():
+    """40 neurons of 100 bytes, each active on half of the tokens, a third of their bytes always read."""
+    (load,) = problem([np.full(40, 0.5)], 0, always=1 / 3).layers
+    time, read = FfnTime(load, COSTS), 100 * (1 / 3 + 2 / 3 * 0.5)
+    assert time.device(10) == pytest.approx(10 * read / 1e9 + 2e-6)
+    assert time.cpu(10) == pytest.approx(30 * read / 1e8 + 1e-5)
+    assert time.hit_rate(10) == pytest.approx(0.25)
+    # Nothing is computed apart where there is nothing else.
+    assert time.device(40) == pytest.approx(40 * read / 1e9) and time.cpu(40) == 0
+    assert time.device(0) == 0 and time.cpu(0) == pytest.approx(40 * read / 1e8 + 1e-5)
 
 
 def test_everything_fits():

@@ -12,7 +12,12 @@ import sys
 import pytest
 
 CODE = """
+import re
+import subprocess
 import sys
+import tempfile
+from pathlib import Path
+import triton
 from triton import compile
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -26,6 +31,7 @@ FLAGS = {"SCORED": False, "CLIP": True, "RELU": True, "ALWAYS": True, "CHUNK": 1
 FLAGS |= {"COUNTED": True, "BIASED": True, "GATED": True, "ADD": True, "SHARE": 256, "SPLITS": 16}
 FLAGS |= {"WIDTH": 5120, "PARTS": 64, "BLOCK": 128}
 
+EVEN = "n size width head_dim half n_ctx rows".split()  # multiples of 16 in any model
 STEPS = "added weight bias total normed q k v cos sin turned logs pieces".split()
 
 def signature(kernel, kind, constants):
@@ -40,15 +46,18 @@ def signature(kernel, kind, constants):
     types |= {"always": "*u8"} | dict.fromkeys(constants, "constexpr")
     return {name: types[name] for name in kernel.arg_names}
 
-def build(name, kind, tiles, tokens, capability, types=()):
+def build(name, kind, tiles, tokens, capability, types=(), **flags):
     kernel = getattr(kernels, name + "_kernel", None) or getattr(step_kernels, name + "_kernel")
+    first = tiles == tuning.CANDIDATES.get(name, [tiles])[0]
     tiles = tuning.whole_rows(tiles, FLAGS["WIDTH"], GPU) if "EACH" in tiles else tiles
-    every = FLAGS | tiles | {"TOKENS": tokens} | dict.fromkeys(("KIND", "KIND_GATE", "KIND_UP"), kind)
+    every = FLAGS | flags | tiles | {"TOKENS": tokens} | dict.fromkeys(("KIND", "KIND_GATE", "KIND_UP"), kind)
     every["EARLY"] = capability >= 90
+    every |= {"tokens": 1} if tokens == 1 else {}  # as Triton takes an argument that is 1
     constants = {key: every[key] for key in kernel.arg_names if key in every}
     types = signature(kernel, kind, constants) | dict(types)
-    aligned = {(i,): [["tt.divisibility", 16]] for i, text in enumerate(types.values()) if text[0] == "*"}
-    source = ASTSource(kernel, types, constants, aligned)
+    aligned = [text[0] == "*" or (text, name in EVEN) == ("i32", True) for name, text in types.items()]
+    attributes = {(i,): [["tt.divisibility", 16]] for i, is_so in enumerate(aligned) if is_so}
+    source = ASTSource(kernel, types, constants, attributes)
     target = GPUTarget("cuda", capability, 32)
     built = compile(source, target=target, options={"num_warps": tiles["num_warps"]})
     assert built.asm["cubin"]
@@ -56,7 +65,17 @@ def build(name, kind, tiles, tokens, capability, types=()):
     if name in ("dot", "listed", "down") and tokens == 1:
         # Nothing is exchanged between threads but sums and scales.
         assert built.asm["ptx"].count("bar.sync") <= 12, (name, kind, tiles)
+    if first and tokens == 1:
+        assert stack_bytes(built.asm["cubin"]) == 0, (name, kind, tiles)
     print(name, kind, tiles, tokens, capability, flush=True)
+
+def stack_bytes(cubin):  # what does not fit the registers
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        told = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True)
+    return int(re.search(r"STACK:(\\d+)", told.stdout + told.stderr)[1])
 
 def check_start(name, ptx, capability):
     if capability < 90:
@@ -78,9 +97,9 @@ for name, candidates in tuning.CANDIDATES.items():
         for kind in WEIGHTS:
             for tokens in (1, 8) if every_candidate else (1,):
                 build(name, kind, tiles, tokens, capability)
-for kind in WEIGHTS:  # as gated models without biases have it, and as others have it
-    build("dot", kind, tuning.CANDIDATES["dot"][0] | {"BIASED": False}, 1, capability)
-    build("listed", kind, tuning.CANDIDATES["listed"][0] | {"GATED": False}, 1, capability)
+for kind in WEIGHTS:  # most models have no bias, OPT and Falcon no gate
+    build("dot", kind, tuning.CANDIDATES["dot"][0], 1, capability, BIASED=False)
+    build("listed", kind, tuning.CANDIDATES["listed"][0], 1, capability, GATED=False)
 for name, tiles in {"count": {}, "list": {}, "sum": {"BLOCK": 32}}.items():
     build(name, 0, tiles | {"num_warps": 4}, 1, capability)
 for name in ("turn", "blend", "activate"):

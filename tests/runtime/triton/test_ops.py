@@ -180,7 +180,7 @@ def test_an_up_row_whose_gate_does_not_fire_is_not_read(rng):
 
 
 @pytest.mark.parametrize("tokens", [1, 5])
-@pytest.mark.parametrize("n", [1, 37, 1024, 2500])
+@pytest.mark.parametrize("n", [1, 37, 2500, 17000])
 @pytest.mark.parametrize("always", [False, True])
 def test_select_lists_in_order(rng, tokens, n, always):
     scores = tensor(rng.standard_normal((tokens, n)))
@@ -231,7 +231,7 @@ def test_any_shape(n, width, tokens, seed):
 
 
 def test_registered_with_torch(rng):
-    """torch.library's own checks of the schema, of fake tensors and of torch.compile's tracing."""
+    """torch.library's own check of the schema."""
     w, x = rows(rng, 20, 64, "F32"), tensor(rng.standard_normal((1, 64)))
     torch.library.opcheck(
         torch.ops.hotcold.dot_rows, (x, w.data, w.scales, 0, None, False), test_utils="test_schema"
