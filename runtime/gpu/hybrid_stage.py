@@ -2,9 +2,9 @@
 
 A layer with cold neurons is a hand-over: the device computes attention and the predictor, sends the FFN's
 input and which cold neurons are wanted to the CPU, and goes on with the hot neurons while the CPU computes
-the cold ones. A decoded token is two recorded steps per hand-over: its hot neurons; and all from there to the
-next one, which begins by adding up both shares, and runs through layers that have no cold neurons. If no cold
-neuron is wanted, nothing is sent back.
+the cold ones. A decoded token is two recorded steps per hand-over: its hot neurons, if it has any; and all
+from there to the next one, which begins by adding up both shares, and runs through layers that have no cold
+neurons. If no cold neuron is wanted, nothing is sent back.
 """
 
 from __future__ import annotations
@@ -88,11 +88,14 @@ class HybridStage(Stage):
 
     def _since_handover(self, i: int, returned: bool) -> tuple[Tensor, Tensor]:
         """The residual stream before layer i, the one before having cold neurons; and its norm."""
-        one = self._one
-        if not returned:
-            return self._layers.add_norm(one.attended, one.hot, self._norm_before(i))
-        self._staging.send_back(one.cold)
-        return self._layers.add_norm(one.attended, one.hot + one.cold, self._norm_before(i))
+        one, norm, hot = self._one, self._norm_before(i), self.weights.layers[i - 1].n_hot > 0
+        if returned:
+            self._staging.send_back(one.cold)
+            added = one.hot + one.cold if hot else one.cold
+            return self._layers.add_norm(one.attended, added, norm)
+        if hot:
+            return self._layers.add_norm(one.attended, one.hot, norm)
+        return one.attended, self._layers.norm(one.attended, norm)
 
     def _attend_and_send(self, i: int, x: Tensor, h: Tensor, seen: int) -> None:
         """Attention and predictor; the FFN's input and the wanted cold neurons go to the host."""
@@ -108,9 +111,7 @@ class HybridStage(Stage):
 
     def _hot_of_one(self, i: int) -> None:
         layer = self.weights.layers[i]
-        if layer.ffn is None:
-            self._one.hot.zero_()
-        elif self.mode == "predicted":
+        if self.mode == "predicted":
             self._one.hot.copy_(self._hot_by_scores(i, layer))
         else:
             self._one.hot.copy_(self._ffn_of_one(i, layer, self._one.attended, self._one.normed))
@@ -126,7 +127,8 @@ class HybridStage(Stage):
         """Layer i's hot neurons on the device, its cold ones here; whether any were wanted."""
         staging, telemetry, n_cold = self._staging, self.telemetry, self._n_cold[i]
         staging.mark_sent(handover)
-        self._graphs.run(("hot", i), lambda: self._hot_of_one(i))
+        if self.weights.layers[i].n_hot:
+            self._graphs.run(("hot", i), lambda: self._hot_of_one(i))
         staging.mark_hot_done(handover)
         start = time.perf_counter()
         staging.wait_sent(handover)
