@@ -28,7 +28,7 @@ GPU = torch.device("cuda")
 
 WEIGHTS = {0: "*bf16", 1: "*i8", 2: "*u8"}
 FLAGS = {"SCORED": False, "CLIP": True, "RELU": True, "ALWAYS": True, "CHUNK": 1024, "CHUNKS": 16}
-FLAGS |= {"COUNTED": True, "BIASED": True, "GATED": True, "ADD": True, "SHARE": 256, "SPLITS": 16}
+FLAGS |= {"COUNTED": True, "BIASED": False, "GATED": True, "ADD": True, "SHARE": 256, "SPLITS": 16}
 FLAGS |= {"WIDTH": 5120, "PARTS": 64, "BLOCK": 128}
 
 EVEN = "n size width head_dim half n_ctx rows".split()  # multiples of 16 in any model
@@ -97,9 +97,9 @@ for name, candidates in tuning.CANDIDATES.items():
         for kind in WEIGHTS:
             for tokens in (1, 8) if every_candidate else (1,):
                 build(name, kind, tiles, tokens, capability)
-for kind in WEIGHTS:  # most models have no bias, OPT and Falcon no gate
-    build("dot", kind, tuning.CANDIDATES["dot"][0], 1, capability, BIASED=False)
-    build("listed", kind, tuning.CANDIDATES["listed"][0], 1, capability, GATED=False)
+for kind in WEIGHTS:  # as OPT has them, a bias everywhere and no gates
+    build("dot", kind, tuning.CANDIDATES["dot"][0], 1, capability, BIASED=True)
+    build("listed", kind, tuning.CANDIDATES["listed"][0], 1, capability, BIASED=True, GATED=False)
 for name, tiles in {"count": {}, "list": {}, "sum": {"BLOCK": 32}}.items():
     build(name, 0, tiles | {"num_warps": 4}, 1, capability)
 for name in ("turn", "blend", "activate"):
