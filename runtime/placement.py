@@ -1,6 +1,6 @@
 """Which neurons live on the GPU: chosen before loading, from how often each fires and what moving costs.
 
-The device first takes what every token reads: head and embedding, then layer by layer the norms,
+The device first takes what every token reads: the head, then layer by layer the norms,
 attention, predictor and KV cache (a layer's frame). What is left of the budget goes to hot neurons. A layer
 whose frame does not fit is computed on the CPU as a whole. Of several devices each has some of the layers
 (placement_devices.py), and a budget of its own for their neurons.

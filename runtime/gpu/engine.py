@@ -145,9 +145,13 @@ class GpuEngine:
             logits = torch.cat(found) if all_logits else found[-1]
         return (logits if all_logits else logits[0]).cpu().numpy().copy()
 
+    def _given(self, ids: np.ndarray) -> Tensor:
+        """What the first stage begins with: tokens, int64 [n], which it has the embedding of."""
+        return torch.from_numpy(ids)
+
     def _decode(self, ids: np.ndarray) -> Tensor:
         """One token after others; what the last stage makes of it, logits [1, n_vocab]."""
-        x = torch.from_numpy(ids)
+        x = self._given(ids)
         for stage in self._stages:
             with on(stage.device):
                 x = stage.decode(x, self.position)
@@ -157,7 +161,7 @@ class GpuEngine:
 
     def _prompt(self, ids: np.ndarray, logits_of: int) -> Tensor | None:
         """A block of tokens; logits of the last `logits_of` of them, [logits_of, n_vocab]."""
-        x = torch.from_numpy(ids)
+        x = self._given(ids)
         for stage in self._stages:
             with on(stage.device):
                 x = stage.prompt(x, self.position)

@@ -25,7 +25,8 @@ from hotcold.runtime.gpu.hybrid_stage import HybridStage
 from hotcold.runtime.gpu.layers import MAX_TOKENS
 from hotcold.runtime.gpu.plan import part_bytes
 from hotcold.runtime.gpu.telemetry import Telemetry
-from hotcold.runtime.gpu.weights import read_weights
+from hotcold.runtime.gpu.weights import host_embedding, read_weights
+from hotcold.runtime.head import EMBEDDING, head_name
 from hotcold.runtime.placement import Placement
 from hotcold.runtime.shape import ModelShape
 from hotcold.runtime.stats import Stats
@@ -71,6 +72,8 @@ class HybridEngine(GpuEngine):
         self._sizes = part_bytes(file)
         n_threads = self._threads or len(os.sched_getaffinity(0))
         self._cpu = CpuSide(file, self.placement, self.mode, n_threads, self.n_ctx)
+        # One row of it is read per token: device memory is for what every token reads as a whole.
+        self._embedding = None if head_name(file) == EMBEDDING else host_embedding(file, self.shape)
         self._open_stages(file, self.placement.spans)
         # Decoding a quantised matrix for a dense product would take memory that the plan has no room for.
         layers = [layer for stage in self._stages for layer in stage.weights.layers]
@@ -79,8 +82,14 @@ class HybridEngine(GpuEngine):
 
     def _open_stage(self, file: GGUFFile, device: torch.device, layers: range, last: bool) -> HybridStage:
         hot, predicted = [self.placement.layers[i].hot for i in layers], self.mode == "predicted"
-        weights = read_weights(file, device, layers, hot, with_predictors=predicted, with_head=last)
+        parts = {"with_embedding": self._embedding is None, "with_head": last}
+        weights = read_weights(file, device, layers, hot, with_predictors=predicted, **parts)
         return HybridStage(weights, self.mode, self.n_ctx, self._cpu)
+
+    def _given(self, ids: np.ndarray) -> Tensor:
+        """Tokens, or the residual stream before the first layer, float32 [n, d_model], in main memory."""
+        tokens = super()._given(ids)
+        return tokens if self._embedding is None else self._embedding.take(tokens).dequantize()
 
     # ---- counts
 

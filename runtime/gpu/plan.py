@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -43,6 +44,10 @@ def make_problem(
         for frequency, (ffn, frame) in zip(frequencies, by_layer, strict=True)
     ]
     fixed = _fixed(file, shape, n_ctx)
+    if not fixed.tied:
+        fixed = replace(
+            fixed, first=0
+        )  # the hybrid engine has an embedding that is not the head in main memory
     return Problem(layers, fixed, _bytes_of(file, head_name(file)), tuple(budgets), costs)
 
 

@@ -21,7 +21,15 @@ from hotcold.runtime.shape import NEVER_ZERO, ModelShape, activation_thresholds,
 from hotcold.runtime.triton.reference import PLAIN_RELU
 from hotcold.runtime.triton.rows import Rows, joined
 
-__all__ = ["DeviceFfn", "DeviceLayer", "DeviceNorm", "DevicePredictor", "DeviceWeights", "read_weights"]
+__all__ = [
+    "DeviceFfn",
+    "DeviceLayer",
+    "DeviceNorm",
+    "DevicePredictor",
+    "DeviceWeights",
+    "host_embedding",
+    "read_weights",
+]
 
 _KEPT = ("F32", "F16", "BF16", "Q8_0", "Q4_0")  # other types become F16
 
@@ -179,11 +187,12 @@ def read_weights(
     hot: Sequence[np.ndarray] | None = None,
     *,
     with_predictors: bool = False,
+    with_embedding: bool = True,
     with_head: bool = True,
 ) -> DeviceWeights:
     """Read the layers `which`, of all layers without it, with the neurons that `hot` names for each, or all.
 
-    The embedding comes with the first layer. Raises FormatError, ShapeError or UnsupportedError for a file
+    The embedding is for the first layer. Raises FormatError, ShapeError or UnsupportedError for a file
     that this backend cannot run.
     """
     shape, reader = ModelShape.read(file), _Reader(file, device)
@@ -193,7 +202,7 @@ def read_weights(
     which = range(shape.n_layers) if which is None else which
     orders = [None] * len(which) if hot is None else [_order(chosen, shape.d_ff) for chosen in hot]
     counts = [shape.d_ff] * len(which) if hot is None else [len(chosen) for chosen in hot]
-    embedding = reader.rows("token_embd.weight", vocab, d) if not which.start else None
+    embedding = reader.rows(EMBEDDING, vocab, d) if with_embedding and not which.start else None
     positions = _read_positions(reader, shape) if not which.start and shape.form.positions else None
     head = None
     if with_head:
@@ -211,6 +220,11 @@ def read_weights(
     return DeviceWeights(
         shape, device, which.start, layers, embedding, positions, head, output_norm, dense_file
     )
+
+
+def host_embedding(file: GGUFFile, shape: ModelShape) -> Rows:
+    """The embedding in main memory. Raises as `read_weights` does."""
+    return _Reader(file, torch.device("cpu")).rows(EMBEDDING, shape.n_vocab, shape.d_model)
 
 
 def _order(hot: np.ndarray, d_ff: int) -> np.ndarray:

@@ -44,6 +44,7 @@ class Recipe:
     quant: str = "F32"
     d_ff: int = 96
     n_layers: int = 2
+    tied: bool = True
     seed: int = 0
     metadata: dict[str, object] = field(default_factory=dict)
 
@@ -64,7 +65,7 @@ def tiny_tokenizer() -> Tokenizer:
 
 
 def tiny_model(recipe: Recipe, vocab_size: int) -> LlamaForCausalLM:
-    """A random Llama with grouped-query attention and tied embeddings, its weights rounded to `recipe.quant`.
+    """A random Llama with grouped-query attention, its weights rounded to `recipe.quant`.
 
     They are rounded as the sparse file stores them (rows of the transposed down matrix), so that what
     transformers computes with this model is what an engine must compute from that file, to float32 rounding.
@@ -77,7 +78,7 @@ def tiny_model(recipe: Recipe, vocab_size: int) -> LlamaForCausalLM:
         num_attention_heads=4,
         num_key_value_heads=2,
         hidden_act="relu" if recipe.activation != "silu" else "silu",
-        tie_word_embeddings=True,
+        tie_word_embeddings=recipe.tied,
         rms_norm_eps=1e-5,
         initializer_range=0.2,
     )
@@ -171,7 +172,7 @@ def write_sparse(
     file.writer.add_array("hotcold.hot.counts", [len(hot) for hot in hot_sets])
     file.writer.add_array("hotcold.hot.neurons", [i for hot in hot_sets for i in hot] or [0])
     file.tensor("token_embd", model.model.embed_tokens.weight)
-    file.tensor("output", model.model.embed_tokens.weight)
+    file.tensor("output", model.lm_head.weight)
     file.tensor("output_norm", model.model.norm.weight)
     predictors = []
     for i, layer in enumerate(model.model.layers):
@@ -193,6 +194,8 @@ def write_dense(path: Path, model: LlamaForCausalLM, tokenizer: Tokenizer, recip
     moe = recipe.activation != "silu"
     file = _File(path, "smallthinker" if moe else "llama", model, tokenizer, recipe)
     file.tensor("token_embd", model.model.embed_tokens.weight)
+    if not recipe.tied:
+        file.tensor("output", model.lm_head.weight)
     file.tensor("output_norm", model.model.norm.weight)
     if moe:
         file.writer.add_expert_count(1)

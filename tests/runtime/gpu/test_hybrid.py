@@ -54,6 +54,16 @@ def test_the_cpu_engines_tokens(bundle, mode, name):
     assert greedy(hybrid, 40) == greedy(Engine.load(bundle.path, mode, 2, n_ctx=64), 40)
 
 
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", ["split", "last layer on the CPU", "all layers on the CPU"])
+def test_an_embedding_that_is_not_the_head_stays_in_main_memory(make_bundle, mode, name):
+    path = make_bundle(tied=False).path
+    hybrid = HybridEngine.load(path, PLANS[name], mode, "cpu", 2, n_ctx=64)
+    weights = hybrid._stages[0].weights
+    assert weights.embedding is None and weights.head is not None
+    assert greedy(hybrid, 40) == greedy(Engine.load(path, mode, 2, n_ctx=64), 40)
+
+
 # Layers without cold neurons before, between and after those with some: one run of the device each.
 DEEP_PLANS = {
     "whole, split, whole, whole, split": (ALL, SOME, ALL, ALL, SOME),
