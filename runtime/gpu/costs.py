@@ -23,12 +23,13 @@ _IN_A_ROW = 8  # so that launching and waiting, a fifth of one sum's time on a f
 
 def measure_costs(device: torch.device, n_threads: int, d_model: int, d_ff: int) -> Costs:
     """Read bandwidths of both memories, a hand-over as the engine does it, and a few small kernels apart."""
-    return Costs(
-        device_bandwidth=device_bandwidth(device, n_threads),
-        cpu_bandwidth=1e9 * _cpu.read_bandwidth(n_threads, _PROBE, 3),
-        handover_s=_seconds(device, _handover(device, d_model, d_ff)),
-        split_s=_seconds(device, _few_kernels(device, d_model)),
-    )
+    with on(device):
+        return Costs(
+            device_bandwidth=device_bandwidth(device, n_threads),
+            cpu_bandwidth=1e9 * _cpu.read_bandwidth(n_threads, _PROBE, 3),
+            handover_s=_seconds(device, _handover(device, d_model, d_ff)),
+            split_s=_seconds(device, _few_kernels(device, d_model)),
+        )
 
 
 def device_bandwidth(device: torch.device, n_threads: int) -> float:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import sys
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
 import torch
+from decoding import greedy
 
 from hotcold.convert.gguf_read import GGUFFile
 from hotcold.errors import FormatError, InputError, MismatchError, UnsupportedError
 from hotcold.runtime.engine import Engine
+from hotcold.runtime.gpu import costs
 from hotcold.runtime.gpu import device as gpu_device
 from hotcold.runtime.gpu import engine as gpu_engine
 from hotcold.runtime.gpu.device import open_devices, parse_budgets
@@ -27,14 +30,6 @@ MODES = ["dense", "exact", "predicted"]
 @pytest.fixture
 def deep(make_bundle):
     return make_bundle(n_layers=N_LAYERS).path
-
-
-def greedy(engine, n: int) -> list[int]:
-    logits, tokens = engine.prefill(IDS[:5]), []
-    for _ in range(n):
-        tokens.append(int(logits.argmax()))
-        logits = engine.decode(tokens[-1])
-    return tokens
 
 
 def room_for(path, mode: str, *layers: int) -> str:
@@ -57,7 +52,7 @@ def test_the_tokens_of_one_device(deep, mode):
     one = GpuEngine.load(deep, mode, "cpu", N_CTX)
     three = GpuEngine.load(deep, mode, "cpu,cpu,cpu", N_CTX, room_for(deep, mode, 2, 1, 2))
     assert layers_of(one) == [range(5)] and layers_of(three) == [range(2), range(2, 3), range(3, 5)]
-    assert greedy(three, 30) == greedy(one, 30)
+    assert greedy(three, 30, IDS) == greedy(one, 30, IDS)
     got, expected = three.stats(), one.stats()
     assert got.tokens == expected.tokens
     assert np.array_equal(got.predicted, expected.predicted) and np.array_equal(got.fired, expected.fired)
@@ -147,7 +142,7 @@ def test_hybrid_on_several_devices(deep, mode, name):
     for each in (hybrid, engine):
         each.reset()
         each.reset_stats()
-    assert greedy(hybrid, 30) == greedy(engine, 30)
+    assert greedy(hybrid, 30, IDS) == greedy(engine, 30, IDS)
     got, expected = hybrid.stats(), engine.stats()
     assert np.array_equal(got.predicted, expected.predicted)
     assert np.abs(got.fired - expected.fired).max() <= 4
@@ -163,7 +158,7 @@ def test_hybrid_on_several_devices(deep, mode, name):
 def test_dense_hybrid_on_several_devices(deep):
     layers = (hot(0, *ALL), hot(1, *ALL), hot(1, *ALL), hot(2, *ALL), ON_CPU)
     hybrid = HybridEngine.load(deep, plan(*layers), "dense", "cpu,cpu,cpu", 1, n_ctx=N_CTX)
-    assert greedy(hybrid, 20) == greedy(Engine.load(deep, "dense", 1, n_ctx=N_CTX), 20)
+    assert greedy(hybrid, 20, IDS) == greedy(Engine.load(deep, "dense", 1, n_ctx=N_CTX), 20, IDS)
 
 
 def test_a_plan_for_more_devices(deep):
@@ -171,6 +166,22 @@ def test_a_plan_for_more_devices(deep):
         MismatchError, match=r"a plan for more devices \(got 2 here, expected 3\); name as many"
     ):
         HybridEngine.load(deep, plan(*PLANS["whole layers, then some"]), "exact", "cpu,cpu", 1)
+
+
+def test_costs_are_measured_on_their_device(monkeypatch):
+    """Events and records go to the current GPU, whatever the tensors' is; the stopwatch looks which it is."""
+    current, seen = [None], []
+
+    @contextmanager
+    def on(device):
+        current.append(device)
+        yield
+        current.pop()
+
+    monkeypatch.setattr(costs, "on", on)
+    monkeypatch.setattr(costs, "_seconds", lambda device, step: seen.append(current[-1]) or 1e-5)
+    costs.measure_costs(torch.device("cpu"), 1, 64, 96)
+    assert seen == [torch.device("cpu")] * 2
 
 
 # ---- names and sizes
