@@ -175,13 +175,18 @@ class GpuEngine:
         """The residual stream [tokens, d_model] after layers that are elsewhere, if there are any."""
         return x
 
+    def _read_shares(self) -> tuple[float, float]:
+        """Of all neurons: whose gates a token has read, and whose up and down rows."""
+        stats, shape = self.stats(), self.shape
+        all_neurons = max(stats.tokens, 1) * shape.n_layers * shape.d_ff
+        predicted = stats.predicted.sum() / all_neurons if self.mode == "predicted" else 1.0
+        return predicted, stats.fired.sum() / all_neurons if self.mode != "dense" else 1.0
+
     def bytes_per_token(self, position: int | None = None) -> dict[str, float]:
         """Bytes of device memory that one decoded token reads, by part; as `Engine.bytes_per_token`."""
-        shape, stats = self.shape, self.stats()
+        shape = self.shape
         layers = [layer for stage in self._stages for layer in stage.weights.layers]
-        all_neurons = max(stats.tokens, 1) * shape.n_layers * shape.d_ff
-        fired = stats.fired.sum() / all_neurons if self.mode != "dense" else 1.0
-        predicted = stats.predicted.sum() / all_neurons if self.mode == "predicted" else 1.0
+        predicted, fired = self._read_shares()
         position = self.position if position is None else position
         attention = sum(w.nbytes for layer in layers for w in (*layer.qkv, layer.o))
         predictors = [layer.predictor for layer in layers if layer.predictor]

@@ -110,10 +110,8 @@ class HybridEngine(GpuEngine):
 
     def bytes_per_token(self, position: int | None = None) -> dict[str, float]:
         """Bytes that one decoded token reads of both memories, by part; as `Engine.bytes_per_token`."""
-        sizes, shape, stats = self._sizes, self.shape, self.stats()
-        all_neurons = max(stats.tokens, 1) * shape.n_layers * shape.d_ff
-        fired = stats.fired.sum() / all_neurons if self.mode != "dense" else 1.0
-        predicted = stats.predicted.sum() / all_neurons if self.mode == "predicted" else 1.0
+        sizes, shape = self._sizes, self.shape
+        predicted, fired = self._read_shares()
         position = self.position if position is None else position
         return {
             "attention": float(sizes["attention"]),

@@ -43,12 +43,11 @@ def make_problem(
         LayerLoad(frequency, -(-ffn // shape.d_ff), frame + cache, frame, always)
         for frequency, (ffn, frame) in zip(frequencies, by_layer, strict=True)
     ]
-    fixed = _fixed(file, shape, n_ctx)
-    if not fixed.tied:
-        fixed = replace(
-            fixed, first=0
-        )  # the hybrid engine has an embedding that is not the head in main memory
-    return Problem(layers, fixed, _bytes_of(file, head_name(file)), tuple(budgets), costs)
+    head = head_name(file)
+    fixed = _fixed(file, shape, n_ctx, head)
+    if head != EMBEDDING:  # the hybrid engine then has the embedding in main memory
+        fixed = replace(fixed, first=0)
+    return Problem(layers, fixed, _bytes_of(file, head), tuple(budgets), costs)
 
 
 def whole_model(file: GGUFFile, mode: str, n_ctx: int, budgets: Sequence[int]) -> list[int]:
@@ -59,7 +58,7 @@ def whole_model(file: GGUFFile, mode: str, n_ctx: int, budgets: Sequence[int]) -
     shape = ModelShape.read(file)
     cache = _cache_bytes(shape, n_ctx)
     sizes = [sum(_layer_bytes(file, i, mode)) + cache for i in range(shape.n_layers)]
-    return fill(sizes, _fixed(file, shape, n_ctx), budgets)[0]
+    return fill(sizes, _fixed(file, shape, n_ctx, head_name(file)), budgets)[0]
 
 
 def _cache_bytes(shape: ModelShape, n_ctx: int) -> int:
@@ -67,13 +66,13 @@ def _cache_bytes(shape: ModelShape, n_ctx: int) -> int:
     return 2 * _KV_BYTES * shape.n_kv_heads * shape.head_dim * n_ctx
 
 
-def _fixed(file: GGUFFile, shape: ModelShape, n_ctx: int) -> Fixed:
-    embedding, name = _bytes_of(file, EMBEDDING), head_name(file)
-    tied = embedding if name == EMBEDDING else 0
+def _fixed(file: GGUFFile, shape: ModelShape, n_ctx: int, head: str) -> Fixed:
+    embedding = _bytes_of(file, EMBEDDING)
+    tied = embedding if head == EMBEDDING else 0
     positions = _bytes_of(file, f"{shape.form.positions}.weight")
     norm, logits = 4 * shape.d_model, 4 * shape.n_vocab
     tables = 2 * 4 * n_ctx * (shape.head_dim // 2)
-    return Fixed(embedding + positions, _bytes_of(file, name) + norm + logits, tables + _ACTIVATIONS, tied)
+    return Fixed(embedding + positions, _bytes_of(file, head) + norm + logits, tables + _ACTIVATIONS, tied)
 
 
 def _bytes_of(file: GGUFFile, name: str) -> int:

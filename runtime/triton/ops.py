@@ -166,12 +166,12 @@ def _ffn_listed(
 ) -> Tensor:
     n, (tokens, width) = index.shape[0], x.shape
     a = x.new_empty(tokens, n)
-    tiles = _row_tiles("listed", x, gate if up is None else up, up_kind)
+    last = gate if up is None else up
+    tiles = _row_tiles("listed", x, last, up_kind)
     programs = min(tiles.pop("PROGRAMS"), cdiv(n, tiles["ROWS"]))
     launch(
         kernels.listed_kernel, (programs,), x, gate, gate_scales, x if bias is None else bias,
-        gate if up is None else up, up_scales, gate, index, count, a,
-        count if fired is None else fired, n, tokens, threshold,
+        last, up_scales, gate, index, count, a, count if fired is None else fired, n, tokens, threshold,
         WIDTH=width, KIND_GATE=gate_kind, KIND_UP=up_kind, SCORED=scored, BIASED=bias is not None,
         GATED=up is not None, CLIP=clip, COUNTED=fired is not None, TOKENS=_batch(x), **tiles,
     )  # fmt: skip

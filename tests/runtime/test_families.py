@@ -8,8 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from decoding import check_logits
 from safetensors.numpy import load_file
-from tiny_families import FAMILIES, IDS, SPARSE, difference, write_model
+from stored_rows import relative_error
+from tiny_families import FAMILIES, IDS, SPARSE, write_model
 
 from hotcold import checkpoint, storage
 from hotcold.cli import main
@@ -29,22 +31,16 @@ from hotcold.runtime.reference import ReferenceEngine
 def test_dense_logits_are_those_of_transformers(name, make_bundle_of, logits_of):
     bundle = make_bundle_of(name)
     reference = ReferenceEngine.load(bundle, "dense", n_ctx=64)
-    assert difference(reference.prefill(IDS, all_logits=True), logits_of(name)) < 1e-5
+    assert relative_error(reference.prefill(IDS, all_logits=True), logits_of(name)) < 1e-5
     engine = Engine.load(bundle, "dense", 2, n_ctx=64)
-    assert difference(engine.prefill(IDS, all_logits=True), logits_of(name)) < 1e-3
-    engine.reset()
-    one_by_one = np.stack([engine.decode(token) for token in IDS])
-    assert difference(one_by_one, logits_of(name)) < 1e-3
+    check_logits(engine, IDS, logits_of(name), 1e-3)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_attention_by_input_is_the_same_function(name, make_bundle_of, logits_of):
     """With no input left out: biases, head norms, rotary order and windows are those of the other layout."""
     engine = Engine.load(make_bundle_of(name), "dense", 2, n_ctx=64, input_sparsity=1e-6)
-    assert difference(engine.prefill(IDS, all_logits=True), logits_of(name)) < 1e-3
-    engine.reset()
-    one_by_one = np.stack([engine.decode(token) for token in IDS])
-    assert difference(one_by_one, logits_of(name)) < 1e-3
+    check_logits(engine, IDS, logits_of(name), 1e-3)
 
 
 @pytest.mark.parametrize("name", ["prosparse", "minicpm-s"])
@@ -69,13 +65,13 @@ def test_exact_is_dense_and_predicted_is_the_reference(name, make_bundle_of, log
         computed = reference.prefill(IDS, all_logits=True)
         engine = Engine.load(bundle, mode, 2, n_ctx=64)
         engine.audit = mode == "predicted"
-        assert difference(engine.prefill(IDS, all_logits=True), computed) < 1e-3
+        assert relative_error(engine.prefill(IDS, all_logits=True), computed) < 1e-3
         assert engine.stats().recall == pytest.approx(reference.stats().recall, abs=0.01, nan_ok=True)
         engine.reset()
-        assert difference(np.stack([engine.decode(token) for token in IDS]), computed) < 1e-3
+        assert relative_error(np.stack([engine.decode(token) for token in IDS]), computed) < 1e-3
         if expected is not None:
-            assert difference(computed, expected) < 1e-5
-    assert difference(computed, logits_of(name)) > 0.01  # the random predictors did leave neurons out
+            assert relative_error(computed, expected) < 1e-5
+    assert relative_error(computed, logits_of(name)) > 0.01  # the random predictors did leave neurons out
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -90,7 +86,7 @@ def test_llama_cpp_agrees_where_it_has_the_function(name, make_bundle_of, logits
     spec = ModelSpec.from_config(json.loads((bundle / "config.json").read_text()))
     engine = llama_cpp.Llama(str(bundle / "m.gguf"), n_ctx=64, n_threads=1, logits_all=True, verbose=False)
     engine.eval(IDS.tolist())
-    error = difference(np.array(engine.scores[: len(IDS)]), logits_of(name))
+    error = relative_error(np.array(engine.scores[: len(IDS)]), logits_of(name))
     engine.close()
     differs = GGUFFile(bundle / "m.gguf").metadata.get("hotcold.llama_cpp_differences")
     manifest = json.loads((bundle / "manifest.json").read_text())
@@ -157,7 +153,7 @@ def test_the_measure_sees_what_is_left_out(name, tensor, make_family, logits_of,
         HFCheckpoint(changed), tmp_path / "b", name="m", fingerprint="0" * 64, options=ExportOptions("f32")
     )
     engine = Engine.load(tmp_path / "b", "dense", 1, n_ctx=64)
-    assert difference(engine.prefill(IDS, all_logits=True), logits_of(name)) > 0.01
+    assert relative_error(engine.prefill(IDS, all_logits=True), logits_of(name)) > 0.01
 
 
 @pytest.fixture(scope="module")

@@ -48,7 +48,10 @@ def test_a_copy_takes_no_memory(sparse, untied):
     assert one.head is one.embedding and two.head is not two.embedding
     more = sparse.tensors[HEAD].data.nbytes
     assert two.nbytes - one.nbytes == more
-    planned = [plan._fixed(file, one.shape, 8).on(first=True, last=True) for file in (sparse, untied)]
+    planned = [
+        plan._fixed(file, one.shape, 8, head_name(file)).on(first=True, last=True)
+        for file in (sparse, untied)
+    ]
     assert planned[1] - planned[0] == more
     assert part_bytes(sparse) == part_bytes(untied) and part_bytes(sparse)["head"] == more
 
@@ -57,5 +60,5 @@ def test_only_a_hybrid_model_leaves_its_embedding_in_main_memory(make_bundle):
     file = GGUFFile(file_of_role(make_bundle(tied=False).path, "sparse"))
     costs, size = Costs(1e9, 1e8, 1e-5, 2e-6), file.tensors[EMBEDDING].data.nbytes
     hybrid = plan.make_problem(file, None, mode="exact", n_ctx=8, budgets=[1 << 30], costs=costs).fixed
-    alone = plan._fixed(file, ModelShape.read(file), 8)
+    alone = plan._fixed(file, ModelShape.read(file), 8, head_name(file))
     assert alone.first - hybrid.first == size and alone.last == hybrid.last >= size

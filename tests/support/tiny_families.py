@@ -148,8 +148,3 @@ def random_predictors(model: Path, folder: Path) -> PredictorBundle:
     storage.write_tensors(folder / "model.safetensors", {k: v.astype(np.float32) for k, v in tensors.items()})
     storage.write_json(folder / "config.json", config)
     return PredictorBundle.load(folder)
-
-
-def difference(got: np.ndarray, expected: np.ndarray) -> float:
-    """Root of the mean square of the error, over that of the logits."""
-    return float(np.linalg.norm(got - expected) / np.linalg.norm(expected))

@@ -8,6 +8,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from decoding import greedy
 from stored_rows import relative_error
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -22,18 +23,10 @@ MODES = ["dense", "exact", "predicted"]
 IDS = np.random.default_rng(3).integers(3, 300, 40)
 
 
-def greedy(engine, n: int) -> list[int]:
-    logits, tokens = engine.prefill(IDS[:5]), []
-    for _ in range(n):
-        tokens.append(int(logits.argmax()))
-        logits = engine.decode(tokens[-1])
-    return tokens
-
-
 @pytest.mark.parametrize("mode", MODES)
 def test_the_cpu_engines_tokens(bundle, mode):
     device = GpuEngine.load(bundle.path, mode, "cpu", n_ctx=64)
-    assert greedy(device, 40) == greedy(Engine.load(bundle.path, mode, 1, n_ctx=64), 40)
+    assert greedy(device, 40, IDS) == greedy(Engine.load(bundle.path, mode, 1, n_ctx=64), 40, IDS)
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from tiny_families import D_FF, FAMILIES, IDS, SPARSE, difference
+from decoding import check_logits, greedy
+from stored_rows import relative_error
+from tiny_families import D_FF, FAMILIES, IDS, SPARSE
 
 from hotcold.convert.gguf_read import GGUFFile
 from hotcold.errors import InputError, UnsupportedError
@@ -29,15 +31,7 @@ def test_dense_logits_on_a_device(name, make_bundle_of, logits_of):
     for step in (len(IDS), 8, 1):
         engine.reset()
         logits = [engine.prefill(IDS[i : i + step], all_logits=True) for i in range(0, len(IDS), step)]
-        assert difference(np.concatenate(logits), logits_of(name)) < 1e-3
-
-
-def greedy(engine: Engine | GpuEngine, n: int) -> list[int]:
-    logits, tokens = engine.prefill(IDS[:5]), []
-    for _ in range(n):
-        tokens.append(int(logits.argmax()))
-        logits = engine.decode(tokens[-1])
-    return tokens
+        assert relative_error(np.concatenate(logits), logits_of(name)) < 1e-3
 
 
 @pytest.mark.parametrize("mode", ["exact", "predicted"])
@@ -51,7 +45,7 @@ def test_sparse_modes_on_a_device(name, mode, make_bundle_of):
     )
     reference.cache_dtype, reference.audit, device.audit = torch.float16, True, True
     expected = reference.prefill(IDS, all_logits=True)
-    assert difference(device.prefill(IDS, all_logits=True), expected) < 2e-4
+    assert relative_error(device.prefill(IDS, all_logits=True), expected) < 2e-4
     got, counts = device.stats(), reference.stats()
     assert np.abs(got.fired - counts.fired).max() <= 2 and np.abs(got.missed - counts.missed).max() <= 2
     assert np.array_equal(got.predicted, counts.predicted)
@@ -59,11 +53,11 @@ def test_sparse_modes_on_a_device(name, mode, make_bundle_of):
     device.audit = False
     device.reset_stats()
     one_by_one = np.stack([device.decode(token) for token in IDS])
-    assert difference(one_by_one, expected) < 2e-4
+    assert relative_error(one_by_one, expected) < 2e-4
     assert np.abs(device.stats().fired - counts.fired).max() <= 2
     assert np.array_equal(device.stats().predicted, counts.predicted)
     device.reset()
-    assert greedy(device, 20) == greedy(Engine.load(bundle, mode, 1, n_ctx=64), 20)
+    assert greedy(device, 20, IDS) == greedy(Engine.load(bundle, mode, 1, n_ctx=64), 20, IDS)
 
 
 def test_learned_positions_are_on_the_first_device(make_bundle_of, monkeypatch):
@@ -71,7 +65,7 @@ def test_learned_positions_are_on_the_first_device(make_bundle_of, monkeypatch):
     monkeypatch.setattr(gpu_engine, "whole_model", lambda *_: [0, 1])
     two = GpuEngine.load(make_bundle_of("opt"), "predicted", "cpu,cpu", n_ctx=64)
     assert [stage.weights.positions is None for stage in two._stages] == [False, True]
-    assert greedy(two, 20) == greedy(one, 20)
+    assert greedy(two, 20, IDS) == greedy(one, 20, IDS)
 
 
 def test_learned_positions_bound_the_context(make_bundle_of):
@@ -116,7 +110,7 @@ def test_without_gates_through_the_triton_kernels(name, mode, make_bundle_of, mo
     monkeypatch.setattr(stage, "operators", lambda device: ops)
     device = GpuEngine.load(make_bundle_of(name), mode, "cpu", n_ctx=16)
     device.prefill(IDS[:1])
-    assert difference(device.decode(IDS[1]), expected) < 1e-4
+    assert relative_error(device.decode(IDS[1]), expected) < 1e-4
 
 
 @pytest.mark.parametrize("name", [name for name in FAMILIES if not name.startswith(("opt", "falcon"))])
@@ -126,10 +120,7 @@ def test_on_a_device_and_the_cpu(name, make_bundle_of, logits_of):
     layers = (PlacedLayer(True, all_hot, D_FF), PlacedLayer(False, none_hot, D_FF))
     placement = Placement(layers, (1 << 30,))
     engine = HybridEngine.load(make_bundle_of(name), placement, "dense", "cpu", 2, n_ctx=64)
-    assert difference(engine.prefill(IDS, all_logits=True), logits_of(name)) < 1e-3
-    engine.reset()
-    one_by_one = np.stack([engine.decode(token) for token in IDS])
-    assert difference(one_by_one, logits_of(name)) < 1e-3
+    check_logits(engine, IDS, logits_of(name), 1e-3)
 
 
 @pytest.mark.parametrize("name", ["opt", "falcon-40b-relu"])

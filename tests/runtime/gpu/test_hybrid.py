@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from decoding import greedy
 from stored_rows import relative_error
 
 from hotcold.errors import MismatchError
@@ -39,19 +40,11 @@ PLANS = {
 }
 
 
-def greedy(engine, n: int) -> list[int]:
-    logits, tokens = engine.prefill(IDS[:5]), []
-    for _ in range(n):
-        tokens.append(int(logits.argmax()))
-        logits = engine.decode(tokens[-1])
-    return tokens
-
-
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", PLANS)
 def test_the_cpu_engines_tokens(bundle, mode, name):
     hybrid = HybridEngine.load(bundle.path, PLANS[name], mode, "cpu", 2, n_ctx=64)
-    assert greedy(hybrid, 40) == greedy(Engine.load(bundle.path, mode, 2, n_ctx=64), 40)
+    assert greedy(hybrid, 40, IDS) == greedy(Engine.load(bundle.path, mode, 2, n_ctx=64), 40, IDS)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -61,7 +54,7 @@ def test_an_embedding_that_is_not_the_head_stays_in_main_memory(make_bundle, mod
     hybrid = HybridEngine.load(path, PLANS[name], mode, "cpu", 2, n_ctx=64)
     weights = hybrid._stages[0].weights
     assert weights.embedding is None and weights.head is not None
-    assert greedy(hybrid, 40) == greedy(Engine.load(path, mode, 2, n_ctx=64), 40)
+    assert greedy(hybrid, 40, IDS) == greedy(Engine.load(path, mode, 2, n_ctx=64), 40, IDS)
 
 
 # Layers without cold neurons before, between and after those with some: one run of the device each.
@@ -79,7 +72,7 @@ def test_runs_of_whole_layers(make_bundle, mode, name):
     bundle = make_bundle(n_layers=5)
     hybrid = HybridEngine.load(bundle.path, plan(*DEEP_PLANS[name]), mode, "cpu", 2, n_ctx=64)
     engine = Engine.load(bundle.path, mode, 2, n_ctx=64)
-    assert greedy(hybrid, 30) == greedy(engine, 30)
+    assert greedy(hybrid, 30, IDS) == greedy(engine, 30, IDS)
     got, expected = hybrid.stats(), engine.stats()
     assert np.array_equal(got.predicted, expected.predicted)
     assert np.abs(got.fired - expected.fired).max() <= 4
@@ -93,7 +86,7 @@ def test_a_share_comes_back_for_some_tokens_and_not_for_others(make_bundle):
     bundle = make_bundle(n_layers=5)
     layers = (split(*range(1, D_FF)), split(*range(D_FF - 1)), ALL, ALL, split(*range(D_FF - 1)))
     hybrid = HybridEngine.load(bundle.path, plan(*layers), "predicted", "cpu", 1, n_ctx=64)
-    assert greedy(hybrid, 40) == greedy(Engine.load(bundle.path, "predicted", 1, n_ctx=64), 40)
+    assert greedy(hybrid, 40, IDS) == greedy(Engine.load(bundle.path, "predicted", 1, n_ctx=64), 40, IDS)
     measured = hybrid.measured()
     assert measured.handovers > 10 and measured.skipped_handovers > 10
 
@@ -117,7 +110,7 @@ def test_recorded_steps_of_a_token(make_bundle, monkeypatch, layers, handovers, 
 @pytest.mark.parametrize("layers", [(ALL, ALL), (ALL, ON_CPU), (ON_CPU, ON_CPU)])
 def test_the_cpu_engines_tokens_in_dense_mode(bundle, layers):
     hybrid = HybridEngine.load(bundle.path, plan(*layers), "dense", "cpu", 1, n_ctx=64)
-    assert greedy(hybrid, 40) == greedy(Engine.load(bundle.path, "dense", 1, n_ctx=64), 40)
+    assert greedy(hybrid, 40, IDS) == greedy(Engine.load(bundle.path, "dense", 1, n_ctx=64), 40, IDS)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -180,7 +173,7 @@ def test_telemetry(bundle):
 
 def test_layers_without_cold_neurons_never_hand_over(bundle):
     hybrid = HybridEngine.load(bundle.path, PLANS["all hot"], "predicted", "cpu", 1)
-    greedy(hybrid, 5)
+    greedy(hybrid, 5, IDS)
     measured = hybrid.measured()
     assert measured.handovers == measured.skipped_handovers == measured.bytes_to_host == 0
     assert measured.hot_hit_rate == 1 and measured.as_json()["overlap"] is None
@@ -190,10 +183,10 @@ def test_a_layer_whose_cold_neurons_are_not_wanted_sends_nothing_back(make_bundl
     """A threshold that no logit reaches: only the hot neurons of the bundle, which the device has."""
     bundle = make_bundle(predictor_threshold=1e9)
     hybrid = HybridEngine.load(bundle.path, plan(split(1, 5, 9, 20), split(3)), "predicted", "cpu", 1)
-    tokens = greedy(hybrid, 10)
+    tokens = greedy(hybrid, 10, IDS)
     measured = hybrid.measured()
     assert measured.handovers == 0 and measured.skipped_handovers == 20 and measured.bytes_to_device == 0
-    assert tokens == greedy(Engine.load(bundle.path, "predicted", 1), 10)
+    assert tokens == greedy(Engine.load(bundle.path, "predicted", 1), 10, IDS)
 
 
 def test_plans_of_other_models(bundle):
