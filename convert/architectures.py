@@ -93,6 +93,8 @@ class ModelSpec:
         n_layers = read.count("num_hidden_layers", most=_MAX_LAYERS)
         d_model, n_heads = read.count("hidden_size"), read.count("num_attention_heads")
         head_dim = read.count("head_dim", d_model // n_heads)
+        if family.first_position is None and head_dim % 2:
+            raise read.bad("head_dim", head_dim, "an even number: rotary positions turn pairs")
         n_ctx = read.count("max_position_embeddings")
         activation, thresholds = _activation(read, family, n_layers)
         return cls(
@@ -105,7 +107,7 @@ class ModelSpec:
             head_dim=head_dim,
             n_ctx=n_ctx,
             n_vocab=read.count("vocab_size"),
-            norm_eps=read.number("rms_norm_eps", 1e-5 if family.layer_norm else None),
+            norm_eps=read.positive("rms_norm_eps", 1e-5 if family.layer_norm else None),
             rope=Rope.from_config(read, n_ctx) if family.first_position is None else None,
             tied=read.flag("tie_word_embeddings", family.tied),
             activation=activation,

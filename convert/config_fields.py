@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from hotcold.errors import FormatError, UnsupportedError
 
-__all__ = ["Fields"]
+__all__ = ["LARGEST", "SMALLEST", "Fields"]
 
 _MOST = (1 << 31) - 1
-_LARGEST = sys.float_info.max
+# Positive numbers that float32 can hold, in which GGUF has them all.
+SMALLEST, LARGEST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
 
 
 class Fields:
@@ -46,16 +48,16 @@ class Fields:
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
-        """A finite number."""
+        """A number that float32 can hold."""
         value = self.get(key, default)
-        if not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) <= _LARGEST:
+        if not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) <= LARGEST:
             raise self.bad(key, value, "a finite number")
         return float(value)
 
     def positive(self, key: str, default: float | None = None) -> float:
-        """A finite number above 0."""
+        """A number above 0 that float32 can hold."""
         value = self.number(key, default)
-        if value <= 0:
+        if value < SMALLEST:
             raise self.bad(key, value, "a number above 0")
         return value
 

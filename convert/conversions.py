@@ -121,7 +121,7 @@ def format_of(path: str | Path) -> str:
     path = Path(path)
     if path.is_file():
         file = GGUFFile(path)
-        if file.metadata.get("general.architecture") == ARCHITECTURE:
+        if file.find("general.architecture", str) == ARCHITECTURE:
             return "gpuidx"
         return "powerinfer" if file.magic == "PWRI" else "gguf"
     if path.is_dir():

@@ -11,12 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from hotcold.errors import FormatError
+
 if TYPE_CHECKING:
     from hotcold.convert.architectures import ModelSpec
+    from hotcold.convert.gguf_read import GGUFFile
 
-__all__ = ["FORMS", "ROPE_FACTORS", "WINDOWS", "Form", "hyper_parameters"]
+__all__ = ["FORMS", "ROPE_FACTORS", "Form", "hyper_parameters", "read_windows"]
 
-WINDOWS = "hotcold.attention.windows"  # u32[L]: positions that the queries of a layer see, 0: all
+_WINDOWS = "hotcold.attention.windows"  # u32[L]: positions that the queries of a layer see, 0: all
 ROPE_FACTORS = "hotcold.rope.factors"  # f32[head_dim / 2]: as the tensor rope_freqs, where that is not known
 
 
@@ -65,6 +68,21 @@ FORMS: dict[str, Form] = {
 }
 
 
+def read_windows(file: GGUFFile, n_layers: int) -> list[int]:
+    """Positions that the queries of each layer see, 0 being all; none where the file does not say.
+
+    Raises FormatError for what cannot be that.
+    """
+    if _WINDOWS not in file.metadata:
+        return []
+    windows = file.require(_WINDOWS, np.ndarray).tolist()
+    fit = len(windows) == n_layers and all(type(n) is int and 0 <= n < 1 << 31 for n in windows)
+    if not fit:
+        expected = f"{n_layers} integers below {1 << 31}"
+        raise FormatError("bad windows", where=file.path, field=_WINDOWS, got=windows[:3], expected=expected)
+    return windows
+
+
 def hyper_parameters(spec: ModelSpec, architecture: str) -> dict[str, Any]:
     """The `{architecture}.*` metadata of llama.cpp and PowerInfer, in the exact types they insist on."""
     form = FORMS[architecture]
@@ -91,7 +109,7 @@ def _own_keys(spec: ModelSpec, form: Form) -> dict[str, Any]:
     """What the architecture has no word for, under `hotcold.`: other programs ignore it."""
     own: dict[str, Any] = {}
     if any(spec.windows):
-        own[WINDOWS] = np.asarray(spec.windows, np.uint32)
+        own[_WINDOWS] = np.asarray(spec.windows, np.uint32)
     divisors = spec.rope.llama3_divisors(spec.head_dim) if spec.rope else None
     if divisors is not None and not form.rope_factors:
         own[ROPE_FACTORS] = divisors

@@ -18,11 +18,11 @@ import numpy as np
 
 from hotcold.convert.architectures import ACTIVATIONS, split_rope
 from hotcold.convert.families import FAMILIES
-from hotcold.convert.forms import FORMS, WINDOWS
+from hotcold.convert.forms import FORMS, read_windows
 from hotcold.convert.gguf_read import GGUFFile, Tensor
 from hotcold.convert.gguf_split import open_gguf
 from hotcold.convert.quantize import FLOATS, dequantize
-from hotcold.convert.rope_factors import rope_parameters
+from hotcold.convert.rope_factors import check_pairs, rope_parameters
 from hotcold.errors import FormatError, ShapeError, UnsupportedError
 
 __all__ = ["GGUFCheckpoint"]
@@ -185,6 +185,7 @@ def _head_dim(file: GGUFFile, architecture: str, default: int) -> int:
         value = file.count(f"{architecture}.{name}", head_dim)
         if value != head_dim:
             raise UnsupportedError(f"{name} of another size", where=file.path, got=value, expected=head_dim)
+    check_pairs(file, head_dim)
     return head_dim
 
 
@@ -193,7 +194,7 @@ def _activation(file: GGUFFile, architecture: str) -> dict[str, Any]:
     implied = FORMS[architecture].activation
     if file.magic == "PWRI" and implied == "silu":
         implied = "relu"
-    name = file.metadata.get("hotcold.activation", implied)
+    name = file.find("hotcold.activation", str, implied)
     if name not in ACTIVATIONS:
         known = " | ".join(ACTIVATIONS)
         raise UnsupportedError("unknown activation", where=file.path, got=name, expected=known)
@@ -205,15 +206,12 @@ def _activation(file: GGUFFile, architecture: str) -> dict[str, Any]:
 
 def _window(file: GGUFFile, n_layers: int) -> dict[str, Any]:
     """hotcold's own key: the same window in every layer is Mistral's."""
-    if WINDOWS not in file.metadata:
+    windows = read_windows(file, n_layers)
+    if not any(windows):
         return {}
-    windows = file.require(WINDOWS, np.ndarray)
-    if not windows.any():
-        return {}
-    if len(windows) != n_layers or (windows != windows[0]).any():
-        got = windows.tolist()
-        raise UnsupportedError("windows that differ between layers", where=file.path, got=got)
-    return {"model_type": "mistral", "sliding_window": int(windows[0])}
+    if len(set(windows)) > 1:
+        raise UnsupportedError("windows that differ between layers", where=file.path, got=windows)
+    return {"model_type": "mistral", "sliding_window": windows[0]}
 
 
 def _special_tokens(file: GGUFFile, n_vocab: int) -> dict[str, int]:

@@ -113,8 +113,16 @@ class GGUFFile:
         self.alignment: int = reader.alignment
         self.tensors: dict[str, Tensor] = reader.tensors(n_tensors, sparse=self.magic == "PWRI")
 
+    def find(self, key: str, kind: type | tuple[type, ...], default: Any = None) -> Any:
+        """As `require`, but `default` where there is no such key."""
+        return self.require(key, kind) if key in self.metadata else default
+
     def require(self, key: str, kind: type | tuple[type, ...]) -> Any:
-        """The value of `key`, which must be of the Python type `kind`; FormatError otherwise."""
+        """The value of `key`, which must be of the Python type `kind`; FormatError otherwise.
+
+        A key must not be used without: a file may hold an array where a string belongs, and comparing the
+        two is an error of numpy's.
+        """
         if key not in self.metadata:
             raise FormatError("missing metadata key", where=self.path, field=key)
         value = self.metadata[key]
@@ -126,7 +134,7 @@ class GGUFFile:
 
     def count(self, key: str, default: int | None = None, most: int = (1 << 31) - 1) -> int:
         """The positive integer under `key`, at most `most`, by which memory is taken; else FormatError."""
-        value = default if default is not None and key not in self.metadata else self.require(key, int)
+        value = self.require(key, int) if default is None else self.find(key, int, default)
         if not 0 < value <= most:
             expected = f"1 to {most}"
             raise FormatError("bad value", where=self.path, field=key, got=value, expected=expected)

@@ -24,7 +24,7 @@ def open_gguf(path: str | Path) -> GGUFFile:
     agree.
     """
     first = GGUFFile(path)
-    if first.metadata.get("split.count", 1) == 1:
+    if first.find("split.count", int, 1) == 1:
         return first
     match = _NAME.fullmatch(first.path.name)
     count = first.require("split.count", int)

@@ -30,7 +30,7 @@ def describe(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     if path.is_file():
         file = open_gguf(path)
-        is_index = file.metadata.get("general.architecture") == ARCHITECTURE
+        is_index = file.find("general.architecture", str) == ARCHITECTURE
         return _describe_gpu_index(file) if is_index else _describe_gguf(file)
     if (path / MANIFEST).is_file():
         return _describe_bundle(path)

@@ -60,7 +60,7 @@ def read_bundle(path: Path, parts: Parts, options: Options, stack: ExitStack) ->
 def read_gguf(path: Path, parts: Parts, options: Options, stack: ExitStack) -> None:
     """Add the model of a GGUF file, dense or sparse, and its predictors if it has some."""
     file = open_gguf(path)
-    fingerprint = file.metadata.get("hotcold.model_fingerprint") or storage.sha256_file(path)
+    fingerprint = file.find("hotcold.model_fingerprint", str) or storage.sha256_file(path)
     own = sparse_predictors(file, fingerprint)
     name = path.name.removesuffix(".gguf").removesuffix(".powerinfer")
     folder = _unpacked_tokenizer(path, file, stack)
@@ -72,7 +72,7 @@ def _unpacked_tokenizer(path: Path, file: GGUFFile, stack: ExitStack) -> Path | 
     """A folder with the tokenizer's files, which lasts as long as the stack; None for a file without one."""
     from hotcold.checkpoint import load_tokenizer, save_tokenizer
 
-    if file.metadata.get("tokenizer.ggml.model", "none") == "none":
+    if file.find("tokenizer.ggml.model", str, "none") == "none":
         return None
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="hotcold-tokenizer-")))
     save_tokenizer(load_tokenizer(str(path)), folder, like=str(path))

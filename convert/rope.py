@@ -50,6 +50,8 @@ class Rope:
             raise fields.bad("rope_parameters", rope, "object")
         both = type(fields)({**fields.config, **rope}, fields.where)
         base, kind = both.positive("rope_theta", 10000.0), rope.get("rope_type", rope.get("type", "default"))
+        if base <= 1:
+            raise fields.bad("rope_theta", base, "more than 1")
         if not isinstance(kind, str):
             raise fields.bad("rope_type", kind, "a name")
         if both.number("partial_rotary_factor", 1.0) != 1.0:

@@ -13,13 +13,14 @@ from typing import Any
 
 import numpy as np
 
+from hotcold.convert.config_fields import LARGEST, SMALLEST
 from hotcold.convert.forms import ROPE_FACTORS
 from hotcold.convert.gguf_read import GGUFFile
 from hotcold.convert.quantize import dequantize
 from hotcold.convert.rope import Rope
 from hotcold.errors import FormatError, UnsupportedError
 
-__all__ = ["read_rope", "rope_divisors", "rope_parameters"]
+__all__ = ["check_pairs", "read_rope", "rope_divisors", "rope_parameters"]
 
 # Llama 3.1 and 3.2 (their config.json): these three are the same in all of them, the factor is 8 or 32.
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
@@ -34,7 +35,10 @@ def read_rope(file: GGUFFile, architecture: str) -> Rope:
     def number(name: str, default: float | None = None) -> float:
         return _positive(file, f"{architecture}.rope.{name}", default)
 
-    base, kind = number("freq_base", 10000.0), file.metadata.get(f"{architecture}.rope.scaling.type", "none")
+    base, kind = number("freq_base", 10000.0), file.find(f"{architecture}.rope.scaling.type", str, "none")
+    if base <= 1:
+        field, expected = f"{architecture}.rope.freq_base", "more than 1"
+        raise FormatError("bad value", where=file.path, field=field, got=base, expected=expected)
     if kind == "none" or ROPE_FACTORS in file.metadata:  # with factors, the scaling is for other programs
         return Rope(base)
     if kind not in ("linear", "yarn"):
@@ -42,10 +46,16 @@ def read_rope(file: GGUFFile, architecture: str) -> Rope:
     factor = number("scaling.factor")
     if kind == "linear":
         return Rope(base, "linear", factor)
-    original = int(number("scaling.original_context_length"))
+    original = file.count(f"{architecture}.rope.scaling.original_context_length")
     low, high = number("scaling.yarn_beta_slow", 1.0), number("scaling.yarn_beta_fast", 32.0)
     attention = number("scaling.attn_factor", 1.0) * (1 + 0.1 * math.log(factor) if factor > 1 else 1.0)
     return Rope(base, "yarn", factor, original, low, high, attention)
+
+
+def check_pairs(file: GGUFFile, head_dim: int) -> None:
+    """Raise FormatError unless values can be turned in pairs."""
+    if head_dim % 2:
+        raise FormatError("bad size of a head", where=file.path, got=head_dim, expected="an even number")
 
 
 def rope_divisors(file: GGUFFile, head_dim: int) -> np.ndarray | None:
@@ -53,13 +63,13 @@ def rope_divisors(file: GGUFFile, head_dim: int) -> np.ndarray | None:
     if "rope_freqs.weight" in file.tensors:
         found = dequantize(file.tensors["rope_freqs.weight"]).reshape(-1)
     elif ROPE_FACTORS in file.metadata:
-        found = np.asarray(file.metadata[ROPE_FACTORS], np.float32)
+        found = file.require(ROPE_FACTORS, np.ndarray)
     else:
         return None
-    if found.shape != (head_dim // 2,) or not (found > 0).all():
+    if found.shape != (head_dim // 2,) or not ((found >= SMALLEST) & (found <= LARGEST)).all():
         expected = f"{head_dim // 2} positive numbers"
         raise FormatError("bad rope factors", where=file.path, field="rope_freqs", expected=expected)
-    return found
+    return found.astype(np.float32)
 
 
 def rope_parameters(file: GGUFFile, architecture: str, head_dim: int) -> dict[str, Any]:
@@ -77,10 +87,9 @@ def rope_parameters(file: GGUFFile, architecture: str, head_dim: int) -> dict[st
 
 
 def _positive(file: GGUFFile, key: str, default: float | None) -> float:
-    if default is not None and key not in file.metadata:
-        return default
-    value = file.require(key, (int, float))
-    if not 0 < value < math.inf:
+    kinds = (int, float)
+    value = file.require(key, kinds) if default is None else file.find(key, kinds, default)
+    if not SMALLEST <= value <= LARGEST:
         raise FormatError("bad value", where=file.path, field=key, got=value, expected="a positive number")
     return float(value)
 

@@ -131,8 +131,11 @@ def _check_file(file: GGUFFile, layout: GGUFLayout) -> None:
 
 
 def _same(got: Any, expected: Any, path: Path, field: str) -> None:
-    plain = isinstance(expected, str | list | dict)
-    if got == expected if plain else np.array_equal(np.asarray(got), np.asarray(expected)):
+    if isinstance(expected, str | list | dict):
+        same = type(got) is type(expected) and got == expected
+    else:
+        same = np.array_equal(np.asarray(got), np.asarray(expected))
+    if same:
         return
     raise MismatchError(
         f"{field} does not agree with the other files", where=path, got=_short(got), expected=_short(expected)

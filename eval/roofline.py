@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hotcold.convert.gguf_read import GGUFFile
-from hotcold.errors import UnsupportedError
 
 __all__ = ["PARTS", "Roofline", "dense_bytes_per_token", "read_bandwidth"]
 
@@ -68,7 +67,7 @@ def dense_bytes_per_token(path: str | Path, position: int) -> dict[str, float]:
     for name, tensor in file.tensors.items():
         if (part := _part(name, tied)) is not None:
             parts[part] += tensor.data.nbytes
-    parts["kv"] = float(_kv_bytes(file, path) * position)
+    parts["kv"] = float(_kv_bytes(file) * position)
     return parts
 
 
@@ -84,14 +83,12 @@ def _part(name: str, tied: bool) -> str | None:
     return "ffn" if ".ffn_" in name else "other"
 
 
-def _kv_bytes(file: GGUFFile, path: str | Path) -> int:
+def _kv_bytes(file: GGUFFile) -> int:
     """Bytes that one cached position adds."""
-    arch = file.metadata["general.architecture"]
-    try:
-        n_heads = file.metadata[f"{arch}.attention.head_count"]
-        n_kv_heads = file.metadata.get(f"{arch}.attention.head_count_kv", n_heads)
-        width = file.metadata[f"{arch}.embedding_length"] // n_heads
-        head_dim = file.metadata.get(f"{arch}.attention.key_length", width)
-        return 2 * file.metadata[f"{arch}.block_count"] * n_kv_heads * head_dim * _KV_BYTES
-    except KeyError as error:
-        raise UnsupportedError("no key for the size of the cache", where=path, got=str(error)) from error
+    arch = file.require("general.architecture", str)
+    n_heads = file.count(f"{arch}.attention.head_count")
+    n_kv_heads = file.count(f"{arch}.attention.head_count_kv", n_heads)
+    head_dim = file.count(
+        f"{arch}.attention.key_length", max(file.count(f"{arch}.embedding_length") // n_heads, 1)
+    )
+    return 2 * file.count(f"{arch}.block_count") * n_kv_heads * head_dim * _KV_BYTES

@@ -133,7 +133,7 @@ def open_peers(
     from hotcold.convert.llama_cpp import write_llama_twin
 
     dense, twin = file_of_role(bundle, "dense"), scratch / "twin.gguf"
-    if GGUFFile(dense).metadata.get("general.architecture") != "smallthinker":
+    if GGUFFile(dense).find("general.architecture", str) != "smallthinker":
         return {LLAMA_CPP: open_gguf(str(dense), n_threads=n_threads, n_ctx=n_ctx)}, LLAMA_CPP
     write_llama_twin(dense, twin)
     names = {f"{LLAMA_CPP} (smallthinker)": dense, f"{LLAMA_CPP} (llama)": twin}

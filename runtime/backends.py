@@ -163,7 +163,7 @@ def _frequencies(
 
 
 def _fingerprint(file: GGUFFile) -> str | None:
-    return file.metadata.get("hotcold.model_fingerprint")
+    return file.find("hotcold.model_fingerprint", str)
 
 
 def _save(placement: Placement, bundle: str | Path, mode: str) -> None:

@@ -179,7 +179,7 @@ def _load(
 def _attention_rows(attention: GGUFFile, file: GGUFFile) -> Source:
     """The file of attention matrices by input; MismatchError unless it is of the model of `file`."""
     key = "hotcold.model_fingerprint"
-    got, expected = attention.metadata.get(key), file.metadata.get(key)
+    got, expected = attention.find(key, str), file.find(key, str)
     if got != expected:
         fix = "export both together"
         raise MismatchError(

@@ -7,10 +7,10 @@ from typing import Any, Self
 
 import numpy as np
 
-from hotcold.convert.forms import FORMS, WINDOWS, Form
+from hotcold.convert.forms import FORMS, Form, read_windows
 from hotcold.convert.gguf_read import GGUFFile
 from hotcold.convert.rope import Rope
-from hotcold.convert.rope_factors import read_rope, rope_divisors
+from hotcold.convert.rope_factors import check_pairs, read_rope, rope_divisors
 from hotcold.errors import FormatError, InputError, UnsupportedError
 
 __all__ = [
@@ -65,6 +65,7 @@ class ModelShape:
         head_dim = key.count("attention.key_length", max(d_model // n_heads, 1), _MAX_HEAD)
         rope, frequencies = Rope(), np.empty(0, np.float32)
         if not form.positions:
+            check_pairs(file, head_dim)
             rope, divisors = read_rope(file, arch), rope_divisors(file, head_dim)
             frequencies = rope.frequencies(head_dim)
             frequencies = frequencies if divisors is None else frequencies / divisors
@@ -77,10 +78,10 @@ class ModelShape:
             n_kv_heads=key.count("attention.head_count_kv", n_heads, _MAX_HEADS),
             head_dim=head_dim,
             n_vocab=file.tensors["token_embd.weight"].shape[0],
-            norm_eps=key(form.eps_key, form.default_eps),
+            norm_eps=key.number(form.eps_key, form.default_eps, most=1.0),
             rope_frequencies=frequencies,
             rope_scale=rope.attention_factor,
-            windows=_per_layer(file, WINDOWS, n_layers, 0),
+            windows=read_windows(file, n_layers) or [0] * n_layers,
             activation=_activation(file, form),
         )
 
@@ -101,11 +102,15 @@ class _Keys:
     def __init__(self, file: GGUFFile, arch: str) -> None:
         self._file, self._arch = file, arch
 
-    def __call__(self, name: str, default: Any = None) -> Any:
-        key = f"{self._arch}.{name}"
-        if default is not None and key not in self._file.metadata:
-            return default
-        return self._file.require(key, (int, float))
+    def number(self, name: str, default: float | None, most: float) -> float:
+        """A number from 0 to `most`."""
+        key, kinds = f"{self._arch}.{name}", (int, float)
+        value = self._file.require(key, kinds) if default is None else self._file.find(key, kinds, default)
+        if not 0 <= value <= most:
+            raise FormatError(
+                "bad value", where=self._file.path, field=key, got=value, expected=f"0 to {most:g}"
+            )
+        return float(value)
 
     def count(self, name: str, default: int | None = None, most: int = (1 << 31) - 1) -> int:
         """A positive integer, at most `most`."""
@@ -117,7 +122,7 @@ def _activation(file: GGUFFile, form: Form) -> str:
     implied = form.activation
     if "blk.0.ffn_down_t.weight" in file.tensors and implied != "drelu":
         implied = "relu"
-    name = file.metadata.get("hotcold.activation", implied)
+    name = file.find("hotcold.activation", str, implied)
     if name not in ACTIVATIONS:
         known = ", ".join(ACTIVATIONS)
         raise UnsupportedError("unknown activation", where=file.path, got=name, expected=known)
@@ -125,9 +130,9 @@ def _activation(file: GGUFFile, form: Form) -> str:
 
 
 def _per_layer(file: GGUFFile, field: str, n_layers: int, default: float) -> list[Any]:
-    if field not in file.metadata:
+    values = file.find(field, np.ndarray)
+    if values is None:
         return [default] * n_layers
-    values = file.require(field, np.ndarray)
     if len(values) != n_layers:
         raise FormatError(
             "one value per layer", where=file.path, field=field, got=len(values), expected=n_layers
@@ -150,8 +155,7 @@ class Predictor:
 
 def read_predictors(file: GGUFFile, shape: ModelShape) -> list[Predictor]:
     """One per layer. PowerInfer's own files have one threshold for all layers and no hot neurons."""
-    key, n = "powerinfer.sparse_threshold", shape.n_layers
-    one_for_all = file.require(key, float) if key in file.metadata else 0.0
+    n, one_for_all = shape.n_layers, file.find("powerinfer.sparse_threshold", float, 0.0)
     thresholds = _per_layer(file, "hotcold.predictor.thresholds", n, one_for_all)
     counts = _per_layer(file, "hotcold.hot.counts", n, 0)
     neurons = _hot_neurons(file, counts, shape.d_ff)
@@ -165,7 +169,7 @@ def read_predictors(file: GGUFFile, shape: ModelShape) -> list[Predictor]:
 
 def _hot_neurons(file: GGUFFile, counts: list[Any], d_ff: int) -> np.ndarray:
     """The indices of all layers; FormatError unless they are as many as `counts` says, and below d_ff."""
-    neurons = np.asarray(file.metadata.get("hotcold.hot.neurons", np.empty(0, np.int32)))
+    neurons = file.find("hotcold.hot.neurons", np.ndarray, np.empty(0, np.int32))
     whole = neurons.dtype.kind in "iu" and all(type(n) is int and n >= 0 for n in counts)
     neurons = neurons[: sum(counts)] if whole and neurons.ndim == 1 else neurons
     if not whole or len(neurons) != sum(counts) or (neurons < 0).any() or (neurons >= d_ff).any():

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any, NoReturn, Self
+from typing import NoReturn, Self
 
 from tokenizers import Tokenizer
 
@@ -49,18 +49,17 @@ class Vocabulary:
         vocabulary of another kind than BPE or SentencePiece.
         """
         if Path(bundle).is_file():
-            metadata = GGUFFile(bundle).metadata
-            tokenizer = build_tokenizer(metadata, Path(bundle))
+            file = GGUFFile(bundle)
+            tokenizer = build_tokenizer(file)
         else:
-            metadata = GGUFFile(file_of_role(bundle, "dense", "sparse")).metadata
+            file = GGUFFile(file_of_role(bundle, "dense", "sparse"))
             tokenizer = _read_tokenizer(Path(bundle) / "tokenizer.json")
-        template = metadata.get("tokenizer.chat_template")
         return cls(
             tokenizer=tokenizer,
-            stop_ids=_stop_ids(tokenizer, metadata),
-            bos=_token_text(tokenizer, metadata, "bos_token_id"),
-            eos=_token_text(tokenizer, metadata, "eos_token_id"),
-            chat_template=template if isinstance(template, str) else None,
+            stop_ids=_stop_ids(tokenizer, file),
+            bos=_token_text(tokenizer, file, "bos_token_id"),
+            eos=_token_text(tokenizer, file, "eos_token_id"),
+            chat_template=file.find("tokenizer.chat_template", str),
         )
 
     def encode(self, text: str) -> list[int]:
@@ -85,16 +84,15 @@ def _read_tokenizer(path: Path) -> Tokenizer:
     return read_tokenizer(path)
 
 
-def _stop_ids(tokenizer: Tokenizer, metadata: dict[str, Any]) -> frozenset[int]:
+def _stop_ids(tokenizer: Tokenizer, file: GGUFFile) -> frozenset[int]:
     named = (tokenizer.token_to_id(name) for name in _STOP_NAMES)
-    keyed = (metadata.get(f"tokenizer.ggml.{key}") for key in _STOP_KEYS)
-    return frozenset(token for token in (*named, *keyed) if isinstance(token, int))
+    keyed = (file.find(f"tokenizer.ggml.{key}", int) for key in _STOP_KEYS)
+    return frozenset(token for token in (*named, *keyed) if token is not None)
 
 
-def _token_text(tokenizer: Tokenizer, metadata: dict[str, Any], key: str) -> str:
-    token = metadata.get(f"tokenizer.ggml.{key}")
-    known = isinstance(token, int) and 0 <= token < 1 << 32
-    return (tokenizer.id_to_token(token) if known else None) or ""
+def _token_text(tokenizer: Tokenizer, file: GGUFFile, key: str) -> str:
+    token = file.find(f"tokenizer.ggml.{key}", int, -1)
+    return (tokenizer.id_to_token(token) if 0 <= token < 1 << 32 else None) or ""
 
 
 def _valid(text: str) -> str:

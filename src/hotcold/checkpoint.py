@@ -255,7 +255,7 @@ def load_tokenizer(model: str) -> Tokenizer:
     """
     path = resolve(model)
     if path.is_file():
-        return build_tokenizer(_gguf(path).metadata, path)
+        return build_tokenizer(_gguf(path))
     file = path / "tokenizer.json"
     if not file.is_file():
         raise InputError("no tokenizer.json in this folder", where=path, fix="save the fast tokenizer there")
@@ -273,15 +273,15 @@ def _tokenizer_config(path: Path) -> dict[str, Any]:
         file, template = path / "tokenizer_config.json", path / "chat_template.jinja"
         config = read_json(file) if file.is_file() else {}
         return config | ({"chat_template": template.read_text("utf-8")} if template.is_file() else {})
-    metadata = _gguf(path).metadata
-    tokens = metadata.get("tokenizer.ggml.tokens", [])
+    gguf = _gguf(path)
+    tokens = gguf.find("tokenizer.ggml.tokens", list, [])
     config = {}
     for name, key in _SPECIAL_TOKENS.items():
         field = f"tokenizer.ggml.{key}_token_id"
-        if field in metadata:
-            config[name] = token_of(metadata[field], tokens, path, field)
-    template = metadata.get("tokenizer.chat_template")
-    return config | ({"chat_template": template} if isinstance(template, str) and template else {})
+        if field in gguf.metadata:
+            config[name] = token_of(gguf.metadata[field], tokens, path, field)
+    template = gguf.find("tokenizer.chat_template", str)
+    return config | ({"chat_template": template} if template else {})
 
 
 def fingerprint(model: str) -> str:

@@ -8,14 +8,16 @@ scores.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+import numpy as np
 
 from hotcold.errors import FormatError
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
+
+    from hotcold.convert.gguf_read import GGUFFile
 
 __all__ = ["real_tokens", "sentencepiece_tokenizer"]
 
@@ -24,18 +26,18 @@ _LONGEST = 512  # characters of a piece that merges are sought for: the work gro
 _SPACE = "▁"
 
 
-def sentencepiece_tokenizer(metadata: Mapping[str, Any], tokens: list[str], path: Path) -> Tokenizer:
+def sentencepiece_tokenizer(file: GGUFFile, tokens: list[str]) -> Tokenizer:
     """Without added tokens and post-processor. FormatError where scores or types do not fit the tokens."""
     from tokenizers import Tokenizer, decoders, normalizers
     from tokenizers.models import BPE
 
-    scores, types = (_per_token(metadata, name, tokens, path) for name in ("scores", "token_type"))
+    scores, types = (_per_token(file, name, tokens) for name in ("scores", "token_type"))
     unknown = next((token for token, kind in zip(tokens, types, strict=True) if kind == _UNKNOWN), None)
     vocabulary = real_tokens(tokens)
     merges = _merges(tokens, scores, types, vocabulary)
     model = BPE(vocabulary, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True)
     tokenizer = Tokenizer(model)
-    prefix = bool(metadata.get("tokenizer.ggml.add_space_prefix", True))
+    prefix = file.find("tokenizer.ggml.add_space_prefix", bool, True)
     prepend = [normalizers.Prepend(_SPACE)] if prefix else []
     tokenizer.normalizer = normalizers.Sequence([*prepend, normalizers.Replace(" ", _SPACE)])
     strip = [decoders.Strip(content=" ", left=1)] if prefix else []
@@ -49,11 +51,11 @@ def real_tokens(tokens: list[str]) -> dict[str, int]:
     return {token: number for number, token in enumerate(tokens) if token != f"[PAD{number}]"}
 
 
-def _per_token(metadata: Mapping[str, Any], name: str, tokens: list[str], path: Path) -> list[float]:
-    values = metadata.get(f"tokenizer.ggml.{name}", [])
-    if not hasattr(values, "tolist") or len(values) != len(tokens):
-        field = f"tokenizer.ggml.{name}"
-        raise FormatError("not one number per token", where=path, field=field, expected=len(tokens))
+def _per_token(file: GGUFFile, name: str, tokens: list[str]) -> list[float]:
+    field = f"tokenizer.ggml.{name}"
+    values = file.find(field, np.ndarray, np.empty(0))
+    if len(values) != len(tokens):
+        raise FormatError("not one number per token", where=file.path, field=field, expected=len(tokens))
     return values.tolist()
 
 

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+import numpy as np
 
 from hotcold.errors import FormatError, UnsupportedError
 from hotcold.gguf_sentencepiece import real_tokens, sentencepiece_tokenizer
@@ -18,11 +20,13 @@ if TYPE_CHECKING:
     from tokenizers import AddedToken, Tokenizer
     from tokenizers.pre_tokenizers import PreTokenizer
 
+    from hotcold.convert.gguf_read import GGUFFile
+
 __all__ = ["build_tokenizer", "token_of"]
 
 _UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4  # GGUF `tokenizer.ggml.token_type`
-# What llama.cpp takes where a SentencePiece file does not say, as old ones do not.
-_SENTENCEPIECE_DEFAULTS = {"tokenizer.ggml.bos_token_id": 1, "tokenizer.ggml.add_bos_token": True}
+# What llama.cpp takes where a SentencePiece file does not say: which token, and that it is added.
+_SENTENCEPIECE_BOS = (1, True)
 
 _LLAMA3 = "|".join(
     [
@@ -68,9 +72,20 @@ _PRE_TOKENIZERS: dict[str, Callable[[], PreTokenizer]] = {
 _WHOLE_WORDS_FIRST = {"llama-bpe", "llama3"}
 
 
-def build_tokenizer(metadata: Mapping[str, Any], path: Path) -> Tokenizer:
-    """Build the tokenizer that the metadata of the GGUF file `path` describes: byte-level BPE or
-    SentencePiece.
+def _without_tokenless_bytes(pre: PreTokenizer, vocabulary: Mapping[str, int]) -> PreTokenizer:
+    """Drop bytes that have no token, as llama.cpp does, and merge nothing across them.
+
+    Left to itself, BPE drops them first and then merges their neighbours.
+    """
+    from tokenizers import Regex
+    from tokenizers.pre_tokenizers import ByteLevel, Sequence, Split
+
+    tokenless = [f"\\x{{{ord(byte):x}}}" for byte in sorted(ByteLevel.alphabet()) if byte not in vocabulary]
+    return Sequence([pre, Split(Regex(f"[{''.join(tokenless)}]"), "removed")]) if tokenless else pre
+
+
+def build_tokenizer(file: GGUFFile) -> Tokenizer:
+    """Build the tokenizer that the metadata of a GGUF file describes: byte-level BPE or SentencePiece.
 
     Raises UnsupportedError for a vocabulary type or pre-tokenizer that is not known here, FormatError where
     the file holds no vocabulary.
@@ -78,63 +93,56 @@ def build_tokenizer(metadata: Mapping[str, Any], path: Path) -> Tokenizer:
     from tokenizers import Tokenizer, decoders
     from tokenizers.models import BPE
 
-    kind, pre = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre", "gpt-2")
+    kind, pre = file.find("tokenizer.ggml.model", str), file.find("tokenizer.ggml.pre", str, "gpt-2")
     if kind is None:
-        raise FormatError("no vocabulary in this file", where=path, field="tokenizer.ggml.model")
+        raise FormatError("no vocabulary in this file", where=file.path, field="tokenizer.ggml.model")
+    tokens = _strings(file, "tokens")
     if kind == "llama":
-        tokens = _strings(metadata, "tokens", path)
-        tokenizer = sentencepiece_tokenizer(metadata, tokens, path)
-        tokenizer.add_tokens(_added_tokens(metadata, tokens, path))
-        _add_bos(tokenizer, _SENTENCEPIECE_DEFAULTS | dict(metadata), tokens, path)
+        tokenizer = sentencepiece_tokenizer(file, tokens)
+        tokenizer.add_tokens(_added_tokens(file, tokens))
+        _add_bos(tokenizer, file, tokens, *_SENTENCEPIECE_BOS)
         return tokenizer
     if kind != "gpt2":
-        raise UnsupportedError("unknown vocabulary type", where=path, got=kind, expected="gpt2 | llama")
-    if not isinstance(pre, str) or pre not in _PRE_TOKENIZERS:
+        raise UnsupportedError("unknown vocabulary type", where=file.path, got=kind, expected="gpt2 | llama")
+    if pre not in _PRE_TOKENIZERS:
         raise UnsupportedError(
-            "unknown pre-tokenizer", where=path, got=pre, expected=" | ".join(_PRE_TOKENIZERS)
+            "unknown pre-tokenizer", where=file.path, got=pre, expected=" | ".join(_PRE_TOKENIZERS)
         )
 
-    tokens, merges = _strings(metadata, "tokens", path), _merges(metadata, path)
-    vocabulary = real_tokens(tokens)
+    merges, vocabulary = _merges(file), real_tokens(tokens)
     try:
         model = BPE(vocabulary, merges, ignore_merges=pre in _WHOLE_WORDS_FIRST)
     except Exception as error:  # tokenizers raises bare Exceptions, here of merges without a token
-        raise FormatError(f"merges: {error}", where=path, field="tokenizer.ggml.merges") from error
+        raise FormatError(f"merges: {error}", where=file.path, field="tokenizer.ggml.merges") from error
     tokenizer = Tokenizer(model)
-    tokenizer.pre_tokenizer = _PRE_TOKENIZERS[pre]()
+    tokenizer.pre_tokenizer = _without_tokenless_bytes(_PRE_TOKENIZERS[pre](), vocabulary)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_tokens(_added_tokens(metadata, tokens, path))
-    _add_bos(tokenizer, metadata, tokens, path)
+    tokenizer.add_tokens(_added_tokens(file, tokens))
+    _add_bos(tokenizer, file, tokens)
     return tokenizer
 
 
-def _strings(metadata: Mapping[str, Any], name: str, path: Path) -> list[str]:
-    """An array of strings, empty where the file has none. An empty array has no type to hold against it."""
-    values = metadata.get(f"tokenizer.ggml.{name}", [])
-    if not isinstance(values, list):
-        got = type(values).__name__
-        raise FormatError(
-            "not an array of strings", where=path, field=f"tokenizer.ggml.{name}", got=got, expected="list"
-        )
-    return values
+def _strings(file: GGUFFile, name: str) -> list[str]:
+    """An array of strings, empty where the file has none."""
+    return file.find(f"tokenizer.ggml.{name}", list, [])
 
 
-def _merges(metadata: Mapping[str, Any], path: Path) -> list[tuple[str, str]]:
-    merges = [merge.split(" ", 1) for merge in _strings(metadata, "merges", path)]
+def _merges(file: GGUFFile) -> list[tuple[str, str]]:
+    merges = [merge.split(" ", 1) for merge in _strings(file, "merges")]
     if odd := [merge for merge in merges if len(merge) != 2]:
         field = "tokenizer.ggml.merges"
-        raise FormatError("a merge is two pieces", where=path, field=field, got=repr(odd[0][0]))
+        raise FormatError("a merge is two pieces", where=file.path, field=field, got=repr(odd[0][0]))
     return [(left, right) for left, right in merges]
 
 
-def _added_tokens(metadata: Mapping[str, Any], tokens: list[str], path: Path) -> list[AddedToken]:
+def _added_tokens(file: GGUFFile, tokens: list[str]) -> list[AddedToken]:
     """Tokens that are matched as they stand, before any splitting; control tokens are the special ones."""
     from tokenizers import AddedToken
 
-    types = metadata.get("tokenizer.ggml.token_type", [])
-    if isinstance(types, str) or not hasattr(types, "__len__") or len(types) not in (0, len(tokens)):
+    types = file.find("tokenizer.ggml.token_type", np.ndarray, np.empty(0))
+    if len(types) not in (0, len(tokens)):
         field = "tokenizer.ggml.token_type"
-        raise FormatError("not one type per token", where=path, field=field, expected=len(tokens))
+        raise FormatError("not one type per token", where=file.path, field=field, expected=len(tokens))
     return [
         AddedToken(token, special=kind != _USER_DEFINED, normalized=False)
         for token, kind in zip(tokens, types, strict=False)
@@ -142,12 +150,16 @@ def _added_tokens(metadata: Mapping[str, Any], tokens: list[str], path: Path) ->
     ]
 
 
-def _add_bos(tokenizer: Tokenizer, metadata: Mapping[str, Any], tokens: list[str], path: Path) -> None:
+def _add_bos(
+    tokenizer: Tokenizer, file: GGUFFile, tokens: list[str], number: int | None = None, added: bool = False
+) -> None:
+    """Have every text begin with the token that the file says; `number` and `added` are for what it does not
+    say."""
     from tokenizers.processors import TemplateProcessing
 
-    number = metadata.get("tokenizer.ggml.bos_token_id")
-    if number is not None and metadata.get("tokenizer.ggml.add_bos_token", False):
-        bos = token_of(number, tokens, path, "tokenizer.ggml.bos_token_id")
+    number = file.find("tokenizer.ggml.bos_token_id", int, number)
+    if file.find("tokenizer.ggml.add_bos_token", bool, added) and number is not None:
+        bos = token_of(number, tokens, file.path, "tokenizer.ggml.bos_token_id")
         tokenizer.post_processor = TemplateProcessing(single=[bos, "$A"], special_tokens=[(bos, number)])
 
 

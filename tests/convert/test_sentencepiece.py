@@ -108,7 +108,7 @@ def test_llama_cpp_splits_text_in_the_same_way(make_tokenizer, corpus, tmp_path,
 
 def through_a_file(metadata: dict[str, object], folder: Path) -> Tokenizer:
     write_gguf(folder / "vocabulary.gguf", metadata, [])
-    return build_tokenizer(GGUFFile(folder / "vocabulary.gguf").metadata, folder)
+    return build_tokenizer(GGUFFile(folder / "vocabulary.gguf"))
 
 
 @pytest.mark.parametrize("prefix", [False, True])

@@ -17,9 +17,10 @@ from types import FunctionType
 import atheris
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
+import gguf_values
 import malformed_gguf
+import mutations
 import readers
-from mutations import mutate
 
 from hotcold.errors import HotcoldError
 
@@ -71,8 +72,9 @@ class Target:
 
 
 def custom_mutator(data: bytes, max_size: int, seed: int) -> bytes:
-    """Half of the mutations are of JSON values, where there are any."""
-    changed = mutate(data[1:], seed) if seed % 2 else None
+    """Half of the mutations are of values in JSON or GGUF metadata, where there are any."""
+    known = gguf_values if data[1:5] in (b"GGUF", b"PWRI") else mutations
+    changed = known.mutate(data[1:], seed) if seed % 2 else None
     mutated = atheris.Mutate(data, max_size) if changed is None else data[:1] + changed
     return mutated[:max_size]
 

@@ -27,6 +27,10 @@ def floats(n: int) -> bytes:
     return struct.pack(f"<{n}f", *((i % 13 - 6) / 8 for i in range(n)))
 
 
+def floats_above_zero(n: int) -> bytes:
+    return struct.pack(f"<{n}f", *range(1, n + 1))
+
+
 def safetensors(tensors: dict[str, tuple[str, list[int], bytes]]) -> bytes:
     header, offset = {}, 0
     for name, (dtype, shape, data) in tensors.items():
@@ -207,6 +211,7 @@ def engine_gguf(sparse: bool) -> bytes:
         array("hotcold.attention.windows", U32, 1, struct.pack("<I", 4)), *vocabulary_kvs(),
         string("tokenizer.chat_template", "{{ messages[0].content }}"),
     ]  # fmt: skip
+    kvs += [array("hotcold.rope.factors", F32, 8, floats_above_zero(8))] if sparse else yarn_kvs()
     infos, data = [], b""
     for name, shape in shapes.items():
         is_matrix = len(shape) > 1
@@ -216,6 +221,15 @@ def engine_gguf(sparse: bool) -> bytes:
         content = content if is_matrix else floats(size(shape))
         data += content + bytes(-len(content) % 32)
     return gguf(magic=b"PWRI" if sparse else b"GGUF", kvs=kvs, infos=infos, data=data)
+
+
+def yarn_kvs() -> list[bytes]:
+    """All keys of a YaRN scaling of two contexts of eight tokens."""
+    numbers = {"factor": 2.0, "yarn_beta_slow": 1.0, "yarn_beta_fast": 32.0, "attn_factor": 1.0}
+    return [
+        string("llama.rope.scaling.type", "yarn"), u32("llama.rope.scaling.original_context_length", 8),
+        *(f32(f"llama.rope.scaling.{key}", number) for key, number in numbers.items()),
+    ]  # fmt: skip
 
 
 def attention_gguf(fingerprint: str | None = None, *, outputs: int = 32, name: str = "attn_output") -> bytes:

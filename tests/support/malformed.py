@@ -139,7 +139,7 @@ CASES: dict[str, Case] = {
         EN, number("llama.block_count", 1, 2**31 - 1), Fm, "llama.block_count: bad value"
     ),
     "engine: layers 0": Case(EN, number("llama.block_count", 1, 0), Fm, "llama.block_count: bad value"),
-    "engine: two layers": Case(EN, number("llama.block_count", 1, 2), Fm, "one value per layer"),
+    "engine: two layers": Case(EN, number("llama.block_count", 1, 2), Fm, "attention.windows: bad"),
     "engine: heads of 2^31": Case(
         EN, number("llama.attention.key_length", 16, 2**31 - 16), Fm, "llama.attention.key_length: bad value"
     ),
@@ -340,13 +340,13 @@ CASES: dict[str, Case] = {
         VO, vocabulary(GPT2, handmade.string("tokenizer.ggml.pre", "x")), Un, "(got x"
     ),
     "vocabulary: pre an array": Case(
-        VO, vocabulary(GPT2, array("tokenizer.ggml.pre", I32, 0, b"")), Un, "pre-tok"
+        VO, vocabulary(GPT2, array("tokenizer.ggml.pre", I32, 0, b"")), Fm, "ggml.pre: wrong type"
     ),
     "vocabulary: tokens numbers": Case(
         VO,
         vocabulary(GPT2, PRE, array("tokenizer.ggml.tokens", F32, 1, bytes(4))),
         Fm,
-        "ggml.tokens: not an array",
+        "ggml.tokens: wrong type",
     ),
     "vocabulary: merge of one": Case(
         VO,

@@ -99,7 +99,7 @@ def read_attention(folder: Path) -> None:
 
 
 def read_vocabulary(folder: Path) -> None:
-    build_tokenizer(GGUFFile(folder / "m.gguf").metadata, folder / "m.gguf").encode("ab a<s>b")
+    build_tokenizer(GGUFFile(folder / "m.gguf")).encode("ab a<s>b")
 
 
 def read_gpu_index(folder: Path) -> None:
