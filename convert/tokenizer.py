@@ -17,6 +17,7 @@ from tokenizers import Tokenizer
 from hotcold.convert.sentencepiece import is_sentencepiece, sentencepiece_metadata
 from hotcold.errors import FormatError, InputError, UnsupportedError
 from hotcold.json_file import read_json
+from hotcold.pre_tokenizers import PRE_TOKENIZERS, name_of
 from hotcold.tokenizer_file import read_tokenizer
 
 __all__ = ["tokenizer_files", "tokenizer_metadata"]
@@ -26,18 +27,6 @@ _FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "chat_template.jinja", "generation_config.json", "tokenizer.model", "vocab.json", "merges.txt",
 )  # fmt: skip
-
-_LLAMA3 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_GPT2_BYTES, _BYTES = ("ByteLevel", True), ("ByteLevel", False)  # with and without GPT-2's own pattern
-_PRE = {
-    (_GPT2_BYTES,): "gpt-2",
-    (("Digits", True), _GPT2_BYTES): "smollm",
-    (("Split", _LLAMA3), _BYTES): "llama-bpe",
-    (("Split", _LLAMA3.replace("{1,3}", "")), _BYTES): "qwen2",
-}
 
 
 def tokenizer_files(folder: Path) -> list[Path]:
@@ -112,30 +101,14 @@ def _pre_tokenizer(data: dict[str, Any], path: Path) -> str:
         got = data["normalizer"].get("type")
         if got not in ("NFC", None):  # llama.cpp leaves NFC out for Qwen, and so do we
             raise UnsupportedError("normalizer", where=path, got=got, expected="none")
-    steps = tuple(map(_step, _flat(data.get("pre_tokenizer") or {})))
-    if steps not in _PRE:
-        expected = " | ".join(_PRE.values())
+    model, pre = data["model"], data.get("pre_tokenizer") or {}
+    name = name_of(pre, model["vocab"], whole_words=model.get("ignore_merges", False))
+    if name is None:
+        expected = " | ".join(PRE_TOKENIZERS)
         raise UnsupportedError(
-            "a pre-tokenizer that llama.cpp has not", where=path, got=steps, expected=expected
+            "a pre-tokenizer that llama.cpp has not", where=path, got=pre, expected=expected
         )
-    return _PRE[steps]
-
-
-def _flat(step: dict[str, Any]) -> list[dict[str, Any]]:
-    if step.get("type") == "Sequence":
-        return [leaf for inner in step["pretokenizers"] for leaf in _flat(inner)]
-    return [step]
-
-
-def _step(step: dict[str, Any]) -> tuple[str, Any]:
-    kind = step.get("type")
-    if kind == "Split" and step["behavior"] == "Isolated" and not step["invert"]:
-        return kind, step["pattern"].get("Regex")
-    if kind == "ByteLevel" and not step["add_prefix_space"]:
-        return kind, step.get("use_regex", True)
-    if kind == "Digits":
-        return kind, step["individual_digits"]
-    return str(kind), None
+    return name
 
 
 def _settings(folder: Path) -> dict[str, Any]:

@@ -1,13 +1,11 @@
 """The tokenizer inside a GGUF file, as a `tokenizers.Tokenizer` that agrees with llama.cpp token for token.
 
 transformers rebuilds such tokenizers too, but drops the pre-tokenizer that `tokenizer.ggml.pre` names and
-falls back to GPT-2's, which splits digits and white space otherwise. The patterns are those of llama.cpp's
-`llama-vocab.cpp`.
+falls back to GPT-2's, which splits digits and white space otherwise.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,10 +13,10 @@ import numpy as np
 
 from hotcold.errors import FormatError, UnsupportedError
 from hotcold.gguf_sentencepiece import real_tokens, sentencepiece_tokenizer
+from hotcold.pre_tokenizers import PRE_TOKENIZERS
 
 if TYPE_CHECKING:
     from tokenizers import AddedToken, Tokenizer
-    from tokenizers.pre_tokenizers import PreTokenizer
 
     from hotcold.convert.gguf_read import GGUFFile
 
@@ -27,61 +25,6 @@ __all__ = ["build_tokenizer", "token_of"]
 _UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4  # GGUF `tokenizer.ggml.token_type`
 # What llama.cpp takes where a SentencePiece file does not say: which token, and that it is added.
 _SENTENCEPIECE_BOS = (1, True)
-
-_LLAMA3 = "|".join(
-    [
-        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)",
-        r"[^\r\n\p{L}\p{N}]?\p{L}+",
-        r"\p{N}{1,3}",
-        r" ?[^\s\p{L}\p{N}]+[\r\n]*",
-        r"\s*[\r\n]+",
-        r"\s+(?!\S)",
-        r"\s+",
-    ]
-)
-_QWEN2 = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
-
-
-def _gpt2() -> PreTokenizer:
-    from tokenizers.pre_tokenizers import ByteLevel
-
-    return ByteLevel(add_prefix_space=False, use_regex=True)
-
-
-def _smollm() -> PreTokenizer:
-    from tokenizers.pre_tokenizers import Digits, Sequence
-
-    return Sequence([Digits(individual_digits=True), _gpt2()])
-
-
-def _split(pattern: str) -> PreTokenizer:
-    from tokenizers import Regex
-    from tokenizers.pre_tokenizers import ByteLevel, Sequence, Split
-
-    return Sequence([Split(Regex(pattern), "isolated"), ByteLevel(add_prefix_space=False, use_regex=False)])
-
-
-_PRE_TOKENIZERS: dict[str, Callable[[], PreTokenizer]] = {
-    "gpt-2": _gpt2,
-    "smollm": _smollm,
-    "llama-bpe": lambda: _split(_LLAMA3),
-    "llama3": lambda: _split(_LLAMA3),
-    "qwen2": lambda: _split(_QWEN2),
-}
-# llama.cpp takes a whole word that is in the vocabulary before it tries merges.
-_WHOLE_WORDS_FIRST = {"llama-bpe", "llama3"}
-
-
-def _without_tokenless_bytes(pre: PreTokenizer, vocabulary: Mapping[str, int]) -> PreTokenizer:
-    """Drop bytes that have no token, as llama.cpp does, and merge nothing across them.
-
-    Left to itself, BPE drops them first and then merges their neighbours.
-    """
-    from tokenizers import Regex
-    from tokenizers.pre_tokenizers import ByteLevel, Sequence, Split
-
-    tokenless = [f"\\x{{{ord(byte):x}}}" for byte in sorted(ByteLevel.alphabet()) if byte not in vocabulary]
-    return Sequence([pre, Split(Regex(f"[{''.join(tokenless)}]"), "removed")]) if tokenless else pre
 
 
 def build_tokenizer(file: GGUFFile) -> Tokenizer:
@@ -93,7 +36,7 @@ def build_tokenizer(file: GGUFFile) -> Tokenizer:
     from tokenizers import Tokenizer, decoders
     from tokenizers.models import BPE
 
-    kind, pre = file.find("tokenizer.ggml.model", str), file.find("tokenizer.ggml.pre", str, "gpt-2")
+    kind = file.find("tokenizer.ggml.model", str)
     if kind is None:
         raise FormatError("no vocabulary in this file", where=file.path, field="tokenizer.ggml.model")
     tokens = _strings(file, "tokens")
@@ -104,21 +47,23 @@ def build_tokenizer(file: GGUFFile) -> Tokenizer:
         return tokenizer
     if kind != "gpt2":
         raise UnsupportedError("unknown vocabulary type", where=file.path, got=kind, expected="gpt2 | llama")
-    if pre not in _PRE_TOKENIZERS:
-        raise UnsupportedError(
-            "unknown pre-tokenizer", where=file.path, got=pre, expected=" | ".join(_PRE_TOKENIZERS)
-        )
+    # PowerInfer is as old as the llama.cpp that had but one
+    pre = file.find("tokenizer.ggml.pre", str, "gpt-2" if file.magic == "PWRI" else "default")
+    if pre not in PRE_TOKENIZERS:
+        expected = " | ".join(PRE_TOKENIZERS)
+        raise UnsupportedError("unknown pre-tokenizer", where=file.path, got=pre, expected=expected)
 
+    splitting = PRE_TOKENIZERS[pre]
     merges, vocabulary = _merges(file), real_tokens(tokens)
     try:
-        model = BPE(vocabulary, merges, ignore_merges=pre in _WHOLE_WORDS_FIRST)
+        model = BPE(vocabulary, merges, ignore_merges=splitting.whole_words)
     except Exception as error:  # tokenizers raises bare Exceptions, here of merges without a token
         raise FormatError(f"merges: {error}", where=file.path, field="tokenizer.ggml.merges") from error
     tokenizer = Tokenizer(model)
-    tokenizer.pre_tokenizer = _without_tokenless_bytes(_PRE_TOKENIZERS[pre](), vocabulary)
+    tokenizer.pre_tokenizer = splitting.build(vocabulary)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_tokens(_added_tokens(file, tokens))
-    _add_bos(tokenizer, file, tokens)
+    _add_bos(tokenizer, file, tokens, None, splitting.adds_bos)
     return tokenizer
 
 
@@ -151,7 +96,7 @@ def _added_tokens(file: GGUFFile, tokens: list[str]) -> list[AddedToken]:
 
 
 def _add_bos(
-    tokenizer: Tokenizer, file: GGUFFile, tokens: list[str], number: int | None = None, added: bool = False
+    tokenizer: Tokenizer, file: GGUFFile, tokens: list[str], number: int | None, added: bool
 ) -> None:
     """Have every text begin with the token that the file says; `number` and `added` are for what it does not
     say."""
