@@ -9,7 +9,6 @@ gets it in the gate's place.
 
 from __future__ import annotations
 
-import math
 import mmap
 from collections.abc import Sequence
 
@@ -19,15 +18,14 @@ from hotcold.convert.attention_rows import PROJECTIONS
 from hotcold.convert.gguf_read import GGUFFile, Tensor
 from hotcold.convert.quantize import dequantize
 from hotcold.errors import FormatError, MismatchError, ShapeError, UnsupportedError
-from hotcold.progress import log
 from hotcold.runtime import _cpu
 from hotcold.runtime.head import EMBEDDING, head_name
+from hotcold.runtime.kept_types import KEPT, kept_bytes, log_converted
 from hotcold.runtime.shape import ModelShape, activation_thresholds, check_context, read_predictors
 
 __all__ = ["MODES", "Source", "load_layers", "load_model", "new_model"]
 
 MODES = {"dense": 0, "exact": 1, "predicted": 2}
-TYPES = {"F32": 0, "F16": 1, "BF16": 2, "Q8_0": 3, "Q4_0": 4}
 _ALL = slice(None)
 ACTIVATIONS = {"silu": 0, "relu": 1, "fatrelu": 1, "drelu": 2, "gelu": 3}
 
@@ -62,11 +60,11 @@ class Source:
     def packable(self, name: str, rows: int, cols: int, part: slice = _ALL) -> tuple[int, np.ndarray]:
         """Type id and bytes of some of the rows; types that the engine has no kernels for become F16."""
         tensor = self.tensor(name, rows, cols)
-        if tensor.type in TYPES:
-            return TYPES[tensor.type], tensor.data.reshape(rows, -1)[part].reshape(-1)
+        if tensor.type in KEPT:
+            return KEPT.index(tensor.type), tensor.data.reshape(rows, -1)[part].reshape(-1)
         self.converted.add(tensor.type)
         values = dequantize(tensor).reshape(rows, cols)[part]
-        return TYPES["F16"], np.ascontiguousarray(values.astype(np.float16)).view(np.uint8).reshape(-1)
+        return KEPT.index("F16"), np.ascontiguousarray(values.astype(np.float16)).view(np.uint8).reshape(-1)
 
     def shape_of(self, name: str) -> tuple[int, ...]:
         """The shape of a tensor that may be missing: then ()."""
@@ -111,8 +109,8 @@ def load_model(
     except ValueError as error:
         raise UnsupportedError(str(error), where=file.path) from error
     for part in (source, by_input):
-        if part is not None and part.converted:
-            log(f"{part.path.name}: {', '.join(sorted(part.converted))} became F16, for want of kernels")
+        if part is not None:
+            log_converted(part.file, part.converted)
     return model, shape
 
 
@@ -141,16 +139,12 @@ def new_model(
         mode=MODES[mode],
         threads=n_threads,
         # Address space, not memory: padding of narrow rows can quadruple a tensor.
-        weight_bytes=4 * sum(map(_engine_bytes, tensors)) + (64 << 20),
+        weight_bytes=4 * sum(map(kept_bytes, tensors)) + (64 << 20),
         isa=isa,
         layer_norm=shape.form.layer_norm,
         parallel=shape.form.parallel,
         gated=shape.form.gated,
     )
-
-
-def _engine_bytes(tensor: Tensor) -> int:
-    return tensor.data.nbytes if tensor.type in TYPES else 2 * math.prod(tensor.shape)
 
 
 def _load(

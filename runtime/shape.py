@@ -12,6 +12,7 @@ from hotcold.convert.gguf_read import GGUFFile
 from hotcold.convert.rope import Rope
 from hotcold.convert.rope_factors import check_pairs, read_rope, rope_divisors
 from hotcold.errors import FormatError, InputError, UnsupportedError
+from hotcold.progress import log
 
 __all__ = [
     "NEVER_ZERO",
@@ -87,13 +88,17 @@ class ModelShape:
 
 
 def check_context(file: GGUFFile, shape: ModelShape, n_ctx: int) -> None:
-    """Raise InputError for more context than the model has learned positions for."""
+    """Raise InputError for more context than the model has learned positions for; say where it is more than
+    it was trained on."""
     form, name = shape.form, f"{shape.form.positions}.weight"
     if form.positions and name in file.tensors:
         most = file.tensors[name].shape[0] - form.first_position
         if n_ctx > most:
             what, limit = "the model has no positions for so long a context", f"at most {most}"
             raise InputError(what, where=file.path, got=n_ctx, expected=limit, fix="lower it with -c")
+    trained = file.find(f"{file.require('general.architecture', str)}.context_length", int, n_ctx)
+    if n_ctx > trained:
+        log(f"{file.path.name}: a context of {n_ctx} tokens, where the model was trained on {trained}")
 
 
 class _Keys:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -10,6 +9,7 @@ import numpy as np
 
 from hotcold.convert.gguf_read import GGUFFile
 from hotcold.runtime.head import EMBEDDING, head_name
+from hotcold.runtime.kept_types import kept_bytes
 from hotcold.runtime.placement import Costs, LayerLoad, Placement, Problem
 from hotcold.runtime.placement_devices import Fixed, fill
 from hotcold.runtime.shape import ModelShape
@@ -77,7 +77,7 @@ def _fixed(file: GGUFFile, shape: ModelShape, n_ctx: int, head: str) -> Fixed:
 
 def _bytes_of(file: GGUFFile, name: str) -> int:
     """0 for a tensor that is missing: who reads it says so."""
-    return file.tensors[name].data.nbytes if name in file.tensors else 0
+    return kept_bytes(file.tensors[name]) if name in file.tensors else 0
 
 
 def _gate_share(file: GGUFFile) -> float:
@@ -93,16 +93,14 @@ def _layer_bytes(file: GGUFFile, layer: int, mode: str) -> tuple[int, int]:
         if not name.startswith(f"blk.{layer}.") or _ROUTER in name:
             continue
         if any(part in name for part in (f".{part}" for part in _FFN)):
-            ffn += tensor.data.nbytes
+            ffn += kept_bytes(tensor)
         elif mode == "predicted" or not name.endswith(("fc1.weight", "fc2.weight")):
-            # Norms are kept in float32, whatever their type in the file.
-            vector = len(tensor.shape) == 1
-            frame += 4 * math.prod(tensor.shape) if vector else tensor.data.nbytes
+            frame += kept_bytes(tensor)
     return ffn, frame
 
 
 def part_bytes(file: GGUFFile) -> dict[str, int]:
-    """Bytes of a file's tensors by part: attention, predictor, gate, up, down, head, other."""
+    """Bytes of a model's weights by part: attention, predictor, gate, up, down, head, other."""
     kinds = {"attn_": "attention", "fc": "predictor", "ffn_gate": "gate", "ffn_up": "up", "ffn_down": "down"}
     sizes = dict.fromkeys([*kinds.values(), "head", "other"], 0)
     head = head_name(file)
@@ -112,7 +110,7 @@ def part_bytes(file: GGUFFile) -> dict[str, int]:
         part = next((kind for start, kind in kinds.items() if f".{start}" in name), "other")
         is_vector = len(tensor.shape) == 1 or _ROUTER in name
         part = "head" if name == head else "other" if is_vector else part
-        sizes[part] += tensor.data.nbytes
+        sizes[part] += kept_bytes(tensor)
     return sizes
 
 

@@ -1,7 +1,4 @@
-"""A model's weights on a device, from a GGUF file: all layers or some in a row, all neurons or the hot ones.
-
-Tensors are read one at a time; what a quantised type is decoded to, and when, is the operators' business.
-"""
+"""A model's weights on a device, from a GGUF file: all layers or some of them, all neurons or hot ones."""
 
 from __future__ import annotations
 
@@ -14,9 +11,10 @@ from torch import Tensor
 
 from hotcold.convert.forms import Form
 from hotcold.convert.gguf_read import GGUFFile
-from hotcold.convert.quantize import dequantize
-from hotcold.errors import FormatError, ShapeError, UnsupportedError
+from hotcold.errors import UnsupportedError
+from hotcold.runtime.gpu.reader import Reader
 from hotcold.runtime.head import EMBEDDING, head_name
+from hotcold.runtime.kept_types import log_converted
 from hotcold.runtime.shape import NEVER_ZERO, ModelShape, activation_thresholds, read_predictors
 from hotcold.runtime.triton.reference import PLAIN_RELU
 from hotcold.runtime.triton.rows import Rows, joined
@@ -30,8 +28,6 @@ __all__ = [
     "host_embedding",
     "read_weights",
 ]
-
-_KEPT = ("F32", "F16", "BF16", "Q8_0", "Q4_0")  # other types become F16
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,68 +114,6 @@ def _parts(layer: DeviceLayer) -> list[Rows | Tensor | None]:
     return parts
 
 
-class _Reader:
-    """Tensors of a file, checked, on the device."""
-
-    def __init__(self, file: GGUFFile, device: torch.device) -> None:
-        self.file, self.device = file, device
-        self._unread = set(file.tensors)
-
-    def __contains__(self, name: str) -> bool:
-        return name in self.file.tensors
-
-    def vector(self, name: str, n: int) -> Tensor:
-        values = dequantize(self._tensor(name, (n,))).reshape(n)
-        return torch.tensor(values, dtype=torch.float32, device=self.device)
-
-    def bias(self, name: str, n: int, order: np.ndarray | None = None) -> Tensor | None:
-        """A vector that may be missing."""
-        if name not in self:
-            return None
-        values = self.vector(name, n)
-        return values if order is None else values[torch.from_numpy(order).to(self.device)]
-
-    def norm(self, name: str, n: int, form: Form) -> DeviceNorm:
-        bias = self.vector(f"{name}.bias", n) if form.layer_norm else None
-        return DeviceNorm(self.vector(f"{name}.weight", n), bias)
-
-    def rows(self, name: str, n: int, width: int, order: np.ndarray | None = None) -> Rows:
-        """The matrix [n, width], or its rows `order`. A leading dimension of one expert is dropped."""
-        return self.host_rows(name, n, width, order).to(self.device)
-
-    def host_rows(self, name: str, n: int, width: int, order: np.ndarray | None = None) -> Rows:
-        """The same in main memory."""
-        tensor = self._tensor(name, (n, width))
-        if tensor.type in _KEPT:
-            rows = Rows.from_gguf(tensor.type, np.asarray(tensor.data), width)
-        else:
-            rows = Rows.of(torch.from_numpy(np.array(dequantize(tensor))).reshape(n, width).half())
-        return rows if order is None else rows.take(torch.from_numpy(order.astype(np.int64)))
-
-    def _tensor(self, name: str, shape: tuple[int, ...]) -> object:
-        if name not in self.file.tensors:
-            raise FormatError("missing tensor", where=self.file.path, field=name)
-        self._unread.discard(name)
-        tensor = self.file.tensors[name]
-        if tuple(tensor.shape) not in (shape, (1, *shape)):
-            raise ShapeError(f"tensor {name}", where=self.file.path, got=tensor.shape, expected=shape)
-        return tensor
-
-    def check_all_known(self, layers: range, form: Form) -> None:
-        """A tensor of a kind not read here (a bias, a norm of heads) means another function."""
-        known = ("fc1.weight", "fc2.weight", "ffn_gate", "ffn_up", "ffn_down")
-        outer = ("token_embd.weight", "output.weight", "rope_freqs.weight", f"{form.positions}.weight")
-        left = sorted(
-            name
-            for name in self._unread.difference(outer)
-            if (not name.startswith("blk.") or int(name.split(".")[1]) in layers)
-            and (name.endswith(".bias") or not any(part in name for part in known))
-        )
-        if left:
-            what = "the GPU backend does not know this kind of tensor"
-            raise UnsupportedError(what, where=self.file.path, got=left[0], fix="use --backend cpu")
-
-
 def read_weights(
     file: GGUFFile,
     device: torch.device,
@@ -195,7 +129,7 @@ def read_weights(
     The embedding is for the first layer. Raises FormatError, ShapeError or UnsupportedError for a file
     that this backend cannot run.
     """
-    shape, reader = ModelShape.read(file), _Reader(file, device)
+    shape, reader = ModelShape.read(file), Reader(file, device)
     d, vocab = shape.d_model, shape.n_vocab
     dense_file = "blk.0.ffn_down_t.weight" not in reader
     _check_supported(file, shape, dense_file)
@@ -215,8 +149,9 @@ def read_weights(
         _read_layer(reader, shape, i, order, count, predictors, firing[i])
         for i, order, count in zip(which, orders, counts, strict=True)
     ]
-    output_norm = reader.norm("output_norm", d, shape.form)
+    output_norm = _norm(reader, "output_norm", d, shape.form)
     reader.check_all_known(which, shape.form)
+    log_converted(file, reader.converted)
     return DeviceWeights(
         shape, device, which.start, layers, embedding, positions, head, output_norm, dense_file
     )
@@ -224,7 +159,7 @@ def read_weights(
 
 def host_embedding(file: GGUFFile, shape: ModelShape) -> Rows:
     """The embedding in main memory. Raises as `read_weights` does."""
-    return _Reader(file, torch.device("cpu")).rows(EMBEDDING, shape.n_vocab, shape.d_model)
+    return Reader(file, torch.device("cpu")).rows(EMBEDDING, shape.n_vocab, shape.d_model)
 
 
 def _order(hot: np.ndarray, d_ff: int) -> np.ndarray:
@@ -244,7 +179,7 @@ def _check_supported(file: GGUFFile, shape: ModelShape, dense_file: bool) -> Non
             raise UnsupportedError(what, where=file.path)
 
 
-def _read_positions(reader: _Reader, shape: ModelShape) -> Rows:
+def _read_positions(reader: Reader, shape: ModelShape) -> Rows:
     """Learned ones, from that of position 0 on."""
     name, first = f"{shape.form.positions}.weight", shape.form.first_position
     n = reader.file.tensors[name].shape[0] if name in reader else 0
@@ -252,7 +187,7 @@ def _read_positions(reader: _Reader, shape: ModelShape) -> Rows:
 
 
 def _read_layer(
-    reader: _Reader,
+    reader: Reader,
     shape: ModelShape,
     i: int,
     order: np.ndarray | None,
@@ -272,24 +207,29 @@ def _read_layer(
     )
 
 
-def _read_norms(reader: _Reader, shape: ModelShape, block: str) -> dict[str, DeviceNorm]:
+def _norm(reader: Reader, name: str, n: int, form: Form) -> DeviceNorm:
+    bias = reader.vector(f"{name}.bias", n) if form.layer_norm else None
+    return DeviceNorm(reader.vector(f"{name}.weight", n), bias)
+
+
+def _read_norms(reader: Reader, shape: ModelShape, block: str) -> dict[str, DeviceNorm]:
     """Those before attention and FFN. Falcon's may be one; where they are two, `attn_norm` is the FFN's."""
     form, d = shape.form, shape.d_model
-    norm = reader.norm(f"{block}.attn_norm", d, form)
+    norm = _norm(reader, f"{block}.attn_norm", d, form)
     if not form.parallel:
-        return {"attn_norm": norm, "ffn_norm": reader.norm(f"{block}.ffn_norm", d, form)}
+        return {"attn_norm": norm, "ffn_norm": _norm(reader, f"{block}.ffn_norm", d, form)}
     own = f"{block}.attn_norm_2"
     return {
-        "attn_norm": reader.norm(own, d, form) if f"{own}.weight" in reader else norm,
+        "attn_norm": _norm(reader, own, d, form) if f"{own}.weight" in reader else norm,
         "ffn_norm": norm,
     }
 
 
-def _read_attention(reader: _Reader, shape: ModelShape, block: str) -> dict[str, object]:
+def _read_attention(reader: Reader, shape: ModelShape, block: str) -> dict[str, object]:
     """The projections with their biases, and the norms of q's and k's heads."""
     qkv, qkv_bias = _read_qkv(reader, shape, block)
     norms = {
-        f"{slot}_norm": reader.norm(f"{block}.attn_{slot}_norm", shape.head_dim, shape.form)
+        f"{slot}_norm": _norm(reader, f"{block}.attn_{slot}_norm", shape.head_dim, shape.form)
         if shape.form.head_norm
         else None
         for slot in ("q", "k")
@@ -302,7 +242,7 @@ def _read_attention(reader: _Reader, shape: ModelShape, block: str) -> dict[str,
     }
 
 
-def _read_qkv(reader: _Reader, shape: ModelShape, block: str) -> tuple[tuple[Rows, ...], Tensor | None]:
+def _read_qkv(reader: Reader, shape: ModelShape, block: str) -> tuple[tuple[Rows, ...], Tensor | None]:
     """The rows of q, k and v, one matrix where their types allow it, joined in main memory; their biases."""
     if shape.form.fused_qkv:
         name, n = f"{block}.attn_qkv", (shape.n_heads + 2 * shape.n_kv_heads) * shape.head_dim
@@ -328,7 +268,7 @@ def _halves(n_heads: int, shape: ModelShape) -> np.ndarray:
 
 
 def _read_ffn(
-    reader: _Reader, shape: ModelShape, block: str, order: np.ndarray | None, n_hot: int
+    reader: Reader, shape: ModelShape, block: str, order: np.ndarray | None, n_hot: int
 ) -> DeviceFfn:
     d, d_ff = shape.d_model, shape.d_ff
     by_neuron = f"{block}.ffn_down_t.weight" in reader
@@ -344,7 +284,7 @@ def _read_ffn(
 
 
 def _read_predictor(
-    reader: _Reader, shape: ModelShape, i: int, order: np.ndarray | None, known: object
+    reader: Reader, shape: ModelShape, i: int, order: np.ndarray | None, known: object
 ) -> DevicePredictor:
     if f"blk.{i}.fc1.weight" not in reader:
         raise UnsupportedError("no predictors in this file", where=reader.file.path, fix="use --mode exact")

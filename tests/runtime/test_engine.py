@@ -308,3 +308,10 @@ def test_top_k(k):
 @pytest.mark.parametrize("asking", [False, True])
 def test_read_bandwidth_is_that_of_memory(asking):
     assert 0.5 < _cpu.read_bandwidth(1, 1 << 26, 2, asking=asking) < 2000
+
+
+def test_more_context_than_the_model_was_trained_on_is_said(bundle, capsys):
+    Engine.load(bundle.path, "exact", 1, n_ctx=2048)
+    assert capsys.readouterr().err == ""
+    Engine.load(bundle.path, "exact", 1, n_ctx=2049)
+    assert "a context of 2049 tokens, where the model was trained on 2048" in capsys.readouterr().err
