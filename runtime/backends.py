@@ -122,7 +122,6 @@ def make_placement(
     """The plan that a hybrid engine of these options would use; no weights are loaded for it."""
     from hotcold.convert.gguf_read import GGUFFile
     from hotcold.runtime.gpu.costs import measure_costs
-    from hotcold.runtime.gpu.cpu_side import check_hybrid
     from hotcold.runtime.gpu.device import open_devices, parse_budgets
     from hotcold.runtime.gpu.engine import file_and_mode
     from hotcold.runtime.gpu.plan import make_problem
@@ -133,7 +132,6 @@ def make_placement(
     path, mode = file_and_mode(bundle, mode)
     file, devices = GGUFFile(path), open_devices(options.device)
     shape = ModelShape.read(file)
-    check_hybrid(file, shape)
     if options.place:
         return load_placement(options.place, shape.n_layers, shape.d_ff, _fingerprint(file))
     budgets = parse_budgets(options.vram_budget, devices)

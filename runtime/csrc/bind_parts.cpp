@@ -14,6 +14,7 @@ using namespace hotcold;
 using Bytes = nb::ndarray<const uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Matrix = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using MatrixOut = nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using Floats = nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Ints = nb::ndarray<const int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Masks = nb::ndarray<const uint64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 
@@ -23,14 +24,20 @@ void require(bool ok, const char* what) {
   if (!ok) throw std::invalid_argument(what);
 }
 
-void set_neurons(Model& m, int l, int n, Bytes gate, int gate_type, Bytes up, int up_type, Bytes down, int down_type) {
+void set_neurons(Model& m, int l, int n, Bytes gate, int gate_type, Bytes up, int up_type, Bytes down, int down_type,
+                 Floats bias) {
   require(l >= 0 && l < m.config.n_layers, "no such layer");
   require(n > 0 && n <= m.config.d_ff, "1 to d_ff neurons");
-  for (const auto& [data, type] : {std::pair{&gate, gate_type}, {&up, up_type}, {&down, down_type}})
-    require(data->size() == gguf_row_bytes(Type(type), m.config.d_model) * n, "rows of another size");
+  const auto fits = [&](const Bytes& rows, int type) { return rows.size() == gguf_row_bytes(Type(type), m.config.d_model) * n; };
+  const bool gated = m.config.gated;
+  require(fits(gate, gate_type) && fits(down, down_type), "rows of another size");
+  require(gated ? fits(up, up_type) : up.size() == 0, "rows of another size");
+  require(bias.size() == 0 || (!gated && int(bias.size()) == n), "one bias per neuron, and only without gates");
   nb::gil_scoped_release release;
-  m.add_neurons(m.layers[l], n, gate.data(), Type(gate_type), up.data(), Type(up_type), down.data(), Type(down_type));
-  m.layers[l].n_neurons = n;
+  Layer& layer = m.layers[l];
+  m.add_neurons(layer, n, gate.data(), Type(gate_type), gated ? up.data() : nullptr, Type(up_type), down.data(), Type(down_type));
+  layer.gate_bias.assign(bias.data(), bias.data() + bias.size());
+  layer.n_neurons = n;
 }
 
 void run_layers(Model& m, MatrixOut x, int first, int last, int position) {
@@ -39,7 +46,7 @@ void run_layers(Model& m, MatrixOut x, int first, int last, int position) {
   require(position >= 0 && position + int(x.shape(0)) <= m.config.n_ctx, "the context is full");
   for (int l = first; l < last; ++l) {
     const Layer& layer = m.layers[l];
-    require(layer.q.data && layer.o.data && (layer.up.data || layer.bundles), "a layer that was not loaded");
+    require(layer.q.data && layer.o.data && (layer.down.data || layer.bundles), "a layer that was not loaded");
   }
   nb::gil_scoped_release release;
   m.run_layers(x.data(), int(x.shape(0)), first, last, position);
@@ -63,7 +70,8 @@ int64_t run_neurons(Model& m, int l, Matrix normed, Ints index, Masks tokens, Ma
 void bind_parts(nb::module_& m) {
   nb::module_ parts = m.def_submodule("parts", "Parts of a model whose rest is computed on another device.");
   parts.def("set_neurons", &set_neurons, "model"_a, "layer"_a, "n"_a, "gate"_a, "gate_type"_a, "up"_a, "up_type"_a,
-            "down"_a, "down_type"_a, "Holds `n` neurons of a layer, numbered from 0.");
+            "down"_a, "down_type"_a, "bias"_a,
+            "Holds `n` neurons of a layer, numbered from 0. Without gates, what decides is in their place, plus `bias`.");
   parts.def("run_layers", &run_layers, "model"_a, "x"_a, "first"_a, "last"_a, "position"_a,
             "Layers [first, last) on the residual stream x, in place.");
   parts.def("run_neurons", &run_neurons, "model"_a, "layer"_a, "normed"_a, "index"_a, "tokens"_a, "y"_a,

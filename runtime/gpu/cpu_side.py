@@ -14,26 +14,18 @@ from hotcold.runtime.bundle_load import Source, load_layers, new_model
 from hotcold.runtime.placement import Placement
 from hotcold.runtime.shape import ModelShape, activation_thresholds
 
-__all__ = ["MAX_BLOCK", "CpuSide", "check_hybrid"]
+__all__ = ["MAX_BLOCK", "CpuSide"]
 
 MAX_BLOCK = 64  # tokens that the native engine computes together
 _NO_MASKS = np.empty(0, np.uint64)  # one token wants whatever is listed
-
-
-def check_hybrid(file: GGUFFile, shape: ModelShape) -> None:
-    """Raise UnsupportedError where the native engine has no neurons apart from their layer: without gates."""
-    if not shape.form.gated:
-        what, got = "the hybrid backend runs gated FFNs only", file.metadata["general.architecture"]
-        raise UnsupportedError(what, where=file.path, got=got, fix="use --backend gpu or --backend cpu")
 
 
 class CpuSide:
     """What `placement` leaves to the CPU. `n_cold` are the cold neurons held per layer."""
 
     def __init__(self, file: GGUFFile, placement: Placement, mode: str, n_threads: int, n_ctx: int) -> None:
-        """Pack these weights. Raises what loading the CPU engine and `check_hybrid` raise."""
+        """Pack these weights. Raises what loading the CPU engine raises."""
         shape = ModelShape.read(file)
-        check_hybrid(file, shape)
         whole = [i for i, layer in enumerate(placement.layers) if not layer.on_device]
         self.first = whole[0] if whole else shape.n_layers
         self.n_layers, self.d_model = shape.n_layers, shape.d_model
@@ -89,11 +81,18 @@ class CpuSide:
 
 
 def _load_cold(model: _cpu.Model, source: Source, shape: ModelShape, layer: int, cold: np.ndarray) -> None:
-    parts = []
-    for name in ("ffn_gate", "ffn_up", "ffn_down_t"):
-        kind, data = source.packable(f"blk.{layer}.{name}.weight", shape.d_ff, shape.d_model)
+    """The rows of neurons; without gates, up's are in the gate's place, as they decide, and have a bias."""
+    block, parts = f"blk.{layer}", []
+    for name in ("ffn_gate", "ffn_up", "ffn_down_t") if shape.form.gated else ("ffn_up", None, "ffn_down_t"):
+        if name is None:
+            parts += [np.empty(0, np.uint8), 0]
+            continue
+        kind, data = source.packable(f"{block}.{name}.weight", shape.d_ff, shape.d_model)
         parts += [np.ascontiguousarray(data.reshape(shape.d_ff, -1)[cold]).reshape(-1), kind]
-    _cpu.parts.set_neurons(model, layer, len(cold), *parts)
+    bias, has_bias = np.empty(0, np.float32), not shape.form.gated and f"{block}.ffn_up.bias" in source
+    if has_bias:
+        bias = source.vector(f"{block}.ffn_up.bias", shape.d_ff)[cold].astype(np.float32)
+    _cpu.parts.set_neurons(model, layer, len(cold), *parts, bias)
 
 
 def _token_masks(wanted: np.ndarray) -> np.ndarray:

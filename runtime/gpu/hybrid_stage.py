@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from hotcold.runtime.gpu.cpu_side import CpuSide
+from hotcold.runtime.gpu.layers import plus
 from hotcold.runtime.gpu.stage import Stage
 from hotcold.runtime.gpu.staging import Staging
 from hotcold.runtime.gpu.telemetry import Telemetry
@@ -88,20 +89,20 @@ class HybridStage(Stage):
 
     def _since_handover(self, i: int, returned: bool) -> tuple[Tensor, Tensor]:
         """The residual stream before layer i, the one before having cold neurons; and its norm."""
-        one, norm, hot = self._one, self._norm_before(i), self.weights.layers[i - 1].n_hot > 0
+        one, norm, before = self._one, self._norm_before(i), self.weights.layers[i - 1]
+        shares = [one.hot] if before.n_hot else [] if before.down_bias is None else [before.down_bias[None]]
         if returned:
             self._staging.send_back(one.cold)
-            added = one.hot + one.cold if hot else one.cold
-            return self._layers.add_norm(one.attended, added, norm)
-        if hot:
-            return self._layers.add_norm(one.attended, one.hot, norm)
+            shares.append(one.cold)
+        if shares:
+            return self._layers.add_norm(one.attended, sum(shares[1:], shares[0]), norm)
         return one.attended, self._layers.norm(one.attended, norm)
 
     def _attend_and_send(self, i: int, x: Tensor, h: Tensor, seen: int) -> None:
         """Attention and predictor; the FFN's input and the wanted cold neurons go to the host."""
-        one, layers, layer, wanted = self._one, self._layers, self.weights.layers[i], None
-        x, h = layers.add_norm(x, layers.attention(i, h, self._position, seen), layer.ffn_norm)
-        one.attended.copy_(x)
+        one, layer, wanted = self._one, self.weights.layers[i], None
+        stream, x, h = self._attended(i, x, h, self._position, seen)
+        one.attended.copy_(stream)
         one.normed.copy_(h)
         if self.mode == "predicted":
             dot, predictor = self._ops.dot_rows, layer.predictor
@@ -155,7 +156,11 @@ class HybridStage(Stage):
         n_cold, number = self._n_cold[i], self.weights.first + i
         computed = self._layers.predictions(layer, x, positions) if self.mode == "predicted" else None
         hot = None if computed is None else computed[:, : layer.n_hot]
-        y = torch.zeros_like(x) if layer.ffn is None else self._masked(i, layer, h, hot)
+        y = (
+            plus(torch.zeros_like(x), layer.down_bias)
+            if layer.ffn is None
+            else self._masked(i, layer, h, hot)
+        )
         if not n_cold:
             return y
         normed = h.cpu().numpy()

@@ -88,11 +88,6 @@ class Layers:
         dtype = w.data.dtype if w.kind == FLOAT else torch.float16
         return plus((x.to(dtype) @ w.dequantize(dtype).T).float(), bias)
 
-    def embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        """Rows of the embedding, float32 [tokens, d_model], plus those of learned positions if any."""
-        x, learned = self.weights.embedding.take(tokens).dequantize(), self.weights.positions
-        return x if learned is None else x + learned.take(positions).dequantize()
-
     def logits(self, x: Tensor) -> Tensor:
         """Logits float32 [tokens, n_vocab] of the residual stream."""
         return self.dot(self.norm(x, self.weights.output_norm), self.weights.head)

@@ -46,7 +46,7 @@ def make_problem(
     head = head_name(file)
     fixed = _fixed(file, shape, n_ctx, head)
     if head != EMBEDDING:  # the hybrid engine then has the embedding in main memory
-        fixed = replace(fixed, first=0)
+        fixed = replace(fixed, first=fixed.first - _bytes_of(file, EMBEDDING))
     return Problem(layers, fixed, _bytes_of(file, head), tuple(budgets), costs)
 
 
@@ -92,7 +92,7 @@ def _layer_bytes(file: GGUFFile, layer: int, mode: str) -> tuple[int, int]:
     for name, tensor in file.tensors.items():
         if not name.startswith(f"blk.{layer}.") or _ROUTER in name:
             continue
-        if any(part in name for part in (f".{part}" for part in _FFN)):
+        if any(f".{part}" in name for part in _FFN) and not name.endswith("bias"):
             ffn += kept_bytes(tensor)
         elif mode == "predicted" or not name.endswith(("fc1.weight", "fc2.weight")):
             frame += kept_bytes(tensor)
@@ -100,14 +100,19 @@ def _layer_bytes(file: GGUFFile, layer: int, mode: str) -> tuple[int, int]:
 
 
 def part_bytes(file: GGUFFile) -> dict[str, int]:
-    """Bytes of a model's weights by part: attention, predictor, gate, up, down, head, other."""
+    """Bytes of a model's weights by part: attention, predictor, gate, up, down, head, other.
+
+    Without gates, what decides whether a neuron fires is in their place.
+    """
+    form = ModelShape.read(file).form
     kinds = {"attn_": "attention", "fc": "predictor", "ffn_gate": "gate", "ffn_up": "up", "ffn_down": "down"}
     sizes = dict.fromkeys([*kinds.values(), "head", "other"], 0)
     head = head_name(file)
     for name, tensor in file.tensors.items():
-        if name in (EMBEDDING, "output.weight") and name != head:
-            continue  # an embedding's rows are few, a copy of it is not read
+        if name in (EMBEDDING, f"{form.positions}.weight", "output.weight") and name != head:
+            continue  # of embeddings a row is read, of a copy nothing
         part = next((kind for start, kind in kinds.items() if f".{start}" in name), "other")
+        part = "gate" if part == "up" and not form.gated else part
         is_vector = len(tensor.shape) == 1 or _ROUTER in name
         part = "head" if name == head else "other" if is_vector else part
         sizes[part] += kept_bytes(tensor)

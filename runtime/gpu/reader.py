@@ -65,13 +65,13 @@ class Reader:
 
     def check_all_known(self, layers: range, form: Form) -> None:
         """A tensor of a kind not read here (a bias, a norm of heads) means another function."""
-        known = ("fc1.weight", "fc2.weight", "ffn_gate", "ffn_up", "ffn_down")
+        known = ("fc1.weight", "fc2.weight", "ffn_gate", "ffn_up", "ffn_down")  # may be the CPU's
         outer = ("token_embd.weight", "output.weight", "rope_freqs.weight", f"{form.positions}.weight")
         left = sorted(
             name
             for name in self._unread.difference(outer)
             if (not name.startswith("blk.") or int(name.split(".")[1]) in layers)
-            and (name.endswith(".bias") or not any(part in name for part in known))
+            and ((form.gated and name.endswith(".bias")) or not any(part in name for part in known))
         )
         if left:
             what = "the GPU backend does not know this kind of tensor"

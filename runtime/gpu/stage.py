@@ -116,7 +116,10 @@ class Stage:
         return layers[i].attn_norm if i < len(layers) else self.weights.output_norm
 
     def _embedded(self, given: Tensor, positions: Tensor) -> Tensor:
-        return given if self.weights.embedding is None else self._layers.embed(given, positions)
+        """The residual stream before these layers; learned positions are the first stage's to add."""
+        embedding, learned = self.weights.embedding, self.weights.positions
+        x = given if embedding is None else embedding.take(given).dequantize()
+        return x if learned is None else x + learned.take(positions).dequantize()
 
     def _ffn_of_one(self, i: int, layer: DeviceLayer, x: Tensor, h: Tensor) -> Tensor:
         """The FFN of one token by lists of active neurons; x is the residual stream, h its norm."""
@@ -141,7 +144,7 @@ class Stage:
         a = self._ops.ffn_listed(
             h, gate, ffn.up, index, count, layer.firing, self._clip, fired, ffn.gate_bias
         )
-        return plus(self._ops.down_listed(a, ffn.down, index, count), ffn.down_bias)
+        return plus(self._ops.down_listed(a, ffn.down, index, count), layer.down_bias)
 
     # ---- prompts
 
@@ -178,8 +181,8 @@ class Stage:
             a = torch.where(computed, a, 0.0)
             fired += (a != 0).sum()
         if self.weights.dense_file:
-            return dot(a, ffn.down, ffn.down_bias)
-        return plus(weighted(self._ops, a, ffn.down), ffn.down_bias)
+            return dot(a, ffn.down, layer.down_bias)
+        return plus(weighted(self._ops, a, ffn.down), layer.down_bias)
 
 
 def weighted(ops: object, a: Tensor, down: Rows) -> Tensor:

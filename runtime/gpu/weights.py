@@ -59,7 +59,6 @@ class DeviceFfn:
     up: Rows | None
     down: Rows
     gate_bias: Tensor | None = None
-    down_bias: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +75,7 @@ class DeviceLayer:
     k_norm: DeviceNorm | None
     window: int  # positions that a query sees; 0: all
     ffn: DeviceFfn | None  # None: all neurons are cold
+    down_bias: Tensor | None  # what the FFN adds beside its neurons, wherever they are
     predictor: DevicePredictor | None
     firing: float  # a gate fires from this value on
     n_hot: int
@@ -90,7 +90,7 @@ class DeviceWeights:
     first: int  # number of the first of `layers` in the model
     layers: list[DeviceLayer]
     embedding: Rows | None  # [n_vocab, d_model]
-    positions: Rows | None  # learned ones, from that of position 0 on; with the embedding
+    positions: Rows | None  # learned ones, from that of position 0 on; where the first layer is
     head: Rows | None
     output_norm: DeviceNorm
     dense_file: bool
@@ -201,6 +201,9 @@ def _read_layer(
         **_read_attention(reader, shape, block),
         window=shape.windows[i],
         ffn=_read_ffn(reader, shape, block, order, n_hot) if n_hot else None,
+        down_bias=None
+        if shape.form.gated
+        else reader.bias(f"{_down_name(reader, block)}.bias", shape.d_model),
         predictor=_read_predictor(reader, shape, i, order, predictors[i]) if predictors else None,
         firing=max(firing, PLAIN_RELU),
         n_hot=n_hot,
@@ -271,16 +274,20 @@ def _read_ffn(
     reader: Reader, shape: ModelShape, block: str, order: np.ndarray | None, n_hot: int
 ) -> DeviceFfn:
     d, d_ff = shape.d_model, shape.d_ff
-    by_neuron = f"{block}.ffn_down_t.weight" in reader
-    suffix = "_exps" if f"{block}.ffn_down_exps.weight" in reader else ""
+    down = _down_name(reader, block)
+    by_neuron, suffix = down.endswith("_t"), "_exps" if down.endswith("_exps") else ""
     kept = order[:n_hot] if by_neuron and order is not None else None
-    down = f"{block}.ffn_down_t" if by_neuron else f"{block}.ffn_down{suffix}"
     down_rows = reader.rows(f"{down}.weight", *((d_ff, d) if by_neuron else (d, d_ff)), kept)
     up = reader.rows(f"{block}.ffn_up{suffix}.weight", d_ff, d, kept)
     if shape.form.gated:
         return DeviceFfn(reader.rows(f"{block}.ffn_gate{suffix}.weight", d_ff, d, kept), up, down_rows)
-    biases = reader.bias(f"{block}.ffn_up.bias", d_ff, kept), reader.bias(f"{down}.bias", d)
-    return DeviceFfn(up, None, down_rows, *biases)
+    return DeviceFfn(up, None, down_rows, reader.bias(f"{block}.ffn_up.bias", d_ff, kept))
+
+
+def _down_name(reader: Reader, block: str) -> str:
+    """Rows by neuron, the matrix of a mixture's only expert, or an ordinary one."""
+    names = (f"{block}.ffn_down{kind}" for kind in ("_t", "_exps"))
+    return next((name for name in names if f"{name}.weight" in reader), f"{block}.ffn_down")
 
 
 def _read_predictor(

@@ -113,7 +113,7 @@ def test_without_gates_through_the_triton_kernels(name, mode, make_bundle_of, mo
     assert relative_error(device.decode(IDS[1]), expected) < 1e-4
 
 
-@pytest.mark.parametrize("name", [name for name in FAMILIES if not name.startswith(("opt", "falcon"))])
+@pytest.mark.parametrize("name", FAMILIES)
 def test_on_a_device_and_the_cpu(name, make_bundle_of, logits_of):
     """A layer on either side, torch on the CPU being the device; with biases, head norms and windows."""
     all_hot, none_hot = np.arange(D_FF, dtype=np.int32), np.empty(0, np.int32)
@@ -123,10 +123,41 @@ def test_on_a_device_and_the_cpu(name, make_bundle_of, logits_of):
     check_logits(engine, IDS, logits_of(name), 1e-3)
 
 
+SOME = np.arange(5, 90, dtype=np.int32)
+SPLITS = {
+    "split": (PlacedLayer(True, SOME, D_FF), PlacedLayer(True, SOME[::2], D_FF)),
+    "all cold": (PlacedLayer(True, SOME[:0], D_FF),) * 2,
+    "last layer on the CPU": (PlacedLayer(True, SOME, D_FF), PlacedLayer(False, SOME[:0], D_FF)),
+}
+
+
+@pytest.mark.parametrize("mode", ["exact", "predicted"])
+@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize("name", SPARSE)
+def test_neurons_on_both_sides(name, split, mode, make_bundle_of):
+    """The logits and counts of the oracle, for a prompt and one by one; the tokens of the CPU engine."""
+    bundle = make_bundle_of(name)
+    hybrid = HybridEngine.load(bundle, Placement(SPLITS[split], (1 << 30,)), mode, "cpu", 2, n_ctx=64)
+    reference = ReferenceEngine.load(bundle, mode, n_ctx=64)
+    reference.cache_dtype = torch.float16
+    expected = reference.prefill(IDS, all_logits=True)
+    check_logits(hybrid, IDS, expected, 1e-3)
+    hybrid.reset()
+    hybrid.reset_stats()
+    hybrid.prefill(IDS)
+    assert np.abs(hybrid.stats().fired - reference.stats().fired).max() <= 2
+    assert np.array_equal(hybrid.stats().predicted, reference.stats().predicted)
+    hybrid.reset()
+    assert greedy(hybrid, 20, IDS) == greedy(Engine.load(bundle, mode, 1, n_ctx=64), 20, IDS)
+
+
 @pytest.mark.parametrize("name", ["opt", "falcon-40b-relu"])
-def test_no_hybrid_without_gates(name, make_bundle_of):
-    options = BackendOptions("hybrid", device="cpu")
-    with pytest.raises(
-        UnsupportedError, match=rf"runs gated FFNs only \(got {name[:3]}.*use --backend gpu or --backend cpu"
-    ):
-        open_engine(make_bundle_of(name), "exact", 1, 64, options)
+def test_plans_without_gates(name, make_bundle_of):
+    """The plan is made, holds, and what it says a token reads is what both engines say."""
+    bundle, options = make_bundle_of(name), BackendOptions("hybrid", device="cpu", vram_budget="1G")
+    hybrid = open_engine(bundle, "predicted", 1, 64, options)
+    alone = GpuEngine.load(bundle, "predicted", "cpu", n_ctx=64)
+    hybrid.prefill(IDS), alone.prefill(IDS)
+    got, expected = hybrid.bytes_per_token(8), alone.bytes_per_token(8)
+    for part in ("attention", "predictor", "ffn", "head", "kv"):
+        assert got[part] == pytest.approx(expected[part], rel=0.01)
