@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
+from hotcold.convert.pre_tokenizers import PRE_TOKENIZERS, name_of
 from hotcold.convert.sentencepiece import is_sentencepiece, sentencepiece_metadata
 from hotcold.errors import FormatError, InputError, UnsupportedError
 from hotcold.json_file import read_json
-from hotcold.pre_tokenizers import PRE_TOKENIZERS, name_of
 from hotcold.tokenizer_file import read_tokenizer
 
 __all__ = ["tokenizer_files", "tokenizer_metadata"]

@@ -13,7 +13,8 @@ __all__ = ["Stats"]
 class Stats:
     """Counts per layer, summed over `tokens` tokens; every array is int64 [n_layers].
 
-    `fired` counts neurons that were computed and gave act(gate)·up != 0, `predicted` those that were not
+    `fired` counts neurons that were computed and gave act(gate)·up != 0 (with dReLU the native engine counts by
+    the gate alone, which is what costs it the other rows), `predicted` those that were not
     skipped outright (in `dense` and `exact` mode all of them), `missed` those that would have fired but were
     skipped. Finding the missed ones takes a dense FFN beside the sparse one: counted only if `audit` is on.
     """

@@ -15,8 +15,8 @@ from typing import NoReturn, Self
 from tokenizers import Tokenizer
 
 from hotcold.convert.gguf_read import GGUFFile
+from hotcold.convert.gguf_tokenizer import build_tokenizer
 from hotcold.errors import InputError, UnsupportedError
-from hotcold.gguf_tokenizer import build_tokenizer
 from hotcold.runtime.bundle_files import file_of_role
 from hotcold.tokenizer_file import read_tokenizer
 

@@ -129,7 +129,7 @@ def test_the_grep_above_would_find_something(tmp_path):
 def test_imports_go_one_way(path):
     """cli → eval → runtime → convert → src/hotcold; predictor and sparsify know src/hotcold alone.
 
-    One exception: `checkpoint` reads GGUF through convert's reader, the only one that may.
+    One exception: `checkpoint` reads GGUF through convert's readers, the only one that may.
     """
     allowed = {
         "src": {"errors", "storage", "progress", "text"},

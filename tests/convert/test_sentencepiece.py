@@ -11,10 +11,10 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from tokenizers.processors import TemplateProcessing
 
 from hotcold.convert.gguf_read import GGUFFile
+from hotcold.convert.gguf_tokenizer import build_tokenizer
 from hotcold.convert.gguf_write import write_gguf
 from hotcold.convert.tokenizer import tokenizer_metadata
 from hotcold.errors import FormatError
-from hotcold.gguf_tokenizer import build_tokenizer
 
 SPACE = "▁"
 SPECIAL = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]

@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from hotcold import checkpoint
 from hotcold.convert.gguf_read import GGUFFile
+from hotcold.convert.gguf_tokenizer import build_tokenizer
 from hotcold.errors import FormatError, HotcoldError, InputError, UnsupportedError
-from hotcold.gguf_tokenizer import build_tokenizer
 from hotcold.tokenizer_file import read_tokenizer
 
 

@@ -83,6 +83,15 @@ def test_layers_that_were_not_loaded():
 
 
 def test_rows_of_another_size():
-    rows = np.zeros(N * D * 4 - 1, np.uint8)
-    with pytest.raises(ValueError, match="rows of another size"):
-        _cpu.parts.set_neurons(model(), 0, N, rows, 0, rows, 0, rows, 0)
+    rows, fewer = np.zeros(N * D * 4, np.uint8), np.zeros(N * D * 4 - 1, np.uint8)
+    for gate, up, down in ((fewer, rows, rows), (rows, fewer, rows), (rows, rows, fewer)):
+        with pytest.raises(ValueError, match="rows of another size"):
+            _cpu.parts.set_neurons(model(), 0, N, gate, 0, up, 0, down, 0)
+
+
+def test_ups_are_of_models_with_gates_and_biases_of_others():
+    rows, bias = np.zeros(N * D * 4, np.uint8), np.zeros(N, np.float32)
+    with pytest.raises(ValueError, match="up rows are of a model with gates"):
+        _cpu.parts.set_neurons(model(), 0, N, rows, 0, None, 0, rows, 0)
+    with pytest.raises(ValueError, match="one bias per neuron, and only without gates"):
+        _cpu.parts.set_neurons(model(), 0, N, rows, 0, rows, 0, rows, 0, bias)

@@ -1,4 +1,4 @@
-"""The sparse FFN as one operator: listed neurons' rows against a readable reference.
+"""The sparse FFN as one operator: listed neurons' rows against a readable reference, with gates and without.
 
 Every ISA x type x shape x activity x threads. Rows of neurons that are not listed are NaN, and so are the up
 and down rows of listed neurons whose gate does not fire: reading any of them would show.
@@ -30,16 +30,16 @@ def listed_neurons(n, activity, rng):
     return listed
 
 
-def make_model(isa, threads, d_model, n, activation):
+def make_model(isa, threads, d_model, n, activation, gated):
     return _cpu.Model(
         n_layers=1, d_model=d_model, d_ff=n, n_heads=2, n_kv_heads=1, head_dim=16, n_vocab=32, n_ctx=16,
         norm_eps=1e-5, activation=activation, mode=2, threads=threads, weight_bytes=64 << 20, isa=isa,
+        gated=gated,
     )  # fmt: skip
 
 
-def reference(x, gate, up, down, wanted, threshold, clip):
-    """What the wanted neurons add, and who fires; x [tokens, d_model], wanted bool [tokens, n]."""
-    g, u = x @ gate.T, x @ up.T
+def reference(g, u, down, wanted, threshold, clip):
+    """What the wanted neurons add, and who fires; g, u and wanted are [tokens, n]."""
     fires = wanted & (g >= threshold)
     return np.where(fires, g * (np.maximum(u, 0) if clip else u), 0) @ down, fires
 
@@ -68,7 +68,15 @@ def test_drelu_and_thresholds(isa, kind):
     check(isa, kind, (576, 300), 0.5, 2, tokens=1, threshold=0.4)
 
 
-def check(isa, kind, shape, activity, threads, tokens, activation=RELU, threshold=0.0):
+@pytest.mark.parametrize("tokens", [1, 7])
+@pytest.mark.parametrize("activity", ACTIVITY)
+@pytest.mark.parametrize("kind", TYPES)
+@pytest.mark.parametrize("isa", _cpu.available_isas())
+def test_without_gates(isa, kind, activity, tokens):
+    check(isa, kind, (576, 300), ACTIVITY[activity], 2, tokens, gated=False)
+
+
+def check(isa, kind, shape, activity, threads, tokens, activation=RELU, threshold=0.0, gated=True):
     d_model, n = shape
     rng = np.random.default_rng([d_model, n, tokens, threads])
     rows = [rng.standard_normal((n, d_model)) / np.sqrt(d_model) for _ in range(3)]
@@ -76,19 +84,22 @@ def check(isa, kind, shape, activity, threads, tokens, activation=RELU, threshol
     x = rng.standard_normal((tokens, d_model)).astype(np.float32)
     wanted = np.stack([listed_neurons(n, activity, rng) for _ in range(tokens)])
     seen = int8_blocks(x) if kind.startswith("Q") else x.astype(np.float64)
-    g = seen @ gates.T
+    bias = None if gated else rng.standard_normal(n).astype(np.float32)
+    g = seen @ gates.T + (0 if gated else bias)
     wanted &= np.abs(g - threshold) > 1e-4  # rounding alone decides no neuron
-    expected, fires = reference(seen, gates, ups, downs, wanted, threshold, activation == DRELU)
+    u = seen @ ups.T if gated else np.ones_like(g)
+    expected, fires = reference(g, u, downs, wanted, threshold, activation == DRELU)
 
     idle, silent = np.flatnonzero(~wanted.any(0)), np.flatnonzero(~fires.any(0))
     poison(kind, gate, idle)
     poison(kind, up, silent)
     poison(kind, down, silent)
-    model = make_model(isa, threads, d_model, n, activation)
+    model = make_model(isa, threads, d_model, n, activation, gated)
     if threshold:
         model.set_activation_threshold(0, threshold)
     kind_id = TYPES[kind]
-    _cpu.parts.set_neurons(model, 0, n, gate.ravel(), kind_id, up.ravel(), kind_id, down.ravel(), kind_id)
+    up = up.ravel() if gated else None
+    _cpu.parts.set_neurons(model, 0, n, gate.ravel(), kind_id, up, kind_id, down.ravel(), kind_id, bias)
     index = np.flatnonzero(wanted.any(0)).astype(np.int32)
     weights = np.uint64(1) << np.arange(tokens, dtype=np.uint64)
     masks = (wanted[:, index].T * weights).sum(1, dtype=np.uint64)

@@ -18,6 +18,7 @@ from hotcold.convert.architectures import ModelSpec
 from hotcold.convert.gguf_checkpoint import GGUFCheckpoint
 from hotcold.convert.gguf_read import GGUFFile
 from hotcold.convert.gguf_split import open_gguf
+from hotcold.convert.gguf_tokenizer import build_tokenizer
 from hotcold.convert.gpu_index import GpuIndex
 from hotcold.convert.hf_checkpoint import HFCheckpoint
 from hotcold.convert.inspect import describe, render
@@ -27,7 +28,6 @@ from hotcold.convert.tokenizer import tokenizer_metadata
 from hotcold.convert.verify import verify_bundle
 from hotcold.convert.weights import check_weights
 from hotcold.errors import HotcoldError
-from hotcold.gguf_tokenizer import build_tokenizer
 from hotcold.predictor.bundle import PredictorBundle
 from hotcold.predictor.traces import Traces
 from hotcold.runtime.engine import Engine

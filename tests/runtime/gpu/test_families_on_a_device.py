@@ -133,7 +133,9 @@ SPLITS = {
 
 @pytest.mark.parametrize("mode", ["exact", "predicted"])
 @pytest.mark.parametrize("split", SPLITS)
-@pytest.mark.parametrize("name", SPARSE)
+@pytest.mark.parametrize(
+    "name", ["opt", "falcon-7b-relu", "falcon-40b-relu", "falcon-11b-relu", "bamboo", "qwen3", "prosparse"]
+)
 def test_neurons_on_both_sides(name, split, mode, make_bundle_of):
     """The logits and counts of the oracle, for a prompt and one by one; the tokens of the CPU engine."""
     bundle = make_bundle_of(name)
@@ -145,10 +147,22 @@ def test_neurons_on_both_sides(name, split, mode, make_bundle_of):
     hybrid.reset()
     hybrid.reset_stats()
     hybrid.prefill(IDS)
-    assert np.abs(hybrid.stats().fired - reference.stats().fired).max() <= 2
+    if name != "bamboo":  # whose gates alone are what the CPU counts
+        assert np.abs(hybrid.stats().fired - reference.stats().fired).max() <= 2
     assert np.array_equal(hybrid.stats().predicted, reference.stats().predicted)
     hybrid.reset()
     assert greedy(hybrid, 20, IDS) == greedy(Engine.load(bundle, mode, 1, n_ctx=64), 20, IDS)
+
+
+@pytest.mark.parametrize("name", ["opt", "falcon-40b-relu"])
+def test_both_sides_through_the_triton_kernels(name, make_bundle_of, monkeypatch):
+    """In Triton's interpreter: the first token, and one after it."""
+    bundle, placement = make_bundle_of(name), Placement(SPLITS["split"], (1 << 30,))
+    expected = GpuEngine.load(bundle, "predicted", "cpu", n_ctx=16).prefill(IDS[:2])
+    monkeypatch.setattr(stage, "operators", lambda device: ops)
+    hybrid = HybridEngine.load(bundle, placement, "predicted", "cpu", 1, n_ctx=16)
+    hybrid.prefill(IDS[:1])
+    assert relative_error(hybrid.decode(IDS[1]), expected) < 1e-4
 
 
 @pytest.mark.parametrize("name", ["opt", "falcon-40b-relu"])

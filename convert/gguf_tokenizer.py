@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from hotcold.convert.gguf_sentencepiece import real_tokens, sentencepiece_tokenizer
+from hotcold.convert.pre_tokenizers import PRE_TOKENIZERS
 from hotcold.errors import FormatError, UnsupportedError
-from hotcold.gguf_sentencepiece import real_tokens, sentencepiece_tokenizer
-from hotcold.pre_tokenizers import PRE_TOKENIZERS
 
 if TYPE_CHECKING:
     from tokenizers import AddedToken, Tokenizer

@@ -11,8 +11,8 @@ from tokenizers import Regex, Tokenizer, models, trainers
 from tokenizers.pre_tokenizers import ByteLevel, Digits, Punctuation, Split
 
 from hotcold.convert.gguf_read import GGUFFile
-from hotcold.gguf_tokenizer import build_tokenizer
-from hotcold.pre_tokenizers import PRE_TOKENIZERS, name_of
+from hotcold.convert.gguf_tokenizer import build_tokenizer
+from hotcold.convert.pre_tokenizers import PRE_TOKENIZERS, name_of
 
 PIECES = [
     "the", " word", "B", "é", "日本", "😀", "1", "23", "12345", " ", "  ", "\n", "\n\n", "\t", "\r\n", "'s",
