@@ -13,10 +13,10 @@ __all__ = ["Stats"]
 class Stats:
     """Counts per layer, summed over `tokens` tokens; every array is int64 [n_layers].
 
-    `fired` counts neurons that were computed and gave act(gate)·up != 0 (with dReLU the native engine counts by
-    the gate alone, which is what costs it the other rows), `predicted` those that were not
-    skipped outright (in `dense` and `exact` mode all of them), `missed` those that would have fired but were
-    skipped. Finding the missed ones takes a dense FFN beside the sparse one: counted only if `audit` is on.
+    `fired` counts neurons that were computed and gave act(gate)·up != 0 (the native engine looks at the gate
+    alone, which with dReLU is not the same), `predicted` those that were not skipped outright (in `dense` and
+    `exact` mode all of them), `missed` those that would have fired but were skipped. Finding the missed ones
+    takes a dense FFN beside the sparse one: counted only if `audit` is on.
     """
 
     tokens: int
