@@ -120,7 +120,7 @@ class GGUFCheckpoint:
         heads = {"attn_q": "num_attention_heads", "attn_k": "num_key_value_heads"}
         if kind in heads and FORMS[self._architecture].interleaved:
             n_heads = self.config[heads[kind]]
-            if tensor.shape[0] != n_heads * self.config["head_dim"] or self.config["head_dim"] % 2:
+            if tensor.shape[0] != n_heads * self.config["head_dim"]:
                 expected = f"{n_heads} heads of {self.config['head_dim']} rows"
                 raise ShapeError(
                     f"tensor {tensor.name}", where=self.path, got=tensor.shape, expected=expected

@@ -126,7 +126,7 @@ class GGUFFile:
         if key not in self.metadata:
             raise FormatError("missing metadata key", where=self.path, field=key)
         value = self.metadata[key]
-        if not isinstance(value, kind) or (isinstance(value, bool) and kind is int):
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
             wanted = kind.__name__ if isinstance(kind, type) else " or ".join(k.__name__ for k in kind)
             got = type(value).__name__
             raise FormatError("wrong type of metadata", where=self.path, field=key, got=got, expected=wanted)

@@ -48,10 +48,11 @@ class Splitting:
 def name_of(pre_tokenizer: dict[str, Any], vocabulary: Collection[str], *, whole_words: bool) -> str | None:
     """What GGUF calls the `pre_tokenizer` of a tokenizer.json; None for one that llama.cpp has not.
 
-    Of several names it is the one with the same `whole_words`, if there is one.
+    Of several names it is the one with the same `whole_words`. Where there is none, `whole_words` is lost:
+    words that are tokens, but that merges do not reach, come apart.
     """
-    leaves = _leaves(pre_tokenizer)
-    if leaves[-1:] == [_state(step) for step in _removal(vocabulary)]:
+    leaves, removal = _leaves(pre_tokenizer), [_state(step) for step in _removal(vocabulary)]
+    if removal and leaves[-1:] == removal:
         leaves.pop()
     steps = tuple(map(_step, leaves))
     same = [

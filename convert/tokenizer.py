@@ -18,6 +18,7 @@ from hotcold.convert.pre_tokenizers import PRE_TOKENIZERS, name_of
 from hotcold.convert.sentencepiece import is_sentencepiece, sentencepiece_metadata
 from hotcold.errors import FormatError, InputError, UnsupportedError
 from hotcold.json_file import read_json
+from hotcold.progress import log
 from hotcold.tokenizer_file import read_tokenizer
 
 __all__ = ["tokenizer_files", "tokenizer_metadata"]
@@ -102,7 +103,10 @@ def _pre_tokenizer(data: dict[str, Any], path: Path) -> str:
         if got not in ("NFC", None):  # llama.cpp leaves NFC out for Qwen, and so do we
             raise UnsupportedError("normalizer", where=path, got=got, expected="none")
     model, pre = data["model"], data.get("pre_tokenizer") or {}
-    name = name_of(pre, model["vocab"], whole_words=model.get("ignore_merges", False))
+    whole_words = model.get("ignore_merges", False)
+    name = name_of(pre, model["vocab"], whole_words=whole_words)
+    if name and PRE_TOKENIZERS[name].whole_words != whole_words:
+        log(f"{path.name}: llama.cpp's {name} has another ignore_merges: words may come apart otherwise")
     if name is None:
         expected = " | ".join(PRE_TOKENIZERS)
         raise UnsupportedError(

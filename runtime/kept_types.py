@@ -9,7 +9,7 @@ from hotcold.progress import log
 
 __all__ = ["KEPT", "kept_bytes", "log_converted"]
 
-KEPT = ("F32", "F16", "BF16", "Q8_0", "Q4_0")  # numbered as in csrc/quant.h
+KEPT = ("F32", "F16", "BF16", "Q8_0", "Q4_0")  # numbered as in csrc/layout.h
 
 
 def kept_bytes(tensor: Tensor) -> int:

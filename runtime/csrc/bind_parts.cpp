@@ -37,6 +37,7 @@ void set_neurons(Model& m, int l, int n, Bytes gate, int gate_type, std::optiona
   nb::gil_scoped_release release;
   Layer& layer = m.layers[l];
   m.add_neurons(layer, n, gate.data(), Type(gate_type), up ? up->data() : nullptr, Type(up_type), down.data(), Type(down_type));
+  layer.gate_bias.clear();
   if (bias) layer.gate_bias.assign(bias->data(), bias->data() + n);
   layer.n_neurons = n;
 }

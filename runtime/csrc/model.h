@@ -84,7 +84,7 @@ struct Layer {
   size_t bundle_stride = 0;
   int n_neurons = 0;               // held in bundles, where only a part is (parts.cpp)
   RowKind gate_row, up_row, down_row;
-  std::vector<float> gate_bias;    // [round_up(d_ff, 16)]; empty: none
+  std::vector<float> gate_bias;    // [round_up(d_ff, 16)], or [n_neurons]; empty: none
   std::vector<float> down_bias;
   Panel fc1, fc2;                  // predictor
   std::vector<uint16_t> hot;       // per 16 neurons: bits of those that are always computed

@@ -21,7 +21,7 @@ _NO_MASKS = np.empty(0, np.uint64)  # one token wants whatever is listed
 
 
 class CpuSide:
-    """What `placement` leaves to the CPU. `n_cold` are the cold neurons held per layer."""
+    """What `placement` leaves to the CPU: `n_cold` neurons per layer. `converted`: types that became F16."""
 
     def __init__(self, file: GGUFFile, placement: Placement, mode: str, n_threads: int, n_ctx: int) -> None:
         """Pack these weights. Raises what loading the CPU engine raises."""
@@ -42,7 +42,7 @@ class CpuSide:
                 model.set_activation_threshold(i, threshold)
         except ValueError as error:
             raise UnsupportedError(str(error), where=file.path) from error
-        self._model = model
+        self._model, self.converted = model, source.converted
 
     @property
     def any_layers(self) -> bool:

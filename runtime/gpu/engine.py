@@ -21,6 +21,7 @@ from hotcold.runtime.gpu.device import memory_or_error, on, open_devices, parse_
 from hotcold.runtime.gpu.plan import whole_model
 from hotcold.runtime.gpu.stage import Stage
 from hotcold.runtime.gpu.weights import DeviceWeights, read_weights
+from hotcold.runtime.kept_types import log_converted
 from hotcold.runtime.placement_devices import spans
 from hotcold.runtime.shape import ModelShape, check_context
 from hotcold.runtime.stats import Stats
@@ -55,6 +56,7 @@ class GpuEngine:
         self.n_vocab = self.shape.n_vocab
         self._stages: list[Stage] = []
         self._load(file)
+        log_converted(file, self._converted())
         _check_mode(file, self._stages[0].weights, mode)
         self.position = 0
         self.reset_stats()
@@ -101,6 +103,10 @@ class GpuEngine:
         predicted = self.mode == "predicted"
         weights = read_weights(file, device, layers, with_predictors=predicted, with_head=last)
         return Stage(weights, self.mode, self.n_ctx)
+
+    def _converted(self) -> set[str]:
+        """Types of weights that became F16."""
+        return set().union(*(stage.weights.converted for stage in self._stages))
 
     def reset(self) -> None:
         """Forget all tokens."""

@@ -86,6 +86,9 @@ class HybridEngine(GpuEngine):
         weights = read_weights(file, device, layers, hot, with_predictors=predicted, **parts)
         return HybridStage(weights, self.mode, self.n_ctx, self._cpu)
 
+    def _converted(self) -> set[str]:
+        return super()._converted() | self._cpu.converted
+
     def _given(self, ids: np.ndarray) -> Tensor:
         """Tokens, or the residual stream before the first layer, float32 [n, d_model], in main memory."""
         tokens = super()._given(ids)

@@ -102,12 +102,12 @@ class HybridStage(Stage):
         """Attention and predictor; the FFN's input and the wanted cold neurons go to the host."""
         one, layer, wanted = self._one, self.weights.layers[i], None
         stream, x, h = self._attended(i, x, h, self._position, seen)
-        one.attended.copy_(stream)
-        one.normed.copy_(h)
         if self.mode == "predicted":
             dot, predictor = self._ops.dot_rows, layer.predictor
             one.scores.copy_(dot(dot(x, predictor.fc1, relu=True), predictor.fc2))
             wanted = ((one.scores >= predictor.threshold) | predictor.always)[:, layer.n_hot :]
+        one.attended.copy_(stream)  # x may be it: read before
+        one.normed.copy_(h)
         self._staging.send(one.normed, wanted)
 
     def _hot_of_one(self, i: int) -> None:

@@ -65,13 +65,17 @@ class Reader:
 
     def check_all_known(self, layers: range, form: Form) -> None:
         """A tensor of a kind not read here (a bias, a norm of heads) means another function."""
-        known = ("fc1.weight", "fc2.weight", "ffn_gate", "ffn_up", "ffn_down")  # may be the CPU's
+        parts = ("fc1.weight", "fc2.weight", "ffn_gate", "ffn_up", "ffn_down")  # may be left to the CPU
         outer = ("token_embd.weight", "output.weight", "rope_freqs.weight", f"{form.positions}.weight")
+
+        def known(name: str) -> bool:
+            of_cold_neurons = not form.gated and name.endswith(".ffn_up.bias")
+            return any(part in name for part in parts) and (not name.endswith(".bias") or of_cold_neurons)
+
         left = sorted(
             name
             for name in self._unread.difference(outer)
-            if (not name.startswith("blk.") or int(name.split(".")[1]) in layers)
-            and ((form.gated and name.endswith(".bias")) or not any(part in name for part in known))
+            if (not name.startswith("blk.") or int(name.split(".")[1]) in layers) and not known(name)
         )
         if left:
             what = "the GPU backend does not know this kind of tensor"

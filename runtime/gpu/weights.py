@@ -14,7 +14,6 @@ from hotcold.convert.gguf_read import GGUFFile
 from hotcold.errors import UnsupportedError
 from hotcold.runtime.gpu.reader import Reader
 from hotcold.runtime.head import EMBEDDING, head_name
-from hotcold.runtime.kept_types import log_converted
 from hotcold.runtime.shape import NEVER_ZERO, ModelShape, activation_thresholds, read_predictors
 from hotcold.runtime.triton.reference import PLAIN_RELU
 from hotcold.runtime.triton.rows import Rows, joined
@@ -94,6 +93,7 @@ class DeviceWeights:
     head: Rows | None
     output_norm: DeviceNorm
     dense_file: bool
+    converted: set[str]  # types of the file that became F16
 
     @property
     def nbytes(self) -> int:
@@ -151,9 +151,17 @@ def read_weights(
     ]
     output_norm = _norm(reader, "output_norm", d, shape.form)
     reader.check_all_known(which, shape.form)
-    log_converted(file, reader.converted)
     return DeviceWeights(
-        shape, device, which.start, layers, embedding, positions, head, output_norm, dense_file
+        shape,
+        device,
+        which.start,
+        layers,
+        embedding,
+        positions,
+        head,
+        output_norm,
+        dense_file,
+        reader.converted,
     )
 
 

