@@ -12,6 +12,7 @@ from typing import ClassVar
 
 import numpy as np
 import pytest
+import tiny_families
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -107,7 +108,18 @@ def decoded(engine: GpuEngine) -> tuple[np.ndarray, np.ndarray]:
     ("predicted", (SOME, NONE, ON_CPU)),
 ])  # fmt: skip
 def test_a_replay_does_what_the_step_does(make_bundle, monkeypatch, mode, layers):
-    path = make_bundle(n_layers=3).path
+    check_replays(make_bundle(n_layers=3).path, monkeypatch, mode, layers)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layers", [(SOME, NONE), (NONE, NONE)])
+@pytest.mark.parametrize("name", ["opt", "falcon-7b-relu"])
+def test_replays_without_gates(make_bundle_of, monkeypatch, name, layers):
+    wide = tuple(PlacedLayer(True, layer.hot, tiny_families.D_FF) for layer in layers)
+    check_replays(make_bundle_of(name), monkeypatch, "predicted", wide)
+
+
+def check_replays(path, monkeypatch, mode, layers):
     monkeypatch.setattr(gpu_stage, "operators", lambda device: ops)
 
     def run() -> tuple[np.ndarray, np.ndarray]:
