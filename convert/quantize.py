@@ -6,7 +6,6 @@ here is what llama.cpp's own tools would have written.
 
 from __future__ import annotations
 
-import os
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -14,6 +13,7 @@ from gguf import quants
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from hotcold.convert.gguf_read import Tensor, row_bytes
+from hotcold.cpus import available_cpus
 from hotcold.errors import UnsupportedError
 
 __all__ = ["FLOATS", "QUANTS", "dequantize", "quantize", "row_type", "type_of"]
@@ -52,7 +52,7 @@ def quantize(array: np.ndarray, type_name: str) -> np.ndarray:
     step = max(1, _CHUNK // width)
     starts = range(0, len(rows), step)
     # numpy lets go of Python's lock while it computes.
-    with ThreadPoolExecutor(min(_THREADS, len(starts), os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(min(_THREADS, len(starts), available_cpus())) as pool:
         parts = list(pool.map(lambda i: _quantize_rows(rows[i : i + step], kind), starts))
     return np.concatenate(parts).reshape(shape)
 

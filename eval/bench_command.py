@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
+from hotcold.cpus import thread_count
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -80,12 +82,11 @@ def run(args: argparse.Namespace) -> int:
     from pathlib import Path
 
     from hotcold import storage
-    from hotcold.eval import machine
     from hotcold.eval.bench import Plan
     from hotcold.eval.report import as_json_object, render
 
     plan = Plan(args.repetitions, args.n_prompt, args.n_gen)
-    args.threads = machine.thread_count(args.threads)
+    args.threads = thread_count(args.threads)
     if args.quality_tokens is None:
         args.quality_tokens = _SYNTHETIC_QUALITY_TOKENS if args.synthetic else _QUALITY_TOKENS
     with tempfile.TemporaryDirectory(prefix="hotcold-bench-") as scratch:

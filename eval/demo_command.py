@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+from hotcold.cpus import thread_count
+
 HELP = (
     "Do the whole job on SmolLM2-135M: make it sparse, with trained FFNs if they come with hotcold, record "
     "its activations, train predictors, export, generate, and measure perplexity and tokens/s against "
@@ -30,11 +32,10 @@ def run(args: argparse.Namespace) -> int:
     """Run what is left of the demo, and print its summary."""
     from pathlib import Path
 
-    from hotcold.eval import machine
     from hotcold.eval.demo import demo, summary
 
     out = Path(args.out)
-    threads = machine.thread_count(args.threads)
+    threads = thread_count(args.threads)
     report = demo(out, model=args.model, quant=args.quant, n_threads=threads, from_scratch=args.from_scratch)
     print(f"\n{summary(report)}\n\n{out / 'report.json'}", flush=True)
     return 0

@@ -6,6 +6,8 @@ import argparse
 import json
 from typing import TYPE_CHECKING
 
+from hotcold.cpus import thread_count
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -76,7 +78,7 @@ def _measure(args: argparse.Namespace, scratch: Path) -> tuple[dict, str]:
     from hotcold.runtime.gpu.device import open_devices
 
     device = open_devices(args.device)[0]
-    plan, threads = Plan(args.repetitions, args.n_prompt, args.n_gen), machine.thread_count(args.threads)
+    plan, threads = Plan(args.repetitions, args.n_prompt, args.n_gen), thread_count(args.threads)
     modes = checked_modes(args.modes, ("dense", "exact", "predicted"))
     shares = [_percent(text) for text in args.budgets.split(",") if text.strip()]
     bundle, ids = _synthetic(args, plan.n_tokens, scratch) if args.synthetic else _real(args, plan.n_tokens)

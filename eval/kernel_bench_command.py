@@ -32,8 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measure or check, and print the table or one JSON object."""
+    from hotcold.cpus import available_cpus
     from hotcold.eval.kernel_bench import check_kernels, measure_kernels
-    from hotcold.eval.machine import cpu_count
     from hotcold.runtime.gpu.costs import device_bandwidth
     from hotcold.runtime.gpu.device import open_device
 
@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
     if args.check:
         print(json.dumps(check_kernels(plan, device)))
         return 0
-    bandwidth = device_bandwidth(device, cpu_count())
+    bandwidth = device_bandwidth(device, available_cpus())
     rows = measure_kernels(plan, device, bandwidth)
     print(_json(plan, rows, device) if args.output == "json" else _table(plan, rows))
     return 0

@@ -8,27 +8,13 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from hotcold import __version__
-from hotcold.errors import InputError
+from hotcold.cpus import available_cpus
 
-__all__ = ["cpu_count", "describe", "thread_count"]
+__all__ = ["describe"]
 
 # of the many flags a CPU lists, those that decide which kernels run
 _ISA_FLAGS = ("avx2", "fma", "f16c", "avx_vnni", "avx512f", "avx512bw", "avx512_vnni", "avx512_bf16", "asimd")
 _PACKAGES = ("torch", "transformers", "numpy", "gguf", "tokenizers", "llama-cpp-python")
-
-
-def cpu_count() -> int:
-    """CPUs that this process may use, which in a container are often fewer than the machine has."""
-    return len(os.sched_getaffinity(0))
-
-
-def thread_count(asked: int | None) -> int:
-    """As many threads as asked for, or one per CPU. InputError for fewer than one."""
-    if asked is None:
-        return cpu_count()
-    if asked < 1:
-        raise InputError("must be at least 1", where="--threads", got=asked)
-    return asked
 
 
 def describe() -> dict[str, object]:
@@ -37,7 +23,7 @@ def describe() -> dict[str, object]:
     flags = cpu.get("flags", cpu.get("Features", "")).split()
     return {
         "cpu": cpu.get("model name") or platform.processor() or platform.machine(),
-        "cores": cpu_count(),
+        "cores": available_cpus(),
         "isa": [flag for flag in _ISA_FLAGS if flag in flags],
         "l3": _l3(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),

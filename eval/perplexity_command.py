@@ -6,6 +6,7 @@ import argparse
 import json
 from typing import TYPE_CHECKING
 
+from hotcold.cpus import thread_count
 from hotcold.errors import InputError
 from hotcold.runtime.backends import add_input_sparsity
 
@@ -57,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measure and print one perplexity per mode."""
-    from hotcold.eval import machine, windows
+    from hotcold.eval import windows
     from hotcold.eval.perplexity import compare
     from hotcold.eval.sides import LLAMA_CPP, MODES, checked_modes
     from hotcold.progress import Progress
@@ -67,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
     if args.input_sparsity and LLAMA_CPP in modes:
         raise InputError("llama.cpp leaves no inputs out", where="--input-sparsity", got=args.input_sparsity)
     reference = checked_modes(args.reference, known)[0] if args.reference else None
-    args.threads = machine.thread_count(args.threads)
+    args.threads = thread_count(args.threads)
     tokenizer = windows.load_tokenizer(args.bundle)
     ids = windows.text_ids(args.text, tokenizer, args.tokens)
     cut = windows.windows(ids, args.window, tokenizer)

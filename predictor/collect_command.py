@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hotcold.cpus import torch_threads
 from hotcold.errors import InputError
 from hotcold.progress import log
 
@@ -30,25 +31,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", required=True, help="folder of the traces; run again to resume")
     parser.add_argument("--window", type=int, default=256, help="tokens of context at most (default 256)")
     parser.add_argument("--shard-tokens", type=int, default=4096, help="tokens per shard (default 4096)")
-    parser.add_argument("-t", "--threads", type=int, help="CPU threads (default: as torch chooses)")
+    parser.add_argument("-t", "--threads", type=int, help="CPU threads (default: all CPUs)")
     parser.add_argument("--json", action="store_true", help="print the sparsity table as one JSON object")
 
 
 def run(args: argparse.Namespace) -> int:
     """Collect what is missing in `--out`, then print the sparsity of each layer."""
-    import torch
-
     from hotcold import checkpoint
     from hotcold.predictor.collect import collect, gather_tokens
     from hotcold.predictor.trace_writer import TraceWriter
 
     for option in ("tokens", "window", "shard_tokens", "threads"):
         _check_positive(option, getattr(args, option))
+    n_threads = torch_threads(args.threads)
     tokens = gather_tokens(args.text, checkpoint.load_tokenizer(args.model), args.tokens)
     model = checkpoint.load_model(args.model)
-    described = _describe(args, model, tokens, args.threads or torch.get_num_threads())
+    described = _describe(args, model, tokens, n_threads)
     with TraceWriter.open(args.out, described, tokens) as writer:
-        torch.set_num_threads(writer.run.threads)
+        torch_threads(writer.run.threads)
         if writer.shards:
             log(f"{args.out}: resuming, {len(writer.shards)} shards are there")
         collect(model, checkpoint.ffn_layers(model), tokens, writer)

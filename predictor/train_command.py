@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 
+from hotcold.cpus import torch_threads
+
 HELP = "Train, for each FFN layer, a small network that predicts which neurons fire."
 EXAMPLE = "hotcold train-predictors --traces traces --out predictors"
 
@@ -21,14 +23,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=int, default=512, help="tokens per step (default 512)")
     parser.add_argument("--lr", type=float, default=1e-2, help="peak learning rate (default 0.01)")
     parser.add_argument("--seed", type=int, default=0, help="of weights and batches (default 0)")
-    parser.add_argument("-t", "--threads", type=int, help="CPU threads (default: as torch chooses)")
+    parser.add_argument("-t", "--threads", type=int, help="CPU threads (default: all CPUs)")
     parser.add_argument("--json", action="store_true", help="print the table as one JSON object")
 
 
 def run(args: argparse.Namespace) -> int:
     """Train what is missing, write the bundle, and print its table."""
-    import torch
-
+    torch_threads(args.threads)
     from hotcold.predictor.metrics import mean_metrics, table
     from hotcold.predictor.network import default_rank
     from hotcold.predictor.traces import Traces
@@ -41,8 +42,6 @@ def run(args: argparse.Namespace) -> int:
         target_recall=args.target_recall, epochs=args.epochs, batch=args.batch,
         learning_rate=args.lr, seed=args.seed,
     )  # fmt: skip
-    if args.threads:
-        torch.set_num_threads(args.threads)
     bundle = train_bundle(traces, args.out, options)
     if args.json:
         print(json.dumps({**bundle.config(), "mean": mean_metrics(bundle.metrics).to_json()}))

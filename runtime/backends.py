@@ -6,12 +6,12 @@ Nothing here imports torch before an engine on a device is asked for.
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
+from hotcold.cpus import thread_count
 from hotcold.errors import InputError, StorageError
 from hotcold.progress import log
 
@@ -137,7 +137,7 @@ def make_placement(
     budgets = parse_budgets(options.vram_budget, devices)
     frequencies = None if mode == "dense" else _frequencies(bundle, shape.n_layers, shape.d_ff, options)
     # Of several devices the first speaks for all.
-    threads = n_threads or len(os.sched_getaffinity(0))
+    threads = thread_count(n_threads)
     costs = measure_costs(devices[0], threads, shape.d_model, shape.d_ff)
     problem = make_problem(file, frequencies, mode=mode, n_ctx=n_ctx, budgets=budgets, costs=costs)
     return place_layers(problem) if mode == "dense" else place(problem)

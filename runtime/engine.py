@@ -16,6 +16,7 @@ import numpy as np
 from hotcold.convert.attention_rows import ROLE
 from hotcold.convert.gguf_read import GGUFFile
 from hotcold.convert.manifest import Manifest
+from hotcold.cpus import thread_count
 from hotcold.errors import InputError, UnsupportedError
 from hotcold.runtime import _cpu
 from hotcold.runtime.bundle_files import file_of_role
@@ -25,7 +26,6 @@ from hotcold.runtime.stats import Stats
 __all__ = ["Engine", "check_input_sparsity"]
 
 MODES = ("auto", "dense", "exact", "predicted")
-_MOST_THREADS = 256  # of the native team
 
 
 class Engine:
@@ -46,19 +46,17 @@ class Engine:
         `input_sparsity` is the share of their inputs, the smallest ones, that the attention matrices leave
         out for each token but the first (after TEAL, arXiv 2408.14690); `attention` is then the file that
         `hotcold export --attention-rows` wrote.
-        `n_threads` defaults to the cores this process may use. The kernels are the best that the CPU runs, or
-        those that the environment variable HOTCOLD_CPU_ISA names. Raises InputError, FormatError,
-        UnsupportedError.
+        `n_threads` is at most the number of CPUs that this process may use, which is the default. The kernels
+        are the best that the CPU runs, or those that the environment variable HOTCOLD_CPU_ISA names. Raises
+        InputError, FormatError, UnsupportedError.
         """
         if n_ctx < 1:
             raise InputError("the context must hold at least one token", got=n_ctx)
-        if n_threads is not None and not 1 <= n_threads <= _MOST_THREADS:
-            raise InputError("no such number of threads", got=n_threads, expected=f"1 to {_MOST_THREADS}")
         check_input_sparsity(input_sparsity)
         if input_sparsity and attention is None:
             raise _no_rows(path)
         self.mode, self.n_ctx, self.input_sparsity = mode, n_ctx, input_sparsity
-        self.n_threads = n_threads or min(len(os.sched_getaffinity(0)), _MOST_THREADS)
+        self.n_threads = thread_count(n_threads)
         rows = None if attention is None else GGUFFile(attention)
         self._model, self._shape = load_model(GGUFFile(path), mode, self.n_threads, n_ctx, _isa(), rows)
         self._model.input_sparsity = input_sparsity

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hotcold.cpus import torch_threads
 from hotcold.errors import InputError
 from hotcold.sparsify.config import Config, load_config
 
@@ -46,6 +47,7 @@ def run(args: argparse.Namespace) -> int:
         raise InputError("needs the run's config", where="--work", fix="add --config FILE")
     config = load_config(args.config) if args.config else Config()
 
+    torch_threads()
     from hotcold import checkpoint, text
     from hotcold.progress import log
     from hotcold.sparsify.card import layer_table, measured, summary_table

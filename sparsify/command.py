@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hotcold.cpus import torch_threads
 from hotcold.errors import InputError, StorageError
 from hotcold.sparsify.config import REDUCTIONS, Config, load_config, recipes
 from hotcold.sparsify.relu import DEFAULT_GENERATED, DEFAULT_L1, DEFAULT_TOKENS, relu_config
@@ -76,6 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Sparsify, save, and print the summary table."""
     config = _config(args)
+    torch_threads()
     _check_out(args.out)
     if args.method == "pretrained":
         return _unpack(args)

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hotcold.cpus import torch_threads
 from hotcold.errors import InputError
 
 if TYPE_CHECKING:
@@ -67,6 +68,7 @@ def run(args: argparse.Namespace) -> int:
             "the budget is a factor on perplexity", where="--budget", got=args.budget, expected=">= 1"
         )
 
+    torch_threads()
     from hotcold import checkpoint, text
     from hotcold.sparsify.attention import use_grouped_attention
     from hotcold.sparsify.data import read_windows

@@ -1,13 +1,21 @@
 #include "threads.h"
 
+#include <linux/futex.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
 #include <algorithm>
+#include <chrono>
+#include <climits>
 
 namespace hotcold {
 namespace {
 
-constexpr int kSpinsBeforeYield = 20000;   // under a millisecond: longer than a balanced team ever waits
-constexpr int kSpinsIfCrowded = 20;        // more threads than cores: whoever is waited for needs this core
-constexpr int kSpinsBeforeSleep = 100000;  // between tokens, so that sampling in Python does not cost a wake-up
+using Clock = std::chrono::steady_clock;
+
+constexpr int kQuick = 64;            // pauses before the clock is looked at
+constexpr int kBarrierMicros = 100;   // longer than a balanced team waits
+constexpr int kRegionMicros = 1500;   // between tokens, so that sampling in Python does not cost a wake-up
 
 inline void pause() {
 #if defined(__x86_64__)
@@ -17,42 +25,108 @@ inline void pause() {
 #endif
 }
 
+// Whether `ready` came true in time.
+template <class Ready>
+bool spin(Ready ready, int microseconds) {
+  for (int i = 0; i < kQuick; ++i, pause())
+    if (ready()) return true;
+  const auto end = Clock::now() + std::chrono::microseconds(microseconds);
+  while (Clock::now() < end)
+    for (int i = 0; i < kQuick / 4; ++i, pause())
+      if (ready()) return true;
+  return ready();
+}
+
+// Not std::atomic::wait, which first yields a few times: that hands the CPU to another program for milliseconds, and
+// without the claim to get it back that a sleeper has.
+void sleep_while(std::atomic<uint32_t>& word, uint32_t value) {
+  syscall(SYS_futex, &word, FUTEX_WAIT_PRIVATE, value, nullptr, nullptr, 0);
+}
+
+void wake_all(std::atomic<uint32_t>& word) { syscall(SYS_futex, &word, FUTEX_WAKE_PRIVATE, INT_MAX, nullptr, nullptr, 0); }
+
+cpu_set_t own_cpus() {
+  cpu_set_t cpus;
+  if (sched_getaffinity(0, sizeof cpus, &cpus)) CPU_ZERO(&cpus);  // more CPUs than a cpu_set_t has: none are known
+  return cpus;
+}
+
+void move_to(int cpu) {
+  cpu_set_t cpus;
+  CPU_ZERO(&cpus);
+  CPU_SET(cpu, &cpus);
+  sched_setaffinity(0, sizeof cpus, &cpus);
+}
+
+std::vector<int> places(const cpu_set_t& cpus, int threads) {
+  std::vector<int> found;
+  for (int cpu = 0; cpu < CPU_SETSIZE; ++cpu)
+    if (CPU_ISSET(cpu, &cpus)) found.push_back(cpu);
+  return int(found.size()) == threads ? found : std::vector<int>{};
+}
+
+// Keeps the calling thread on its place inside of a region. Beside other programs the scheduler would wake it where
+// another of ours runs as often as not. Outside of regions the thread is its owner's, and so is where it runs.
+class Seat {
+ public:
+  Seat(const std::vector<int>& places, const cpu_set_t& cpus) : cpus_(cpus), taken_(!places.empty()) {
+    const cpu_set_t now = taken_ ? own_cpus() : cpus;
+    taken_ = taken_ && CPU_EQUAL(&now, &cpus);  // somebody has moved it: leave it there
+    if (taken_) move_to(places[0]);
+  }
+  ~Seat() {
+    if (taken_) sched_setaffinity(0, sizeof cpus_, &cpus_);
+  }
+
+ private:
+  const cpu_set_t& cpus_;
+  bool taken_;
+};
+
 }  // namespace
 
 Team::Team(int threads)
-    : size_(threads), spins_(threads > int(std::thread::hardware_concurrency()) ? kSpinsIfCrowded : kSpinsBeforeYield), parts_(threads) {
+    : size_(threads), cpus_(own_cpus()), places_(places(cpus_, threads)), crowded_(threads > std::max(1, CPU_COUNT(&cpus_))), parts_(threads) {
   for (int t = 1; t < threads; ++t) threads_.emplace_back([this, t] { serve(t); });
 }
 
 Team::~Team() {
   stop_.store(true);
-  region_.fetch_add(1);
-  region_.notify_all();
+  change(region_, region_.load() + 1);
   for (std::thread& t : threads_) t.join();
 }
 
 void Team::run(const std::function<void(int)>& work) {
   if (size_ == 1) return work(0);
+  const Seat seat(places_, cpus_);
   work_ = &work;
-  region_.fetch_add(1, std::memory_order_release);
-  region_.notify_all();
+  change(region_, region_.load(std::memory_order_relaxed) + 1);
   work(0);
   barrier();
 }
 
 void Team::serve(int thread) {
-  uint32_t seen = 0;
-  while (true) {
-    int spins = 0;
-    while (region_.load(std::memory_order_acquire) == seen) {
-      if (++spins < kSpinsBeforeSleep) pause();
-      else region_.wait(seen, std::memory_order_acquire);
-    }
+  if (!places_.empty()) move_to(places_[thread]);
+  for (uint32_t seen = 0;; ++seen) {
+    wait_while(region_, seen, kRegionMicros);
     if (stop_.load()) return;
-    ++seen;
     (*work_)(thread);
     barrier();
   }
+}
+
+void Team::wait_while(std::atomic<uint32_t>& word, uint32_t value, int microseconds) {
+  const auto changed = [&] { return word.load(std::memory_order_acquire) != value; };
+  if (spin(changed, crowded_ ? 0 : microseconds)) return;
+  sleepers_.fetch_add(1);
+  while (!changed()) sleep_while(word, value);
+  sleepers_.fetch_sub(1);
+}
+
+// Each side writes its own word before it reads the other's, in one order for all: no sleeper is missed.
+void Team::change(std::atomic<uint32_t>& word, uint32_t value) {
+  word.store(value, std::memory_order_seq_cst);
+  if (sleepers_.load(std::memory_order_seq_cst)) wake_all(word);
 }
 
 // A quarter of what is left: few pieces, and yet an even end. A part of another call is one that its owner has not
@@ -72,15 +146,9 @@ Range Team::take(Part& part, uint64_t call, int least, bool owner) {
 void Team::barrier() {
   if (size_ == 1) return;
   const uint32_t phase = phase_.load(std::memory_order_relaxed);
-  if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == size_) {
-    arrived_.store(0, std::memory_order_relaxed);
-    phase_.store(phase + 1, std::memory_order_release);
-    return;
-  }
-  for (int spins = 0; phase_.load(std::memory_order_acquire) == phase;) {
-    if (++spins < spins_) pause();
-    else std::this_thread::yield();
-  }
+  if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 < size_) return wait_while(phase_, phase, kBarrierMicros);
+  arrived_.store(0, std::memory_order_relaxed);
+  change(phase_, phase + 1);
 }
 
 }  // namespace hotcold

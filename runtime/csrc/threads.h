@@ -1,5 +1,8 @@
-// A team of threads that works in step: a spin barrier inside a region, sleep between regions.
+// A team of threads that works in step. Whoever waits spins for as long as a balanced team ever waits, then sleeps: other
+// programs may have taken the CPU of the thread that it waits for, and a thread that has slept gets its own back at once.
 #pragma once
+#include <sched.h>
+
 #include <atomic>
 #include <cstdint>
 #include <functional>
@@ -46,13 +49,20 @@ class Team {
   // A piece of `part`, empty if there is none. Its owner takes from the front, so that it reads one stream; others from the back.
   Range take(Part& part, uint64_t call, int least, bool owner);
   void serve(int thread);
+  // Waits until `word` is no longer `value`.
+  void wait_while(std::atomic<uint32_t>& word, uint32_t value, int microseconds);
+  void change(std::atomic<uint32_t>& word, uint32_t value);
 
-  const int size_, spins_;
+  const int size_;
+  cpu_set_t cpus_;           // that the process may use
+  std::vector<int> places_;  // one of them per thread where there are just as many, else none
+  bool crowded_;             // more threads than CPUs: whoever is waited for needs this one
   const std::function<void(int)>* work_ = nullptr;
   std::atomic<bool> stop_{false};
   alignas(64) std::atomic<uint32_t> region_{0};
   alignas(64) std::atomic<int> arrived_{0};
   alignas(64) std::atomic<uint32_t> phase_{0};
+  std::atomic<int> sleepers_{0};
   std::vector<Part> parts_;
   std::vector<std::thread> threads_;
 };

@@ -5,7 +5,6 @@ The contract is the CPU engine's. Each device has some of the layers, in order; 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Self
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from hotcold.convert.gguf_read import GGUFFile
+from hotcold.cpus import available_cpus
 from hotcold.errors import InputError, UnsupportedError
 from hotcold.runtime.bundle_files import file_of_role
 from hotcold.runtime.gpu.device import memory_or_error, on, open_devices, parse_budgets
@@ -50,7 +50,7 @@ class GpuEngine:
         file = GGUFFile(path)
         self.mode, self.n_ctx, self.devices, self.audit = mode, n_ctx, list(devices), False
         self._budget = budget
-        self.n_threads = len(os.sched_getaffinity(0))
+        self.n_threads = available_cpus()
         self.shape = ModelShape.read(file)
         check_context(file, self.shape, n_ctx)
         self.n_vocab = self.shape.n_vocab

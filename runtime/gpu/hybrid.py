@@ -6,7 +6,6 @@ the CPU engine, after the others. In `dense` mode layers are on one side or the 
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 from hotcold.convert.gguf_read import GGUFFile
+from hotcold.cpus import thread_count
 from hotcold.errors import MismatchError
 from hotcold.runtime.gpu.cpu_side import MAX_BLOCK, CpuSide
 from hotcold.runtime.gpu.device import on, open_devices
@@ -70,7 +70,7 @@ class HybridEngine(GpuEngine):
     def _load(self, file: GGUFFile) -> None:
         _check_placement(self.placement, self.shape, self.mode, len(self.devices))
         self._sizes = part_bytes(file)
-        n_threads = self._threads or len(os.sched_getaffinity(0))
+        n_threads = thread_count(self._threads)
         self._cpu = CpuSide(file, self.placement, self.mode, n_threads, self.n_ctx)
         # One row of it is read per token: device memory is for what every token reads as a whole.
         self._embedding = None if head_name(file) == EMBEDDING else host_embedding(file, self.shape)

@@ -32,6 +32,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "verify": ("hotcold.convert.verify_command", "check every hash, shape and reference of a bundle"),
     "run": ("hotcold.runtime.command", "generate text"),
     "bench": ("hotcold.eval.bench_command", "measure tokens/s against llama.cpp, and quality beside it"),
+    "bench-shared": ("hotcold.eval.shared_bench_command", "measure decoding where CPUs are few or shared"),
     "bench-kernels": ("hotcold.eval.kernel_bench_command", "measure the sparse GPU operators by themselves"),
     "bench-gpu": ("hotcold.eval.gpu_bench_command", "measure decoding on a GPU, alone or with the CPU"),
     "bench-gpu-all": ("hotcold.eval.gpu_session_command", "all GPU measurements within a time limit"),

@@ -1,0 +1,118 @@
+"""How many CPUs this process may really use: its affinity mask, and the quota of its cgroup.
+
+A container with a limit of one CPU sees all CPUs of the host. Threads beyond the limit add no speed: they
+wait for each other while the kernel holds one of them back. joblib knows both limits too, but rounds a quota
+up and looks at the root of a cgroup file system alone.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from hotcold.errors import InputError
+from hotcold.progress import log
+
+__all__ = ["available_cpus", "cgroups", "thread_count", "torch_threads"]
+
+_MOST_THREADS = 256  # of a native team
+_said: set[tuple[int, int]] = set()
+
+
+def thread_count(asked: int | None = None) -> int:
+    """The number of threads to run: one per available CPU, or fewer if fewer are `asked` for.
+
+    More than there are CPUs is capped, with one line about it. InputError for fewer than one.
+    """
+    cpus = available_cpus()
+    if asked is None:
+        return cpus
+    if asked < 1:
+        raise InputError("must be at least 1", where="--threads", got=asked)
+    if asked > cpus and (asked, cpus) not in _said:
+        _said.add((asked, cpus))
+        noun = "CPU" if cpus == 1 else "CPUs"
+        log(f"-t {asked}: this process has {cpus} {noun}; running {cpus} thread{'s' if cpus > 1 else ''}")
+    return min(asked, cpus)
+
+
+def torch_threads(asked: int | None = None) -> int:
+    """Give torch its threads, as many as `thread_count` says, and return their number.
+
+    Call it before anything imports torch: OpenMP's threads then sleep where they wait. By default they spin
+    for milliseconds, and beside another busy program most of the time is lost to that. Not for a process that
+    measures llama.cpp, whose barriers would sleep too.
+    """
+    n_threads = thread_count(asked)
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    import torch
+
+    torch.set_num_threads(n_threads)
+    return n_threads
+
+
+def available_cpus() -> int:
+    """CPUs by affinity and cgroup quota (v1 and v2), rounded down; at least 1."""
+    quota = min(_quotas(Path("/proc/self")), default=math.inf)
+    return max(1, int(min(len(os.sched_getaffinity(0)), quota, _MOST_THREADS)))
+
+
+def _quotas(process: Path) -> Iterator[float]:
+    """The limits in CPUs on a process by its cgroup and those around it; `process` is its folder in /proc."""
+    for folder, mount in cgroups(process):
+        for place in (folder, *folder.parents):
+            yield from _limit(place)
+            if place == mount:
+                break
+
+
+def cgroups(process: Path = Path("/proc/self")) -> Iterator[tuple[Path, Path]]:
+    """The folders of a process's cgroups that limit CPUs, and the mount points above them."""
+    try:
+        groups = dict(_groups((process / "cgroup").read_text()))
+        mounts = list(_mounts((process / "mountinfo").read_text()))
+    except OSError:  # no /proc: no limit that could be known
+        return
+    for controller, root, mount in mounts:
+        if (group := groups.get(controller)) is not None:
+            # A container may see its own cgroup as the root of the mount, under the path that it has outside.
+            inside = group.removeprefix(root) if root != "/" else group
+            yield mount / inside.lstrip("/"), mount
+
+
+def _groups(text: str) -> Iterator[tuple[str, str]]:
+    """`/proc/PID/cgroup`: (`cpu` for version 1, `` for version 2, path of the process's group)."""
+    for line in text.splitlines():
+        number, controllers, path = line.split(":", 2)
+        if number == "0" and not controllers:
+            yield "", path
+        elif "cpu" in controllers.split(","):
+            yield "cpu", path
+
+
+def _mounts(text: str) -> Iterator[tuple[str, str, Path]]:
+    """`/proc/PID/mountinfo` (man 5 proc): (controller as above, root of the mount, mount point)."""
+    for line in text.splitlines():
+        before, _, after = line.partition(" - ")
+        root, mount = before.split()[3:5]
+        kind, _, options = after.split(" ", 2)
+        mount = Path(mount.encode().decode("unicode_escape"))  # spaces are written as \\040
+        if kind == "cgroup2":
+            yield "", root, mount
+        elif kind == "cgroup" and "cpu" in options.split(","):
+            yield "cpu", root, mount
+
+
+def _limit(folder: Path) -> Iterator[float]:
+    """CPUs that a cgroup may use at a time; nothing where it has no limit."""
+    try:
+        if (folder / "cpu.max").is_file():  # version 2: "QUOTA PERIOD" or "max PERIOD"
+            quota, period = (folder / "cpu.max").read_text().split()
+        else:
+            quota, period = ((folder / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
+        if quota != "max" and int(quota) > 0 and int(period) > 0:
+            yield int(quota) / int(period)
+    except (OSError, ValueError):
+        return
