@@ -57,11 +57,16 @@ def run(args: argparse.Namespace) -> int:
     from pathlib import Path
 
     from hotcold import storage
+    from hotcold.identify import REPORT
+    from hotcold.ownership import check_file
 
+    if args.save:
+        check_file(args.save, "report")
     with tempfile.TemporaryDirectory(prefix="hotcold-bench-") as scratch:
         report, table = _measure(args, Path(scratch))
     if args.save:
-        storage.write_json(args.save, report)
+        check_file(args.save, "report")  # again, after all this time
+        storage.write_json(args.save, REPORT | report)
     print(json.dumps(report) if args.output == "json" else table, flush=True)
     return 0
 

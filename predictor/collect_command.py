@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hotcold.errors import InputError
+from hotcold.ownership import check_growing
 from hotcold.progress import log
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ def run(args: argparse.Namespace) -> int:
 
     for option in ("tokens", "window", "shard_tokens", "threads"):
         _check_positive(option, getattr(args, option))
+    check_growing(args.out, "traces", [args.model, args.text])
     tokens = gather_tokens(args.text, checkpoint.load_tokenizer(args.model), args.tokens)
     model = checkpoint.load_model(args.model)
     described = _describe(args, model, tokens, args.threads or torch.get_num_threads())

@@ -33,8 +33,9 @@ def run(args: argparse.Namespace) -> int:
     from hotcold.predictor.network import default_rank
     from hotcold.predictor.traces import Traces
     from hotcold.predictor.train import TrainOptions
-    from hotcold.predictor.train_bundle import train_bundle
+    from hotcold.predictor.train_bundle import check_out, train_bundle
 
+    check_out(args.out, args.traces)
     traces = Traces(args.traces)
     options = TrainOptions(
         rank=default_rank(traces.run.d_model) if args.rank is None else args.rank,

@@ -45,7 +45,7 @@ def put_line(folder, content):
 
 
 def put_directory(folder, content):
-    with storage.atomic_directory(folder / "sub") as inside:
+    with storage.atomic_directory(folder / "sub", "checkpoint") as inside:
         (inside / "manifest.json").write_bytes(content)
         (inside / "deep").mkdir()
         storage.write_bytes(inside / "deep" / "data", content)
@@ -119,7 +119,7 @@ def test_a_real_limit_on_file_size(tmp_path, write):
 def test_errors_of_the_block_itself_pass_through(tmp_path):
     with pytest.raises(FileNotFoundError), storage.atomic_file(tmp_path / "file"):
         (tmp_path.parent / "no such input").read_bytes()
-    with pytest.raises(ValueError), storage.atomic_directory(tmp_path / "sub"):
+    with pytest.raises(ValueError), storage.atomic_directory(tmp_path / "sub", "checkpoint"):
         raise ValueError
     assert tree(tmp_path) == {} and list(tmp_path.iterdir()) == []
 
@@ -127,12 +127,12 @@ def test_errors_of_the_block_itself_pass_through(tmp_path):
 def test_a_disk_error_inside_of_the_block_is_a_storage_error(tmp_path):
     with (
         pytest.raises(StorageError, match="sub: No space left on device"),
-        storage.atomic_directory(tmp_path / "sub"),
+        storage.atomic_directory(tmp_path / "sub", "checkpoint"),
     ):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     with (
         pytest.raises(StorageError, match="Is a directory"),
-        storage.atomic_directory(tmp_path / "sub") as folder,
+        storage.atomic_directory(tmp_path / "sub", "checkpoint") as folder,
     ):
         folder.write_bytes(b"")
 
@@ -144,10 +144,10 @@ def test_a_folder_that_is_not_ours_is_left_alone(tmp_path):
     with pytest.raises(
         StorageError, match="home: not empty, and hotcold did not write it; give another folder"
     ):
-        storage.atomic_directory(foreign).__enter__()
+        storage.atomic_directory(foreign, "checkpoint").__enter__()
     (tmp_path / "plain").write_text("file")
     with pytest.raises(StorageError, match="plain: a file, not a folder"):
-        storage.atomic_directory(tmp_path / "plain").__enter__()
+        storage.atomic_directory(tmp_path / "plain", "checkpoint").__enter__()
     assert tree(tmp_path) == {"home/thesis.tex": b"years of work", "plain": b"file"}
 
 
@@ -155,15 +155,17 @@ def test_an_empty_folder_and_one_of_ours_are_replaced(tmp_path):
     (tmp_path / "sub").mkdir()
     put_directory(tmp_path, b"first")
     put_directory(tmp_path, b"second")
-    assert tree(tmp_path) == {"sub/manifest.json": b"second", "sub/deep/data": b"second"}
+    found = tree(tmp_path)
+    assert json.loads(found.pop("sub/hotcold.json"))["kind"] == "checkpoint"
+    assert found == {"sub/manifest.json": b"second", "sub/deep/data": b"second"}
 
 
 def test_the_current_folder_can_be_named_with_a_dot(tmp_path, monkeypatch):
     (tmp_path / "sub").mkdir()
     monkeypatch.chdir(tmp_path / "sub")
-    with storage.atomic_directory(".") as folder:
+    with storage.atomic_directory(".", "checkpoint") as folder:
         (folder / "config.json").write_text("{}")
-    assert tree(tmp_path) == {"sub/config.json": b"{}"}
+    assert set(tree(tmp_path)) == {"sub/config.json", "sub/hotcold.json"}
 
 
 def test_parents_are_made_and_paths_may_hold_anything(tmp_path):
@@ -202,7 +204,7 @@ print("ready", flush=True)
 for i in range(10**9):
     content = b"%d " % i * 5000
     storage.write_bytes(folder / "file", content)
-    with storage.atomic_directory(folder / "sub") as inside:
+    with storage.atomic_directory(folder / "sub", "checkpoint") as inside:
         for name in "config.json", "b":
             (inside / name).write_bytes(content)
     storage.append_line(folder / "journal", str(i))
@@ -223,7 +225,7 @@ def test_kill_at_any_moment(tmp_path):
                 numbers = content.read_bytes().split()
                 assert len(numbers) == 5000 and len(set(numbers)) == 1
         if (tmp_path / "sub").exists():
-            assert len(set(tree(tmp_path / "sub").values())) == 1
+            assert len({data for name, data in tree(tmp_path / "sub").items() if name != "hotcold.json"}) == 1
     put_file(tmp_path, b"x")
     put_directory(tmp_path, b"x")
     put_line(tmp_path, b"0")
