@@ -50,7 +50,7 @@ def train_bundle(traces: Traces, out: str | Path, options: TrainOptions) -> Pred
 
 
 def check_out(out: str | Path, traces: str | Path) -> Path:
-    """Refuse an `out` that must not be written, before the training; returns where unfinished work is kept."""
+    """Refuse an `out` that must not be written, before the training; returns where that keeps its layers."""
     partial = beside(out, ".partial")
     check_replaceable(out, "predictors", [traces])
     check_growing(partial, "partial", [traces])

@@ -2,8 +2,8 @@
 
 A folder that is written as a whole carries `hotcold.json`, which names its kind and lists every file in it
 with size and sha256; a bundle carries its `manifest.json`, which does the same. A folder that grows in steps
-carries a file with a `format` of hotcold's, which is the first one written there. Without such a mark a folder
-is somebody else's, whatever the names in it. What follows for one that is to be written, says `ownership`.
+carries a file with a `format` of hotcold's, the first one that is written there. Without such a mark a folder
+is somebody else's, whatever the names in it. `ownership` says what follows for one that is to be written.
 """
 
 from __future__ import annotations
