@@ -123,7 +123,11 @@ def write_synthetic(synthetic: Synthetic, folder: str | Path) -> Path:
     Eight layers of the 7B shape take about two minutes, and in Q4_0 2 GB of disk.
     """
     out = Path(folder) / f"{synthetic.name}-{synthetic.fingerprint[:8]}"
-    if identify(out).kind == "bundle" and Manifest.read(out).model_fingerprint == synthetic.fingerprint:
+    if (
+        out.is_dir()
+        and identify(out).kind == "bundle"
+        and Manifest.read(out).model_fingerprint == synthetic.fingerprint
+    ):
         return out
     check_replaceable(out, "bundle")
     model = PlantedModel(

@@ -51,8 +51,8 @@ def train_bundle(traces: Traces, out: str | Path, options: TrainOptions) -> Pred
 
 def check_out(out: str | Path, traces: str | Path) -> Path:
     """Refuse an `out` that must not be written, before the training; returns where that keeps its layers."""
-    partial = beside(out, ".partial")
     check_replaceable(out, "predictors", [traces])
+    partial = beside(out, ".partial")
     check_growing(partial, "partial", [traces])
     return partial
 

@@ -1,7 +1,7 @@
 """Nothing that hotcold did not write is ever replaced, deleted or appended to, by any command that writes.
 
-Every command is driven against every kind of place that is not its own: it ends with status 2 and one line, and
-all bytes are as they were. Then the other side: each command replaces what it wrote itself.
+Every command is driven against every kind of place that is not its own: it ends with status 2 and one line,
+and all bytes are as they were. Then the other side: each command replaces what it wrote itself.
 """
 
 from __future__ import annotations
@@ -42,6 +42,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     handmade.tokenizer(paths["hf"])
     config = handmade.model_config() | {"hidden_act": "relu"}
     (paths["hf"] / "config.json").write_bytes(handmade.as_json(config))
+    index = paths["hf"] / "model.safetensors.index.json"  # transformers wants a key more
+    index.write_bytes(handmade.as_json({"metadata": {}} | json.loads(index.read_bytes())))
     rng = random.Random(0)
     lines = (" ".join(rng.choices(["ab", "a", "b", "aba"], k=40)) for _ in range(4000))
     paths["text"].write_text("\n\n".join(lines))
@@ -97,7 +99,8 @@ def _collect(made: Made, out: Path) -> list:
 
 
 def _sparsify(made: Made, out: Path) -> list:
-    return ["sparsify", "--model", made["hf"], "--text", made["text"], "--tokens", 1024, "--out", out]
+    sizes = ["--tokens", 1024, "--generated", 0]
+    return ["sparsify", "--model", made["hf"], "--text", made["text"], *sizes, "--out", out]
 
 
 def _pretrained(made: Made, out: Path) -> list:
@@ -127,7 +130,8 @@ COMMANDS = {
     "convert gpuidx": convert("gpuidx", "--vram-budget", 1),
     "bench": Command("report", lambda made, out: ["bench", "--bundle", made["bundle"], "--save", out]),
     "bench-gpu": Command(
-        "report", lambda made, out: ["bench-gpu", "--bundle", made["bundle"], "--device", "cpu", "--save", out]
+        "report",
+        lambda made, out: ["bench-gpu", "--bundle", made["bundle"], "--device", "cpu", "--save", out],
     ),
     "bench-gpu-all": Command("report", lambda made, out: ["bench-gpu-all", "--device", "cpu", "--save", out]),
     "save": Command("predictors", lambda made, out: PredictorBundle.load(made["predictors"]).save(out)),
@@ -251,7 +255,9 @@ def everything(root: Path) -> dict[str, object]:
     found: dict[str, object] = {}
     for path in sorted(root.rglob("*")):
         key = str(path.relative_to(root))
-        found[key] = str(path.readlink()) if path.is_symlink() else path.read_bytes() if path.is_file() else None
+        found[key] = (
+            str(path.readlink()) if path.is_symlink() else path.read_bytes() if path.is_file() else None
+        )
     return found
 
 
@@ -305,7 +311,16 @@ def link_to_a_file(path: Path, made: Made, kind: str) -> None:
     path.symlink_to(path.with_name("elsewhere"))
 
 
-PLACES = [text_file, json_file, gguf_of_others, file_of_another_kind, link_to_a_file, link_to_itself, thesis, pipe]
+PLACES = [
+    text_file,
+    json_file,
+    gguf_of_others,
+    file_of_another_kind,
+    link_to_a_file,
+    link_to_itself,
+    thesis,
+    pipe,
+]
 
 
 @pytest.mark.parametrize("name", [name for name, c in COMMANDS.items() if c.kind in (*FILES, "report")])
@@ -327,17 +342,23 @@ def test_a_file_that_is_not_ours(name, place, made, tmp_path, capsys):
 )  # fmt: skip
 def test_what_lies_beside(name, suffix, place, made, tmp_path, capsys):
     place(tmp_path / f"out{suffix}", made, "training")
-    assert f"out{suffix}" in refused(COMMANDS[name], made, tmp_path / "out", capsys) or place is link_to_another
+    assert (
+        f"out{suffix}" in refused(COMMANDS[name], made, tmp_path / "out", capsys) or place is link_to_another
+    )
 
 
-@pytest.mark.parametrize("content", ["notes", '{"run": 1}', '{"run": 1, "point": 2}\n{"a": 1}\n', "{}\n", "[]\n"])
+@pytest.mark.parametrize(
+    "content", ["notes", '{"run": 1}', '{"run": 1, "point": 2}\n{"a": 1}\n', "{}\n", "[]\n"]
+)
 def test_a_journal_of_others_gets_no_line(content, tmp_path):
     (tmp_path / "out.curve.jsonl").write_text(content)
     with pytest.raises(StorageError, match="hotcold did not write it"):
         check_file(tmp_path / "out.curve.jsonl", "curve")
 
 
-@pytest.mark.parametrize("content", ["", '{"run": [1], "point": {}}\n', '{"run": [1], "point": {}}\n{"run": ["a'])
+@pytest.mark.parametrize(
+    "content", ["", '{"run": [1], "point": {}}\n', '{"run": [1], "point": {}}\n{"run": ["a']
+)
 def test_our_own_journal_goes_on(content, tmp_path):
     (tmp_path / "out.curve.jsonl").write_text(content)
     check_file(tmp_path / "out.curve.jsonl", "curve")
@@ -353,7 +374,9 @@ def test_the_model_is_never_the_victim(name, made, tmp_path, capsys):
 
 def test_a_source_of_convert_is_never_the_victim(made, tmp_path, capsys):
     def said(source: Path, to: str, out: Path) -> str:
-        return refused(Command(to, lambda *_: ["convert", source, "--to", to, "--out", out]), made, out, capsys)
+        return refused(
+            Command(to, lambda *_: ["convert", source, "--to", to, "--out", out]), made, out, capsys
+        )
 
     gguf = Path(shutil.copy(made["gguf"], tmp_path / "m.gguf"))
     (tmp_path / "other name.gguf").hardlink_to(gguf)
@@ -401,7 +424,9 @@ def test_predictors_of_the_version_before_are_replaced(made, tmp_path):
 def test_an_old_folder_without_a_mark_is_named_as_such(made, tmp_path):
     old = shutil.copytree(made["checkpoint"], tmp_path / "old")
     (old / "hotcold.json").unlink()
-    with pytest.raises(StorageError, match=r"did not write it, or an older version .*; give another folder, or m"):
+    with pytest.raises(
+        StorageError, match=r"did not write it, or an older version .*; give another folder, or m"
+    ):
         check_replaceable(old, "checkpoint")
 
 
@@ -443,7 +468,7 @@ def test_a_cache_of_synthetic_models(made, tmp_path, monkeypatch):
 
 def test_a_place_that_cannot_be_written_is_refused_before_any_work(tmp_path):
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(StorageError, match="Not a directory|a file, not a folder"):
+    with pytest.raises(StorageError, match=r"Not a directory|a file, not a folder"):
         check_replaceable(tmp_path / "file" / "out", "bundle")
     with pytest.raises(StorageError, match="name too long"):
         check_growing(tmp_path / ("x" * 300), "traces")

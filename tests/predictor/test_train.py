@@ -272,7 +272,9 @@ def test_only_a_predictor_bundle_is_replaced(
 ) -> None:
     precious = Path(shutil.copytree(model, tmp_path / "model"))
     assert main(_command(traces, precious)) == 2
-    assert "hotcold wrote something else here (got checkpoint, expected predictors)" in capsys.readouterr().err
+    assert (
+        "hotcold wrote something else here (got checkpoint, expected predictors)" in capsys.readouterr().err
+    )
     assert snapshot(precious) == snapshot(model)
     (tmp_path / "p").mkdir()
     assert main(_command(traces, tmp_path / "p")) == main(_command(traces, tmp_path / "p")) == 0
