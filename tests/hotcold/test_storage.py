@@ -246,6 +246,42 @@ def test_a_living_writer_is_not_swept_away(tmp_path):
     assert tree(tmp_path) == {"file": b"first"}
 
 
+def test_only_what_a_killed_process_left_is_swept_away(tmp_path):
+    mine = {".file.backup.tmp", ".file.0123456.tmp", ".file.0123456g.tmp", ".file.01234567.tmp.old", "tmp"}
+    for name in (*mine, ".file.01234567.tmp"):
+        (tmp_path / name).write_text("x")
+    (tmp_path / ".sub.old.tmp").mkdir()
+    (tmp_path / ".sub.89abcdef.tmp" / "deep").mkdir(parents=True)
+    put_file(tmp_path, b"x")
+    put_directory(tmp_path, b"x")
+    assert {path.name for path in tmp_path.iterdir()} == {*mine, ".sub.old.tmp", "file", "sub"}
+
+
+def test_nobody_sweeps_away_what_has_just_been_made(tmp_path):
+    """Two processes write the same file and each its own folder, while a third does nothing but sweep."""
+    sweeper = os.fork()
+    if sweeper == 0:
+        while True:
+            for name in ("file", "sub", "other"):
+                storage._sweep(tmp_path / name)
+    try:
+        writer = os.fork()
+        if writer == 0:
+            for _ in range(50):
+                put_file(tmp_path, b"child")
+                put_directory(tmp_path / "other", b"child")
+            os._exit(0)
+        for _ in range(50):
+            put_file(tmp_path, b"parent")
+            put_directory(tmp_path, b"parent")
+        assert os.waitstatus_to_exitcode(os.waitpid(writer, 0)[1]) == 0
+    finally:
+        os.kill(sweeper, signal.SIGKILL)
+        os.waitpid(sweeper, 0)
+    put_file(tmp_path, b"x")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "other", "sub"]
+
+
 def test_a_reader_sees_whole_folders_only(tmp_path):
     """While a folder is replaced over and over, it is never missing and its files are of one generation."""
     put_directory(tmp_path, b"start")
