@@ -37,15 +37,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Collect what is missing in `--out`, then print the sparsity of each layer."""
+    for option in ("tokens", "window", "shard_tokens", "threads"):
+        _check_positive(option, getattr(args, option))
+    check_growing(args.out, "traces", [args.model, args.text])
+
     import torch
 
     from hotcold import checkpoint
     from hotcold.predictor.collect import collect, gather_tokens
     from hotcold.predictor.trace_writer import TraceWriter
 
-    for option in ("tokens", "window", "shard_tokens", "threads"):
-        _check_positive(option, getattr(args, option))
-    check_growing(args.out, "traces", [args.model, args.text])
     tokens = gather_tokens(args.text, checkpoint.load_tokenizer(args.model), args.tokens)
     model = checkpoint.load_model(args.model)
     described = _describe(args, model, tokens, args.threads or torch.get_num_threads())

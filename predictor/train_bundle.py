@@ -16,15 +16,16 @@ from safetensors import SafetensorError, safe_open
 from hotcold import storage
 from hotcold.errors import FormatError
 from hotcold.json_file import read_json
-from hotcold.ownership import beside, check_growing, check_replaceable
+from hotcold.ownership import check_growing
 from hotcold.predictor.bundle import LayerPredictor, PredictorBundle
 from hotcold.predictor.exclusive import exclusive
 from hotcold.predictor.metrics import LayerMetrics
+from hotcold.predictor.out_folder import check_out
 from hotcold.predictor.traces import Traces
 from hotcold.predictor.train import LayerData, TrainOptions, compute_dtype, train_layer
 from hotcold.progress import Progress, log
 
-__all__ = ["check_out", "train_bundle"]
+__all__ = ["train_bundle"]
 
 _FORMAT, _VERSION = "hotcold-partial", 1
 _DESCRIPTION = "training.json"
@@ -47,14 +48,6 @@ def train_bundle(traces: Traces, out: str | Path, options: TrainOptions) -> Pred
         bundle.save(out)
         storage.remove_files(partial, [*map(_layer_file, range(traces.run.n_layers)), _DESCRIPTION])
     return bundle
-
-
-def check_out(out: str | Path, traces: str | Path) -> Path:
-    """Refuse an `out` that must not be written, before the training; returns where that keeps its layers."""
-    check_replaceable(out, "predictors", [traces])
-    partial = beside(out, ".partial")
-    check_growing(partial, "partial", [traces])
-    return partial
 
 
 def _train_layers(traces: Traces, partial: Path, options: TrainOptions) -> list[LayerPredictor]:

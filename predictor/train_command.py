@@ -27,15 +27,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Train what is missing, write the bundle, and print its table."""
+    from hotcold.predictor.out_folder import check_out
+
+    check_out(args.out, args.traces)
+
     import torch
 
     from hotcold.predictor.metrics import mean_metrics, table
     from hotcold.predictor.network import default_rank
     from hotcold.predictor.traces import Traces
     from hotcold.predictor.train import TrainOptions
-    from hotcold.predictor.train_bundle import check_out, train_bundle
+    from hotcold.predictor.train_bundle import train_bundle
 
-    check_out(args.out, args.traces)
     traces = Traces(args.traces)
     options = TrainOptions(
         rank=default_rank(traces.run.d_model) if args.rank is None else args.rank,

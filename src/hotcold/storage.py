@@ -249,8 +249,8 @@ def _sync_tree(folder: Path) -> None:
 
 
 def _put_in_place(temporary: Path, path: Path) -> None:
-    """Rename `temporary` to `path`; if there is a folder already, that becomes `temporary`."""
-    if not path.exists():
+    """Rename `temporary` to `path`; if there is a folder with something in it, that becomes `temporary`."""
+    if not path.exists() or not any(path.iterdir()):  # which a rename replaces only as long as it is empty
         fs.replace(temporary, path)
         return
     try:

@@ -412,6 +412,31 @@ def test_every_kind_is_told(made):
     assert identify(made["hf"] / "nothing").kind is None
 
 
+def test_the_mark_is_what_the_document_says(made):
+    for kind in ("predictors", "checkpoint", "model-pt", "activation"):
+        folder = made[kind]
+        place = folder / ("hotcold/hotcold.json" if kind == "activation" else "hotcold.json")
+        others = [path for path in folder.rglob("*") if path.is_file() and path != place]
+        files = {
+            str(path.relative_to(folder)): {
+                "bytes": path.stat().st_size,
+                "sha256": handmade.sha256(path.read_bytes()),
+            }
+            for path in others
+        }
+        values = {"format": "hotcold-folder", "version": 1, "kind": kind, "files": files}
+        assert json.loads(place.read_text()) == handmade.signed(values)
+
+
+def test_a_bundle_after_the_document_is_ours(tmp_path):
+    handmade.bundle(tmp_path)
+    check_replaceable(tmp_path, "bundle")
+    values = json.loads((tmp_path / "manifest.json").read_text())
+    (tmp_path / "manifest.json").write_text(json.dumps(values | {"name": "renamed"}))
+    with pytest.raises(StorageError, match="hotcold did not write it"):
+        check_replaceable(tmp_path, "bundle")
+
+
 def test_predictors_of_the_version_before_are_replaced(made, tmp_path):
     old = shutil.copytree(made["predictors"], tmp_path / "old")
     (old / "hotcold.json").unlink()
