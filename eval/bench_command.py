@@ -83,7 +83,6 @@ def run(args: argparse.Namespace) -> int:
     from hotcold.eval import machine
     from hotcold.eval.bench import Plan
     from hotcold.eval.report import as_json_object, render
-    from hotcold.identify import REPORT
     from hotcold.ownership import check_file
 
     if args.save:
@@ -96,7 +95,7 @@ def run(args: argparse.Namespace) -> int:
         report = _measure(args, plan, Path(scratch))
     if args.save:
         check_file(args.save, "report")  # again, after all this time
-        storage.write_json(args.save, REPORT | as_json_object(report))
+        storage.write_json(args.save, as_json_object(report))
     print(render(report, args.output), flush=True)
     return 0
 
