@@ -28,6 +28,7 @@ REPORT = {"format": "hotcold-report", "version": 1}  # what every report of meas
 FIRST = {"traces": "run.json", "training": "run.json", "partial": "training.json", "demo": "hotcold.json"}
 
 _MARK, _FORMAT, _VERSION = "hotcold.json", "hotcold-folder", 1
+_MARKED = ("predictors", "model-pt", "activation", "checkpoint", "demo")  # the others have marks of their own
 # PowerInfer's scripts count the files in its folder of activations, so that the mark is not one of them.
 _MARK_PATHS = {"activation": f"hotcold/{_MARK}"}
 
@@ -83,15 +84,14 @@ def identify(path: str | Path) -> Found:
 
 def mark_path(kind: str) -> str | None:
     """Where the mark of a folder of this kind is, if `mark` is what makes it."""
-    own = {"bundle", "state"}
-    return None if kind in own else _MARK_PATHS.get(kind, _MARK)
+    return _MARK_PATHS.get(kind, _MARK) if kind in _MARKED else None
 
 
 def mark(kind: str, folder: Path | None = None) -> dict[str, Any]:
     """The content of `hotcold.json`: with all files of `folder`, or none if the folder is to grow."""
     values: dict[str, Any] = {"format": _FORMAT, "version": _VERSION, "kind": kind}
     if folder is not None:
-        names = [name for name, _ in entries(folder)]
+        names = [name for name, is_plain in entries(folder) if is_plain]
         values["files"] = {
             name: {"bytes": (folder / name).stat().st_size, "sha256": digest}
             for name, digest in digests(folder, names)
@@ -129,7 +129,9 @@ def entries(folder: Path) -> Iterator[tuple[str, bool]]:
 
 
 def _raise(error: OSError) -> None:
-    raise error
+    """A folder that has vanished meanwhile is no longer there; one that cannot be read might hold anything."""
+    if not isinstance(error, FileNotFoundError):
+        raise error
 
 
 def _marked(folder: Path) -> Found | None:

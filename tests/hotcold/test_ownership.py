@@ -428,6 +428,21 @@ def test_the_mark_is_what_the_document_says(made):
         assert json.loads(place.read_text()) == handmade.signed(values)
 
 
+@pytest.mark.parametrize("kind", ["gguf", "bundle", "traces", ["predictors"], None])
+def test_a_mark_of_no_such_kind_is_none(kind, tmp_path):
+    values = {"format": "hotcold-folder", "version": 1, "kind": kind, "files": {}}
+    (tmp_path / "hotcold.json").write_text(json.dumps(handmade.signed(values)))
+    assert identify(tmp_path).kind is None
+
+
+def test_hashing_large_files_shows_progress(made, monkeypatch, capsys):
+    monkeypatch.setattr("hotcold.identify._LONG", 0)
+    monkeypatch.setattr("hotcold.progress._LOG_EVERY_S", 0.0)
+    check_replaceable(made["predictors"], "predictors")
+    assert mark("predictors", made["predictors"])["files"]
+    assert "hash: 0/0 MB" in capsys.readouterr().err
+
+
 def test_a_bundle_after_the_document_is_ours(tmp_path):
     handmade.bundle(tmp_path)
     check_replaceable(tmp_path, "bundle")
