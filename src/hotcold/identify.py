@@ -129,7 +129,7 @@ def entries(folder: Path) -> Iterator[tuple[str, bool]]:
 
 
 def _raise(error: OSError) -> None:
-    """A folder that has vanished meanwhile is no longer there; one that cannot be read might hold anything."""
+    """A folder that has vanished meanwhile is no longer there; what cannot be read may hold anything."""
     if not isinstance(error, FileNotFoundError):
         raise error
 
