@@ -57,8 +57,8 @@ def _vector(tensors: SafetensorsFile, path: Path) -> np.ndarray:
 
 
 def write_activation(firing: Firing, out: str | Path) -> None:
-    """Write the directory, which appears as a whole, and holds nothing else: PowerInfer reads all of it."""
-    with storage.atomic_directory(out) as folder:
+    """Write the directory, which appears as a whole. No other file lies in it, as PowerInfer counts them."""
+    with storage.atomic_directory(out, "activation") as folder:
         for number, vector in enumerate(firing):
             storage.write_bytes(folder / f"activation_{number}.pt", tensor_file(vector))
 

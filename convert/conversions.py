@@ -13,8 +13,7 @@ from pathlib import Path
 
 from hotcold.convert.activation import counts_of_traces, read_activation, write_activation
 from hotcold.convert.gguf_read import GGUFFile
-from hotcold.convert.gpu_index import ARCHITECTURE, GpuIndex, hottest_neurons, neurons_that_fit
-from hotcold.convert.manifest import MANIFEST
+from hotcold.convert.gpu_index import GpuIndex, hottest_neurons, neurons_that_fit
 from hotcold.convert.model_formats import (
     bytes_per_neuron,
     read_bundle,
@@ -27,7 +26,8 @@ from hotcold.convert.model_formats import (
 from hotcold.convert.model_pt import read_model_pt, write_model_pt
 from hotcold.convert.parts import Options, Parts
 from hotcold.errors import InputError
-from hotcold.json_file import read_json
+from hotcold.identify import identify
+from hotcold.ownership import check_file, check_replaceable
 from hotcold.predictor.bundle import PredictorBundle
 from hotcold.predictor.traces import Traces
 
@@ -104,48 +104,31 @@ FORMATS = {
 }
 # Read after the models, whose own predictors they replace, and which tell of which model they are.
 _LATER = ("predictors", "model-pt", "activation", "traces", "gpuidx")
-
-# What lies in a folder of each format
-_MARKS = {
-    "bundle": (MANIFEST,),
-    "traces": ("run.json", "tokens.safetensors"),
-    "model-pt": ("model_0.pt",),
-    "predictors": ("model.safetensors", "config.json"),
-    "activation": ("activation_0.pt",),
-    "checkpoint": ("config.json", "*.safetensors"),
-}
+_FILES = ("powerinfer", "gguf", "gpuidx")  # what is a file; the others are folders
 
 
 def format_of(path: str | Path) -> str:
     """The format that a file or folder has. InputError for none, FormatError for a broken GGUF file."""
-    path = Path(path)
-    if path.is_file():
-        file = GGUFFile(path)
-        if file.find("general.architecture", str) == ARCHITECTURE:
-            return "gpuidx"
-        return "powerinfer" if file.magic == "PWRI" else "gguf"
-    if path.is_dir():
-        for format, marks in _MARKS.items():
-            if all(any(path.glob(mark)) for mark in marks) and (format != "predictors" or _is_ours(path)):
-                return format
-    raise InputError("none of the formats that are known", where=path, expected=" | ".join(FORMATS))
-
-
-def _is_ours(path: Path) -> bool:
-    """A predictor bundle has the file names of a small checkpoint; its config tells them apart."""
-    return read_json(path / "config.json").get("format") == "hotcold-predictor"
+    kind = identify(path).kind
+    if kind not in FORMATS:
+        raise InputError(
+            "none of the formats that are known", where=path, got=kind, expected=" | ".join(FORMATS)
+        )
+    return kind
 
 
 def convert(sources: Sequence[str | Path], to: str, out: str | Path, options: Options) -> None:
     """Write `out` in the format `to`, from what the sources hold together.
 
-    Raises InputError (no such format, a part that no source has, an `out` that is something else, pickles
-    that are not allowed) and what the readers and writers of the formats raise. `out` is then as it was.
+    Raises InputError (no such format, a part that no source has, pickles that are not allowed), StorageError
+    (an `out` that hotcold did not write, or that is a source) and what the readers and writers of the formats
+    raise. `out` is then as it was.
     """
     writer = FORMATS[to].write if to in FORMATS else None
     if writer is None:
         targets = [name for name, format in FORMATS.items() if format.write]
         raise InputError("no format to write", where="--to", got=to, expected=" | ".join(targets))
+    (check_file if to in _FILES else check_replaceable)(out, to, sources)
     formats = [(format_of(source), Path(source)) for source in sources]
     with ExitStack() as stack:
         parts = Parts()

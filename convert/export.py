@@ -16,13 +16,13 @@ from hotcold.convert.gguf_write import write_gguf
 from hotcold.convert.hf_checkpoint import WeightSource
 from hotcold.convert.layout import ExportOptions, GGUFLayout, ModelFiles
 from hotcold.convert.llama_cpp import differences, is_exact
-from hotcold.convert.manifest import FORMAT, MANIFEST, BundleFile, Manifest
+from hotcold.convert.manifest import MANIFEST, BundleFile, Manifest
 from hotcold.convert.powerinfer import runs_in_powerinfer
 from hotcold.convert.predictors import check_predictors
 from hotcold.convert.tokenizer import tokenizer_files
 from hotcold.convert.weights import check_weights
-from hotcold.errors import HotcoldError, InputError, UnsupportedError
-from hotcold.json_file import read_json
+from hotcold.errors import InputError, UnsupportedError
+from hotcold.ownership import check_replaceable
 from hotcold.predictor.bundle import FILES, PredictorBundle
 from hotcold.progress import log
 
@@ -48,16 +48,16 @@ def export_bundle(
     vocabulary. Without `predictors` only the dense form is written.
 
     Raises UnsupportedError (unknown model, activation or quantisation), ShapeError or MismatchError
-    (predictors of another model, tensors that do not fit the config), InputError (an `out` that is
-    something else), StorageError (the disk does not take it). `out` is then as it was.
+    (predictors of another model, tensors that do not fit the config), StorageError (the disk does not take
+    it, or `out` is something else than a bundle as hotcold wrote it). `out` is then as it was.
     """
     if not _NAME.fullmatch(name):
         raise InputError("a bundle's name is a plain file name", where="name", got=repr(name))
-    _refuse_foreign_folder(Path(out))
+    check_replaceable(out, "bundle", [folder] if folder else [])
     model, layouts = _planned(source, name, fingerprint, folder, predictors, options or ExportOptions())
     for line in _limits(model, layouts):
         log(line)
-    with storage.atomic_directory(out) as target:
+    with storage.atomic_directory(out, "bundle") as target:
         manifest = _write(model, layouts, predictors, target, source.quantised_types)
         storage.write_json(target / MANIFEST, manifest.to_json())
     return manifest.to_json()
@@ -105,18 +105,6 @@ def _planned(
     return model, layouts
 
 
-def _refuse_foreign_folder(out: Path) -> None:
-    """An earlier bundle may be replaced, whatever its version; other things not."""
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return
-    try:
-        ours = read_json(out / MANIFEST).get("format") == FORMAT
-    except HotcoldError:
-        ours = False
-    if not ours:
-        raise InputError("exists and is not a bundle", where=out, fix="give a folder that does not exist yet")
-
-
 def _check_predictors(predictors: PredictorBundle, spec: ModelSpec, fingerprint: str) -> None:
     if not spec.is_sparse:
         what = "this activation never gives zero, so that there is nothing to predict"
@@ -152,7 +140,7 @@ def _write(
         write_gguf(target / layout.file, layout.metadata, layout.plans, magic=layout.magic)
         roles[layout.file] = layout.role
     if predictors is not None:
-        predictors.save(target / "predictors")
+        predictors.write_files(target / "predictors")
         roles |= {f"predictors/{name}": "predictor" for name in FILES}
     if model.folder is not None:
         roles |= _copy(tokenizer_files(model.folder), target, "tokenizer")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hotcold.errors import InputError
+from hotcold.ownership import check_replaceable
 
 if TYPE_CHECKING:
     from hotcold.convert.hf_checkpoint import WeightSource
@@ -60,6 +61,7 @@ def run(args: argparse.Namespace) -> int:
     if not 0 < args.hot_frequency < math.inf:
         raise InputError("a share is above 0", where="--hot-frequency", got=args.hot_frequency)
     path = Path(resolve(args.model))
+    check_replaceable(args.out, "bundle", [path, *([args.predictors] if args.predictors else [])])
     options = ExportOptions(
         args.quant, args.head_quant, args.predictor_quant, args.hot_frequency, args.attention_rows
     )

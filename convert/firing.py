@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from hotcold.errors import InputError, ShapeError
+from hotcold.identify import identify
 
 __all__ = ["firing_frequencies"]
 
@@ -33,12 +34,13 @@ def firing_frequencies(
 
 
 def _read(folder: Path, pickles: bool) -> list[np.ndarray]:
-    if (folder / "run.json").is_file():
-        return _of_traces(folder)
-    if (folder / "model.safetensors").is_file():
-        return _of_predictors(folder)
-    if (folder / "activation_0.pt").is_file():
-        return _of_activation_files(folder, pickles)
+    match identify(folder).kind:
+        case "traces":
+            return _of_traces(folder)
+        case "predictors":
+            return _of_predictors(folder)
+        case "activation":
+            return _of_activation_files(folder, pickles)
     fix = "give a bundle with predictors, a trace folder, or a folder of activation_N.pt"
     raise InputError("nothing here tells how often neurons fire", where=folder, fix=fix)
 

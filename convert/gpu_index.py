@@ -64,6 +64,7 @@ class GpuIndex:
             "general.architecture": ARCHITECTURE,
             "generic.gpu_index.block_count": np.uint32(len(self.buckets)),
             _CAPACITY: np.uint64(self.vram_capacity),
+            "hotcold.version": np.uint32(1),
         }
         plans = [plan for layer in range(len(self.buckets)) for plan in self._plans(layer)]
         write_gguf(path, metadata, plans, magic="PWRI")

@@ -10,13 +10,13 @@ import numpy as np
 
 from hotcold.convert.gguf_read import GGUFFile
 from hotcold.convert.gguf_split import open_gguf
-from hotcold.convert.gpu_index import ARCHITECTURE, GpuIndex
+from hotcold.convert.gpu_index import GpuIndex
 from hotcold.convert.layout import ExportOptions
-from hotcold.convert.manifest import MANIFEST, Manifest
+from hotcold.convert.manifest import Manifest
 from hotcold.convert.powerinfer import hot_sets, predictor_thresholds
 from hotcold.convert.predictors import hot_neurons
 from hotcold.errors import InputError
-from hotcold.json_file import read_json
+from hotcold.identify import identify
 from hotcold.predictor.bundle import PredictorBundle
 
 __all__ = ["describe", "render"]
@@ -28,14 +28,15 @@ _NEURONS = ("hot_neurons", "gpu_neurons")
 def describe(path: str | Path) -> dict[str, Any]:
     """What is in a file or folder, ready for JSON. InputError for others, FormatError for broken ones."""
     path = Path(path)
-    if path.is_file():
-        file = open_gguf(path)
-        is_index = file.find("general.architecture", str) == ARCHITECTURE
-        return _describe_gpu_index(file) if is_index else _describe_gguf(file)
-    if (path / MANIFEST).is_file():
-        return _describe_bundle(path)
-    if (path / "config.json").is_file() and "thresholds" in read_json(path / "config.json"):
-        return _describe_predictors(path)
+    match identify(path).kind:
+        case "gpuidx":
+            return _describe_gpu_index(GGUFFile(path))
+        case "gguf" | "powerinfer":
+            return _describe_gguf(open_gguf(path))
+        case "bundle":
+            return _describe_bundle(path)
+        case "predictors":
+            return _describe_predictors(path)
     raise InputError("nothing to inspect", where=path, expected="a GGUF file, a bundle or a predictor bundle")
 
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Self
 
-from hotcold import storage
+from hotcold.digest import seal, sha256_file
 from hotcold.errors import FormatError
 from hotcold.json_file import read_json
 
@@ -37,7 +35,7 @@ class BundleFile:
     @classmethod
     def of(cls, path: Path, role: str) -> Self:
         """Describe a file that has just been written."""
-        return cls(role, path.stat().st_size, storage.sha256_file(path))
+        return cls(role, path.stat().st_size, sha256_file(path))
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +67,7 @@ class Manifest:
     def to_json(self) -> dict[str, Any]:
         """The content of the file; its own `sha256` is over all the rest of it."""
         values = {"format": FORMAT, "version": VERSION, **asdict(self)}
-        return values | {"sha256": _digest(values)}
+        return values | {"sha256": seal(values)}
 
     @classmethod
     def read(cls, folder: str | Path) -> Self:
@@ -77,7 +75,7 @@ class Manifest:
         path = Path(folder) / MANIFEST
         values = read_json(path)
         sha256 = values.pop("sha256", None)
-        digest = _digest(values)
+        digest = seal(values)
         for key, expected in (("format", FORMAT), ("version", VERSION)):
             _check(values.pop(key, None), expected.__class__, path, key, expected)
         kinds = {"hot_frequency": float, "llama_cpp_exact": bool, "files": dict} | dict.fromkeys(_LISTS, list)
@@ -96,10 +94,6 @@ class Manifest:
             raise FormatError("altered", where=path, field="sha256", got=sha256, expected=digest, fix=fix)
         values["files"] = {name: _file(name, entry, path) for name, entry in values["files"].items()}
         return cls(**values)
-
-
-def _digest(values: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(values, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def _check(value: object, kind: type, path: Path, field: str, expected: object = None) -> None:

@@ -84,7 +84,10 @@ def run(args: argparse.Namespace) -> int:
     from hotcold import storage
     from hotcold.eval.bench import Plan
     from hotcold.eval.report import as_json_object, render
+    from hotcold.ownership import check_file
 
+    if args.save:
+        check_file(args.save, "report")
     plan = Plan(args.repetitions, args.n_prompt, args.n_gen)
     args.threads = thread_count(args.threads)
     if args.quality_tokens is None:
@@ -92,6 +95,7 @@ def run(args: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory(prefix="hotcold-bench-") as scratch:
         report = _measure(args, plan, Path(scratch))
     if args.save:
+        check_file(args.save, "report")  # again, after all this time
         storage.write_json(args.save, as_json_object(report))
     print(render(report, args.output), flush=True)
     return 0

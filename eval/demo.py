@@ -12,11 +12,13 @@ from typing import Any
 
 from hotcold import storage
 from hotcold.eval.pipeline import Done, Step, run_steps
+from hotcold.identify import FIRST, REPORT, mark
+from hotcold.ownership import check_file, check_growing
 from hotcold.shipped import BASE, FILE
 
 __all__ = ["build_report", "demo", "demo_steps", "summary"]
 
-_BENCH = "bench.json"
+_BENCH, _REPORT = "bench.json", "report.json"
 _SIDES = {
     "llama_cpp": "sparse, llama.cpp",
     "dense": "sparse, hotcold dense",
@@ -65,13 +67,16 @@ def demo(
 ) -> dict[str, object]:
     """Run what is left of the demo in folder `out`, write `report.json` there and return it.
 
-    Raises StepError where a step fails; a rerun goes on from there.
+    Raises StepError where a step fails; a rerun goes on from there. StorageError where `out` is none.
     """
-    out.mkdir(parents=True, exist_ok=True)
+    check_growing(out, "demo")
+    if not (out / FIRST["demo"]).exists():
+        storage.write_json(out / FIRST["demo"], mark("demo"))
+    check_file(out / _REPORT, "report")
     steps = demo_steps(out, model=model, quant=quant, n_threads=n_threads, from_scratch=from_scratch)
     done = run_steps(steps, out / "steps.jsonl")
     report = build_report(done, json.loads((out / _BENCH).read_text()), model=model, quant=quant)
-    storage.write_json(out / "report.json", report)
+    storage.write_json(out / _REPORT, REPORT | report)
     return report
 
 

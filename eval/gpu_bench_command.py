@@ -59,10 +59,14 @@ def run(args: argparse.Namespace) -> int:
     from pathlib import Path
 
     from hotcold import storage
+    from hotcold.ownership import check_file
 
+    if args.save:
+        check_file(args.save, "report")
     with tempfile.TemporaryDirectory(prefix="hotcold-bench-") as scratch:
         report, table = _measure(args, Path(scratch))
     if args.save:
+        check_file(args.save, "report")  # again, after all this time
         storage.write_json(args.save, report)
     print(json.dumps(report) if args.output == "json" else table, flush=True)
     return 0
@@ -74,6 +78,7 @@ def _measure(args: argparse.Namespace, scratch: Path) -> tuple[dict, str]:
     from hotcold.eval.bench import Plan, segments
     from hotcold.eval.kernel_bench_command import device_name
     from hotcold.eval.sides import checked_modes
+    from hotcold.identify import REPORT
     from hotcold.runtime.gpu.costs import device_bandwidth
     from hotcold.runtime.gpu.device import open_devices
 
@@ -93,7 +98,7 @@ def _measure(args: argparse.Namespace, scratch: Path) -> tuple[dict, str]:
         rows = gpu_bench.bench_gpu(bundle, sides, segments(ids, plan), bandwidth=bandwidth, **where)
         table = gpu_bench.as_table(rows)
     settings = ("synthetic", "layers", "quant", "sparsity") if args.synthetic else ("bundle", "text")
-    report = {
+    report = REPORT | {
         "rows": [row.as_json() for row in rows],
         "device": device_name(device),
         "bandwidth": bandwidth,

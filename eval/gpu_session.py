@@ -17,6 +17,8 @@ from typing import Any
 
 from hotcold import storage
 from hotcold.eval.pipeline import child_command
+from hotcold.identify import REPORT
+from hotcold.ownership import check_file
 from hotcold.progress import log
 
 __all__ = ["PARTS", "Part", "parts", "run_parts"]
@@ -74,13 +76,14 @@ def run_parts(todo: Sequence[Part], save: str | Path, seconds: float) -> list[di
     Keys: `part`, `command`, `status` (done, failed, timed out, skipped), `seconds`, `result` (what it
     printed, or None) and `error` (its last words, if it failed). StorageError where `save` cannot be written.
     """
+    check_file(save, "report")
     end, found = time.monotonic() + seconds, []
     for part in todo:
         log(f"{part.name}: hotcold {' '.join(part.arguments)}")
         became = _run(part, end - time.monotonic())
         found.append({"part": part.name, "command": ["hotcold", *part.arguments]} | became)
         log(f"{part.name}: {became['status']} after {became['seconds']:.0f} s {became['error'][-300:]}")
-        storage.write_json(save, {"parts": found})
+        storage.write_json(save, REPORT | {"parts": found})
     return found
 
 

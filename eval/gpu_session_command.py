@@ -25,6 +25,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the parts; 0 if all are done, else 1."""
     from hotcold.errors import InputError
+    from hotcold.ownership import check_file
+
+    check_file(args.save, "report")
+
     from hotcold.eval.gpu_session import PARTS, parts, run_parts
     from hotcold.runtime.gpu.device import open_device
 

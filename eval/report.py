@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from hotcold.eval.results import Report, Row, Spread
 from hotcold.eval.roofline import PARTS
+from hotcold.identify import REPORT
 
 __all__ = ["FORMATS", "as_json_object", "markdown", "render"]
 
@@ -87,7 +88,7 @@ def as_json_object(report: Report) -> dict[str, object]:
     those of predicted mode.
     """
     rows = {row.side: _flat(row) for row in report.rows}
-    flat: dict[str, object] = {}
+    flat: dict[str, object] = {**REPORT}
     for side, row in [*rows.items(), ("llama_cpp", _llama_cpp(report, rows))]:
         flat |= {f"{metric}_{_key(side)}": value for metric, value in row.items() if metric != "side"}
     flat["sparsity"] = _first(rows, "sparsity", ("exact", "predicted", "auto"))

@@ -17,10 +17,12 @@ import numpy as np
 from hotcold import __version__
 from hotcold.convert.export import ExportOptions, export_bundle
 from hotcold.convert.gguf_read import Tensor
-from hotcold.convert.manifest import MANIFEST
+from hotcold.convert.manifest import Manifest
 from hotcold.convert.quantize import dequantize, quantize, type_of
 from hotcold.errors import InputError
 from hotcold.eval.planted import LayerActivity, PlantedModel
+from hotcold.identify import identify
+from hotcold.ownership import check_replaceable
 from hotcold.predictor.bundle import LayerPredictor, PredictorBundle
 from hotcold.progress import log
 
@@ -116,11 +118,18 @@ class Synthetic:
 def write_synthetic(synthetic: Synthetic, folder: str | Path) -> Path:
     """Write the bundle under `folder`, unless it is there; returns its path.
 
+    StorageError where something else has its name.
+
     Eight layers of the 7B shape take about two minutes, and in Q4_0 2 GB of disk.
     """
     out = Path(folder) / f"{synthetic.name}-{synthetic.fingerprint[:8]}"
-    if (out / MANIFEST).is_file():
+    if (
+        out.is_dir()
+        and identify(out).kind == "bundle"
+        and Manifest.read(out).model_fingerprint == synthetic.fingerprint
+    ):
         return out
+    check_replaceable(out, "bundle")
     model = PlantedModel(
         synthetic.config,
         sparsity=synthetic.sparsity,

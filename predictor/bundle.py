@@ -130,14 +130,21 @@ class PredictorBundle:
         }  # fmt: skip
 
     def save(self, path: str | Path) -> None:
-        """Write the folder, which appears as a whole. StorageError if the disk does not take it."""
+        """Write the folder, which appears as a whole.
+
+        StorageError if the disk does not take it, or if something else than such a folder is there.
+        """
+        with storage.atomic_directory(path, "predictors") as folder:
+            self.write_files(folder)
+
+    def write_files(self, folder: Path) -> None:
+        """Write the `FILES` into a folder that is being made, such as that of a whole bundle."""
         tensors: dict[str, np.ndarray] = {}
         for number, layer in enumerate(self.layers):
             tensors |= layer.tensors(f"layers.{number}.")
-        with storage.atomic_directory(path) as folder:
-            storage.write_tensors(folder / "model.safetensors", tensors, {"format": "pt"})
-            storage.write_json(folder / "config.json", self.config())
-            storage.write_bytes(folder / "README.md", model_card(self).encode())
+        storage.write_tensors(folder / "model.safetensors", tensors, {"format": "pt"})
+        storage.write_json(folder / "config.json", self.config())
+        storage.write_bytes(folder / "README.md", model_card(self).encode())
 
     @classmethod
     def load(cls, path: str | Path) -> PredictorBundle:
@@ -176,7 +183,7 @@ class PredictorBundle:
         """
         self.save(save_directory)
         if push_to_hub:
-            pushed(Path(save_directory), repo_id or Path(save_directory).resolve().name, **hub)
+            pushed(Path(save_directory), FILES, repo_id or Path(save_directory).resolve().name, **hub)
 
 
 def read_config(folder: Path) -> _Config:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from hotcold.cpus import torch_threads
 from hotcold.errors import InputError
+from hotcold.ownership import check_growing
 from hotcold.progress import log
 
 if TYPE_CHECKING:
@@ -37,12 +38,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Collect what is missing in `--out`, then print the sparsity of each layer."""
+    for option in ("tokens", "window", "shard_tokens", "threads"):
+        _check_positive(option, getattr(args, option))
+    check_growing(args.out, "traces", [args.model, args.text])
+
     from hotcold import checkpoint
     from hotcold.predictor.collect import collect, gather_tokens
     from hotcold.predictor.trace_writer import TraceWriter
 
-    for option in ("tokens", "window", "shard_tokens", "threads"):
-        _check_positive(option, getattr(args, option))
     n_threads = torch_threads(args.threads)
     tokens = gather_tokens(args.text, checkpoint.load_tokenizer(args.model), args.tokens)
     model = checkpoint.load_model(args.model)

@@ -31,19 +31,22 @@ def downloaded(source: str | Path, files: Sequence[str], **options: Any) -> Path
 
 def pushed(
     folder: Path,
+    files: Sequence[str],
     repo_id: str,
     *,
     token: str | bool | None = None,
     private: bool | None = None,
     commit_message: str = "Upload activation predictors",
 ) -> None:
-    """Upload `folder` as a model repository, made if need be. InputError where the hub does not take it."""
+    """Upload files of `folder` as a model repository, made if need be. InputError if the hub refuses."""
     from huggingface_hub import HfApi
 
     with _hub_errors(repo_id):
         hub = HfApi(token=token)
         repository = hub.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        hub.upload_folder(repo_id=repository, folder_path=folder, commit_message=commit_message)
+        hub.upload_folder(
+            repo_id=repository, folder_path=folder, allow_patterns=list(files), commit_message=commit_message
+        )
 
 
 @contextmanager

@@ -16,7 +16,8 @@ from typing import Self
 import numpy as np
 
 from hotcold import storage
-from hotcold.errors import FormatError, InputError, MismatchError
+from hotcold.errors import FormatError, MismatchError
+from hotcold.ownership import check_growing
 from hotcold.predictor.exclusive import exclusive
 from hotcold.predictor.traces import TraceRun, TraceShard, read_manifest
 from hotcold.progress import log
@@ -42,7 +43,8 @@ class TraceWriter:
     def open(cls, folder: str | Path, run: TraceRun, tokens: Mapping[str, np.ndarray]) -> Iterator[Self]:
         """Open `folder` for `run`, exclusively.
 
-        InputError if another process writes there, MismatchError if it holds traces of something else.
+        InputError if another process writes there, MismatchError if it holds traces of something else,
+        StorageError if it is a folder of other things.
         """
         folder = Path(folder)
         with exclusive(folder):
@@ -72,11 +74,9 @@ class TraceWriter:
 
 def _begin(folder: Path, run: TraceRun, tokens: Mapping[str, np.ndarray]) -> TraceRun:
     """Write what the shards rest on, or check that what is there is the same; returns the run on disk."""
+    check_growing(folder, "traces")
     if not (folder / "run.json").exists():
-        _refuse_foreign(folder)
-        storage.write_tensors(folder / "tokens.safetensors", tokens)
-        storage.write_json(folder / "run.json", run.to_json())
-        return run
+        storage.write_json(folder / "run.json", run.to_json())  # first, as it is the mark of the folder
     old = TraceRun.read(folder)
     # in the order of what a user is likely to have changed
     names = sorted((f.name for f in fields(TraceRun)), key=lambda name: (name not in _OTHER, name))
@@ -84,16 +84,9 @@ def _begin(folder: Path, run: TraceRun, tokens: Mapping[str, np.ndarray]) -> Tra
         mine, theirs = getattr(run, name), getattr(old, name)
         if name not in _NOT_COMPARED and mine != theirs:
             raise _mismatch(folder, name, old, run)
+    if not (folder / "tokens.safetensors").exists():
+        storage.write_tensors(folder / "tokens.safetensors", tokens)
     return old
-
-
-def _refuse_foreign(folder: Path) -> None:
-    """A run that was killed before it had `run.json` leaves these files at most, whole or temporary."""
-    own = ("tokens.safetensors", "run.json")
-    foreign = sorted(path.name for path in folder.iterdir() if not path.name.lstrip(".").startswith(own))
-    if foreign:
-        fix = "give an empty or a new folder as --out"
-        raise InputError(f"holds {foreign[0]!r}, and no traces", where=folder, fix=fix)
 
 
 def _mismatch(folder: Path, name: str, old: TraceRun, new: TraceRun) -> MismatchError:

@@ -7,7 +7,6 @@ those that were made in the same way, and drops the others.
 from __future__ import annotations
 
 import json
-import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,53 +14,47 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from hotcold import storage
-from hotcold.errors import FormatError, HotcoldError, InputError
-from hotcold.predictor.bundle import LayerPredictor, PredictorBundle, read_config
+from hotcold.errors import FormatError
+from hotcold.json_file import read_json
+from hotcold.ownership import check_growing
+from hotcold.predictor.bundle import LayerPredictor, PredictorBundle
 from hotcold.predictor.exclusive import exclusive
 from hotcold.predictor.metrics import LayerMetrics
+from hotcold.predictor.out_folder import check_out
 from hotcold.predictor.traces import Traces
 from hotcold.predictor.train import LayerData, TrainOptions, compute_dtype, train_layer
 from hotcold.progress import Progress, log
 
 __all__ = ["train_bundle"]
 
+_FORMAT, _VERSION = "hotcold-partial", 1
+_DESCRIPTION = "training.json"
+
 
 def train_bundle(traces: Traces, out: str | Path, options: TrainOptions) -> PredictorBundle:
     """Train the predictor of every layer of `traces` and save the bundle as `out`.
 
     FormatError for damaged traces, StorageError if the disk fails; finished layers are kept in both cases.
+    StorageError also, and at once, where something else than predictors is in the way.
     """
-    out = Path(out)
-    _refuse_foreign(out)
-    partial = out.with_name(out.name + ".partial")
+    partial = check_out(out, traces.folder)
     with exclusive(partial):
-        _begin(partial, _description(traces, options))
+        check_growing(partial, "partial")
+        _begin(partial, _description(traces, options), traces.run.n_layers)
         layers = _train_layers(traces, partial, options)
         bundle = PredictorBundle(
             traces.run.model_fingerprint, layers, options.target_recall, _training(traces, options)
         )
         bundle.save(out)
-        shutil.rmtree(partial)
+        storage.remove_files(partial, [*map(_layer_file, range(traces.run.n_layers)), _DESCRIPTION])
     return bundle
-
-
-def _refuse_foreign(out: Path) -> None:
-    """Only another predictor bundle may be replaced; said before the training, not after it."""
-    if out.is_dir() and not any(out.iterdir()):
-        return
-    if out.exists():
-        try:
-            read_config(out)
-        except HotcoldError as error:
-            fix = "give a new folder as --out, or delete this one"
-            raise InputError("is there already, and is no predictor bundle", where=out, fix=fix) from error
 
 
 def _train_layers(traces: Traces, partial: Path, options: TrainOptions) -> list[LayerPredictor]:
     run, layers = traces.run, []
     with Progress("train", total=run.n_layers * options.epochs, unit="epoch") as progress:
         for number in range(run.n_layers):
-            file = partial / f"layer-{number:03d}.safetensors"
+            file = partial / _layer_file(number)
             if not file.exists():
                 starts = traces.starts() if number == 0 else None
                 data = LayerData(*traces.layer(number), traces.heldout, run.d_ff, starts)
@@ -90,18 +83,30 @@ def _training(traces: Traces, options: TrainOptions) -> dict[str, Any]:
 
 def _description(traces: Traces, options: TrainOptions) -> dict[str, Any]:
     shards = [shard.sha256 for shard in traces.shards]
-    return {"model_fingerprint": traces.run.model_fingerprint, "shards": shards, **_training(traces, options)}
+    return {
+        "format": _FORMAT,
+        "version": _VERSION,
+        "model_fingerprint": traces.run.model_fingerprint,
+        "shards": shards,
+        **_training(traces, options),
+    }
 
 
-def _begin(partial: Path, description: dict[str, Any]) -> None:
+def _layer_file(number: int) -> str:
+    return f"layer-{number:03d}.safetensors"
+
+
+def _begin(partial: Path, description: dict[str, Any], n_layers: int) -> None:
     """Leave only layers that were trained on these traces in this way."""
-    path = partial / "training.json"
-    layers = sorted(partial.glob("layer-*.safetensors"))
-    if path.exists() and json.loads(path.read_bytes()) == description:
-        log(f"{partial}: {len(layers)} layers are finished")
-        return
-    for layer in layers:
-        storage.fs.unlink(layer)
+    path = partial / _DESCRIPTION
+    finished = [layer for layer in map(_layer_file, range(n_layers)) if (partial / layer).exists()]
+    if path.exists():
+        if read_json(path) == description:
+            log(f"{partial}: {len(finished)} layers are finished")
+            return
+        log(f"{partial}: of other traces or options, so that training begins anew")
+    for layer in finished:
+        storage.fs.unlink(partial / layer)
     storage.write_json(path, description)
 
 

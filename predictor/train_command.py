@@ -29,6 +29,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Train what is missing, write the bundle, and print its table."""
+    from hotcold.predictor.out_folder import check_out
+
+    check_out(args.out, args.traces)
+
     torch_threads(args.threads)
     from hotcold.predictor.metrics import mean_metrics, table
     from hotcold.predictor.network import default_rank

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from hotcold.convert.manifest import MANIFEST, Manifest
 from hotcold.errors import InputError
+from hotcold.identify import identify
 
 __all__ = ["file_of_role"]
 
@@ -15,7 +16,7 @@ def file_of_role(bundle: str | Path, *roles: str) -> Path:
 
     Raises InputError where there is no bundle or no such file, FormatError where its manifest is broken.
     """
-    if not (Path(bundle) / MANIFEST).is_file():
+    if identify(bundle).kind != "bundle":
         fix = "`hotcold export` writes one"
         raise InputError(f"not a bundle: no {MANIFEST}", where=bundle, fix=fix)
     manifest = Manifest.read(bundle)

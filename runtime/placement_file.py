@@ -12,6 +12,7 @@ import numpy as np
 from hotcold.convert.gguf_read import GGUFFile
 from hotcold.convert.gpu_index import GpuIndex
 from hotcold.errors import FormatError, InputError, MismatchError
+from hotcold.ownership import beside, check_file
 from hotcold.runtime.placement import PlacedLayer, Placement
 from hotcold.storage import write_json
 
@@ -23,8 +24,8 @@ _MAX_BYTES = 1 << 28
 
 def plan_path(bundle: str | Path, mode: str, budgets: Sequence[int]) -> Path:
     """Where a plan of these budgets is saved: beside the bundle, which itself stays as its manifest says."""
-    bundle, sizes = Path(bundle), "+".join(str(budget >> 20) for budget in budgets)
-    return bundle.with_name(f"{bundle.name}.{mode}-{sizes}MiB.placement.json")
+    sizes = "+".join(str(budget >> 20) for budget in budgets)
+    return beside(bundle, f".{mode}-{sizes}MiB.placement.json")
 
 
 def gpuidx_path(plan: str | Path) -> Path:
@@ -33,7 +34,12 @@ def gpuidx_path(plan: str | Path) -> Path:
 
 
 def save_placement(placement: Placement, path: str | Path, fingerprint: str | None = None) -> None:
-    """Write the plan to `path`, and its `.gpuidx` beside. StorageError where the disk does not take them."""
+    """Write the plan to `path`, and its `.gpuidx` beside.
+
+    StorageError where the disk does not take them, or files that hotcold did not write are in the way.
+    """
+    check_file(path, "placement")
+    check_file(gpuidx_path(path), "gpuidx")
     layers = [
         {
             "on_device": layer.on_device,

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hotcold.cpus import torch_threads
-from hotcold.errors import InputError, StorageError
+from hotcold.errors import InputError
+from hotcold.ownership import beside, check_growing, check_replaceable
 from hotcold.sparsify.config import REDUCTIONS, Config, load_config, recipes
 from hotcold.sparsify.relu import DEFAULT_GENERATED, DEFAULT_L1, DEFAULT_TOKENS, relu_config
 
@@ -77,8 +77,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Sparsify, save, and print the summary table."""
     config = _config(args)
+    check_replaceable(args.out, "checkpoint", [args.model])
     torch_threads()
-    _check_out(args.out)
     if args.method == "pretrained":
         return _unpack(args)
     if args.dry_run:
@@ -86,6 +86,7 @@ def run(args: argparse.Namespace) -> int:
 
         print(plan(args.model, config))
         return 0
+    check_growing(_work_path(args), "training", [args.model])
 
     from hotcold import checkpoint
     from hotcold.sparsify.evaluate import table
@@ -152,26 +153,12 @@ def _work_folder(args: argparse.Namespace, config: Config):  # noqa: ANN202 - im
     from hotcold.sparsify.prosparse import PHASES
     from hotcold.sparsify.state import WorkFolder
 
-    path = args.work or args.out.with_name(f"{args.out.name}.training")
     identity = {"model": checkpoint.fingerprint(args.model), "config": config.digest()}
-    return WorkFolder(path, identity, PHASES, config.checkpoints.keep)
+    return WorkFolder(_work_path(args), identity, PHASES, config.checkpoints.keep)
 
 
-def _check_out(out: Path) -> None:
-    """Refuse, before minutes of work, an `--out` that cannot be written or holds something else."""
-    if out.exists() and not out.is_dir():
-        raise InputError("is a file", where=out, fix="name a folder in --out")
-    if out.is_dir() and any(out.iterdir()) and not (out / "config.json").is_file():
-        raise InputError(
-            "this folder holds something else than a checkpoint", where=out, fix="name another folder"
-        )
-    parent = out.absolute().parent
-    try:
-        parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise StorageError(error.strerror or str(error), where=parent) from error
-    if not os.access(parent, os.W_OK):
-        raise StorageError("no permission to write here", where=parent)
+def _work_path(args: argparse.Namespace) -> Path:
+    return args.work or beside(args.out, ".training")
 
 
 def _summary(args: argparse.Namespace, config: Config, result: Result) -> dict[str, object]:

@@ -7,7 +7,6 @@ that. Tensors are safetensors, the rest is JSON. The log is cut back to the stat
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,11 +18,14 @@ from torch import Tensor
 
 from hotcold import storage
 from hotcold.errors import FormatError, MismatchError
+from hotcold.json_file import read_json
+from hotcold.ownership import check_growing
 
 __all__ = ["Saved", "WorkFolder", "flat_optimizer", "nested_optimizer"]
 
 _FORMAT, _VERSION = "hotcold-training", 1
 _STATE, _MODEL, _OPTIMIZER = "manifest.json", "model.safetensors", "optimizer.safetensors"
+_STATE_FORMAT = {"format": "hotcold-state", "version": 1}
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,15 +45,17 @@ class Saved:
 class WorkFolder:
     """`run.json`, `training.jsonl` and `state-PHASE-STEP/` of one run.
 
-    `identity` says what is trained on what. MismatchError where the folder belongs to another run.
+    `identity` says what is trained on what. MismatchError where the folder belongs to another run,
+    StorageError where it is not a working folder at all.
     """
 
     def __init__(self, path: Path, identity: Mapping[str, str], phases: list[str], keep: int = 2) -> None:
         self.path, self.phases, self._keep = path, phases, keep
         self.log_path = path / "training.jsonl"
         run = {"format": _FORMAT, "version": _VERSION, **identity}
+        check_growing(path, "training")
         if (path / "run.json").is_file():
-            self._refuse_other(json.loads((path / "run.json").read_text()), run)
+            self._refuse_other(read_json(path / "run.json"), run)
         else:
             storage.write_json(path / "run.json", run)
 
@@ -64,8 +68,8 @@ class WorkFolder:
                 )  # fmt: skip
 
     def states(self) -> list[Saved]:
-        """All states, oldest first."""
-        found = [self._read(path) for path in self.path.glob("state-*") if path.is_dir()]
+        """All states, oldest first. One without its description is on its way to being deleted."""
+        found = [self._read(path) for path in self.path.glob("state-*") if (path / _STATE).is_file()]
         return sorted(found, key=lambda saved: (self.phases.index(saved.phase), saved.step))
 
     def last(self) -> Saved | None:
@@ -88,12 +92,13 @@ class WorkFolder:
         extra: Mapping[str, Any],
     ) -> None:
         """Write a state, then delete those that are too old."""
-        with storage.atomic_directory(self.path / f"state-{phase}-{step:06d}") as folder:
+        with storage.atomic_directory(self.path / f"state-{phase}-{step:06d}", "state") as folder:
             save_file(_once(model), folder / _MODEL)
             save_file(dict(optimizer), folder / _OPTIMIZER)
-            storage.write_json(folder / _STATE, {"phase": phase, "step": step, "extra": dict(extra)})
+            state = {**_STATE_FORMAT, "phase": phase, "step": step, "extra": dict(extra)}
+            storage.write_json(folder / _STATE, state)
         for old in self.states()[: -self._keep]:
-            shutil.rmtree(old.path)
+            _delete(old.path)
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Append one record to the log."""
@@ -115,13 +120,20 @@ class WorkFolder:
         return self.path / "stages" / f"{name}.safetensors"
 
     def cut_log(self) -> None:
-        """Forget what was logged after the last state, as it will be done again."""
+        """Forget what was logged after the last state, as it will be done again, and states half deleted."""
+        for half in self.path.glob("state-*"):
+            if half.is_dir() and not (half / _STATE).exists():
+                _delete(half)
         if not self.log_path.is_file():
             return
         saved = self.last()
         last = (-1, 0) if saved is None else (self.phases.index(saved.phase), saved.step)
         kept = [r for r in self.records() if (self.phases.index(r["phase"]), r["step"]) <= last]
         storage.write_bytes(self.log_path, "".join(json.dumps(r) + "\n" for r in kept).encode())
+
+
+def _delete(state: Path) -> None:
+    storage.remove_files(state, [_STATE, _MODEL, _OPTIMIZER])
 
 
 def _once(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from hotcold.cpus import torch_threads
 from hotcold.errors import InputError
+from hotcold.ownership import beside, check_file, check_replaceable
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -67,6 +68,8 @@ def run(args: argparse.Namespace) -> int:
         raise InputError(
             "the budget is a factor on perplexity", where="--budget", got=args.budget, expected=">= 1"
         )
+    check_replaceable(args.out, "checkpoint", [args.model])
+    check_file(_curve(args), "curve")
 
     torch_threads()
     from hotcold import checkpoint, text
@@ -105,6 +108,11 @@ def _knobs(given: str) -> list[float]:
     return knobs
 
 
+def _curve(args: argparse.Namespace) -> Path:
+    """The journal of all points that were measured for this `--out`."""
+    return beside(args.out, ".curve.jsonl")
+
+
 def _journal(
     args: argparse.Namespace, fingerprint: str
 ) -> tuple[Callable[[float], Point | None], Callable[[Point], None]]:
@@ -112,7 +120,7 @@ def _journal(
     from hotcold import storage
     from hotcold.sparsify.thresholds import Point
 
-    path = args.out.with_name(f"{args.out.name}.curve.jsonl")
+    path = _curve(args)
     run = [fingerprint, args.text, args.tokens, args.window, args.per_layer, args.top]
     lines = path.read_text().split("\n")[:-1] if path.is_file() else []
     entries = [json.loads(line) for line in lines]

@@ -311,7 +311,7 @@ def save(
     `like` names the model that the tokenizer came from: its special tokens and chat template are copied.
     `files` go beside them, by name. Raises StorageError where the disk does not take it.
     """
-    with storage.atomic_directory(path) as folder, _quiet():
+    with storage.atomic_directory(path, "checkpoint") as folder, _quiet():
         model.save_pretrained(folder)
         for weights in folder.glob("*.safetensors"):  # written for the owner alone, unlike all other files
             weights.chmod((folder / "config.json").stat().st_mode & 0o777)

@@ -11,18 +11,21 @@ from __future__ import annotations
 import ctypes
 import errno
 import fcntl
-import glob
-import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
+from hotcold.digest import sha256_file
 from hotcold.errors import StorageError
+from hotcold.identify import mark, mark_path
+from hotcold.ownership import check_replaceable
+from hotcold.progress import log
 
 if TYPE_CHECKING:
     import numpy as np
@@ -32,6 +35,7 @@ __all__ = [
     "append_line",
     "atomic_directory",
     "atomic_file",
+    "remove_files",
     "sha256_file",
     "write_bytes",
     "write_json",
@@ -47,8 +51,6 @@ _DTYPES = {
     "bool": "BOOL", "uint8": "U8", "int8": "I8", "int16": "I16", "uint16": "U16", "float16": "F16",
     "int32": "I32", "uint32": "U32", "float32": "F32", "float64": "F64", "int64": "I64", "uint64": "U64",
 }  # fmt: skip
-# One of these is in every folder that hotcold writes as a whole.
-_MARKS = ("config.json", "manifest.json")
 
 
 class FileSystem:
@@ -94,19 +96,19 @@ fs = FileSystem()
 def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
     """Open a binary file that appears under `path` only when the block ends without an exception.
 
-    Raises StorageError where the disk does not take it; `path` then still holds what it held before.
+    Raises StorageError where the disk does not take it; `path` then still holds what it held before. Whether
+    that may be replaced, `ownership.check_file` says.
     """
     path = Path(path).resolve()
-    temporary = _temporary(path)
-    with _as_storage_error(path, temporary):
+    with _as_storage_error(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         _sweep(path)
+        temporary, file = _new_file(path)
         try:
-            with fs.open(temporary, "wb") as file:
-                _lock(file.fileno())
+            with file:
                 yield file
                 fs.fsync(file)
-            fs.replace(temporary, path)
+                fs.replace(temporary, path)
             fs.fsync_directory(path.parent)
         except BaseException:
             _discard(temporary)
@@ -114,54 +116,113 @@ def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
 
 
 @contextmanager
-def atomic_directory(path: str | Path) -> Iterator[Path]:
+def atomic_directory(path: str | Path, kind: str) -> Iterator[Path]:
     """Yield an empty sibling folder that takes the place of `path` when the block ends without an exception.
 
-    Raises StorageError where the disk does not take it, and at once where `path` is something that hotcold
-    did not write; `path` then still holds what it held before.
+    It then bears the mark of its kind, which lists all that was written (see `identify`). Raises StorageError
+    where the disk does not take it and, at once and again at the end, where `path` holds anything but such a
+    folder as hotcold wrote it; `path` then still holds what it held before.
     """
+    check_replaceable(path, kind)
     path = Path(path).resolve()
-    temporary = _temporary(path)
-    _refuse_foreign(path)
-    with _as_storage_error(path, temporary):
-        temporary.mkdir(parents=True)
-        _sweep(path, but=temporary)
+    with _as_storage_error(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(path)
+        temporary, descriptor = _new_folder(path)
         try:
-            with _descriptor(temporary) as descriptor:
-                _lock(descriptor)
-                yield temporary
-                _sync_tree(temporary)
-                _put_in_place(temporary, path)
+            yield temporary
+            if place := mark_path(kind):
+                write_json(temporary / place, mark(kind, temporary))
+            _sync_tree(temporary)
+            check_replaceable(path, kind)
+            _put_in_place(temporary, path)
             fs.fsync_directory(path.parent)
         finally:
+            os.close(descriptor)
             _discard(temporary)  # by now it is gone, holds the old state, or what came of a failure
+
+
+def remove_files(folder: Path, names: Sequence[str]) -> None:
+    """Delete these files of a folder in this order, then the folder if nothing else is in it.
+
+    What hotcold did not write stays, and a line says so. StorageError where a file cannot be deleted.
+    """
+    with _as_storage_error(folder):
+        for name in names:
+            _sweep(folder / name)
+            fs.unlink(folder / name)
+    try:
+        folder.rmdir()
+    except OSError as error:
+        log(f"{folder}: the folder stays, as there is more in it than hotcold wrote ({error.strerror})")
 
 
 def _temporary(path: Path) -> Path:
     return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
 
 
-def _sweep(path: Path, but: Path | None = None) -> None:
+def _is_temporary(name: str, path: Path) -> bool:
+    """Whether `_temporary(path)` gives such names."""
+    return re.fullmatch(rf"\.{re.escape(path.name)}\.[0-9a-f]{{8}}\.tmp", name) is not None
+
+
+def _new_file(path: Path) -> tuple[Path, BinaryIO]:
+    """A temporary file, open and locked."""
+    while True:
+        temporary = _temporary(path)
+        file = fs.open(temporary, "xb")
+        if _is_held(file.fileno(), temporary):
+            return temporary, file
+        file.close()
+
+
+def _new_folder(path: Path) -> tuple[Path, int]:
+    """A temporary folder, and the descriptor that holds the lock on it."""
+    while True:
+        temporary = _temporary(path)
+        temporary.mkdir()
+        with suppress(FileNotFoundError):  # swept away by another process
+            descriptor = os.open(temporary, os.O_RDONLY)
+            if _is_held(descriptor, temporary):
+                return temporary, descriptor
+            os.close(descriptor)
+
+
+def _is_held(descriptor: int, path: Path) -> bool:
+    """Lock what has just been made; False if another process was faster, and sweeps it away as abandoned."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True  # a file system without locks, on which nobody sweeps
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _sweep(path: Path) -> None:
     """Delete what a killed process left of its try at `path`. One still at work holds a lock on its own."""
-    for stale in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
-        if stale == but:
-            continue
-        with suppress(OSError), _descriptor(stale) as descriptor:
-            if _lock(descriptor):
-                _discard(stale)
+    with suppress(OSError):
+        for stale in path.parent.iterdir():
+            if _is_temporary(stale.name, path) and not stale.is_symlink():
+                with suppress(OSError), _locked(stale) as is_abandoned:
+                    if is_abandoned:
+                        _discard(stale)
 
 
 @contextmanager
-def _descriptor(path: Path) -> Iterator[int]:
-    descriptor = os.open(path, os.O_RDONLY)
+def _locked(path: Path) -> Iterator[bool]:
+    """Lock a file or folder while the block lasts; False if another process has, or there are no locks."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     try:
-        yield descriptor
+        yield _lock(descriptor)
     finally:
         os.close(descriptor)
 
 
 def _lock(descriptor: int) -> bool:
-    """Lock an open file or folder until it is closed; False if another process has, or there are no locks."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
@@ -178,19 +239,6 @@ def _discard(path: Path) -> None:
             fs.unlink(path)
 
 
-def _refuse_foreign(path: Path) -> None:
-    if path.is_dir():
-        entries = {entry.name for entry in path.iterdir()}
-        if not entries or entries.intersection(_MARKS):
-            return
-        what = "not empty, and hotcold did not write it"
-    elif path.exists():
-        what = "a file, not a folder"
-    else:
-        return
-    raise StorageError(what, where=path, fix="give another folder, or delete this one")
-
-
 def _sync_tree(folder: Path) -> None:
     """Make durable what others wrote into `folder` without fsync."""
     for directory, _, files in os.walk(folder):
@@ -201,8 +249,8 @@ def _sync_tree(folder: Path) -> None:
 
 
 def _put_in_place(temporary: Path, path: Path) -> None:
-    """Rename `temporary` to `path`; if there is a folder already, that becomes `temporary`."""
-    if not path.exists():
+    """Rename `temporary` to `path`; if there is a folder with something in it, that becomes `temporary`."""
+    if not path.exists() or not any(path.iterdir()):  # which a rename replaces only as long as it is empty
         fs.replace(temporary, path)
         return
     try:
@@ -216,23 +264,25 @@ def _put_in_place(temporary: Path, path: Path) -> None:
 def _exchange_in_steps(temporary: Path, path: Path) -> None:
     """Safe against errors, but a power cut between the steps leaves the old state beside `path`."""
     old = _temporary(path)
-    fs.replace(path, old)
-    try:
-        fs.replace(temporary, path)
-    except BaseException:
-        fs.replace(old, path)
-        raise
+    with _locked(path):  # or another process would take it for abandoned
+        fs.replace(path, old)
+        try:
+            fs.replace(temporary, path)
+        except BaseException:
+            fs.replace(old, path)
+            raise
     _discard(old)
 
 
 @contextmanager
-def _as_storage_error(path: Path, temporary: Path | None = None) -> Iterator[None]:
+def _as_storage_error(path: Path) -> Iterator[None]:
     """Turn OSErrors about `path` into StorageErrors; those about other files, from the block's body, pass."""
     try:
         yield
     except OSError as error:
         place = Path(error.filename) if isinstance(error.filename, str) else path
-        if not (path.is_relative_to(place) or (temporary and place.is_relative_to(temporary))):
+        below = place.relative_to(path.parent).parts if place.is_relative_to(path.parent) else ()
+        if not (path.is_relative_to(place) or (below and _is_temporary(below[0], path))):
             raise
         fix = "free some space and run again" if error.errno in _FULL else None
         raise StorageError(error.strerror or str(error), where=path, fix=fix) from error
@@ -311,14 +361,3 @@ def _end_of_last_line(path: Path) -> int:
                 return start + newline + 1
             position = start
     return 0
-
-
-def sha256_file(path: str | Path, on_bytes: Callable[[int], None] | None = None) -> str:
-    """Hex sha256 of a file; `on_bytes` is told the size of each chunk read, for progress bars."""
-    digest = hashlib.sha256()
-    with Path(path).open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-            if on_bytes:
-                on_bytes(len(chunk))
-    return digest.hexdigest()

@@ -228,11 +228,11 @@ def test_another_folder_is_never_replaced(model, tmp_path):
     out = tmp_path / "precious"
     out.mkdir()
     (out / "thesis.txt").write_text("years of work")
-    with pytest.raises(InputError, match="exists and is not a bundle"):
+    with pytest.raises(StorageError, match="not empty, and hotcold did not write it"):
         export(model, out)
     assert (out / "thesis.txt").read_text() == "years of work"
     (out / "manifest.json").write_text('{"format": "another"}')
-    with pytest.raises(InputError, match="exists and is not a bundle"):
+    with pytest.raises(StorageError, match="not empty, and hotcold did not write it"):
         export(model, out)
 
 

@@ -53,10 +53,11 @@ def test_the_file_byte_by_byte(tmp_path):
     def text(value: str) -> bytes:
         return struct.pack("<Q", len(value)) + value.encode()
 
-    head = b"PWRI" + struct.pack("<IQQ", 3, 2, 3)
+    head = b"PWRI" + struct.pack("<IQQ", 3, 2, 4)
     head += text("general.architecture") + struct.pack("<I", 8) + text("generic.gpu_index")
     head += text("generic.gpu_index.block_count") + struct.pack("<II", 4, 1)
     head += text("split.vram_capacity") + struct.pack("<IQ", 10, 1 << 33)
+    head += text("hotcold.version") + struct.pack("<II", 4, 1)
     head += text("blk.0.gpu_idx") + struct.pack("<IQIQ", 1, 4, 18, 0)
     head += text("blk.0.gpu_bucket") + struct.pack("<IQIQ", 1, 2, 18, 32)
     head += bytes(-len(head) % 32)

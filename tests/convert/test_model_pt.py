@@ -67,7 +67,8 @@ def test_foreign_predictors_are_read(foreign):
 def test_what_is_written_is_what_powerinfers_converter_takes(bundle, tmp_path):
     """A plain dictionary of two contiguous float tensors in a zip file (convert.py's lazy unpickler)."""
     write_model_pt(bundle, tmp_path / "out")
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["config.json", "model_0.pt", "model_1.pt"]
+    names = ["config.json", "hotcold.json", "model_0.pt", "model_1.pt"]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == names
     assert json.loads((tmp_path / "out" / "config.json").read_text())["sparse_threshold"] == -1.25
     for number, layer in enumerate(bundle.layers):
         file = tmp_path / "out" / f"model_{number}.pt"

@@ -19,8 +19,9 @@ from hotcold.convert.gguf_write import copied, planned, write_gguf
 from hotcold.convert.gpu_index import GpuIndex
 from hotcold.convert.hf_checkpoint import HFCheckpoint
 from hotcold.convert.inspect import describe
-from hotcold.convert.manifest import BundleFile, Manifest, _digest
+from hotcold.convert.manifest import BundleFile, Manifest
 from hotcold.convert.verify import verify_bundle
+from hotcold.digest import seal
 from hotcold.errors import FormatError, HotcoldError, InputError
 from hotcold.predictor.bundle import PredictorBundle
 
@@ -269,7 +270,7 @@ def test_a_broken_entry_names_the_field(bundle, name, entry, field):
     def edit(values):
         values["files"][name] = entry
         del values["sha256"]
-        values["sha256"] = _digest(values)
+        values["sha256"] = seal(values)
 
     altered(bundle, edit)
     with pytest.raises(FormatError) as caught:

@@ -15,6 +15,7 @@ from hotcold.eval.gpu_bench import GpuSide, sides_of
 from hotcold.eval.kernel_bench import KernelPlan, KernelRow, check_kernels
 from hotcold.eval.peers.llama_cpp import LlamaCpp
 from hotcold.eval.synthetic import Synthetic, write_synthetic
+from hotcold.identify import identify
 from hotcold.runtime.bundle_files import file_of_role
 from hotcold.runtime.gpu.device import open_device
 from hotcold.runtime.triton import ops
@@ -94,6 +95,7 @@ def test_bench_gpu(synthetic, capsys, tmp_path):
     assert main([*arguments, *sizes, "-o", "json", "--save", str(tmp_path / "report.json")]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report == json.loads((tmp_path / "report.json").read_text())
+    assert identify(tmp_path / "report.json").kind == "report"
     rows = {row["name"]: row for row in report["rows"]}
     assert set(rows) == {"gpu predicted", "hybrid 900% predicted"}
     for row in rows.values():

@@ -45,7 +45,7 @@ def put_line(folder, content):
 
 
 def put_directory(folder, content):
-    with storage.atomic_directory(folder / "sub") as inside:
+    with storage.atomic_directory(folder / "sub", "checkpoint") as inside:
         (inside / "manifest.json").write_bytes(content)
         (inside / "deep").mkdir()
         storage.write_bytes(inside / "deep" / "data", content)
@@ -119,7 +119,7 @@ def test_a_real_limit_on_file_size(tmp_path, write):
 def test_errors_of_the_block_itself_pass_through(tmp_path):
     with pytest.raises(FileNotFoundError), storage.atomic_file(tmp_path / "file"):
         (tmp_path.parent / "no such input").read_bytes()
-    with pytest.raises(ValueError), storage.atomic_directory(tmp_path / "sub"):
+    with pytest.raises(ValueError), storage.atomic_directory(tmp_path / "sub", "checkpoint"):
         raise ValueError
     assert tree(tmp_path) == {} and list(tmp_path.iterdir()) == []
 
@@ -127,12 +127,12 @@ def test_errors_of_the_block_itself_pass_through(tmp_path):
 def test_a_disk_error_inside_of_the_block_is_a_storage_error(tmp_path):
     with (
         pytest.raises(StorageError, match="sub: No space left on device"),
-        storage.atomic_directory(tmp_path / "sub"),
+        storage.atomic_directory(tmp_path / "sub", "checkpoint"),
     ):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     with (
         pytest.raises(StorageError, match="Is a directory"),
-        storage.atomic_directory(tmp_path / "sub") as folder,
+        storage.atomic_directory(tmp_path / "sub", "checkpoint") as folder,
     ):
         folder.write_bytes(b"")
 
@@ -144,10 +144,10 @@ def test_a_folder_that_is_not_ours_is_left_alone(tmp_path):
     with pytest.raises(
         StorageError, match="home: not empty, and hotcold did not write it; give another folder"
     ):
-        storage.atomic_directory(foreign).__enter__()
+        storage.atomic_directory(foreign, "checkpoint").__enter__()
     (tmp_path / "plain").write_text("file")
     with pytest.raises(StorageError, match="plain: a file, not a folder"):
-        storage.atomic_directory(tmp_path / "plain").__enter__()
+        storage.atomic_directory(tmp_path / "plain", "checkpoint").__enter__()
     assert tree(tmp_path) == {"home/thesis.tex": b"years of work", "plain": b"file"}
 
 
@@ -155,15 +155,17 @@ def test_an_empty_folder_and_one_of_ours_are_replaced(tmp_path):
     (tmp_path / "sub").mkdir()
     put_directory(tmp_path, b"first")
     put_directory(tmp_path, b"second")
-    assert tree(tmp_path) == {"sub/manifest.json": b"second", "sub/deep/data": b"second"}
+    found = tree(tmp_path)
+    assert json.loads(found.pop("sub/hotcold.json"))["kind"] == "checkpoint"
+    assert found == {"sub/manifest.json": b"second", "sub/deep/data": b"second"}
 
 
 def test_the_current_folder_can_be_named_with_a_dot(tmp_path, monkeypatch):
     (tmp_path / "sub").mkdir()
     monkeypatch.chdir(tmp_path / "sub")
-    with storage.atomic_directory(".") as folder:
+    with storage.atomic_directory(".", "checkpoint") as folder:
         (folder / "config.json").write_text("{}")
-    assert tree(tmp_path) == {"sub/config.json": b"{}"}
+    assert set(tree(tmp_path)) == {"sub/config.json", "sub/hotcold.json"}
 
 
 def test_parents_are_made_and_paths_may_hold_anything(tmp_path):
@@ -202,7 +204,7 @@ print("ready", flush=True)
 for i in range(10**9):
     content = b"%d " % i * 5000
     storage.write_bytes(folder / "file", content)
-    with storage.atomic_directory(folder / "sub") as inside:
+    with storage.atomic_directory(folder / "sub", "checkpoint") as inside:
         for name in "config.json", "b":
             (inside / name).write_bytes(content)
     storage.append_line(folder / "journal", str(i))
@@ -223,7 +225,7 @@ def test_kill_at_any_moment(tmp_path):
                 numbers = content.read_bytes().split()
                 assert len(numbers) == 5000 and len(set(numbers)) == 1
         if (tmp_path / "sub").exists():
-            assert len(set(tree(tmp_path / "sub").values())) == 1
+            assert len({data for name, data in tree(tmp_path / "sub").items() if name != "hotcold.json"}) == 1
     put_file(tmp_path, b"x")
     put_directory(tmp_path, b"x")
     put_line(tmp_path, b"0")
@@ -242,6 +244,42 @@ def test_a_living_writer_is_not_swept_away(tmp_path):
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
         assert (tmp_path / "file").read_bytes() == b"second"
     assert tree(tmp_path) == {"file": b"first"}
+
+
+def test_only_what_a_killed_process_left_is_swept_away(tmp_path):
+    mine = {".file.backup.tmp", ".file.0123456.tmp", ".file.0123456g.tmp", ".file.01234567.tmp.old", "tmp"}
+    for name in (*mine, ".file.01234567.tmp"):
+        (tmp_path / name).write_text("x")
+    (tmp_path / ".sub.old.tmp").mkdir()
+    (tmp_path / ".sub.89abcdef.tmp" / "deep").mkdir(parents=True)
+    put_file(tmp_path, b"x")
+    put_directory(tmp_path, b"x")
+    assert {path.name for path in tmp_path.iterdir()} == {*mine, ".sub.old.tmp", "file", "sub"}
+
+
+def test_nobody_sweeps_away_what_has_just_been_made(tmp_path):
+    """Two processes write the same file and each its own folder, while a third does nothing but sweep."""
+    sweeper = os.fork()
+    if sweeper == 0:
+        while True:
+            for name in ("file", "sub", "other"):
+                storage._sweep(tmp_path / name)
+    try:
+        writer = os.fork()
+        if writer == 0:
+            for _ in range(50):
+                put_file(tmp_path, b"child")
+                put_directory(tmp_path / "other", b"child")
+            os._exit(0)
+        for _ in range(50):
+            put_file(tmp_path, b"parent")
+            put_directory(tmp_path, b"parent")
+        assert os.waitstatus_to_exitcode(os.waitpid(writer, 0)[1]) == 0
+    finally:
+        os.kill(sweeper, signal.SIGKILL)
+        os.waitpid(sweeper, 0)
+    put_file(tmp_path, b"x")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "other", "sub"]
 
 
 def test_a_reader_sees_whole_folders_only(tmp_path):

@@ -52,8 +52,7 @@ def put_model_pt(folder: Path, seed: int) -> None:
 
 
 def put_activation(folder: Path, seed: int) -> None:
-    if seed == 2:  # a folder that bears no mark of hotcold's is never replaced
-        write_activation([np.full(4, seed, np.float32)], folder / "activation")
+    write_activation([np.full(4, seed, np.float32)], folder / "activation")
 
 
 def put_bundle(folder: Path, seed: int) -> None:

@@ -130,8 +130,11 @@ def test_save_pretrained_uploads_if_asked(tmp_path: Path, monkeypatch) -> None:
             calls.append((repo_id, options))
             return huggingface_hub.RepoUrl(f"https://huggingface.co/me/{repo_id}")
 
-        def upload_folder(self, *, repo_id: str, folder_path: Path, commit_message: str) -> None:
-            calls.append((repo_id, sorted(file.name for file in folder_path.iterdir())))
+        def upload_folder(
+            self, *, repo_id: str, folder_path: Path, allow_patterns: list[str], commit_message: str
+        ) -> None:
+            assert all((folder_path / name).is_file() for name in allow_patterns)
+            calls.append((repo_id, sorted(allow_patterns)))
 
     monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
     _bundle().save_pretrained(tmp_path / "mine", push_to_hub=True, token="t", private=True)

@@ -207,4 +207,4 @@ def test_a_folder_with_other_things_is_refused(
 ) -> None:
     (tmp_path / "thesis.tex").touch()
     assert main(collect_arguments(model, text, tmp_path)) == 2
-    assert "holds 'thesis.tex', and no traces" in capsys.readouterr().err
+    assert "not empty, and hotcold did not write it" in capsys.readouterr().err

@@ -261,7 +261,7 @@ def test_layers_trained_in_another_way_are_not_taken_up(
     train_bundle(Traces(traces), tmp_path / "whole", TrainOptions(rank=32, epochs=1))
     partial = tmp_path / "p.partial"
     partial.mkdir()
-    (partial / "training.json").write_text("{}")
+    (partial / "training.json").write_text('{"format": "hotcold-partial"}')
     (partial / "layer-000.safetensors").write_bytes(b"of another run")
     train_bundle(Traces(traces), tmp_path / "p", TrainOptions(rank=32, epochs=1))
     assert snapshot(tmp_path / "p") == snapshot(tmp_path / "whole")
@@ -272,7 +272,9 @@ def test_only_a_predictor_bundle_is_replaced(
 ) -> None:
     precious = Path(shutil.copytree(model, tmp_path / "model"))
     assert main(_command(traces, precious)) == 2
-    assert "is there already, and is no predictor bundle" in capsys.readouterr().err
+    assert (
+        "hotcold wrote something else here (got checkpoint, expected predictors)" in capsys.readouterr().err
+    )
     assert snapshot(precious) == snapshot(model)
     (tmp_path / "p").mkdir()
     assert main(_command(traces, tmp_path / "p")) == main(_command(traces, tmp_path / "p")) == 0

@@ -88,14 +88,14 @@ def test_an_output_folder_with_other_things_is_left_alone(model_folder, tmp_path
     (tmp_path / "thesis.tex").write_text("years of work")
     status, _, errors = sparsify(capsys, "--model", model_folder, "--out", tmp_path)
     assert status == 2
-    assert "holds something else than a checkpoint" in errors
+    assert "not empty, and hotcold did not write it" in errors
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
 
 
 def test_an_output_that_is_a_file(model_folder, text_file, capsys):
     status, _, errors = sparsify(capsys, "--model", model_folder, "--out", text_file)
     assert status == 2
-    assert "is a file" in errors
+    assert "a file, not a folder" in errors
 
 
 def test_interrupting_leaves_no_checkpoint(model_folder, text_file, tmp_path, capsys, monkeypatch):

@@ -1,0 +1,191 @@
+"""What may be written where: nothing that hotcold did not write is ever replaced, deleted or appended to.
+
+Every command asks here first, before any work, about all that it will write; `storage.atomic_directory` asks
+again before it swaps folders. What a thing is, and whose, is for `hotcold.identify` to say.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from hotcold.errors import HotcoldError, StorageError
+from hotcold.identify import FIRST, Found, digests, entries, identify
+
+__all__ = ["beside", "check_file", "check_growing", "check_replaceable"]
+
+_MOVE = "give another folder, or move this one away"
+_MOVE_FILE = "give another name, or move this file away"
+_MOVE_IT = "move it away, or give another folder"
+_SETTLED_NS = 10**9  # a file that is older than the clock's ticks cannot change without showing it
+_hashed: dict[
+    tuple[int, ...], str
+] = {}  # sha256 of files by their state, so that a second check costs nothing
+
+
+def check_replaceable(path: str | Path, kind: str, inputs: Sequence[str | Path] = ()) -> None:
+    """Refuse to write a folder of this kind as a whole to `path`, unless that would cost nobody anything.
+
+    There must be nothing, an empty folder, or one of the same kind that hotcold wrote and in which every file
+    is still as it wrote it; and none of `inputs` may be this folder or lie in it. Raises StorageError, which
+    names the first file that is not hotcold's. Large folders take the time of reading them.
+    """
+    with _place(path, inputs) as target:
+        _check_parent(target)
+        if not _is_folder(target) or not any(target.iterdir()):
+            return
+        found = _found(target)
+        _check_kind(target, kind, found)
+        _check_untouched(target, found)
+
+
+def check_growing(path: str | Path, kind: str, inputs: Sequence[str | Path] = ()) -> None:
+    """Refuse to begin or go on with a folder of this kind, which grows in steps.
+
+    There must be nothing, an empty folder, or one with the mark of this kind. Raises StorageError.
+    """
+    with _place(path, inputs) as target:
+        if not _is_folder(target):
+            _check_parent(target)
+            return
+        if not os.access(target, os.W_OK | os.X_OK):
+            raise StorageError("no permission to write here", where=target)
+        first = re.compile(rf"\.{re.escape(FIRST[kind])}\.[0-9a-f]{{8}}\.tmp")  # a killed process leaves that
+        if all(first.fullmatch(entry.name) for entry in target.iterdir()):
+            return
+        _check_kind(target, kind, _found(target))
+        for name, _ in entries(target):
+            if (target / name).is_symlink():
+                raise StorageError(
+                    "a symbolic link, which hotcold did not make", where=target / name, fix=_MOVE
+                )
+
+
+def check_file(path: str | Path, kind: str, inputs: Sequence[str | Path] = ()) -> None:
+    """Refuse to write a file of this kind to `path`: there must be none, an empty one or one of hotcold's.
+
+    It must be none of `inputs`, and no part of a folder that was written as a whole. Raises StorageError.
+    """
+    with _place(path, inputs) as target:
+        _check_parent(target)
+        if not target.exists():
+            return
+        if not target.is_file():
+            what = "a folder, not a file" if target.is_dir() else "not a plain file"
+            raise StorageError(what, where=target, fix="give another name")
+        parent = _found(target.parent)
+        if parent.ours and parent.lists(target.name):
+            what = f"part of a folder of hotcold's ({parent.kind}), which is written as a whole"
+            raise StorageError(what, where=target, fix="give another name")
+        if target.stat().st_size:
+            _check_kind(target, kind, _found(target), _MOVE_FILE)
+
+
+def beside(path: str | Path, suffix: str) -> Path:
+    """`PATH` with a suffix; also for `.` and `..`, whose names are not what they are called."""
+    path = Path(os.path.abspath(path))  # noqa: PTH100 - resolve() would follow a link
+    return path.with_name(f"{path.name}{suffix}")
+
+
+@contextmanager
+def _place(path: str | Path, inputs: Sequence[str | Path]) -> Iterator[Path]:
+    """What `path` leads to. Links are followed: it is the ownership of what they point to that counts."""
+    try:
+        target = Path(path).resolve()
+        _check_special(target)
+        for source in map(Path, inputs):
+            if source.exists() and (source.resolve().is_relative_to(target) or _same(source, target)):
+                raise StorageError(
+                    "is or holds what is read", where=target, got=source, fix="give another name"
+                )
+        yield target
+    except RuntimeError as error:
+        raise StorageError("a symbolic link that leads back to itself", where=path) from error
+    except OSError as error:
+        raise StorageError(error.strerror or str(error), where=path) from error
+
+
+def _same(source: Path, target: Path) -> bool:
+    """The same file under two names."""
+    return target.exists() and source.samefile(target)
+
+
+def _check_special(target: Path) -> None:
+    for what, place in (("your home folder", os.path.expanduser("~")), ("the root folder", "/")):  # noqa: PTH111
+        if target == Path(place).resolve():
+            raise StorageError(f"is {what}", where=target, fix="name a folder in it")
+
+
+def _check_parent(target: Path) -> None:
+    """Whether `target` can be made, or exchanged for another."""
+    if os.path.ismount(target):
+        raise StorageError("is a mount point", where=target, fix="name a folder in it")
+    parent = next(parent for parent in target.parents if parent.exists())
+    if not parent.is_dir():
+        raise StorageError("a file, not a folder", where=parent)
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise StorageError("no permission to write here", where=parent)
+
+
+def _is_folder(target: Path) -> bool:
+    """False where there is nothing; StorageError where there is something else."""
+    if target.exists() and not target.is_dir():
+        raise StorageError("a file, not a folder", where=target, fix="give another name")
+    return target.is_dir()
+
+
+def _found(target: Path) -> Found:
+    try:
+        return identify(target)
+    except HotcoldError:  # a file of a name that hotcold uses, and which it did not write, or no longer
+        return Found()
+
+
+def _check_kind(target: Path, kind: str, found: Found, fix: str = _MOVE) -> None:
+    if not found.ours:
+        what = "not empty, and hotcold did not write it" if target.is_dir() else "hotcold did not write it"
+        if found.kind == kind:
+            what += f", or an older version ({kind} without hotcold's mark)"
+        raise StorageError(what, where=target, fix=fix)
+    if found.kind != kind:
+        raise StorageError(
+            "hotcold wrote something else here", where=target, got=found.kind, expected=kind, fix=fix
+        )
+
+
+def _check_untouched(folder: Path, found: Found) -> None:
+    """Names and sizes first, as hashing may take a while."""
+    for name, is_plain in entries(folder):
+        if not is_plain or not found.lists(name):
+            raise StorageError(
+                "hotcold did not write this, and would delete it", where=folder / name, fix=_MOVE_IT
+            )
+    listed = {name: entry for name, entry in (found.files or {}).items() if (folder / name).is_file()}
+    for name, (size, _) in listed.items():
+        if (folder / name).stat().st_size != size:
+            raise _changed(folder / name)
+    doubtful = [
+        name
+        for name, (_, sha256) in listed.items()
+        if sha256 and _hashed.get(_state(folder / name)) != sha256
+    ]
+    for name, sha256 in digests(folder, doubtful):
+        state = _state(folder / name)
+        if sha256 != listed[name][1]:
+            raise _changed(folder / name)
+        if time.time_ns() - state[-1] > _SETTLED_NS:
+            _hashed[state] = sha256
+
+
+def _state(path: Path) -> tuple[int, ...]:
+    """What changes with a file's content. The last is when it, or its name, was changed."""
+    found = path.stat()
+    return (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+
+
+def _changed(path: Path) -> StorageError:
+    return StorageError("changed since hotcold wrote it, and would be deleted", where=path, fix=_MOVE_IT)
