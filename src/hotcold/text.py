@@ -206,7 +206,7 @@ def _lines(text: str) -> Iterator[str]:
     """Lines with their ends; one that is longer than a piece may be is cut after a space, if it has any."""
     for line in text.splitlines(keepends=True):
         begin = 0
-        while len(line) - begin > _LONGEST_CHUNK:
+        while len(line) - begin > (_CHUNK_CHARS if begin else _LONGEST_CHUNK):
             cut = line.rfind(" ", begin, begin + _CHUNK_CHARS) + 1 or begin + _CHUNK_CHARS
             yield line[begin:cut]
             begin = cut

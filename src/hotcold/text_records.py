@@ -21,25 +21,21 @@ from hotcold.errors import FormatError, InputError
 
 __all__ = ["file_records", "record_text"]
 
-_SYSTEM = ("system", "system_prompt")
-_FIRST = (
-    "text", "texts", "content", "contents", "document", "article", "passage", "body", "paragraphs",
-    "abstract", "context", "background", "premise", "hypothesis", "sentence", "sentence1", "sentence2",
-    "description", "story", "dialogue", "dialog", "conversation", "conversations", "messages", "turns",
-    "code", "review", "instruction", "instructions", "prompt", "query", "question", "questions", "problem",
-    "input", "inputs", "choices", "options",
-)  # fmt: skip
-_ANSWERS = (
-    "reasoning", "reasoning_content", "thinking", "rationale", "explanation", "output", "outputs",
-    "completion", "completions", "response", "responses", "answer", "answers", "solution", "target",
-    "targets", "chosen", "rejected", "summary", "highlights",
+# Fields that hold text, in the order in which they are read, whatever theirs is in a record.
+_FIELDS = (
+    "system", "system_prompt", "text", "texts", "content", "contents", "document", "article", "passage",
+    "body", "paragraphs", "abstract", "sentence", "sentence1", "sentence2", "premise", "hypothesis",
+    "description", "story", "code", "review", "dialogue", "dialog", "conversation", "conversations",
+    "messages", "turns", "instruction", "instructions", "prompt", "query", "problem", "question", "questions",
+    "context", "background", "input", "inputs", "choices", "options", "reasoning", "rationale", "explanation",
+    "output", "outputs", "completion", "completions", "response", "responses", "answer", "answers",
+    "solution", "target", "targets", "chosen", "rejected", "summary", "highlights",
 )  # fmt: skip
 _INSIDE = ("value", "parts")  # text in a message, or deeper; at the top of a record they may be anything
 _SPEAKER = ("role", "from")
 _CALLS = ("tool_calls", "function_call")
 _WHOLE = ("text", "messages", "conversations")  # may have the other fields in them
-_ORDER = {name: rank for rank, names in enumerate((_SYSTEM, _FIRST, _ANSWERS)) for name in names}
-_ORDER |= dict.fromkeys(_INSIDE, 1)
+_ORDER = {name: rank for rank, name in enumerate(("reasoning_content", "thinking", *_FIELDS, *_INSIDE))}
 _WRAPPERS = ("data", "rows", "records", "examples", "instances", "train")
 _DEEPEST = 20  # lists and objects in each other; conversations need five
 _UNDERSTOOD = (
@@ -107,7 +103,7 @@ def _array(text: str, position: int, path: Path) -> Iterator[tuple[int, Any, str
         if text[position : position + 1] == "]":
             break
         if text[position : position + 1] != ",":
-            got = repr(text[position : position + 20]) or "the end of the file"
+            got = repr(text[position : position + 20]) if position < len(text) else "the end of the file"
             line += text.count("\n", counted, position)
             raise FormatError(
                 "is not JSON",

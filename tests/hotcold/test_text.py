@@ -74,7 +74,7 @@ def test_two_parts_of_stdlib_are_a_twentieth_or_so(stdlib: list[Document], part:
     assert 0.01 < size / sum(len(document.text) for document in stdlib) < 0.12
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=50)
 @given(st.lists(st.text(), unique=True), st.lists(st.floats(0, 1)))
 def test_split_divides_without_overlap(ids: list[str], places: list[float]) -> None:
     source = [Document(name, "") for name in ids] + [Document("piece", "", place) for place in places]

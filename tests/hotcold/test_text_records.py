@@ -64,7 +64,7 @@ UNDERSTOOD = {
     ),
     "squad": (
         {"id": "5", "context": "c", "question": "q", "answers": {"text": ["a"], "answer_start": [3]}},
-        "c\nq\na",
+        "q\nc\na",
     ),
     "choices": (
         {"question": "q", "choices": {"text": ["x", "y"], "label": ["A", "B"]}, "answerKey": "A"},
@@ -182,7 +182,7 @@ REFUSED = {
     "a record of an array": (
         '[{"text": "x"},\n {"n": 1}]', InputError, "a.jsonl, line 2, record 2: no text field",
     ),
-    "more after an array": ('[{"text": "x"}]\nx', FormatError, "text after the JSON array"),
+    "more after an array": ('[{"text": "x"}\n]\nx', FormatError, "text after the JSON array"),
     "too deep": ('{"text": ' + "[" * 90 + "]" * 90 + "}", InputError, "too deep"),
     "as deep as it goes": ("[" * 100_000, FormatError, "is not JSON"),
 }  # fmt: skip
