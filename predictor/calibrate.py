@@ -8,17 +8,16 @@ the second the lower halves in the one bin where the rank lies.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 
 from hotcold.errors import InputError
 
-__all__ = ["Chunk", "choose_threshold", "threshold_for_recall"]
+__all__ = ["Chunks", "choose_threshold", "threshold_for_recall"]
 
-# Of some tokens: logits float32 and what fired, bool, both [tokens, d_ff], and which begin a context, bool
-# [tokens].
-Chunk = tuple[np.ndarray, np.ndarray, np.ndarray]
+# Gives, each time from the first token on, logits float32 and what fired, bool, both [tokens, d_ff].
+Chunks = Callable[[], Iterable[tuple[np.ndarray, np.ndarray]]]
 
 # On SmolLM2 made ReLU, a first layer that recalls 98 % over all tokens, and 93 % over first ones, alone costs
 # 12 % of perplexity; with this, under 1 %.
@@ -26,31 +25,29 @@ _START_RECALL = 0.999
 _BINS = 1 << 16
 
 
-def choose_threshold(chunks: Callable[[], Iterable[Chunk]], target: float) -> float:
-    """The threshold with recall `target` over all tokens and nearly full recall over those that begin a
-    context.
+def choose_threshold(chunks: Chunks, starts: np.ndarray, target: float) -> float:
+    """The threshold with recall `target` over all tokens and nearly full recall over `starts`, bool [tokens].
 
     The first token of a context becomes the attention sink of all later ones: a few neurons give it
     activations of thousands (arXiv 2402.17762), and if one of them is missed, every token suffers. In the
-    first layer such a token looks like others but is too rare to be learnt well. So these are marked
+    first layer such a token looks like others but is too rare to be learnt well. So `starts` marks it
     there, and nothing elsewhere.
     """
 
-    def all_tokens() -> Iterable[tuple[np.ndarray, np.ndarray]]:
-        return ((logits, active) for logits, active, _ in chunks())
+    def at_starts() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        done = 0
+        for logits, active in chunks():
+            marked = starts[done : done + len(logits)]
+            done += len(logits)
+            yield logits[marked], active[marked]
 
-    def first_tokens() -> Iterable[tuple[np.ndarray, np.ndarray]]:
-        return ((logits[starts], active[starts]) for logits, active, starts in chunks() if starts.any())
-
-    threshold = threshold_for_recall(all_tokens, target)
-    if any(starts.any() for _, _, starts in chunks()):
-        threshold = min(threshold, threshold_for_recall(first_tokens, max(target, _START_RECALL)))
+    threshold = threshold_for_recall(chunks, target)
+    if starts.any():
+        threshold = min(threshold, threshold_for_recall(at_starts, max(target, _START_RECALL)))
     return threshold
 
 
-def threshold_for_recall(
-    chunks: Callable[[], Iterable[tuple[np.ndarray, np.ndarray]]], target: float
-) -> float:
+def threshold_for_recall(chunks: Chunks, target: float) -> float:
     """The greatest float32 threshold at which `logits >= threshold` has a micro recall of at least `target`.
 
     Chunks are logits float32 and active bool, both [tokens, d_ff]. Recall falls and predicted sparsity rises

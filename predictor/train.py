@@ -22,7 +22,7 @@ from torch import Tensor
 
 from hotcold.errors import InputError
 from hotcold.predictor.bundle import LayerPredictor, raw_logits
-from hotcold.predictor.calibrate import Chunk, choose_threshold
+from hotcold.predictor.calibrate import choose_threshold
 from hotcold.predictor.metrics import measure
 from hotcold.predictor.network import (
     PredictorNetwork,
@@ -187,14 +187,14 @@ def _calibrated(
 ) -> LayerPredictor:
     """Choose the threshold on the raw logits of calibrate, and measure on those of test."""
 
-    def chunks(part: Part) -> Iterator[Chunk]:
+    def chunks(part: Part) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         for rows in _chunks(data.rows(part)):
-            starts = np.zeros(len(rows), bool) if data.starts is None else data.starts[rows]
-            yield raw_logits(fc1, fc2, data.x[rows]), data.labels(rows).astype(bool), starts
+            yield raw_logits(fc1, fc2, data.x[rows]), data.labels(rows).astype(bool)
 
-    threshold = choose_threshold(lambda: chunks("calibrate"), target_recall)
-    metrics = measure(((logits, active) for logits, active, _ in chunks("test")), threshold)
-    return LayerPredictor(fc1, fc2, threshold, frequency, metrics)
+    rows = data.rows("calibrate")
+    starts = np.zeros(len(rows), bool) if data.starts is None else data.starts[rows]
+    threshold = choose_threshold(lambda: chunks("calibrate"), starts, target_recall)
+    return LayerPredictor(fc1, fc2, threshold, frequency, measure(chunks("test"), threshold))
 
 
 def _median_rms(data: LayerData) -> Tensor:
@@ -210,6 +210,7 @@ def _normalised(x: np.ndarray) -> Tensor:
     return torch.from_numpy(x).float() / _rms(x)
 
 
-def _chunks(rows: np.ndarray, size: int = _EVAL_TOKENS) -> Iterator[np.ndarray]:
+def _chunks(rows: np.ndarray, size: int | None = None) -> Iterator[np.ndarray]:
+    size = size or _EVAL_TOKENS
     for start in range(0, len(rows), size):
         yield rows[start : start + size]

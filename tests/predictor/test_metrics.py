@@ -92,7 +92,7 @@ def test_chunks_give_what_all_tokens_at_once_give(
     expected = direct(logits, active, target)
     if starts.any():
         expected = min(expected, direct(logits[starts], active[starts], max(target, 0.999)))
-    found = choose_threshold(lambda: ((logits[r], active[r], starts[r]) for r in rows), target)
+    found = choose_threshold(lambda: ((logits[r], active[r]) for r in rows), starts, target)
     assert found == expected
     whole = measure([(logits, active)], found)
     assert measure(((logits[r], active[r]) for r in rows), found) == whole
@@ -112,7 +112,7 @@ def test_starts_are_served_nearly_in_full(
 ) -> None:
     logits, active = pair
     starts = data.draw(hnp.arrays(bool, len(logits)))
-    threshold = choose_threshold(lambda: [(logits, active, starts)], target)
+    threshold = choose_threshold(lambda: [(logits, active)], starts, target)
     assert measure([(logits, active)], threshold).recall >= target - 1e-9
     if starts.any():
         assert measure([(logits[starts], active[starts])], threshold).recall >= 0.999
