@@ -90,9 +90,9 @@ class ClockworkEngine(Clockwork):
 def measured(monkeypatch, bundle):
     """One bench of two peers and two modes over three rounds that get slower and slower."""
     monkeypatch.setattr(module, "_SETTLE_S", 0.0)
-    # five readings a round, with plain loads and asking ahead; the machine gets slower as the sides do
+    # seven readings a round, with plain loads and asking ahead; the machine gets slower as the sides do
     plain, asked = (
-        itertools.chain.from_iterable(itertools.repeat(gb_s, 5) for gb_s in speeds)
+        itertools.chain.from_iterable(itertools.repeat(gb_s, 7) for gb_s in speeds)
         for speeds in ((40.0, 20.0, 10.0), (30.0, 15.0, 12.0))
     )
 
