@@ -122,6 +122,38 @@ def test_instructions_keep_every_field(record: dict) -> None:
     assert record_text(record, "here") == "\n".join(fields)
 
 
+NAMES = st.sampled_from(
+    ["text", "messages", "role", "content", "from", "value", "type", "id", "answer", "data"]
+)
+JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(st.characters(exclude_characters="\n", exclude_categories=["Cs"]), max_size=3),
+    lambda inside: st.lists(inside, max_size=3) | st.dictionaries(NAMES, inside, max_size=4),
+    max_leaves=12,
+)
+
+
+@settings(deadline=None, max_examples=300)
+@given(JSON)
+def test_any_record_is_understood_or_refused(record: object) -> None:
+    """And what is understood is made of strings that are in it, whole."""
+    try:
+        text = record_text(record, "here")
+    except InputError:
+        return
+    assert set(text.split("\n")) <= {"", *_strings(record)}
+
+
+def _strings(value: object) -> list[str]:
+    if isinstance(value, str):
+        return [value]
+    inside = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return [text for item in inside for text in _strings(item)]
+
+
 RECORDS = [{"text": "one"}, {"question": "q", "answer": "a"}, "plain"]
 FILES = {
     "lines": ("a.jsonl", "\n".join(map(json.dumps, RECORDS)) + "\n\n"),
