@@ -33,7 +33,7 @@ _HEAD = ("", "perplexity", "tokens/s", "to the original in llama.cpp", "added by
 _NOTES = (
     "To the original in llama.cpp: tokens/s over those of the first row. Added by sparsity: over those of "
     "the original at the same bits in hotcold dense; what is before that is the engine's. In brackets 95% "
-    "confidence intervals. Perplexities are of text that nothing was trained on or chosen by.",
+    "confidence intervals. Perplexities are of text that nothing was trained on and no threshold chosen by.",
     "exact and dense of one bundle differ in perplexity since down is quantized along two axes: by neuron in "
     "the sparse file, by output in the dense one.",
 )
