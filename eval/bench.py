@@ -2,11 +2,13 @@
 
 A shared machine drifts by a third within minutes and every program drifts with it, so the sides take turns
 inside each round, in an order that changes from round to round, and a ratio is the median of the rounds' own
-ratios. So does the read bandwidth: it is measured before and after each run of a side, and the share of it
-that a side reaches is the median of its runs' own shares. Tokens are those of a text, not random ones: how
-many neurons fire depends on the text. They are fed
-whatever the engine would have said (teacher forcing), so that all sides compute the same positions. Only
-computing is timed (`Side.seconds`), and one run of each side before the first round is not counted.
+ratios, with a confidence interval (`Ratio`). So does the read bandwidth: it is measured before and after each
+run of a side, with plain loads and with loads that ask for memory ahead, as the engine's do. The share of it
+that a side reaches is of the best of these readings, since a loop that is slower than the engine would make a
+share of more than all; reported is the median of its runs' own shares. Tokens are those of a text, not random
+ones: how many neurons fire depends on the text. They are fed whatever the engine would have said (teacher
+forcing), so that all sides compute the same positions. Only computing is timed (`Side.seconds`), and one run
+of each side before the first round is not counted.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ import numpy as np
 
 from hotcold.errors import InputError
 from hotcold.eval.perplexity import Quality, compare
-from hotcold.eval.results import Activity, Report, Row, Spread
+from hotcold.eval.results import Activity, Ratio, Report, Row, Spread
 from hotcold.eval.roofline import Roofline, dense_bytes_per_token, read_bandwidth
 from hotcold.eval.sides import EngineSide, Peer, Side
 from hotcold.progress import Progress
@@ -63,7 +65,7 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class _Speed:
-    """Tokens per second of one side in one round, and the read bandwidth (GB/s) beside it."""
+    """Tokens per second of one side in one round, and the best read bandwidth (GB/s) beside it."""
 
     prompt: float
     generation: float
@@ -71,6 +73,7 @@ class _Speed:
 
 
 _Round = Mapping[str, _Speed]
+_Reading = tuple[float, float]  # of the read bandwidth in GB/s: plain, and asking ahead
 
 
 def segments(ids: np.ndarray, plan: Plan) -> list[Segment]:
@@ -87,23 +90,32 @@ def bench(
     *,
     truth: str,
     n_threads: int,
+    originals: Mapping[str, Peer | EngineSide] | None = None,
 ) -> Report:
-    """Time all sides on `texts`, then measure the quality of each on `windows`.
+    """Time all sides on `texts`, then measure the quality of each on `windows`; none where there are none.
 
     `peers` are llama.cpp on dense files of the same weights; ratios are to the fastest of them. `truth` names
     the one that computes the same function as ours: KL and same-top-1 are against it, and the other peers,
-    which compute something else at the same cost, get no quality.
+    which compute something else at the same cost, get no quality. `originals` are the model that was made
+    sparse, in any engine: all rows have their ratios to them as well, and they have a perplexity.
     """
-    sides: dict[str, Side] = {**peers, **ours}
+    originals = originals or {}
+    sides: dict[str, Side] = {**originals, **peers, **ours}
+    _check_vocabulary(sides, truth)
     _warm_up(sides, texts[0])
-    for side in ours.values():
+    engines = {name: side for name, side in sides.items() if hasattr(side, "engine")}
+    for side in engines.values():
         side.engine.reset_stats()
-    found, asking = _rounds(sides, texts, n_threads)
+    found, readings = _rounds(sides, texts, n_threads)
     bandwidth = Spread.of([speed.bandwidth for speeds in found for speed in speeds.values()])
-    activity = {name: _activity(side, texts) for name, side in ours.items()}
-    parts = {name: dense_bytes_per_token(peer.path, texts[0].middle) for name, peer in peers.items()}
-    parts |= {name: of.parts for name, of in activity.items()}
-    quality = _quality({truth: peers[truth], **ours}, windows, truth)
+    activity = {name: _activity(side, texts) for name, side in engines.items()}
+    parts = {name: of.parts for name, of in activity.items()}
+    parts |= {
+        name: dense_bytes_per_token(side.path, texts[0].middle)
+        for name, side in sides.items()
+        if name not in engines
+    }
+    quality = _quality({truth: peers[truth], **ours}, windows, truth) | _quality(originals, windows, None)
     baseline = {metric: _fastest(found, metric, list(peers)) for metric in ("prompt", "generation")}
     rows = [
         Row(
@@ -118,10 +130,20 @@ def bench(
             ),
             activity=activity.get(name),
             quality=quality.get(name),
+            to_originals={of: _ratio(found, "generation", name, of) for of in originals},
         )
-        for name in (*peers, *ours)
+        for name in sides
     ]
-    return Report(rows, baseline["generation"], baseline["prompt"], bandwidth, Spread.of(asking))
+    plain, asking = (Spread.of(readings_of) for readings_of in zip(*readings, strict=True))
+    return Report(rows, baseline["generation"], baseline["prompt"], truth, bandwidth, plain, asking)
+
+
+def _check_vocabulary(sides: Mapping[str, Side], truth: str) -> None:
+    """All are fed the same ids."""
+    expected = sides[truth].n_vocab
+    for name, side in sides.items():
+        if side.n_vocab != expected:
+            raise InputError("has another vocabulary", where=name, got=side.n_vocab, expected=expected)
 
 
 def _warm_up(sides: Mapping[str, Side], text: Segment) -> None:
@@ -133,25 +155,27 @@ def _warm_up(sides: Mapping[str, Side], text: Segment) -> None:
 
 def _rounds(
     sides: Mapping[str, Side], texts: Sequence[Segment], n_threads: int
-) -> tuple[list[_Round], list[float]]:
-    """Speeds of all sides in each round, and what memory gives then when it is asked ahead, in GB/s."""
+) -> tuple[list[_Round], list[_Reading]]:
+    """Speeds of all sides in each round, and all readings of the bandwidth."""
     names = list(sides)
     found: list[_Round] = []
-    asking: list[float] = []
+    readings: list[_Reading] = []
     with Progress("bench", total=len(texts) * len(names), unit="run") as progress:
         for index, segment in enumerate(texts):
-            asking.append(read_bandwidth(n_threads, asking=True))
-            before = read_bandwidth(n_threads)
+            readings.append(_reading(n_threads))
             speeds = {}
             for name in _order(names, index):
                 prompt, generation = _time(sides[name], segment)
                 time.sleep(_SETTLE_S)
-                after = read_bandwidth(n_threads)
-                speeds[name] = _Speed(prompt, generation, (before + after) / 2)
-                before = after
+                readings.append(_reading(n_threads))
+                speeds[name] = _Speed(prompt, generation, max(*readings[-2], *readings[-1]))
                 progress.advance(1, side=name, tok_s=generation)
             found.append(speeds)
-    return found, asking
+    return found, readings
+
+
+def _reading(n_threads: int) -> _Reading:
+    return read_bandwidth(n_threads), read_bandwidth(n_threads, asking=True)
 
 
 def _order(names: Sequence[str], index: int) -> list[str]:
@@ -190,7 +214,11 @@ def _activity(side: EngineSide, texts: Sequence[Segment]) -> Activity:
     )
 
 
-def _quality(sides: Mapping[str, Side], windows: Sequence[np.ndarray], truth: str) -> dict[str, Quality]:
+def _quality(
+    sides: Mapping[str, Side], windows: Sequence[np.ndarray], truth: str | None
+) -> dict[str, Quality]:
+    if not windows or not sides:
+        return {}
     total = sum(len(ids) for ids in windows) * len(sides)
     with Progress("quality", total=total, unit="tok") as progress:
         return compare(sides, windows, truth, progress.advance)
@@ -208,8 +236,8 @@ def _spread(found: Sequence[_Round], metric: str, name: str) -> Spread:
     return Spread.of(_samples(found, metric, name))
 
 
-def _ratio(found: Sequence[_Round], metric: str, name: str, baseline: str) -> Spread:
-    return Spread.of(_samples(found, metric, name) / _samples(found, metric, baseline))
+def _ratio(found: Sequence[_Round], metric: str, name: str, baseline: str) -> Ratio:
+    return Ratio.of(_samples(found, metric, name) / _samples(found, metric, baseline))
 
 
 def _fastest(found: Sequence[_Round], metric: str, names: Sequence[str]) -> str:

@@ -6,25 +6,32 @@ import argparse
 from typing import TYPE_CHECKING
 
 from hotcold.cpus import thread_count
+from hotcold.errors import InputError
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
     import numpy as np
+    from tokenizers import Tokenizer
 
     from hotcold.eval.bench import Plan
-    from hotcold.eval.results import Report
+    from hotcold.eval.results import Report, StockSpeed
+    from hotcold.eval.sides import EngineSide, Peer
 
 HELP = (
-    "Measure tokens/s against llama.cpp. llama.cpp on the dense file and hotcold in each mode run in turns, "
-    "with as many threads, on the same held-out text, fed token by token. Each row has its quality: "
-    "sparsity, recall, perplexity, and the share of equal top tokens and the KL divergence against "
-    "llama.cpp's logits. llama.cpp's speed is that of the faster of two dense files: the one that computes "
-    "the same function, and a plain `llama` file with the same tensors."
+    "Measure tokens/s against llama.cpp, as ratios with confidence intervals. llama.cpp on the dense "
+    "file and hotcold in each mode run in turns, with as many threads, on the same text, fed token by token. "
+    "Each row has its quality: sparsity, recall, perplexity, and the share of equal top tokens and the KL "
+    "divergence against llama.cpp's logits. llama.cpp's speed is that of the faster of two dense files: the "
+    "one that computes the same function, and a plain `llama` file with the same tensors. Bandwidth is what "
+    "the faster of two read loops has beside each run. A model of random weights has no quality, and none is "
+    "shown."
 )
 EXAMPLE = "hotcold bench --bundle demo/bundle -t 2 -r 7 -o md"
 
-_QUALITY_TOKENS, _SYNTHETIC_QUALITY_TOKENS = 4096, 512  # a random model's perplexity is not worth minutes
+AS_IT_CAME = "as it came (llama.cpp)"
+_QUALITY_TOKENS = 4096
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,13 +59,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--save", metavar="FILE", help="write the JSON object to this file too")
     add(
         "--text", default="stdlib", metavar="SRC",
-        help="file, glob, data set id, or stdlib: the held-out part of Python's own English text (default)",
+        help="file, glob or data set id, measured whole; or stdlib (default): the test part of Python's own "
+        "English text, of which nothing was trained or chosen",
     )  # fmt: skip
     add(
         "--quality-tokens", type=int, metavar="N",
-        help=f"tokens for perplexity (default {_QUALITY_TOKENS}, synthetic {_SYNTHETIC_QUALITY_TOKENS})",
+        help=f"tokens for perplexity and KL, 0 for none (default {_QUALITY_TOKENS}; of random weights 0)",
     )  # fmt: skip
     add("--window", type=int, default=512, metavar="N", help="tokens a window of perplexity (default 512)")
+    add(
+        "--original", metavar="DIR",
+        help="a bundle of the model that this one was made from: its dense file takes turns too, in "
+        "llama.cpp and in hotcold, and every row has its ratios to both",
+    )  # fmt: skip
+    add(
+        "--gguf", metavar="M",
+        help="the same for a dense GGUF file in llama.cpp, such as that model as it came; or smollm2",
+    )  # fmt: skip
+    add(
+        "--llama-bench", metavar="PATH",
+        help="also run this llama-bench of llama.cpp's on the same files, with as many threads and tokens, "
+        "and give its figures for the record",
+    )  # fmt: skip
     _add_synthetic_arguments(parser.add_argument_group("synthetic models"))
 
 
@@ -91,7 +113,9 @@ def run(args: argparse.Namespace) -> int:
     plan = Plan(args.repetitions, args.n_prompt, args.n_gen)
     args.threads = thread_count(args.threads)
     if args.quality_tokens is None:
-        args.quality_tokens = _SYNTHETIC_QUALITY_TOKENS if args.synthetic else _QUALITY_TOKENS
+        args.quality_tokens = 0 if args.synthetic else _QUALITY_TOKENS
+    if args.quality_tokens < 0:
+        raise InputError("must not be negative", where="--quality-tokens", got=args.quality_tokens)
     with tempfile.TemporaryDirectory(prefix="hotcold-bench-") as scratch:
         report = _measure(args, plan, Path(scratch))
     if args.save:
@@ -111,7 +135,7 @@ def _measure(args: argparse.Namespace, plan: Plan, scratch: Path) -> Report:
     check_input_sparsity(args.input_sparsity)
     modes = sides.checked_modes(args.modes)
     bundle, ids, windows = _synthetic(args, plan, scratch) if args.synthetic else _real(args, plan)
-    n_ctx = max(plan.n_prompt + plan.n_gen, args.window)
+    n_ctx = max(plan.n_prompt + plan.n_gen, args.window if windows else 0)
     peers, truth = sides.open_peers(bundle, scratch, n_threads=args.threads, n_ctx=n_ctx)
     ours = {
         sides.side_name(mode, share): sides.open_side(
@@ -120,8 +144,36 @@ def _measure(args: argparse.Namespace, plan: Plan, scratch: Path) -> Report:
         for mode in modes
         for share in dict.fromkeys((0.0, args.input_sparsity))
     }
-    report = bench(peers, ours, segments(ids, plan), windows, truth=truth, n_threads=args.threads)
-    return replace(report, settings=_settings(args, plan), machine=machine.describe())
+    originals = _originals(args, n_ctx)
+    stock = _stock(args, plan, peers)
+    texts = segments(ids, plan)
+    report = bench(peers, ours, texts, windows, truth=truth, n_threads=args.threads, originals=originals)
+    return replace(report, settings=_settings(args, plan), machine=machine.describe(), stock=stock)
+
+
+def _originals(args: argparse.Namespace, n_ctx: int) -> dict[str, Peer | EngineSide]:
+    """The sides of the model that the bundle was made from, as far as they are asked for."""
+    from hotcold.eval import sides
+
+    opened = {}
+    if args.gguf:
+        opened[AS_IT_CAME] = sides.open_gguf(args.gguf, n_threads=args.threads, n_ctx=n_ctx)
+    if args.original:
+        for mode in (sides.LLAMA_CPP, "dense"):
+            opened[f"original ({mode})"] = sides.open_side(
+                args.original, mode, n_threads=args.threads, n_ctx=n_ctx
+            )
+    return opened
+
+
+def _stock(args: argparse.Namespace, plan: Plan, peers: Mapping[str, Peer]) -> list[StockSpeed]:
+    """What a stock llama-bench says, asked before the turns begin, so that a wrong path costs no minutes."""
+    from hotcold.eval.llama_bench import LlamaBench
+
+    if not args.llama_bench:
+        return []
+    program = LlamaBench(args.llama_bench, args.threads, plan.n_prompt, plan.n_gen)
+    return [program.run(name, peer.path) for name, peer in peers.items()]
 
 
 def _real(args: argparse.Namespace, plan: Plan) -> tuple[Path, np.ndarray, list[np.ndarray]]:
@@ -132,7 +184,7 @@ def _real(args: argparse.Namespace, plan: Plan) -> tuple[Path, np.ndarray, list[
 
     tokenizer = windows.load_tokenizer(args.bundle)
     ids = windows.text_ids(args.text, tokenizer, args.quality_tokens + plan.n_tokens)
-    cut = windows.windows(ids[: args.quality_tokens], args.window, tokenizer)
+    cut = _cut(args, ids, tokenizer)
     return Path(args.bundle), ids[args.quality_tokens :], cut
 
 
@@ -142,7 +194,6 @@ def _synthetic(
     """The same with random weights and pseudo-text."""
     from hotcold.eval.planted import pseudo_text
     from hotcold.eval.synthetic import Synthetic, write_synthetic
-    from hotcold.eval.windows import windows
 
     synthetic = Synthetic(
         shape=args.synthetic,
@@ -156,8 +207,15 @@ def _synthetic(
     )
     n_vocab = synthetic.config["vocab_size"]
     ids = pseudo_text(n_vocab, args.quality_tokens + plan.n_tokens, seed=synthetic.seed + 2)
-    cut = windows(ids[: args.quality_tokens], args.window)
+    cut = _cut(args, ids)
     return write_synthetic(synthetic, args.cache or scratch), ids[args.quality_tokens :], cut
+
+
+def _cut(args: argparse.Namespace, ids: np.ndarray, tokenizer: Tokenizer | None = None) -> list[np.ndarray]:
+    """The windows to judge on, none if quality is not asked for."""
+    from hotcold.eval.windows import windows
+
+    return windows(ids[: args.quality_tokens], args.window, tokenizer) if args.quality_tokens else []
 
 
 def _settings(args: argparse.Namespace, plan: Plan) -> dict[str, object]:
@@ -180,6 +238,7 @@ def _settings(args: argparse.Namespace, plan: Plan) -> dict[str, object]:
         "n_prompt": plan.n_prompt,
         "n_gen": plan.n_gen,
         **({"input_sparsity": args.input_sparsity} if args.input_sparsity else {}),
-        "quality_tokens": args.quality_tokens,
-        "window": args.window,
+        **({"original": args.original} if args.original else {}),
+        **({"gguf": args.gguf} if args.gguf else {}),
+        **({"quality_tokens": args.quality_tokens, "window": args.window} if args.quality_tokens else {}),
     }

@@ -8,9 +8,9 @@ from hotcold.cpus import thread_count
 
 HELP = (
     "Do the whole job on SmolLM2-135M: make it sparse, with trained FFNs if they come with hotcold, record "
-    "its activations, train predictors, export, generate, and measure perplexity and tokens/s against "
-    "llama.cpp. Needs the package registry only. Interrupted, it goes on where it stopped when it is run "
-    "again. The figures go to DIR/report.json."
+    "its activations, train predictors, export, generate, and measure perplexity and tokens/s beside the "
+    "model as it came, in llama.cpp and in hotcold. Needs the package registry only. Interrupted, it goes on "
+    "where it stopped when it is run again. The figures go to DIR/report.json."
 )
 EXAMPLE = "hotcold demo --out demo"
 

@@ -43,7 +43,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("-p", "--n-prompt", type=int, default=64, metavar="N", help="tokens per prompt (%(default)s)")
     add("-n", "--n-gen", type=int, default=128, metavar="N", help="tokens per generation (%(default)s)")
     add("--check", action="store_true", help="compare with the CPU engine's greedy tokens, and time nothing")
-    add("--text", default="stdlib", metavar="SRC", help="held-out text for --bundle (%(default)s)")
+    add(
+        "--text",
+        default="stdlib",
+        metavar="SRC",
+        help="text for --bundle, stdlib being its test part (%(default)s)",
+    )
     add("-o", "--output", default="md", choices=("md", "json"))
     add("--save", metavar="FILE", help="write the JSON object to this file too")
     group = parser.add_argument_group("synthetic models")

@@ -37,7 +37,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--text", default="stdlib", metavar="SRC",
-        help="file, glob, data set id, or stdlib: the held-out part of Python's own English text (default)",
+        help="file, glob or data set id, measured whole; or stdlib (default): the test part of Python's own "
+        "English text, of which nothing was trained or chosen",
     )  # fmt: skip
     parser.add_argument("--tokens", type=int, default=8192, metavar="N", help="tokens of text (default 8192)")
     parser.add_argument("--window", type=int, default=512, metavar="N", help="tokens a window (default 512)")

@@ -10,8 +10,9 @@ import io
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 
-from hotcold.eval.results import Report, Row, Spread
+from hotcold.eval.results import CONFIDENCE, Ratio, Report, Row, Spread, StockSpeed
 from hotcold.eval.roofline import PARTS
 from hotcold.identify import REPORT
 
@@ -21,37 +22,55 @@ _DASH = "–"
 
 
 def _csv(report: Report) -> str:
-    rows = [_flat(row) for row in report.rows]
+    rows = [_flat(row, report) for row in report.rows]
     out = io.StringIO()
     writer = csv.DictWriter(out, fieldnames=list(rows[0]), lineterminator="\n")
     writer.writeheader()
-    writer.writerows(rows)
+    writer.writerows([*rows, *map(_stock_row, report.stock)])
     return out.getvalue().rstrip("\n")
 
 
 def _jsonl(report: Report) -> str:
-    shared = {
-        "bandwidth_gb_s": report.bandwidth.median,
-        "bandwidth_asking_gb_s": report.bandwidth_asking.median,
-        **report.settings,
-        "machine": dict(report.machine),
-    }
-    return "\n".join(json.dumps({**_flat(row), **shared}) for row in report.rows)
+    shared = {**_bandwidth(report), **report.settings, **_stock(report), "machine": dict(report.machine)}
+    return "\n".join(json.dumps({**_flat(row, report), **shared}) for row in report.rows)
 
 
 def _json(report: Report) -> str:
     return json.dumps(as_json_object(report))
 
 
-def _flat(row: Row) -> dict[str, object]:
+def _bandwidth(report: Report) -> dict[str, object]:
+    return {
+        "bandwidth_gb_s": report.bandwidth.median,
+        "bandwidth_plain_gb_s": report.bandwidth_plain.median,
+        "bandwidth_asking_gb_s": report.bandwidth_asking.median,
+    }
+
+
+def _stock(report: Report) -> dict[str, object]:
+    return {"llama_bench": list(map(asdict, report.stock))} if report.stock else {}
+
+
+def _stock_row(stock: StockSpeed) -> dict[str, object]:
+    side = f"llama-bench {stock.build} at depth {stock.depth}: {stock.side}"
+    return {"side": side, "pp_tok_s": stock.prompt[0], "tok_s": stock.generation[0]}
+
+
+def _judged(report: Report) -> bool:
+    """Whether quality was measured. Where it was not, nothing that looks like it is shown."""
+    return any(row.quality is not None for row in report.rows)
+
+
+def _flat(row: Row, report: Report) -> dict[str, object]:
     """One row with plain values; what was not measured is None, never NaN, which is no JSON."""
     activity, quality = row.activity, row.quality
     values = {
         "side": row.side,
         **_spread("pp_tok_s", row.prompt),
         **_spread("tok_s", row.generation),
-        **_spread("ratio_pp", row.ratio_prompt),
-        **_spread("ratio", row.ratio),
+        **_ratio("ratio_pp", row.ratio_prompt),
+        **_ratio("ratio", row.ratio),
+        **{k: v for of, r in row.to_originals.items() for k, v in _ratio(f"ratio_to_{_key(of)}", r).items()},
         "bytes_per_token": row.roofline.bytes_per_token,
         **{f"bytes_{part}": row.roofline.parts[part] for part in PARTS},
         "gb_s": row.roofline.gb_s(row.generation.median),
@@ -60,11 +79,10 @@ def _flat(row: Row) -> dict[str, object]:
         "sparsity": activity and activity.sparsity,
         "predicted_sparsity": activity and activity.predicted_sparsity,
         "recall": activity and activity.recall,
-        "ppl": quality and quality.ppl,
-        "ppl_stderr": quality and quality.stderr,
-        "same_top": quality and quality.same_top,
-        "kl": quality and quality.kl,
     }
+    if _judged(report):
+        figures = {"ppl": "ppl", "ppl_stderr": "stderr", "same_top": "same_top", "kl": "kl"}
+        values |= {name: quality and getattr(quality, figure) for name, figure in figures.items()}
     return {key: None if _is_nan(value) else value for key, value in values.items()}
 
 
@@ -74,6 +92,10 @@ def _is_nan(value: object) -> bool:
 
 def _spread(name: str, spread: Spread) -> dict[str, float]:
     return {name: spread.median, f"{name}_low": spread.low, f"{name}_high": spread.high}
+
+
+def _ratio(name: str, ratio: Ratio) -> dict[str, float]:
+    return _spread(name, ratio) | {f"{name}_ci_low": ratio.ci_low, f"{name}_ci_high": ratio.ci_high}
 
 
 def _key(side: str) -> str:
@@ -87,7 +109,7 @@ def as_json_object(report: Report) -> dict[str, object]:
     `sparsity` is that of exact mode where it was run: the true one. `recall` and `predicted_sparsity` are
     those of predicted mode.
     """
-    rows = {row.side: _flat(row) for row in report.rows}
+    rows = {row.side: _flat(row, report) for row in report.rows}
     flat: dict[str, object] = {**REPORT}
     for side, row in [*rows.items(), ("llama_cpp", _llama_cpp(report, rows))]:
         flat |= {f"{metric}_{_key(side)}": value for metric, value in row.items() if metric != "side"}
@@ -99,8 +121,8 @@ def as_json_object(report: Report) -> dict[str, object]:
         **report.settings,
         "baseline": report.baseline,
         "baseline_prompt": report.baseline_prompt,
-        "bandwidth_gb_s": report.bandwidth.median,
-        "bandwidth_asking_gb_s": report.bandwidth_asking.median,
+        **_bandwidth(report),
+        **_stock(report),
         "rows": list(rows.values()),
         "machine": dict(report.machine),
     }
@@ -109,11 +131,11 @@ def as_json_object(report: Report) -> dict[str, object]:
 def _llama_cpp(report: Report, rows: Mapping[str, dict[str, object]]) -> dict[str, object]:
     """llama.cpp at its best: speeds of its fastest files, perplexity of the one that is like ours."""
     prompt = rows[report.baseline_prompt]
-    judged = (rows[row.side] for row in report.rows if row.activity is None and row.quality is not None)
+    judged = rows[report.truth]
     return {
         **rows[report.baseline],
         **{metric: prompt[metric] for metric in prompt if metric.startswith(("pp_tok_s", "ratio_pp"))},
-        **{metric: row[metric] for row in judged for metric in ("ppl", "ppl_stderr")},
+        **{metric: judged[metric] for metric in ("ppl", "ppl_stderr") if metric in judged},
     }
 
 
@@ -130,19 +152,30 @@ def markdown(report: Report) -> str:
     settings = ", ".join(f"{name} {value}" for name, value in report.settings.items())
     machine = ", ".join(f"{report.machine[name]}" for name in ("cpu", "system") if name in report.machine)
     lines = [
-        _table(_SPEED, report.rows),
+        _table(_speed_columns(report), report.rows),
         "",
         "t/s: median (smallest–largest) of the rounds. Ratios: medians of the rounds' own, of prompts to "
-        f"{report.baseline_prompt}, of generation to {report.baseline}. Shares of bandwidth: medians "
-        "of the rounds', each of what was measured beside the run.",
+        f"{report.baseline_prompt}, of generation to {report.baseline}, with the {CONFIDENCE:.0%} confidence "
+        "interval of their geometric mean. Shares of bandwidth: medians of the rounds', each of the best "
+        "that a read loop had beside the run.",
         "",
         _table(_BYTES, report.rows),
         "",
-        f"Read bandwidth in the same minutes: {_gb_s(report.bandwidth)} with plain loads, which the shares "
-        f"are of; {_gb_s(report.bandwidth_asking)} when memory is asked ahead of them.",
+        f"Read bandwidth in the same minutes: {_gb_s(report.bandwidth)} the best beside each run, which the "
+        f"shares are of; {_gb_s(report.bandwidth_plain)} with plain loads, {_gb_s(report.bandwidth_asking)} "
+        "when memory is asked ahead of them.",
+        *map(_stock_line, report.stock),
         f"{settings}; {machine}",
     ]
     return "\n".join(lines)
+
+
+def _stock_line(stock: StockSpeed) -> str:
+    (prompt, prompt_sd), (generation, generation_sd) = stock.prompt, stock.generation
+    return (
+        f"For the record, llama-bench {stock.build} on the file of {stock.side}, at depth {stock.depth}: "
+        f"generate {generation:.1f} ± {generation_sd:.1f} t/s, prompt {prompt:.1f} ± {prompt_sd:.1f} t/s."
+    )
 
 
 _Column = tuple[str, Callable[[Row], str]]
@@ -173,6 +206,13 @@ def _show_spread(spread: Spread) -> str:
     return f"{spread.median:.1f} ({spread.low:.1f}–{spread.high:.1f})"
 
 
+def _show_ratio(ratio: Ratio) -> str:
+    """With its interval, unless there is none or all rounds are alike, as those of a side to itself."""
+    if not ratio.ci_low < ratio.ci_high:
+        return f"{ratio.median:.2f}x"
+    return f"{ratio.median:.2f}x ({ratio.ci_low:.2f}–{ratio.ci_high:.2f})"
+
+
 def _show_ppl(row: Row) -> str:
     return f"{row.quality.ppl:.2f} ± {row.quality.stderr:.2f}" if row.quality else _DASH
 
@@ -184,15 +224,19 @@ def _megabytes(part: str) -> Callable[[Row], str]:
 _SPEED: list[_Column] = [
     ("side", lambda row: row.side),
     ("prompt t/s", lambda row: _show_spread(row.prompt)),
-    ("ratio", lambda row: f"{row.ratio_prompt.median:.2f}x"),
+    ("ratio", lambda row: _show_ratio(row.ratio_prompt)),
     ("generate t/s", lambda row: _show_spread(row.generation)),
-    ("ratio", lambda row: f"{row.ratio.median:.2f}x"),
+    ("ratio", lambda row: _show_ratio(row.ratio)),
+]
+_WORK: list[_Column] = [
     ("MB/token", lambda row: _number(row.roofline.bytes_per_token / 1e6, ".1f")),
     ("GB/s", lambda row: _number(row.roofline.gb_s(row.generation.median), ".1f")),
     ("of bandwidth", lambda row: _percent(row.share.median)),
     ("sparsity", lambda row: _percent(row.activity and row.activity.sparsity)),
     ("predicted", lambda row: _percent(row.activity and row.activity.predicted_sparsity)),
     ("recall", lambda row: _percent(row.activity and row.activity.recall)),
+]
+_QUALITY: list[_Column] = [
     ("perplexity", _show_ppl),
     ("same top-1", lambda row: _percent(row.quality and row.quality.same_top)),
     ("KL", lambda row: _number(row.quality and row.quality.kl, ".4f")),
@@ -203,6 +247,15 @@ _BYTES: list[_Column] = [
     ("ceiling t/s", lambda row: _number(row.roofline.ceiling, ".1f")),
     ("reached", lambda row: _percent(row.share.median)),
 ]
+
+
+def _speed_columns(report: Report) -> list[_Column]:
+    originals = [
+        (f"to {name}", lambda row, name=name: _show_ratio(row.to_originals[name]))
+        for name in report.rows[0].to_originals
+    ]
+    return [*_SPEED, *originals, *_WORK, *(_QUALITY if _judged(report) else [])]
+
 
 FORMATS: dict[str, Callable[[Report], str]] = {"md": markdown, "csv": _csv, "json": _json, "jsonl": _jsonl}
 

@@ -49,7 +49,7 @@ def read_bandwidth(n_threads: int, n_bytes: int = _PROBE_BYTES, *, asking: bool 
     """Read bandwidth of the memory in GB/s with `n_threads`, by a loop over `n_bytes`.
 
     Plain loads, as other tools measure it; or `asking` for memory ahead of them, as the engine does, which
-    is faster on some machines.
+    is faster on some machines. What a machine can give is the larger of both.
     """
     from hotcold.runtime import _cpu
 

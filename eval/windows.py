@@ -36,15 +36,13 @@ def load_tokenizer(bundle: str | Path) -> Tokenizer:
 def text_ids(source: str, tokenizer: Tokenizer, n_tokens: int) -> np.ndarray:
     """The first `n_tokens` ids of `source`, int32, without special tokens.
 
-    `stdlib` means its held-out part, which no predictor was trained on; anything else is taken whole.
-    Raises InputError where the text is too short.
+    `stdlib` means its test part, of which nothing was trained or chosen; anything else was given to be
+    measured on, and is taken whole. Raises InputError where the text is too short.
     """
     if n_tokens < 1:
         raise InputError("the number of tokens must be positive", got=n_tokens)
-    documents = text.documents(source)
-    if source == "stdlib":
-        documents = text.split(documents, "heldout")
-    prose = _join((document.text for document in documents), n_tokens * _CHARS_PER_TOKEN)
+    documents = text.documents(source, "test" if source == "stdlib" else None)
+    prose = _join(documents, n_tokens * _CHARS_PER_TOKEN)
     ids = tokenizer.encode(prose, add_special_tokens=False).ids[:n_tokens]
     if len(ids) < n_tokens:
         fix = "give more text, or ask for fewer tokens"
@@ -52,15 +50,24 @@ def text_ids(source: str, tokenizer: Tokenizer, n_tokens: int) -> np.ndarray:
     return np.array(ids, dtype=np.int32)
 
 
-def _join(texts: Iterable[str], n_chars: int) -> str:
-    """Chunks of one file end in a newline and are put together again; other documents get a blank line."""
+def _join(documents: Iterable[text.Document], n_chars: int) -> str:
+    """Pieces of one file are put together again as they were; between other documents stands a blank line."""
     parts: list[str] = []
-    for part in texts:
+    before = text.Document("", "\n")
+    for document in documents:
         if n_chars <= 0:
             break
-        parts.append(part if part.endswith("\n") else part + "\n\n")
-        n_chars -= len(part)
+        if not (before.text.endswith("\n") or _follows(document, before)):
+            parts.append("\n\n")
+        parts.append(document.text)
+        n_chars -= len(document.text)
+        before = document
     return "".join(parts)
+
+
+def _follows(document: text.Document, before: text.Document) -> bool:
+    """Whether both are pieces of one file, of which less is left each time."""
+    return document.left is not None and before.left is not None and document.left < before.left
 
 
 def windows(ids: np.ndarray, window: int, tokenizer: Tokenizer | None = None) -> list[np.ndarray]:

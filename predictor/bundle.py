@@ -42,7 +42,7 @@ class LayerPredictor:
     fc2: np.ndarray  # float32 [d_ff, rank]
     threshold: float  # on raw logits
     firing_frequency: np.ndarray | None = None  # float32 [d_ff], share of training tokens it fired on
-    metrics: LayerMetrics | None = None  # on the held-out tokens that the threshold was chosen on
+    metrics: LayerMetrics | None = None  # on test tokens, which chose nothing
 
     @property
     def rank(self) -> int:
@@ -116,7 +116,7 @@ class PredictorBundle:
 
     @property
     def metrics(self) -> list[LayerMetrics]:
-        """Metrics of each layer on held-out tokens; none where not all were measured."""
+        """Metrics of each layer on test tokens; none where not all were measured."""
         known = [layer.metrics for layer in self.layers if layer.metrics is not None]
         return known if len(known) == len(self.layers) else []
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from hotcold.predictor.metrics import mean_metrics, table
 
@@ -38,12 +39,12 @@ active = layer.logits(x) >= layer.threshold  # x: [tokens, {d_model}]
 
 _QUALITY = """\
 - trained on {train_tokens} tokens of {text}
-- threshold and metrics from {heldout_tokens} tokens of other documents
+- {chosen_on}
 - recall {recall:.4f} (target {target}), predicted sparsity {predicted:.4f}, true sparsity {true:.4f}
 
 Recall is the share of firing neurons that are predicted, predicted sparsity the share of neurons that are
-not computed. Each layer's threshold is the greatest that reaches the target recall on these held-out
-tokens, in the first layer also nearly full recall on the first tokens of a context.
+not computed. Each layer's threshold is the greatest that reaches the target recall on the tokens that it was
+chosen on, in the first layer also nearly full recall on the first tokens of a context.
 
 {table}
 """
@@ -68,10 +69,18 @@ def _measured(bundle: PredictorBundle) -> str:
     mean, training = mean_metrics(bundle.metrics), bundle.training
     return _QUALITY.format(
         train_tokens=training.get("train_tokens", "unknown"), text=training.get("text", "unknown"),
-        heldout_tokens=training.get("heldout_tokens", "unknown"), target=bundle.target_recall,
+        chosen_on=_chosen_on(training), target=bundle.target_recall,
         recall=mean.recall, predicted=mean.predicted_sparsity, true=mean.true_sparsity,
         table=table(bundle.ranks, bundle.thresholds, bundle.metrics),
     )  # fmt: skip
+
+
+def _chosen_on(training: Mapping[str, Any]) -> str:
+    """Which tokens thresholds and metrics are from: the same ones in bundles of version 1 traces."""
+    if "heldout_tokens" in training:
+        return f"threshold and metrics from {training['heldout_tokens']} tokens of other documents"
+    calibrate, test = (training.get(f"{part}_tokens", "unknown") for part in ("calibrate", "test"))
+    return f"threshold from {calibrate} tokens of other documents, metrics from {test} tokens of still others"
 
 
 def _unmeasured(bundle: PredictorBundle) -> str:

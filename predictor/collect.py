@@ -31,29 +31,30 @@ _FLOAT16_MAX = float(np.finfo(np.float16).max)
 
 
 def gather_tokens(
-    source: str, tokenizer: Tokenizer, n_tokens: int, heldout_share: float = 0.05
+    source: str, tokenizer: Tokenizer, n_tokens: int, share: float = 0.05
 ) -> dict[str, np.ndarray]:
-    """Take `n_tokens` tokens of `source`, the last `heldout_share` of them from its held-out documents.
+    """Take `n_tokens` tokens of `source`: of its train part, then a `share` each of calibrate and of test.
 
-    Returns the arrays of `tokens.safetensors`: `ids`, `document` int32 and `heldout` uint8, each [n_tokens].
+    Returns the arrays of `tokens.safetensors`: `ids`, `document` int32 and `part` uint8, each [n_tokens].
     InputError if a part of the text is too short.
     """
-    n_heldout = max(1, round(n_tokens * heldout_share))
-    if n_tokens <= n_heldout:
-        raise InputError("too few tokens to hold some out", got=n_tokens, fix="give a larger --tokens")
-    train = _part(source, "train", tokenizer, n_tokens - n_heldout)
-    heldout = _part(source, "heldout", tokenizer, n_heldout)
-    lengths = [len(ids) for ids in train + heldout]
+    n_part = max(1, round(n_tokens * share))
+    sizes = {"train": n_tokens - 2 * n_part, "calibrate": n_part, "test": n_part}
+    if sizes["train"] < 1:
+        raise InputError("too few tokens for three parts", got=n_tokens, fix="give a larger --tokens")
+    parts = [_part(source, part, tokenizer, sizes[part]) for part in text.PARTS]
+    stream = [ids for part in parts for ids in part]
+    lengths = [len(ids) for ids in stream]
     return {
-        "ids": np.concatenate(train + heldout),
+        "ids": np.concatenate(stream),
         "document": np.repeat(np.arange(len(lengths), dtype=np.int32), lengths),
-        "heldout": (np.arange(n_tokens) >= n_tokens - n_heldout).astype(np.uint8),
+        "part": np.repeat(np.arange(len(parts), dtype=np.uint8), list(sizes.values())),
     }
 
 
-def _part(source: str, part: str, tokenizer: Tokenizer, n_tokens: int) -> list[np.ndarray]:
+def _part(source: str, part: text.Part, tokenizer: Tokenizer, n_tokens: int) -> list[np.ndarray]:
     try:
-        return text.token_stream(text.split(text.documents(source), part), tokenizer, n_tokens)
+        return text.token_stream(text.documents(source, part), tokenizer, n_tokens)
     except InputError as error:
         if error.expected is None:
             raise

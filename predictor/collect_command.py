@@ -27,7 +27,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help="HF directory, .gguf file, hub id, or smollm2")
     parser.add_argument("--text", default="stdlib", help="file, glob, HF data set id, or stdlib (default)")
     parser.add_argument(
-        "--tokens", type=int, default=40_000, help="tokens to run over, of which 5%% held out"
+        "--tokens",
+        type=int,
+        default=40_000,
+        help="tokens to run over, 5%% of them for calibration and 5%% for test",
     )
     parser.add_argument("--out", required=True, help="folder of the traces; run again to resume")
     parser.add_argument("--window", type=int, default=256, help="tokens of context at most (default 256)")

@@ -6,6 +6,7 @@ Recall is micro-averaged over the tokens of a layer, and layers are averaged wit
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -18,7 +19,7 @@ _SHARES = ("recall", "precision", "predicted_sparsity", "true_sparsity")
 
 @dataclass(frozen=True, slots=True)
 class LayerMetrics:
-    """Shares in 0..1 over the held-out tokens of one layer, or their means over layers."""
+    """Shares in 0..1 over the test tokens of one layer, or their means over layers."""
 
     recall: float  # of the neurons that fired, those predicted
     precision: float  # of the neurons predicted, those that fired
@@ -30,19 +31,22 @@ class LayerMetrics:
         return asdict(self)
 
 
-def measure(logits: np.ndarray, active: np.ndarray, threshold: float) -> LayerMetrics:
-    """Metrics of `logits >= threshold` against `active`; float and bool [tokens, d_ff].
+def measure(chunks: Iterable[tuple[np.ndarray, np.ndarray]], threshold: float) -> LayerMetrics:
+    """Metrics of `logits >= threshold` against `active`, counted over chunks: float and bool [tokens, d_ff].
 
     Recall is 1 where nothing fired, precision 1 where nothing was predicted: there was nothing to get wrong.
     """
-    predicted = logits >= np.float32(threshold)
-    hits = np.count_nonzero(predicted & active)
-    fired, chosen = np.count_nonzero(active), np.count_nonzero(predicted)
+    hits = fired = chosen = neurons = 0
+    for logits, active in chunks:
+        predicted = logits >= np.float32(threshold)
+        hits += np.count_nonzero(predicted & active)
+        fired, chosen = fired + np.count_nonzero(active), chosen + np.count_nonzero(predicted)
+        neurons += active.size
     return LayerMetrics(
         recall=hits / fired if fired else 1.0,
         precision=hits / chosen if chosen else 1.0,
-        predicted_sparsity=1 - chosen / active.size,
-        true_sparsity=1 - fired / active.size,
+        predicted_sparsity=1 - chosen / neurons,
+        true_sparsity=1 - fired / neurons,
     )
 
 

@@ -3,13 +3,14 @@
 A trace folder is layer-major, so that a predictor job reads only its own layer, and grows shard by shard:
 
     run.json                                what was run: model, text, shapes
-    tokens.safetensors                      ids, document int32 [n_tokens]; heldout uint8 [n_tokens]
+    tokens.safetensors                      ids, document int32 [n_tokens]; part uint8 [n_tokens]
     layer-017/shard-000042.safetensors      x float16 [tokens, d_model]; active uint8 [tokens, ceil(d_ff / 8)]
     manifest.jsonl                          one line per committed shard, in the order of writing
 
-`x` is the residual stream before the FFN norm; bit j of `active` (little-endian) tells whether
-`act(gate_j)·up_j` was not zero. A shard without a line in the manifest does not exist, so a killed run leaves
-a valid prefix.
+`part` is 0 for train, 1 for calibrate, 2 for test (`hotcold.text`): predictors are trained on the first,
+chosen on the second and judged on the third. `x` is the residual stream before the FFN norm; bit j of
+`active` (little-endian) tells whether `act(gate_j)·up_j` was not zero. A shard without a line in the manifest
+does not exist, so a killed run leaves a valid prefix.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import numpy as np
 
 from hotcold.errors import FormatError, InputError, MismatchError
 from hotcold.predictor.parsing import check_header, check_tensor, from_fields, parse_json, read_tensors
+from hotcold.text import PARTS
 
 __all__ = [
     "TraceRun",
@@ -36,7 +38,8 @@ __all__ = [
     "windows",
 ]
 
-_FORMAT, _VERSION = "hotcold-traces", 1
+_FORMAT, _VERSION = "hotcold-traces", 2
+_TOKENS = {"ids": np.dtype(np.int32), "document": np.dtype(np.int32), "part": np.dtype(np.uint8)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,12 +81,22 @@ class TraceRun:
                 "no traces here (no run.json)", where=folder, fix="make them with collect-traces"
             )
         values = parse_json(path.read_bytes(), path)
+        _refuse_two_parts(values, path)
         check_header(values, path, _FORMAT, _VERSION)
         run = from_fields(cls, values, path)
         for name in ("n_layers", "d_model", "d_ff", "n_tokens", "shard_tokens", "window", "threads"):
             if getattr(run, name) < 1:
                 raise FormatError("must be positive", where=path, field=name, got=getattr(run, name))
         return run
+
+
+def _refuse_two_parts(values: Mapping[str, Any], path: Path) -> None:
+    """Version 1 reported what it had chosen by; its tokens cannot be divided again."""
+    if values.get("format") == _FORMAT and values.get("version") == 1:
+        raise FormatError(
+            "traces of an older hotcold, without a part for calibration", where=path, field="version",
+            got=1, expected=_VERSION, fix="run collect-traces again with a new --out",
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +139,8 @@ class TraceShard:
 class Traces:
     """A complete trace folder, for reading. Only `layer` touches the shards.
 
-    `run` tells what was run; `ids`, `document` int32 and `heldout` bool are arrays [n_tokens].
+    `run` tells what was run; `ids`, `document` int32 and `part` uint8, an index into
+    `hotcold.text.PARTS`, are arrays [n_tokens].
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -134,7 +148,7 @@ class Traces:
         self.folder = Path(folder)
         self.run = TraceRun.read(self.folder)
         tokens = _read_tokens(self.folder, self.run)
-        self.ids, self.document, self.heldout = tokens["ids"], tokens["document"], tokens["heldout"] != 0
+        self.ids, self.document, self.part = tokens["ids"], tokens["document"], tokens["part"]
         self.shards = read_manifest(self.folder, self.run)
         missing = self.run.n_layers * self.run.n_shards - len(self.shards)
         if missing:
@@ -203,7 +217,7 @@ def sparsity(run: TraceRun, shards: list[TraceShard]) -> np.ndarray:
 def tokens_digest(tokens: Mapping[str, np.ndarray]) -> str:
     """Hex sha256 over the arrays of `tokens.safetensors`, which ties a trace to its text and tokenizer."""
     digest = hashlib.sha256()
-    for name in ("ids", "document", "heldout"):
+    for name in _TOKENS:
         digest.update(np.ascontiguousarray(tokens[name]).tobytes())
     return digest.hexdigest()
 
@@ -229,12 +243,14 @@ def _read_tokens(folder: Path, run: TraceRun) -> dict[str, np.ndarray]:
     if not path.is_file():
         raise FormatError("missing", where=path)
     tensors = read_tensors(path.read_bytes(), path)
-    for name, dtype in (("ids", np.int32), ("document", np.int32), ("heldout", np.uint8)):
-        check_tensor(tensors, name, (run.n_tokens,), np.dtype(dtype), path)
+    for name, dtype in _TOKENS.items():
+        check_tensor(tensors, name, (run.n_tokens,), dtype, path)
     if tokens_digest(tensors) != run.text_sha256:
         raise MismatchError(
             "is not of this run", where=path, got=tokens_digest(tensors), expected=run.text_sha256
         )
+    if (highest := int(tensors["part"].max())) >= len(PARTS):
+        raise FormatError("no such part", where=path, field="part", got=highest, expected="0, 1 or 2")
     return tensors
 
 

@@ -6,6 +6,9 @@ is fed the raw stream all the same: being homogeneous, it gives raw logits that 
 times the token's RMS, of the same sign. `fc1` is finally divided by the median RMS, so that a typical
 token's logits stay what the loss made them, log odds. The threshold is then chosen on raw logits, the ones
 that it will be compared with.
+
+Of the three parts of the tokens, `train` is fitted, `calibrate` chooses the epoch and the threshold, and the
+metrics are those of `test`. Logits exist for some thousand tokens at a time.
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ from hotcold.predictor.network import (
     class_weighted_bce_gradient,
     negative_weight,
 )
+from hotcold.text import PARTS, Part
 
 __all__ = ["LayerData", "TrainOptions", "compute_dtype", "train_layer"]
 
@@ -44,7 +48,7 @@ class TrainOptions:
     batch: int = 512
     learning_rate: float = 1e-2
     weight_decay: float = 0.01
-    patience: int = 3  # epochs without a better held-out loss
+    patience: int = 3  # epochs without a better loss on calibrate
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -64,18 +68,22 @@ class TrainOptions:
 
 @dataclass(frozen=True, slots=True)
 class LayerData:
-    """The traces of one layer, and which tokens are held out."""
+    """The traces of one layer, and which part each token is of."""
 
     x: np.ndarray  # float16 [tokens, d_model]
     active: np.ndarray  # uint8 [tokens, ceil(d_ff / 8)]
-    heldout: np.ndarray  # bool [tokens]
+    part: np.ndarray  # uint8 [tokens], an index into `hotcold.text.PARTS`
     d_ff: int
     starts: np.ndarray | None = None  # bool [tokens]: see `choose_threshold`
 
     def __post_init__(self) -> None:
-        for part, rows in (("train", ~self.heldout), ("held-out", self.heldout)):
-            if not rows.any():
+        for part in PARTS:
+            if not self.rows(part).size:
                 raise InputError(f"the traces hold no {part} tokens", fix="collect traces of more text")
+
+    def rows(self, part: Part) -> np.ndarray:
+        """The tokens of a part, ascending."""
+        return np.flatnonzero(self.part == PARTS.index(part))
 
     def labels(self, rows: np.ndarray) -> np.ndarray:
         """Which neurons fired, uint8 0 or 1 [rows, d_ff]."""
@@ -83,24 +91,24 @@ class LayerData:
 
     def firing_frequency(self) -> np.ndarray:
         """Share of training tokens on which each neuron fired, float32 [d_ff]."""
-        counts, rows = np.zeros(self.d_ff), np.flatnonzero(~self.heldout)
+        counts, rows = np.zeros(self.d_ff), self.rows("train")
         for chunk in _chunks(rows):
             counts += self.labels(chunk).sum(axis=0)
         return (counts / len(rows)).astype(np.float32)
 
 
 def train_layer(data: LayerData, options: TrainOptions, on_epoch: Callable[[float], None]) -> LayerPredictor:
-    """Train, keep the weights of the best held-out loss, and choose the threshold.
+    """Train, keep the weights of the best loss on calibrate, choose the threshold there, and measure on test.
 
-    `on_epoch` is told the held-out loss after each epoch. The result depends on data, options, and torch's
-    number of threads alone.
+    `on_epoch` is told the loss on calibrate after each epoch. The result depends on data, options, and
+    torch's number of threads alone.
     """
     generator = torch.Generator().manual_seed(options.seed)
     network = PredictorNetwork(data.x.shape[1], data.d_ff, options.rank, generator)
     frequency = data.firing_frequency()
     negative = negative_weight(float(frequency.mean()), options.target_recall)
     _fit(network, data, options, negative, generator, on_epoch)
-    fc1 = network.fc1.weight.detach() / _rms(data.x[~data.heldout]).median()
+    fc1 = network.fc1.weight.detach() / _median_rms(data)
     return _calibrated(
         fc1.numpy(), network.fc2.weight.detach().numpy(), frequency, data, options.target_recall
     )
@@ -115,14 +123,14 @@ def _fit(
     on_epoch: Callable[[float], None],
 ) -> None:
     """Minimise the class-weighted loss; `network` ends with the weights of its best epoch."""
-    rows = np.flatnonzero(~data.heldout)
+    rows = data.rows("train")
     step = _stepper(network, options, n_steps=options.epochs * -(-len(rows) // options.batch))
     best, best_state, worse = float("inf"), {}, 0
     for _ in range(options.epochs):
         order = rows[torch.randperm(len(rows), generator=generator).numpy()]
         for batch in _chunks(order, options.batch):
             step(_normalised(data.x[batch]), data.labels(batch), negative)
-        loss = _heldout_loss(network, data, negative)
+        loss = _calibration_loss(network, data, negative)
         on_epoch(loss)
         worse = 0 if loss < best else worse + 1
         if not worse:
@@ -130,7 +138,7 @@ def _fit(
         elif worse == options.patience:
             break
     if not best_state:
-        raise InputError("training diverged: the held-out loss is not finite", fix="give a lower --lr")
+        raise InputError("training diverged: the loss is not finite", fix="give a lower --lr")
     network.load_state_dict(best_state)
 
 
@@ -165,8 +173,8 @@ def compute_dtype() -> torch.dtype:
 
 
 @torch.no_grad()
-def _heldout_loss(network: PredictorNetwork, data: LayerData, negative: float) -> float:
-    rows = np.flatnonzero(data.heldout)
+def _calibration_loss(network: PredictorNetwork, data: LayerData, negative: float) -> float:
+    rows = data.rows("calibrate")
     total = 0.0
     for chunk in _chunks(rows):
         active = torch.from_numpy(data.labels(chunk)).float()
@@ -177,13 +185,20 @@ def _heldout_loss(network: PredictorNetwork, data: LayerData, negative: float) -
 def _calibrated(
     fc1: np.ndarray, fc2: np.ndarray, frequency: np.ndarray, data: LayerData, target_recall: float
 ) -> LayerPredictor:
-    """Choose the threshold, and measure, on the raw logits of the held-out tokens."""
-    rows = np.flatnonzero(data.heldout)
-    active = data.labels(rows).astype(bool)
-    logits = raw_logits(fc1, fc2, data.x[rows])
+    """Choose the threshold on the raw logits of calibrate, and measure on those of test."""
+
+    def chunks(part: Part) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        for rows in _chunks(data.rows(part)):
+            yield raw_logits(fc1, fc2, data.x[rows]), data.labels(rows).astype(bool)
+
+    rows = data.rows("calibrate")
     starts = np.zeros(len(rows), bool) if data.starts is None else data.starts[rows]
-    threshold = choose_threshold(logits, active, starts, target_recall)
-    return LayerPredictor(fc1, fc2, threshold, frequency, measure(logits, active, threshold))
+    threshold = choose_threshold(lambda: chunks("calibrate"), starts, target_recall)
+    return LayerPredictor(fc1, fc2, threshold, frequency, measure(chunks("test"), threshold))
+
+
+def _median_rms(data: LayerData) -> Tensor:
+    return torch.cat([_rms(data.x[rows]) for rows in _chunks(data.rows("train"))]).median()
 
 
 def _rms(x: np.ndarray) -> Tensor:
@@ -195,6 +210,7 @@ def _normalised(x: np.ndarray) -> Tensor:
     return torch.from_numpy(x).float() / _rms(x)
 
 
-def _chunks(rows: np.ndarray, size: int = _EVAL_TOKENS) -> Iterator[np.ndarray]:
+def _chunks(rows: np.ndarray, size: int | None = None) -> Iterator[np.ndarray]:
+    size = size or _EVAL_TOKENS
     for start in range(0, len(rows), size):
         yield rows[start : start + size]

@@ -11,6 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from hotcold import storage
@@ -24,6 +25,7 @@ from hotcold.predictor.out_folder import check_out
 from hotcold.predictor.traces import Traces
 from hotcold.predictor.train import LayerData, TrainOptions, compute_dtype, train_layer
 from hotcold.progress import Progress, log
+from hotcold.text import PARTS
 
 __all__ = ["train_bundle"]
 
@@ -57,7 +59,7 @@ def _train_layers(traces: Traces, partial: Path, options: TrainOptions) -> list[
             file = partial / _layer_file(number)
             if not file.exists():
                 starts = traces.starts() if number == 0 else None
-                data = LayerData(*traces.layer(number), traces.heldout, run.d_ff, starts)
+                data = LayerData(*traces.layer(number), traces.part, run.d_ff, starts)
                 layer = train_layer(
                     data, options, lambda loss, n=number: progress.advance(1, layer=str(n), loss=loss)
                 )
@@ -69,13 +71,12 @@ def _train_layers(traces: Traces, partial: Path, options: TrainOptions) -> list[
 
 def _training(traces: Traces, options: TrainOptions) -> dict[str, Any]:
     """What `config.json` tells people about the training."""
-    heldout = int(traces.heldout.sum())
+    tokens = np.bincount(traces.part, minlength=len(PARTS))
     return {
         "model": traces.run.model,
         "activation": traces.run.activation,
         "text": Path(traces.run.text).name,
-        "train_tokens": traces.run.n_tokens - heldout,
-        "heldout_tokens": heldout,
+        **{f"{part}_tokens": int(n) for part, n in zip(PARTS, tokens, strict=True)},
         "dtype": str(compute_dtype()).removeprefix("torch."),
         **asdict(options),
     }

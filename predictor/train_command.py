@@ -7,7 +7,11 @@ import json
 
 from hotcold.cpus import torch_threads
 
-HELP = "Train, for each FFN layer, a small network that predicts which neurons fire."
+HELP = (
+    "Train, for each FFN layer, a small network that predicts which neurons fire. The traces' train tokens "
+    "are fitted, their calibration tokens choose the epoch and the threshold, and the printed figures are of "
+    "their test tokens."
+)
 EXAMPLE = "hotcold train-predictors --traces traces --out predictors"
 
 
@@ -17,7 +21,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", required=True, help="folder of the predictor bundle")
     parser.add_argument("--rank", type=int, help="hidden size, a multiple of 32 (default: 4·sqrt(d_model))")
     parser.add_argument(
-        "--target-recall", type=float, default=0.97, help="share of firing neurons to predict (default 0.97)"
+        "--target-recall",
+        type=float,
+        default=0.97,
+        help="share of firing neurons to predict, on the tokens for calibration (default 0.97)",
     )
     parser.add_argument("--epochs", type=int, default=10, help="passes over the traces at most (default 10)")
     parser.add_argument("--batch", type=int, default=512, help="tokens per step (default 512)")

@@ -34,8 +34,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--q4-0", action="store_true", help="with every matrix rounded to Q4_0")
     add("--text", default="stdlib", metavar="SRC", help="file, glob, data set id or stdlib (default)")
     add(
-        "--part", default="heldout", choices=("heldout", "all"),
-        help="its held-out documents, or all of them (default: %(default)s)",
+        "--part", default="test", choices=("test", "calibrate", "all"),
+        help="its test part, of which nothing was trained or chosen, the part that thresholds are chosen on, "
+        "or all of it (default: %(default)s)",
     )  # fmt: skip
     add("--tokens", type=int, default=8192, metavar="N", help="tokens of it (default: %(default)s)")
     add("--window", type=int, default=512, metavar="N", help="tokens a window (default: %(default)s)")
@@ -55,11 +56,10 @@ def run(args: argparse.Namespace) -> int:
     from hotcold.sparsify.memory import keep_big_buffers
 
     keep_big_buffers()
-    documents = text.documents(args.text)
-    if args.part == "heldout":
-        documents = text.split(documents, "heldout")
+    documents = text.documents(args.text, None if args.part == "all" else args.part)
     tokenizer = checkpoint.load_tokenizer(args.dense)
-    windows = read_windows(documents, tokenizer, args.window, args.tokens, args.text)
+    where = f"{args.text}, {args.part} part" if args.part != "all" else args.text
+    windows = read_windows(documents, tokenizer, args.window, args.tokens, where)
     rows = []
     for row in measured(_models(args, config), windows, q4_0=args.q4_0):
         log(f"{row.name}: perplexity {row.quality.perplexity:.3f}, sparsity {row.quality.mean_sparsity:.2%}")

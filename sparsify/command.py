@@ -152,8 +152,10 @@ def _work_folder(args: argparse.Namespace, config: Config):  # noqa: ANN202 - im
     from hotcold import checkpoint
     from hotcold.sparsify.prosparse import PHASES
     from hotcold.sparsify.state import WorkFolder
+    from hotcold.text import PARTS
 
     identity = {"model": checkpoint.fingerprint(args.model), "config": config.digest()}
+    identity["text_parts"] = " ".join(PARTS)  # an older run counted its documents in other parts
     return WorkFolder(_work_path(args), identity, PHASES, config.checkpoints.keep)
 
 

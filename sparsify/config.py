@@ -135,7 +135,9 @@ class Config:
 
     `micro_batch` is how many of them one process computes at a time; the rest is accumulated. `train` is what
     learns: `ffn` the FFNs and norms, `all` every weight. From `quantise_from` (a share of the steps) on,
-    weights are used as Q4_0 rounds them.
+    weights are used as Q4_0 rounds them. Of the text `heldout`, the test part is what quality is reported on,
+    in `heldout_tokens` tokens; its calibrate part tells the objective how large FFN outputs are. Texts that
+    are learnt from give their train part (see `hotcold.text`).
     """
 
     model: ModelSize | None = None

@@ -66,7 +66,7 @@ def table(dense: Quality, sparse: Quality) -> str:
     ratio = sparse.perplexity / dense.perplexity
     lines = [
         f"perplexity  dense {dense.perplexity:.2f}  sparse {sparse.perplexity:.2f}  ({ratio:.3f}x, "
-        f"{sparse.tokens} held-out tokens)",
+        f"{sparse.tokens} test tokens)",
         f"sparsity    {sparse.mean_sparsity:.1%} of act(gate)*up is zero, mean over layers",
         "",
         "layer  sparsity",

@@ -35,13 +35,13 @@ from hotcold.sparsify.trainer import Phase, Trainer, learning_rate
 __all__ = ["PHASES", "Result", "check_size", "prosparse", "trained_model"]
 
 PHASES = ["warm-start", "train"]
-_SPREAD_WINDOWS = 8  # of held-out text, on which the spread of FFN outputs is measured
+_SPREAD_WINDOWS = 8  # on which the spread of FFN outputs is measured
 _PREFIX = "student."  # of parameters in an objective
 
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """The sparse model in float32 on the CPU, and both models' quality on held-out text."""
+    """The sparse model in float32 on the CPU, and both models' quality on the test part of `heldout`."""
 
     model: PreTrainedModel
     dense: Quality
@@ -62,7 +62,8 @@ def prosparse(
     """
     accelerator = Accelerator(cpu=not torch.accelerator.is_available())
     check_processes(config, accelerator.num_processes)
-    heldout = heldout_windows(tokenizer, config)
+    test = heldout_windows(tokenizer, config, "test", config.heldout_tokens)
+    calibration = heldout_windows(tokenizer, config, "calibrate", _SPREAD_WINDOWS * config.sequence)
     student = load()
     check_size(student, config.model)
     if accelerator.device.type == "cpu":
@@ -70,7 +71,7 @@ def prosparse(
     student.requires_grad_(False).to(accelerator.device)
     teacher = copy.deepcopy(student).to(torch.bfloat16 if _bf16(config) else None)
     data = training_data(teacher, tokenizer, config, work.path / "text", accelerator)
-    dense = measure(student, heldout.to(accelerator.device))
+    dense = measure(student, test.to(accelerator.device))
     if accelerator.is_main_process:
         work.cut_log()
 
@@ -78,13 +79,13 @@ def prosparse(
         work.log(values)
         observe(values)
 
-    spread = output_spread(teacher, heldout[:_SPREAD_WINDOWS].to(accelerator.device))
+    spread = output_spread(teacher, calibration.to(accelerator.device))
     trainer = Trainer(accelerator, config, data, work, record, student.config.intermediate_size)
     _train(trainer, student, teacher, spread, config)
     if not accelerator.is_main_process:
         return None
     sparse = trained_model(load(), config, work.last().tensors()[0])
-    return Result(sparse, dense, measure(sparse, heldout))
+    return Result(sparse, dense, measure(sparse, test))
 
 
 def check_processes(config: Config, processes: int) -> None:

@@ -21,11 +21,11 @@ __all__ = ["heldout_windows", "training_data"]
 _TOKEN_FILE = ".safetensors"
 
 
-def heldout_windows(tokenizer: Tokenizer, config: Config) -> Tensor:
-    """What quality is measured on, int64 [n, sequence]: the held-out documents of `config.heldout`."""
-    documents = text.split(text.documents(config.heldout), "heldout")
-    where = f"{config.heldout}, heldout part"
-    return read_windows(documents, tokenizer, config.sequence, config.heldout_tokens, where)
+def heldout_windows(tokenizer: Tokenizer, config: Config, part: text.Part, n_tokens: int) -> Tensor:
+    """Windows int64 [n, sequence] of one part of `config.heldout`: `test` is reported, `calibrate` steers."""
+    documents = text.documents(config.heldout, part)
+    where = f"{config.heldout}, {part} part"
+    return read_windows(documents, tokenizer, config.sequence, n_tokens, where)
 
 
 def training_data(
@@ -61,4 +61,4 @@ def _documents(source: str, tokenizer: Tokenizer, config: Config) -> Documents:
 
 
 def _training_part(source: str) -> Iterator[text.Document]:
-    return text.split(text.documents(source), "train")
+    return text.documents(source, "train")

@@ -1,71 +1,100 @@
 """Text sources: files, globs, Hugging Face data sets and Python's own text, as documents and as tokens.
 
 Everything that learns from text or is measured on it reads it here, so that all agree on what a document is
-and on which documents are held out.
+and on which of three parts it belongs to: `train` is learnt from, `calibrate` chooses (an epoch, a
+threshold), and `test` is reported. `_part_at` is the one rule. A document belongs to a part as a whole, by
+the hash of its id; a long plain file, whose pieces are neighbours, is three runs instead, in the order of the
+parts.
 """
 
 from __future__ import annotations
 
 import glob
 import hashlib
-import json
+import os.path
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
-from hotcold.errors import FormatError, InputError
+from hotcold.errors import InputError
 from hotcold.stdlib_text import stdlib_documents
+from hotcold.text_records import file_records, record_text
 
 if TYPE_CHECKING:
     import numpy as np
     from tokenizers import Tokenizer
 
-__all__ = ["Document", "documents", "split", "token_stream"]
+__all__ = ["PARTS", "Document", "Part", "documents", "part_of", "split", "token_stream"]
 
-_CHUNK_CHARS = 4000  # a plain text file is cut at the first blank line after so many characters
-_TEXT_FIELDS = ("text", "content", "document", "article", "passage", "body")
+Part = Literal["train", "calibrate", "test"]
+PARTS: tuple[Part, ...] = get_args(Part)
+
+_TEST, _CALIBRATE = 0.05, 0.10  # below the first is test, below the second calibrate: a twentieth each
+_CHUNK_CHARS = 4000  # a longer plain file is cut at the first blank line after so many characters
+_LONGEST_CHUNK = 4 * _CHUNK_CHARS  # and at the end of any line, or within one, after so many
 _DATASET_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+){0,2}")
-_FILE_SUFFIXES = (".txt", ".md", ".rst", ".jsonl", ".json", ".gz", ".zip", ".raw")
+_FILE_SUFFIXES = (".txt", ".md", ".rst", ".jsonl", ".ndjson", ".json", ".gz", ".zip", ".raw")
+_RECORD_SUFFIXES = (".jsonl", ".ndjson", ".json")
 
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """One text that is never divided between train and held-out; `id` is stable across machines."""
+    """One text that is never divided between parts; `id` is stable across machines.
+
+    A piece of a long file also has `left`: the share of the file from the piece's beginning on, 1 for the
+    first.
+    """
 
     id: str
     text: str
+    left: float | None = None
 
 
-def documents(source: str) -> Iterator[Document]:
-    """Yield the non-empty documents of `source`, in a fixed order.
+def documents(source: str, part: Part | None = None) -> Iterator[Document]:
+    """Yield the non-empty documents of `source`, or of one part of it, in a fixed order.
 
-    `source` is a file (`.jsonl`: one document per line, its text-like field; else: chunks of about 4,000
-    characters that end at a blank line), a glob of such files, `stdlib`, a Hugging Face data set id
-    `NAME[:CONFIG[:SPLIT]]`, or a folder with the Parquet files of a data set. InputError where there is no
-    such source or nothing in it, FormatError for a broken `.jsonl` line.
+    `source` is a file (`.jsonl` and `.json`: a document per record, see `text_records`; else plain text, if
+    long in pieces of about 4,000 characters that end at a blank line), a glob of such files, `stdlib`, a
+    Hugging Face data set id `NAME[:CONFIG[:SPLIT]]`, or a folder with the Parquet files of a data set.
+    InputError where there is no such source, nothing in it or in the part, or a record that is not
+    understood, FormatError for broken JSON.
     """
     found = 0
-    for document in _open(source):
-        if document.text.strip():
-            found += 1
-            yield document
+    every = (document for document in _open(source) if document.text.strip())
+    for document in every if part is None else split(every, part):
+        found += 1
+        yield document
     if not found:
-        raise InputError(
-            "no text in it", where=source, fix="give a file, a glob or a data set that holds text"
+        what = (
+            "no text in it" if part is None else f"no text in its {part} part: it is too small to be divided"
         )
+        raise InputError(what, where=source, fix="give a file, a glob or a data set that holds more text")
 
 
-def split(
-    documents: Iterable[Document], part: Literal["train", "heldout"], heldout_share: float = 0.05
-) -> Iterator[Document]:
-    """Yield the documents of one part. The id's hash alone decides, so the parts never overlap."""
-    if part not in ("train", "heldout"):
-        raise InputError("unknown part of the text", got=part, expected="train or heldout")
-    for document in documents:
-        if _is_heldout(document.id, heldout_share) == (part == "heldout"):
-            yield document
+def split(documents: Iterable[Document], part: Part) -> Iterator[Document]:
+    """Yield the documents of one part. Every document is in exactly one."""
+    if part not in PARTS:
+        raise InputError("unknown part of the text", got=part, expected=" | ".join(PARTS))
+    return (document for document in documents if part_of(document) == part)
+
+
+def part_of(document: Document) -> Part:
+    """The part that a document belongs to, by what it is alone, whatever stands beside it."""
+    return _part_at(_hashed(document.id) if document.left is None else document.left)
+
+
+def _part_at(place: float) -> Part:
+    """The part of a place in 0 to 1: a hash of an id, or what is left of a long file, which test ends."""
+    if place < _TEST:
+        return "test"
+    return "calibrate" if place < _CALIBRATE else "train"
+
+
+def _hashed(document_id: str) -> float:
+    digest = hashlib.sha256(document_id.encode(errors="surrogatepass")).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64
 
 
 def token_stream(documents: Iterable[Document], tokenizer: Tokenizer, n_tokens: int) -> list[np.ndarray]:
@@ -95,19 +124,16 @@ def token_stream(documents: Iterable[Document], tokenizer: Tokenizer, n_tokens: 
     )
 
 
-def _is_heldout(document_id: str, share: float) -> bool:
-    digest = hashlib.sha256(document_id.encode()).digest()
-    return int.from_bytes(digest[:8], "big") < share * 2**64
-
-
 def _open(source: str) -> Iterator[Document]:
     if source == "stdlib":
         yield from (Document(*pair) for pair in stdlib_documents())
     elif any(Path(source).glob("**/*.parquet")):
         yield from _dataset(source)
     elif paths := _paths(source):
-        for path in paths:
-            yield from _read_jsonl(path) if path.suffix == ".jsonl" else _read_plain(path)
+        for path, name in _named(paths):
+            yield from (
+                _read_records(path, name) if path.suffix in _RECORD_SUFFIXES else _read_plain(path, name)
+            )
     elif _DATASET_ID.fullmatch(source) and not source.endswith(_FILE_SUFFIXES):
         yield from _dataset(source)
     else:
@@ -131,52 +157,65 @@ def _paths(source: str) -> list[Path]:
     return sorted(path for path in map(Path, glob.glob(source, recursive=True)) if path.is_file())  # noqa: PTH207 - absolute too
 
 
+def _named(paths: list[Path]) -> Iterator[tuple[Path, str]]:
+    """Each file with its name below the folder of all, so that `a/x.txt` and `b/x.txt` are two documents."""
+    folder = os.path.commonpath([path.parent for path in paths]) or "."
+    for path in paths:
+        yield path, Path(os.path.relpath(path, folder)).as_posix()
+
+
 def _read(path: Path) -> str:
+    """The text of a file, line ends as newlines, without a byte order mark."""
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError("is not UTF-8 text", where=path, got=f"a bad byte at {error.start}") from error
     except OSError as error:
         raise InputError(error.strerror or str(error), where=path) from error
 
 
-def _read_plain(path: Path) -> Iterator[Document]:
-    """Cut between lines: at a blank one, or at any one if a chunk has grown to several times its size."""
-    chunk: list[str] = []
-    index = size = 0
-    for line in _read(path).splitlines(keepends=True):
-        chunk.append(line)
-        size += len(line)
-        if size >= _CHUNK_CHARS and (not line.strip() or size >= 4 * _CHUNK_CHARS):
-            yield Document(f"{path.name}#{index}", "".join(chunk))
-            chunk, size, index = [], 0, index + 1
-    yield Document(f"{path.name}#{index}", "".join(chunk))
+def _read_plain(path: Path, name: str) -> Iterator[Document]:
+    """A short file as it is, a long one in pieces, of which none lies in two parts."""
+    text = _read(path)
+    if len(text) <= _CHUNK_CHARS:
+        yield Document(f"{name}#0", text)
+        return
+    for index, (begin, end) in enumerate(_pieces(text)):
+        yield Document(f"{name}#{index}", text[begin:end], _left(text, begin))
 
 
-def _read_jsonl(path: Path) -> Iterator[Document]:
-    for number, line in enumerate(_read(path).split("\n"), start=1):
-        if line.strip():
-            try:
-                record = json.loads(line)
-            except ValueError as error:
-                raise FormatError(
-                    "is not JSON", where=path, field=f"line {number}", got=str(error)
-                ) from error
-            yield Document(f"{path.name}#{number}", _text_of(record, f"{path}, line {number}"))
+def _left(text: str, position: int) -> float:
+    return (len(text) - position) / len(text)
 
 
-def _text_of(record: object, where: str) -> str:
-    """The text of a record: the field with a usual name, else all strings (a question and its answer)."""
-    if isinstance(record, str):
-        return record
-    fields = record if isinstance(record, dict) else {}
-    named = [fields[name] for name in _TEXT_FIELDS if isinstance(fields.get(name), str)]
-    strings = named[:1] or [value for value in fields.values() if isinstance(value, str)]
-    if not strings:
-        raise InputError(
-            "no text field", where=where, expected=f"a string, or an object with {', '.join(_TEXT_FIELDS)}"
-        )
-    return "\n".join(strings)
+def _pieces(text: str) -> Iterator[tuple[int, int]]:
+    """Cut between lines: at a blank one, at any one if a piece has grown large, and where a part ends."""
+    begin = end = 0
+    for line in _lines(text):
+        end += len(line)
+        size = end - begin
+        full = size >= _CHUNK_CHARS and (not line.strip() or size >= _LONGEST_CHUNK)
+        if full or _part_at(_left(text, begin)) != _part_at(_left(text, end)):
+            yield begin, end
+            begin = end
+    if begin < end:
+        yield begin, end
+
+
+def _lines(text: str) -> Iterator[str]:
+    """Lines with their ends; one that is longer than a piece may be is cut after a space, if it has any."""
+    for line in text.splitlines(keepends=True):
+        begin = 0
+        while len(line) - begin > (_CHUNK_CHARS if begin else _LONGEST_CHUNK):
+            cut = line.rfind(" ", begin, begin + _CHUNK_CHARS) + 1 or begin + _CHUNK_CHARS
+            yield line[begin:cut]
+            begin = cut
+        yield line[begin:]
+
+
+def _read_records(path: Path, name: str) -> Iterator[Document]:
+    for number, record, where in file_records(_read(path), path):
+        yield Document(f"{name}#{number}", record_text(record, where))
 
 
 def _dataset(source: str) -> Iterator[Document]:
@@ -194,4 +233,4 @@ def _dataset(source: str) -> Iterator[Document]:
             "cannot load this data set", where=source, got=f"{type(error).__name__}: {error}"
         ) from error
     for number, record in enumerate(records):
-        yield Document(f"{source}#{number}", _text_of(record, f"{source}, record {number}"))
+        yield Document(f"{source}#{number}", record_text(record, f"{source}, record {number}"))

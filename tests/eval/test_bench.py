@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.stats import ttest_1samp
 
 from hotcold.errors import InputError
 from hotcold.eval import bench as module
 from hotcold.eval.bench import Plan, bench, segments
+from hotcold.eval.results import Ratio
 from hotcold.runtime.stats import Stats
 
 N_VOCAB = 11
@@ -88,10 +90,14 @@ class ClockworkEngine(Clockwork):
 def measured(monkeypatch, bundle):
     """One bench of two peers and two modes over three rounds that get slower and slower."""
     monkeypatch.setattr(module, "_SETTLE_S", 0.0)
-    readings = itertools.chain.from_iterable(itertools.repeat(gb_s, 5) for gb_s in (40.0, 20.0, 10.0))
+    # seven readings a round, with plain loads and asking ahead; the machine gets slower as the sides do
+    plain, asked = (
+        itertools.chain.from_iterable(itertools.repeat(gb_s, 7) for gb_s in speeds)
+        for speeds in ((40.0, 20.0, 10.0), (30.0, 15.0, 12.0))
+    )
 
     def read_bandwidth(n_threads, *, asking=False):
-        return 50.0 if asking else next(readings) / 2 * n_threads
+        return next(asked if asking else plain) / 2 * n_threads
 
     monkeypatch.setattr(module, "read_bandwidth", read_bandwidth)
     log: list = []
@@ -107,7 +113,13 @@ def measured(monkeypatch, bundle):
     }
     texts = segments(np.arange(30), Plan(rounds=3, n_prompt=6, n_gen=4))
     windows = [np.arange(8) % N_VOCAB]
-    report = bench(peers, ours, texts, windows, truth="llama.cpp (smallthinker)", n_threads=2)
+    originals = {
+        "as it came": Clockwork("came", log, drift * 0.005, path),
+        "original dense": ClockworkEngine("dense", log, drift * 0.006),
+    }
+    report = bench(
+        peers, ours, texts, windows, truth="llama.cpp (smallthinker)", n_threads=2, originals=originals
+    )
     return report, log, texts
 
 
@@ -118,7 +130,7 @@ def row(measured, side):
 def test_every_side_runs_every_segment_once_after_its_warm_up(measured):
     _, log, texts = measured
     prompts = [tuple(text.prompt) for text in [texts[0], *texts]]
-    for name in ("true", "twin", "exact"):
+    for name in ("came", "dense", "true", "twin", "exact"):
         assert [ids for who, ids in log if who == name] == prompts
     audited = [tuple(text.prompt) for text in texts]
     assert [ids for who, ids in log if who == "predicted"] == prompts + audited
@@ -126,7 +138,7 @@ def test_every_side_runs_every_segment_once_after_its_warm_up(measured):
 
 def test_the_order_differs_between_rounds(measured):
     names = [name for name, _ in measured[1]]
-    rounds = [names[at : at + 4] for at in range(4, 16, 4)]
+    rounds = [names[at : at + 6] for at in range(6, 24, 6)]
     assert len({tuple(order) for order in rounds}) == 3
     assert len({order[0] for order in rounds}) > 1
 
@@ -155,17 +167,77 @@ def test_ratios_are_paired_and_to_the_fastest_peer(measured):
     assert row(measured, "llama.cpp (smallthinker)").ratio.median == pytest.approx(0.8)
 
 
-def test_shares_are_of_the_bandwidth_beside_each_run(measured):
+def test_every_row_has_its_ratios_to_the_originals(measured):
+    exact = row(measured, "exact").to_originals
+    assert exact["as it came"].median == pytest.approx(5 / 4)
+    assert exact["original dense"].median == pytest.approx(6 / 4)
+    assert row(measured, "original dense").to_originals["original dense"].median == 1.0
+    assert measured[0].baseline == "llama.cpp (llama)"  # the originals, though faster, are no baseline
+
+
+def test_originals_have_a_perplexity_and_no_distance(measured):
+    for name in ("as it came", "original dense"):
+        quality = row(measured, name).quality
+        assert quality.ppl > 1 and quality.kl is None
+    assert row(measured, "original dense").activity.parts["ffn"] == PARTS["ffn"]
+
+
+def test_a_side_of_another_vocabulary_is_refused(bundle):
+    sides = {name: Clockwork(name, [], np.ones(2), bundle / "tiny.gguf") for name in ("a", "b")}
+    sides["b"].n_vocab = N_VOCAB + 1
+    texts = segments(np.arange(30), Plan(rounds=3, n_prompt=6, n_gen=4))
+    with pytest.raises(InputError, match=r"b: has another vocabulary \(got 12, expected 11\)"):
+        bench({"a": sides["a"]}, {}, texts, [], truth="a", n_threads=1, originals={"b": sides["b"]})
+
+
+@given(st.lists(st.floats(0.05, 20), min_size=2, max_size=30))
+def test_the_interval_is_scipys_of_a_paired_test_on_logarithms(samples):
+    ratio = Ratio.of(samples)
+    assert (ratio.median, ratio.low, ratio.high) == (np.median(samples), min(samples), max(samples))
+    if np.ptp(np.log(samples)) < 1e-9:
+        return  # scipy's test has no answer for samples that are all alike
+    interval = ttest_1samp(np.log(samples), 0).confidence_interval(0.95)
+    assert (ratio.ci_low, ratio.ci_high) == pytest.approx(np.exp([interval.low, interval.high]))
+
+
+@given(st.lists(st.floats(0.05, 20), min_size=2, max_size=30))
+def test_a_ratio_and_its_inverse_have_the_same_interval(samples):
+    ratio, inverse = Ratio.of(samples), Ratio.of([1 / sample for sample in samples])
+    assert (1 / inverse.ci_high, 1 / inverse.ci_low) == pytest.approx((ratio.ci_low, ratio.ci_high))
+
+
+def test_one_round_has_no_interval():
+    assert np.isnan(Ratio.of([2.0]).ci_low)
+
+
+def test_intervals_hold_the_truth_as_often_as_they_say():
+    rng = np.random.default_rng(0)
+    ratios = [Ratio.of(2.0 * np.exp(rng.normal(0, 0.2, 7))) for _ in range(2000)]
+    assert np.mean([ratio.ci_low <= 2.0 <= ratio.ci_high for ratio in ratios]) == pytest.approx(
+        0.95, abs=0.02
+    )
+
+
+def test_shares_are_of_the_best_bandwidth_beside_each_run(measured):
     share = row(measured, "exact").share
     n_bytes = sum(row(measured, "exact").roofline.parts.values())
-    # the bandwidth falls as the speed does, and yet every round has the same share
-    assert share.median == pytest.approx(n_bytes / 0.004 / 40e9)
-    assert (share.low, share.high) == (pytest.approx(share.median), pytest.approx(share.median))
+    # plain loads are faster in two rounds and in the third those that ask ahead
+    shares = sorted(n_bytes / 0.004 / gb_s for gb_s in (40e9, 40e9, 48e9))
+    assert (share.low, share.median, share.high) == pytest.approx((shares[0], shares[1], shares[2]))
 
 
-def test_what_memory_gives_when_asked_ahead_stands_beside_the_bandwidth(measured):
+def test_both_read_loops_stand_beside_the_best(measured):
     report, *_ = measured
-    assert (report.bandwidth.median, report.bandwidth_asking.median) == (20.0, 50.0)
+    assert (report.bandwidth.low, report.bandwidth.high) == (12.0, 40.0)
+    assert (report.bandwidth_plain.low, report.bandwidth_plain.high) == (10.0, 40.0)
+    assert (report.bandwidth_asking.low, report.bandwidth_asking.high) == (12.0, 30.0)
+
+
+def test_without_windows_nothing_has_a_quality(bundle):
+    sides = {name: Clockwork(name, [], np.ones(2), bundle / "tiny.gguf") for name in ("a", "b")}
+    texts = segments(np.arange(10), Plan(rounds=1, n_prompt=6, n_gen=4))
+    report = bench({"a": sides["a"]}, {}, texts, [], truth="a", n_threads=1, originals={"b": sides["b"]})
+    assert [row.quality for row in report.rows] == [None, None]
 
 
 def test_recall_comes_from_an_audited_pass(measured):

@@ -10,7 +10,16 @@ import pytest
 from hotcold.cli import main
 
 SMALL = ("-t", 1, "-r", 2, "-p", 8, "-n", 6, "--quality-tokens", 96, "--window", 32)
-METRICS = ("tok_s", "pp_tok_s", "ratio", "ratio_pp", "bytes_per_token", "gb_s", "bandwidth_share")
+METRICS = (
+    "tok_s",
+    "pp_tok_s",
+    "ratio",
+    "ratio_ci_low",
+    "ratio_pp",
+    "bytes_per_token",
+    "gb_s",
+    "bandwidth_share",
+)
 SIDES = ("llama_cpp", "dense", "exact", "predicted")
 
 
@@ -95,6 +104,92 @@ def test_synthetic_models_say_so_and_fire_as_asked(tmp_path, capsys):
     assert [path.name.startswith("synthetic-") for path in tmp_path.iterdir()] == [True]
 
 
+def test_random_weights_have_no_quality_unless_it_is_asked_for(tmp_path, capsys):
+    shape = ("--synthetic", "smollm2-135m", "--layers", 1, "--cache", tmp_path, "-m", "exact")
+    assert run(*shape, "-t", 1, "-r", 1, "-p", 4, "-n", 4, "-o", "csv") == 0
+    head, *rows = capsys.readouterr().out.splitlines()
+    assert not {"ppl", "kl", "same_top"} & set(head.split(",")) and len(rows) == 3
+    assert run(*shape, "-t", 1, "-r", 1, "-p", 4, "-n", 4, "--quality-tokens", 32, "--window", 16) == 0
+    assert "perplexity" in capsys.readouterr().out
+
+
+def test_the_original_takes_turns_too(bundle, lossy_bundle, text_file, capsys):
+    options = ("--original", lossy_bundle, "--gguf", lossy_bundle / "tiny.gguf", "-m", "exact", "-o", "json")
+    assert run("--bundle", bundle, "--text", text_file, *SMALL, *options) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    for side in ("as_it_came_llama_cpp", "original_llama_cpp", "original_dense"):
+        assert found[f"tok_s_{side}"] > 0
+        assert found[f"ppl_{side}"] == pytest.approx(found["ppl_exact"], rel=1e-3)  # the same weights
+        assert found[f"ratio_to_{side}_{side}"] == 1.0
+        low, high = (found[f"ratio_to_{side}_ci_{end}_exact"] for end in ("low", "high"))
+        assert low < found[f"ratio_to_{side}_exact"] < high  # two rounds: half way, in logarithms, or near
+    assert found["ppl_llama_cpp"] == pytest.approx(found["ppl_exact"], rel=1e-3)
+
+
+# prints what llama-bench prints (tools/llama-bench of llama.cpp), as far as it matters, for what it is asked
+LLAMA_BENCH = """#!/usr/bin/env python3
+import json, sys
+asked = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+assert asked["-o"] == "json" and asked["-fa"] == "1" and asked["-r"] == "3", asked
+shared = {
+    "build_commit": "5c0eb5ef", "build_number": 6869, "cpu_info": "A CPU", "gpu_info": "", "backends": "CPU",
+    "model_filename": asked["-m"], "model_type": "llama ?B Q4_0", "n_threads": int(asked["-t"]),
+    "flash_attn": True, "n_depth": int(asked["-d"]), "test_time": "2025-10-29T10:00:00Z",
+}
+sizes = [(int(asked["-p"]), 0, 900.0), (0, int(asked["-n"]), 250.5)]
+print(json.dumps([
+    shared | {"n_prompt": p, "n_gen": n, "avg_ns": 1, "stddev_ns": 1, "avg_ts": speed, "stddev_ts": 2.5,
+              "samples_ns": [1, 1, 1], "samples_ts": [speed] * 3}
+    for p, n, speed in sizes
+], indent=2))
+"""
+
+
+@pytest.fixture
+def program(tmp_path):
+    def write(text):
+        path = tmp_path / "llama-bench"
+        path.write_text(text)
+        path.chmod(0o755)
+        return path
+
+    return write
+
+
+def test_a_stock_llama_bench_runs_on_the_same_files(bundle, text_file, program, capsys):
+    arguments = ("--bundle", bundle, "--text", text_file, *SMALL, "-m", "exact", "-o", "json")
+    assert run(*arguments, "--llama-bench", program(LLAMA_BENCH)) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])["llama_bench"]
+    assert [stock["side"] for stock in found] == ["llama.cpp (smallthinker)", "llama.cpp (llama)"]
+    for stock in found:
+        assert stock["build"] == "b6869 (5c0eb5ef)" and stock["depth"] == 8
+        assert (stock["prompt"], stock["generation"]) == ([900.0, 2.5], [250.5, 2.5])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "#!/bin/sh\necho 'error: unknown model' >&2\nexit 1\n",
+            "ended with status 1 (got error: unknown model)",
+        ),
+        ("#!/bin/sh\necho hello\n", "llama-bench printed no JSON (got hello)"),
+        ("#!/bin/sh\necho '{}'\n", "printed another JSON"),
+        (
+            "#!/bin/sh\necho '[{\"n_prompt\": 8}]'\n",
+            "gave no figure (got 1 tests, expected n_prompt 8, n_gen 0",
+        ),
+        ("#!/no/such/interpreter\n", "No such file"),
+    ],
+)
+def test_a_llama_bench_that_fails_gives_one_line(bundle, text_file, program, capsys, text, message):
+    arguments = ("--bundle", bundle, "--text", text_file, *SMALL, "-m", "exact")
+    assert run(*arguments, "--llama-bench", program(text)) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and message in err
+    assert len([line for line in err.splitlines() if "error" in line]) == 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -106,6 +201,7 @@ def test_synthetic_models_say_so_and_fire_as_asked(tmp_path, capsys):
         (("--synthetic", "llama-2-13b", "--input-sparsity", "50"), "no such share of inputs (got 50.0"),
         (("--synthetic", "smollm2-135m", "-r", "0"), "rounds: must be at least 1"),
         (("--synthetic", "smollm2-135m", "-t", "0"), "--threads: must be at least 1"),
+        (("--synthetic", "smollm2-135m", "--quality-tokens", "-1"), "--quality-tokens: must not be negative"),
     ],
 )
 def test_bad_arguments_give_one_line_and_status_2(capsys, arguments, message):

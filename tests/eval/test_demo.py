@@ -25,7 +25,13 @@ PERPLEXITY = """\
 {"mode": "llama.cpp", "ppl": 34.1, "stderr": 0.5, "tokens": 8176}
 {"mode": "smollm2", "ppl": 28.6, "stderr": 0.4, "tokens": 8176}
 """
-SIDES = ("llama_cpp", "dense", "exact", "predicted")
+PERPLEXITY_ORIGINAL = """\
+{"mode": "dense", "ppl": 32.0, "stderr": 0.5, "tokens": 8176}
+{"mode": "llama.cpp", "ppl": 32.1, "stderr": 0.5, "tokens": 8176}
+"""
+SPARSE = ("llama_cpp", "dense", "exact", "predicted")
+ORIGINALS = ("as_it_came_llama_cpp", "original_llama_cpp", "original_dense")
+SIDES = (*ORIGINALS, *SPARSE)
 BENCH = {
     "sparsity": 0.7,
     "predicted_sparsity": 0.6,
@@ -34,7 +40,10 @@ BENCH = {
     "machine": {"cores": 2},
 }
 BENCH |= {f"tok_s_{side}": 100.0 + i for i, side in enumerate(SIDES)}
-BENCH |= {f"ratio_{side}": 1.0 + i for i, side in enumerate(SIDES)}
+for of in ORIGINALS:
+    BENCH |= {f"ratio_to_{of}_{side}": 1.0 + i for i, side in enumerate(SIDES)}
+    BENCH |= {f"ratio_to_{of}_ci_low_{side}": 1.0 + 0.9 * i for i, side in enumerate(SIDES)}
+    BENCH |= {f"ratio_to_{of}_ci_high_{side}": 1.0 + 1.1 * i for i, side in enumerate(SIDES)}
 
 
 @pytest.fixture
@@ -57,7 +66,8 @@ def test_each_step_takes_what_the_one_before_made(steps):
         inputs = {
             value
             for option, value in zip(step.arguments, step.arguments[1:], strict=False)
-            if option in ("--model", "--traces", "--predictors", "--bundle") and value != "smollm2"
+            if option in ("--model", "--traces", "--predictors", "--bundle", "--original")
+            and value != "smollm2"
         }
         assert inputs <= made
         made |= {str(step.output)} if step.output else set()
@@ -79,25 +89,41 @@ def test_the_trained_ffns_are_taken_where_they_fit(tmp_path, monkeypatch):
 
 @pytest.fixture
 def report():
-    done = {"run": Done("run", "", 3.0, "A text.\n"), "perplexity": Done("perplexity", "", 57.0, PERPLEXITY)}
+    steps = [
+        Done("run", "", 3.0, "A text.\n"),
+        Done("perplexity", "", 50.0, PERPLEXITY),
+        Done("perplexity original", "", 7.0, PERPLEXITY_ORIGINAL),
+    ]
+    done = {step.name: step for step in steps}
     return build_report(done, BENCH, model="smollm2", quant="q4_0")
 
 
 def test_report_has_every_promised_figure(report):
-    assert report["ppl_teacher"] == 28.6
+    assert report["ppl_as_it_came_llama_cpp"] == 28.6
+    assert (report["ppl_original_dense"], report["ppl_original_llama_cpp"]) == (32.0, 32.1)
     assert (report["ppl_dense"], report["ppl_exact"], report["ppl_predicted"]) == (34.0, 33.9, 34.4)
     assert report["ppl_llama_cpp"] == 34.1
     assert {"sparsity", "recall", "predicted_sparsity", "machine"} <= set(report)
-    assert {f"{metric}_{side}" for metric in ("tok_s", "ratio") for side in SIDES} <= set(report)
-    assert report["seconds"] == {"run": 3.0, "perplexity": 57.0}
+    assert {f"{metric}_{side}" for metric in ("tok_s", "ppl") for side in SIDES} <= set(report)
+    assert report["seconds"] == {"run": 3.0, "perplexity": 50.0, "perplexity original": 7.0}
     assert report["seconds_total"] == 60.0
     assert json.loads(json.dumps(report)) == report
 
 
 def test_summary_shows_quality_beside_speed(report):
     text = summary(report)
-    assert "| smollm2 as it came, llama.cpp | 28.60 ± 0.40 |" in text
-    assert "| sparse, hotcold predicted | 34.40 ± 0.50 | 103.0 | 4.00x |" in text
+    rows = [line for line in text.splitlines() if line.startswith("|")]
+    assert [row.split(" | ")[0] for row in rows[2:5]] == [
+        "| smollm2 as it came, llama.cpp",
+        "| smollm2 as Q4_0, llama.cpp",
+        "| smollm2 as Q4_0, hotcold dense",
+    ]
+    assert "| smollm2 as it came, llama.cpp | 28.60 ± 0.40 | 100.0 | 1.00x |  |" in rows
+    assert "| smollm2 as Q4_0, hotcold dense | 32.00 ± 0.50 | 102.0 | 3.00x (2.80–3.20) |  |" in rows
+    predicted = "7.00x (6.40–7.60)"
+    assert f"| sparse, hotcold predicted | 34.40 ± 0.50 | 106.0 | {predicted} | {predicted} |" in rows
+    assert "exact 1.19x the original as it came, 1.06x the original as Q4_0; predicted 1.20x" in text
+    assert "exact and dense of one bundle differ" in text and "two axes" in text
     assert "sparsity 70.0%, predicted sparsity 60.0%, recall 97.0%" in text
     assert "in all 1.0 minutes" in text
 
@@ -123,17 +149,17 @@ def test_the_whole_demo_on_a_tiny_model(teacher, tmp_path, capfd):
     for side in SIDES:
         assert report[f"tok_s_{side}"] > 0
         assert report[f"ppl_{side}"] > 1
-    assert report["ppl_teacher"] > 1
     assert report["recall"] > 0.9
     assert report["ppl_exact"] == pytest.approx(report["ppl_dense"], rel=0.05)
-    assert set(report["seconds"]) <= set(COMMANDS)
+    assert report["ppl_original_dense"] == pytest.approx(report["ppl_original_llama_cpp"], rel=0.05)
+    assert {name.split()[0] for name in report["seconds"]} <= set(COMMANDS)
     first = capfd.readouterr()
-    assert "[7/7] hotcold bench" in first.err
+    assert "[9/9] hotcold bench" in first.err
     assert "| sparse, hotcold predicted |" in first.out
 
     assert main(arguments) == 0  # all is there: nothing runs again
     again = capfd.readouterr()
-    assert again.err.count("done before") == 7
+    assert again.err.count("done before") == 9
     assert json.loads((tmp_path / "demo" / "report.json").read_text()) == report
 
 

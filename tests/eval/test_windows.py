@@ -28,14 +28,19 @@ def test_a_file_is_taken_whole_though_it_is_read_in_chunks(tokenizer, text_file)
     np.testing.assert_array_equal(windows.text_ids(str(text_file), tokenizer, 2000), whole[:2000])
 
 
-def test_stdlib_means_its_heldout_part(tokenizer, monkeypatch):
-    documents = list(text.documents("stdlib"))  # read once: it takes seconds
-    monkeypatch.setattr(text, "documents", {"stdlib": documents}.__getitem__)
-    heldout = "".join(
-        part.text + ("" if part.text.endswith("\n") else "\n\n") for part in text.split(documents, "heldout")
-    )
+def test_stdlib_means_its_test_part(tokenizer):
+    test = "\n\n".join(document.text for document in text.documents("stdlib", "test"))
     ids = windows.text_ids("stdlib", tokenizer, 3000)
-    assert heldout.startswith(tokenizer.decode(ids[:2990].tolist()))
+    assert test.startswith(tokenizer.decode(ids[:2990].tolist()))
+
+
+def test_pieces_are_put_together_as_they_were_and_files_are_not(tokenizer, tmp_path):
+    """A line that is cut into pieces, then a file that does not end in a newline, then another."""
+    (tmp_path / "a.txt").write_text("word " * 10_000 + "end")
+    (tmp_path / "b.txt").write_text("short")
+    ids = windows.text_ids(str(tmp_path / "*.txt"), tokenizer, 20_000)
+    whole = tokenizer.encode("word " * 10_000 + "end\n\nshort", add_special_tokens=False).ids
+    np.testing.assert_array_equal(ids[: len(whole)], whole[:20_000])
 
 
 def test_short_text_is_refused(tokenizer, tmp_path):

@@ -93,7 +93,7 @@ def test_traces(data):
     tokens = {
         "ids": data.draw(arrays(n, dtype=np.int32, elements=st.integers(0, 99))),
         "document": np.sort(data.draw(arrays(n, dtype=np.int32, elements=st.integers(0, 2)))),
-        "heldout": data.draw(arrays(n, dtype=np.uint8, elements=st.integers(0, 1))),
+        "part": data.draw(arrays(n, dtype=np.uint8, elements=st.integers(0, 2))),
     }
     names = {name: data.draw(TEXT) for name in ("model", "text", "activation")}
     run = TraceRun(

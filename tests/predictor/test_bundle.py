@@ -47,6 +47,20 @@ def test_round_trip(saved: Path) -> None:
             np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
 
 
+def test_a_bundle_of_before_there_were_three_parts_is_read_and_says_what_its_metrics_are(
+    tmp_path: Path,
+) -> None:
+    bundle = _bundle()
+    bundle.training.update(train_tokens=38_000, heldout_tokens=2000)
+    bundle.save(tmp_path / "old")
+    again = PredictorBundle.load(tmp_path / "old")
+    assert again.config() == bundle.config()
+    assert (
+        "threshold and metrics from 2000 tokens of other documents"
+        in (tmp_path / "old/README.md").read_text()
+    )
+
+
 def test_the_files_are_those_of_the_contract(saved: Path) -> None:
     config = json.loads((saved / "config.json").read_text())
     assert config["format"] == "hotcold-predictor" and config["ranks"] == [32, 64]

@@ -64,19 +64,20 @@ def test_records_what_the_ffn_sees_and_does(model: Path, traces: Path, layer: in
 def test_shapes_split_and_documents(traces: Path) -> None:
     opened = Traces(traces)
     assert (opened.run.n_layers, opened.run.d_model, opened.run.d_ff) == (N_LAYERS, D_MODEL, D_FF)
-    assert opened.heldout.sum() == 150 and opened.heldout[-150:].all()
-    assert not set(opened.document[opened.heldout]) & set(opened.document[~opened.heldout])
+    assert opened.part.tolist() == [0] * 2700 + [1] * 150 + [2] * 150
+    of_parts = [set(opened.document[opened.part == part].tolist()) for part in range(3)]
+    assert sum(map(len, of_parts)) == len(set.union(*of_parts))
     assert (np.diff(opened.document) >= 0).all()
 
 
 def test_text_comes_from_the_right_parts(model: Path, text: Path) -> None:
-    from hotcold.text import documents, split
+    from hotcold.text import PARTS, documents
 
     tokenizer = checkpoint.load_tokenizer(str(model))
     tokens = gather_tokens(str(text), tokenizer, 2000)
-    for heldout, part in ((0, "train"), (1, "heldout")):
-        ids = tokens["ids"][tokens["heldout"] == heldout]
-        expected = "".join(document.text for document in split(documents(str(text)), part))
+    for number, part in enumerate(PARTS):
+        ids = tokens["ids"][tokens["part"] == number]
+        expected = "".join(document.text for document in documents(str(text), part))
         assert expected.startswith(tokenizer.decode(ids.tolist()))
 
 
@@ -142,7 +143,7 @@ def test_activations_that_are_not_finite_are_refused(model: Path, text: Path, tm
     ("option", "value", "message"),
     [
         ("--tokens", "0", r"--tokens: must be positive .got 0."),
-        ("--tokens", "1", r"too few tokens to hold some out .got 1."),
+        ("--tokens", "2", r"too few tokens for three parts .got 2."),
         (
             "--tokens",
             "99999999",

@@ -26,7 +26,7 @@ def logits_and_active(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray]:
 def test_by_hand() -> None:
     active = np.array([[1, 1, 0, 0], [1, 0, 0, 0]], bool)
     logits = np.array([[2, -1, 1, -2], [0, -3, 0, -1]], np.float32)
-    metrics = measure(logits, active, 0.0)  # predicted: 2, 1, 0 and 0; the -1 is missed
+    metrics = measure([(logits, active)], 0.0)  # predicted: 2, 1, 0 and 0; the -1 is missed
     assert metrics == LayerMetrics(
         recall=2 / 3, precision=2 / 4, predicted_sparsity=4 / 8, true_sparsity=5 / 8
     )
@@ -35,14 +35,14 @@ def test_by_hand() -> None:
 def test_recall_is_micro_averaged_over_tokens() -> None:
     active = np.array([[1, 1, 1, 1], [1, 0, 0, 0]], bool)
     logits = np.array([[1, 1, 1, 1], [-1, -1, -1, -1]], np.float32)
-    assert measure(logits, active, 0.0).recall == 4 / 5  # the mean over tokens would be 1/2
+    assert measure([(logits, active)], 0.0).recall == 4 / 5  # the mean over tokens would be 1/2
 
 
 @given(logits_and_active(), st.floats(-9, 9, width=32))
 def test_agrees_with_scikit_learn(pair: tuple[np.ndarray, np.ndarray], threshold: float) -> None:
     logits, active = pair
     predicted = logits >= np.float32(threshold)
-    metrics = measure(logits, active, threshold)
+    metrics = measure([(logits, active)], threshold)
     one = {"zero_division": 1.0}
     assert metrics.recall == pytest.approx(recall_score(active.ravel(), predicted.ravel(), **one))
     assert metrics.precision == pytest.approx(precision_score(active.ravel(), predicted.ravel(), **one))
@@ -51,8 +51,8 @@ def test_agrees_with_scikit_learn(pair: tuple[np.ndarray, np.ndarray], threshold
 
 @given(logits_and_active())
 def test_minus_infinity_predicts_all_and_infinity_nothing(pair: tuple[np.ndarray, np.ndarray]) -> None:
-    assert measure(*pair, -np.inf).recall == 1 and measure(*pair, -np.inf).predicted_sparsity == 0
-    assert measure(*pair, np.inf).predicted_sparsity == 1
+    assert measure([pair], -np.inf).recall == 1 and measure([pair], -np.inf).predicted_sparsity == 0
+    assert measure([pair], np.inf).predicted_sparsity == 1
 
 
 @given(logits_and_active(), st.floats(0.01, 1))
@@ -60,18 +60,49 @@ def test_threshold_is_the_greatest_that_reaches_the_target(
     pair: tuple[np.ndarray, np.ndarray], target: float
 ) -> None:
     logits, active = pair
-    threshold = threshold_for_recall(logits, active, target)
-    assert measure(logits, active, threshold).recall >= target - 1e-9
+    threshold = threshold_for_recall(lambda: [(logits, active)], target)
+    assert measure([(logits, active)], threshold).recall >= target - 1e-9
     if active.any():
         above = np.nextafter(np.float32(threshold), np.float32(np.inf))
-        assert measure(logits, active, float(above)).recall < target + 1e-9
+        assert measure([(logits, active)], float(above)).recall < target + 1e-9
+
+
+@given(
+    hnp.arrays(
+        np.float32, st.tuples(st.integers(1, 40), st.just(3)), elements=st.floats(width=32, allow_nan=False)
+    ),
+    st.data(),
+    st.floats(0.01, 1),
+)
+def test_chunks_give_what_all_tokens_at_once_give(
+    logits: np.ndarray, data: st.DataObject, target: float
+) -> None:
+    """Against sorting, for any float32 and any cut."""
+    active = data.draw(hnp.arrays(bool, logits.shape))
+    starts = data.draw(hnp.arrays(bool, len(logits)))
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(logits)), max_size=4)))
+    rows = [slice(a, b) for a, b in zip([0, *cuts], [*cuts, len(logits)], strict=True)]
+
+    def direct(logits: np.ndarray, active: np.ndarray, target: float) -> float:
+        firing = np.sort(logits[active])
+        if not firing.size:
+            return float(np.nextafter(logits.max(), np.float32(np.inf)))
+        return float(firing[min(int((1 - target) * firing.size + 1e-9), firing.size - 1)])
+
+    expected = direct(logits, active, target)
+    if starts.any():
+        expected = min(expected, direct(logits[starts], active[starts], max(target, 0.999)))
+    found = choose_threshold(lambda: ((logits[r], active[r]) for r in rows), starts, target)
+    assert found == expected
+    whole = measure([(logits, active)], found)
+    assert measure(((logits[r], active[r]) for r in rows), found) == whole
 
 
 @given(logits_and_active(), st.floats(0.01, 1), st.floats(0.01, 1))
 def test_a_higher_target_is_never_sparser(
     pair: tuple[np.ndarray, np.ndarray], one: float, other: float
 ) -> None:
-    low, high = (threshold_for_recall(*pair, target) for target in sorted((one, other)))
+    low, high = (threshold_for_recall(lambda: [pair], target) for target in sorted((one, other)))
     assert high <= low
 
 
@@ -81,24 +112,24 @@ def test_starts_are_served_nearly_in_full(
 ) -> None:
     logits, active = pair
     starts = data.draw(hnp.arrays(bool, len(logits)))
-    threshold = choose_threshold(logits, active, starts, target)
-    assert measure(logits, active, threshold).recall >= target - 1e-9
+    threshold = choose_threshold(lambda: [(logits, active)], starts, target)
+    assert measure([(logits, active)], threshold).recall >= target - 1e-9
     if starts.any():
-        assert measure(logits[starts], active[starts], threshold).recall >= 0.999
+        assert measure([(logits[starts], active[starts])], threshold).recall >= 0.999
     else:
-        assert threshold == threshold_for_recall(logits, active, target)
+        assert threshold == threshold_for_recall(lambda: [(logits, active)], target)
 
 
 def test_where_nothing_fires_nothing_is_predicted() -> None:
     logits, active = np.array([[0.5, -1.0]], np.float32), np.zeros((1, 2), bool)
-    metrics = measure(logits, active, threshold_for_recall(logits, active, 0.9))
+    metrics = measure([(logits, active)], threshold_for_recall(lambda: [(logits, active)], 0.9))
     assert metrics == LayerMetrics(recall=1, precision=1, predicted_sparsity=1, true_sparsity=1)
 
 
 @pytest.mark.parametrize("target", [0.0, -0.1, 1.01, float("nan")])
 def test_targets_out_of_range_are_refused(target: float) -> None:
     with pytest.raises(InputError, match="target recall is out of range"):
-        threshold_for_recall(np.zeros((1, 1), np.float32), np.ones((1, 1), bool), target)
+        threshold_for_recall(lambda: [(np.zeros((1, 1), np.float32), np.ones((1, 1), bool))], target)
 
 
 def test_means_weigh_layers_equally() -> None:

@@ -99,7 +99,7 @@ def test_measured_perplexity_and_sparsity(dense):
 
 def test_the_table_says_what_was_measured():
     printed = table(Quality(20.0, [0.0, 0.0], 500), Quality(25.0, [0.5, 0.7], 500))
-    assert "dense 20.00  sparse 25.00  (1.250x, 500 held-out tokens)" in printed
+    assert "dense 20.00  sparse 25.00  (1.250x, 500 test tokens)" in printed
     assert "60.0%" in printed
     assert printed.splitlines()[-1].split() == ["1", "70.0%"]
 

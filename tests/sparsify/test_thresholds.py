@@ -11,6 +11,8 @@ from hotcold import checkpoint, cli
 from hotcold.checkpoint import ffn_layers
 from hotcold.errors import UnsupportedError
 from hotcold.sparsify.activations import set_activation
+from hotcold.sparsify.data import read_windows
+from hotcold.sparsify.evaluate import measure
 from hotcold.sparsify.thresholds import (
     STEPS,
     Point,
@@ -21,6 +23,7 @@ from hotcold.sparsify.thresholds import (
     tail_errors,
     thresholded,
 )
+from hotcold.text import documents
 
 from .conftest import make_model
 
@@ -103,7 +106,7 @@ def sparse_folder(tmp_path, tokenizer):
 
 @pytest.mark.parametrize("option", [[], ["--per-layer"]])
 def test_the_command_prints_the_curve_saves_and_resumes(
-    sparse_folder, text_file, tmp_path, capsys, option, monkeypatch
+    sparse_folder, text_file, tokenizer, tmp_path, capsys, option, monkeypatch
 ):
     out = tmp_path / "out"
     arguments = [
@@ -122,10 +125,18 @@ def test_the_command_prints_the_curve_saves_and_resumes(
     assert cli.main(arguments) == 0
     printed = capsys.readouterr().out
     found = json.loads((out / "thresholds.json").read_text())
-    assert len(printed.splitlines()) == 1 + len(found["curve"])
+    assert len(printed.splitlines()) == 1 + len(found["curve"]) + 1
     assert printed.count("<- chosen") == 1
     chosen = found["chosen"]
     assert chosen["perplexity"] <= 1.05 * found["curve"][0]["perplexity"]
+    tested = found["test"]
+    assert [point["knob"] for point in tested.values()] == [0, chosen["knob"]]
+    shown = " -> ".join(f"{point['perplexity']:.3f}" for point in tested.values())
+    assert printed.splitlines()[-1].startswith(f"on the test part: perplexity {shown}")
+    for part, point in (("calibrate", found["curve"][0]), ("test", tested["unshifted"])):
+        windows = read_windows(documents(str(text_file), part), tokenizer, 64, 1024, part)
+        quality = measure(checkpoint.load_model(str(sparse_folder)), windows)
+        assert quality.perplexity == pytest.approx(point["perplexity"], rel=1e-2)
     model = AutoModelForCausalLM.from_pretrained(out)
     assert model.config.hidden_act.startswith("fatrelu_")
     monkeypatch.setattr("hotcold.sparsify.thresholds.measure", None)  # nothing is measured again

@@ -80,16 +80,16 @@ def predictors(folder: Path) -> None:
     (folder / "model.safetensors").write_bytes(safetensors(predictor_tensors()))
 
 
-# --- traces, version 1: two layers of d_model 2 and d_ff 9, three tokens in shards of two
+# --- traces, version 2: two layers of d_model 2 and d_ff 9, three tokens in shards of two
 
-IDS, DOCUMENT, HELDOUT = struct.pack("<3i", 7, 8, 9), struct.pack("<3i", 0, 0, 1), bytes([0, 0, 1])
+IDS, DOCUMENT, PART = struct.pack("<3i", 7, 8, 9), struct.pack("<3i", 0, 1, 2), bytes([0, 1, 2])
 
 
 def trace_run() -> dict:
     return {
-        "format": "hotcold-traces", "version": 1, "model_fingerprint": FINGERPRINT, "n_layers": 2,
+        "format": "hotcold-traces", "version": 2, "model_fingerprint": FINGERPRINT, "n_layers": 2,
         "d_model": 2, "d_ff": 9, "activation": "relu", "n_tokens": 3, "shard_tokens": 2, "window": 512,
-        "threads": 1, "text_sha256": sha256(IDS + DOCUMENT + HELDOUT), "model": "m", "text": "t",
+        "threads": 1, "text_sha256": sha256(IDS + DOCUMENT + PART), "model": "m", "text": "t",
     }  # fmt: skip
 
 
@@ -110,7 +110,7 @@ def trace_manifest(folder: Path) -> None:
 
 
 def traces(folder: Path) -> None:
-    tokens = {"ids": ("I32", [3], IDS), "document": ("I32", [3], DOCUMENT), "heldout": ("U8", [3], HELDOUT)}
+    tokens = {"ids": ("I32", [3], IDS), "document": ("I32", [3], DOCUMENT), "part": ("U8", [3], PART)}
     (folder / "run.json").write_bytes(as_json(trace_run()))
     (folder / "tokens.safetensors").write_bytes(safetensors(tokens))
     for layer in range(2):

@@ -121,6 +121,13 @@ def gpu_index(mask: tuple[int, ...], bucket: tuple[int, ...], kind: int = 18) ->
     return put("m.gguf", gguf(magic=b"PWRI", kvs=kvs, infos=infos, data=data))
 
 
+def fourth_part(folder: Path) -> None:
+    """A token of a part that there is not, in a file that its hash fits."""
+    put(TOK, lambda data: data[:-1] + b"\3")(folder)
+    digest = handmade.sha256(handmade.IDS + handmade.DOCUMENT + bytes([0, 1, 3]))
+    keys(RUN, text_sha256=digest)(folder)
+
+
 GPT2, PRE = handmade.string("tokenizer.ggml.model", "gpt2"), handmade.string("tokenizer.ggml.pre", "gpt-2")
 AB = array("tokenizer.ggml.tokens", STRING, 2, text("a") + text("b"))
 
@@ -289,6 +296,8 @@ CASES: dict[str, Case] = {
     "traces: other tokens": Case(
         TR, put(TOK, lambda data: data[:-1] + b"\0"), Mi, "tokens.safetensors: is not"
     ),
+    "traces: of two parts": Case(TR, keys(RUN, version=1), Fm, "run.json, version: traces of an older"),
+    "traces: of four parts": Case(TR, fourth_part, Fm, "tokens.safetensors, part: no such part"),
     "traces: no line": Case(TR, put(LINES, b""), In, "4 shards are missing"),
     "traces: line not JSON": Case(TR, put(LINES, b"x\n"), Fm, "manifest.jsonl, line 1: is not JSON"),
     "traces: line too deep": Case(TR, put(LINES, DEEP + b"\n"), Fm, "manifest.jsonl, line 1: is not JSON"),
