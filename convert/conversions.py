@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hotcold.convert.activation import counts_of_traces, read_activation, write_activation
-from hotcold.convert.gguf_read import GGUFFile
+from hotcold.convert.gguf_split import open_gguf
 from hotcold.convert.gpu_index import ARCHITECTURE, GpuIndex, hottest_neurons, neurons_that_fit
 from hotcold.convert.manifest import MANIFEST
 from hotcold.convert.model_formats import (
@@ -77,7 +77,7 @@ def _read_traces(path: Path, parts: Parts, options: Options, stack: ExitStack) -
 
 
 def _read_gpu_index(path: Path, parts: Parts, options: Options, stack: ExitStack) -> None:
-    parts.gpu = GpuIndex.read(GGUFFile(path))
+    parts.gpu = GpuIndex.read(open_gguf(path))
 
 
 def _write_gpu_index(parts: Parts, out: Path, options: Options) -> None:
@@ -120,7 +120,7 @@ def format_of(path: str | Path) -> str:
     """The format that a file or folder has. InputError for none, FormatError for a broken GGUF file."""
     path = Path(path)
     if path.is_file():
-        file = GGUFFile(path)
+        file = open_gguf(path)
         if file.find("general.architecture", str) == ARCHITECTURE:
             return "gpuidx"
         return "powerinfer" if file.magic == "PWRI" else "gguf"

@@ -7,7 +7,6 @@ trusts them, and would forget activations, rope factors and the pre-tokenizer.
 
 from __future__ import annotations
 
-import mmap
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -98,8 +97,7 @@ class GGUFCheckpoint:
         """One tensor as float32, decoded if it is quantised."""
         weight = self._find(name)
         values = weight.change(dequantize(weight.tensor))
-        if isinstance(self._file.buffer, mmap.mmap):  # a model need not fit into memory
-            self._file.buffer.madvise(mmap.MADV_DONTNEED)
+        self._file.forget_pages()
         return values
 
     def _find(self, name: str) -> _Weight:

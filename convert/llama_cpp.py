@@ -20,6 +20,7 @@ import numpy as np
 from hotcold.convert.architectures import ModelSpec, interleave_rope
 from hotcold.convert.forms import FORMS, hyper_parameters
 from hotcold.convert.gguf_read import GGUFFile, Tensor
+from hotcold.convert.gguf_split import open_gguf
 from hotcold.convert.gguf_write import TensorPlan, copied, write_gguf
 from hotcold.convert.plans import Planner
 from hotcold.errors import UnsupportedError
@@ -106,7 +107,7 @@ def write_llama_twin(source: str | Path, target: str | Path) -> None:
     llama.cpp then applies SiLU, so the text is nonsense; the file is there to measure the speed of a graph
     without routing. UnsupportedError where `source` is not a one-expert file.
     """
-    file = GGUFFile(source)
+    file = open_gguf(source)
     architecture = file.require("general.architecture", str)
     if architecture != "smallthinker" or file.require("smallthinker.expert_count", int) != 1:
         raise UnsupportedError("not a one-expert smallthinker file", where=source, got=architecture)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from hotcold.convert.gguf_read import GGUFFile
+    from hotcold.convert.gguf_split import open_gguf
     from hotcold.runtime.engine import Engine
     from hotcold.runtime.placement import Placement
 
@@ -130,7 +131,7 @@ def make_placement(
     from hotcold.runtime.shape import ModelShape
 
     path, mode = file_and_mode(bundle, mode)
-    file, devices = GGUFFile(path), open_devices(options.device)
+    file, devices = open_gguf(path), open_devices(options.device)
     shape = ModelShape.read(file)
     if options.place:
         return load_placement(options.place, shape.n_layers, shape.d_ff, _fingerprint(file))
@@ -172,7 +173,7 @@ def _save(placement: Placement, bundle: str | Path, mode: str) -> None:
     path, mode = file_and_mode(bundle, mode)
     saved = plan_path(bundle, mode, placement.budgets)
     try:
-        save_placement(placement, saved, _fingerprint(GGUFFile(path)))
+        save_placement(placement, saved, _fingerprint(open_gguf(path)))
         log(f"plan: {saved}")
     except StorageError as error:
         log(f"the plan is not saved: {error}")
