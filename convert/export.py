@@ -78,7 +78,7 @@ def export_file(
     """Write one GGUF file of a bundle, that of `role` `dense` or `sparse`, as `out`; raises as above."""
     model, layouts = _planned(source, name, fingerprint, folder, predictors, options or ExportOptions())
     if role == "sparse" and not model.spec.is_sparse:
-        raise _never_zero("no file by neurons", model.spec)
+        raise _never_zero("there is no file by neurons", model.spec)
     for layout in layouts:
         if layout.role == role:
             for line in _limits(model, [layout], has_predictors=predictors is not None):

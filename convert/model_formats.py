@@ -95,8 +95,9 @@ def write_bundle(parts: Parts, out: Path, options: Options) -> None:
 
 def write_sparse(parts: Parts, out: Path, options: Options) -> None:
     """Write PowerInfer's file, for `exact` mode alone where no source has predictors."""
-    model, own = parts.need_model(), parts.firing is None and options.hot_frequency is None
-    if own and parts.bundle is model.predictors and _copied(model, "powerinfer", out, options):
+    model, own = parts.need_model(), parts.bundle is not None and parts.firing is None
+    own = own and parts.bundle is model.predictors and options.hot_frequency is None
+    if own and _copied(model, "powerinfer", out, options):
         return
     predictors = parts.need_predictors(options) if parts.bundle else None
     _say_if_hot_is_lost(model, predictors)
