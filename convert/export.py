@@ -45,8 +45,8 @@ def export_bundle(
     """Write the bundle `out` and return its manifest.
 
     `folder` is the HF directory with the tokenizer and config files; without one the files hold no
-    vocabulary. The form by neurons is written for a model that gives exact zeros; without `predictors` it serves `exact`
-    mode alone.
+    vocabulary. The form by neurons is written for a model that gives exact zeros; without `predictors` it
+    serves `exact` mode alone.
 
     Raises UnsupportedError (unknown model, activation or quantisation), ShapeError or MismatchError
     (predictors of another model, tensors that do not fit the config), InputError (an `out` that is

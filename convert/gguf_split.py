@@ -61,9 +61,8 @@ def _check_first(file: GGUFFile, named: int) -> None:
         fix = "give the one that ends in -00001"
         raise InputError("not the first part of the model", where=file.path, fix=fix)
     if number != 0:
-        raise FormatError(
-            "another part under the name of the first", where=file.path, field="split.no", got=number, expected=0
-        )
+        what = "another part under the name of the first"
+        raise FormatError(what, where=file.path, field="split.no", got=number, expected=0)
 
 
 def _add(first: GGUFFile, part: GGUFFile, number: int) -> None:

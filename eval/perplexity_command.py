@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_quant_argument(parser)
     parser.add_argument(
         "--mode", "--modes", default="auto", metavar="LIST",
-        help="of dense, exact, predicted, llama.cpp, and auto: the fastest that the model offers (default auto). "
+        help="of dense, exact, predicted, llama.cpp, and auto: the fastest that the model offers (auto); "
         "dense and exact differ a little where down is quantized: by its rows here, by its columns there",
     )  # fmt: skip
     parser.add_argument(
@@ -72,11 +72,11 @@ def run(args: argparse.Namespace) -> int:
     reference = checked_modes(args.reference, known)[0] if args.reference else None
     args.threads = machine.thread_count(args.threads)
     args.bundle = model_path(args)
-    modes = chosen_modes(modes, args.bundle, args.threads)
-    reference = chosen_modes([reference], args.bundle, args.threads)[0] if reference else None
     tokenizer = windows.load_tokenizer(args.bundle)
     ids = windows.text_ids(args.text, tokenizer, args.tokens)
     cut = windows.windows(ids, args.window, tokenizer)
+    modes = chosen_modes(modes, args.bundle, args.threads)
+    reference = chosen_modes([reference], args.bundle, args.threads)[0] if reference else None
     truth = {reference: _open(args, reference)} if reference else {}
     for name, side in _sides(args, modes):
         sides = truth | {name: truth.get(name, side)}

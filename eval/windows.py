@@ -28,7 +28,7 @@ _CHARS_PER_TOKEN = 16  # more than any tokenizer packs into a token on average
 
 
 def load_tokenizer(bundle: str | Path) -> Tokenizer:
-    """The tokenizer of a bundle or GGUF file. InputError or FormatError where there is none or it is broken."""
+    """The tokenizer of a bundle or GGUF file. InputError or FormatError where it is missing or broken."""
     if Path(bundle).is_file():
         return build_tokenizer(open_gguf(bundle))
     path = Path(bundle) / "tokenizer.json"

@@ -84,11 +84,9 @@ def _measured(model: ModelPath, n_threads: int | None, record: Path) -> tuple[st
 
 def _tokens_per_second(model: ModelPath, n_threads: int | None) -> dict[str, float]:
     """Medians of passes over the same tokens, the modes in turns, so that a busy moment meets all of them."""
-    if not _fit(model):  # several copies of the weights
-        return {
-            mode: speed for one in model.modes for mode, speed in _race(_open(model, [one], n_threads)).items()
-        }
-    return _race(_open(model, model.modes, n_threads))
+    groups = [model.modes] if _fit(model) else [[mode] for mode in model.modes]
+    races = [_race(_open(model, modes, n_threads)) for modes in groups]
+    return {mode: speed for race in races for mode, speed in race.items()}
 
 
 def _fit(model: ModelPath) -> bool:

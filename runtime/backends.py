@@ -121,7 +121,6 @@ def make_placement(
     bundle: str | Path, mode: str, n_threads: int | None, n_ctx: int, options: BackendOptions
 ) -> Placement:
     """The plan that a hybrid engine of these options would use; no weights are loaded for it."""
-    from hotcold.convert.gguf_read import GGUFFile
     from hotcold.runtime.gpu.costs import measure_costs
     from hotcold.runtime.gpu.device import open_devices, parse_budgets
     from hotcold.runtime.gpu.engine import file_and_mode
@@ -166,7 +165,6 @@ def _fingerprint(file: GGUFFile) -> str | None:
 
 
 def _save(placement: Placement, bundle: str | Path, mode: str) -> None:
-    from hotcold.convert.gguf_read import GGUFFile
     from hotcold.runtime.gpu.engine import file_and_mode
     from hotcold.runtime.placement_file import plan_path, save_placement
 

@@ -37,6 +37,10 @@ def find_model(name: str | Path, quant: str | None = None) -> Path:
         type_of(quant)  # before anything is read
     path = Path(name).expanduser()
     if not is_bundle(path):
+        if path.is_dir() and not (path / "config.json").is_file():
+            what, fix = "neither a bundle nor a checkpoint", "`hotcold export` writes a bundle"
+            expected = f"{MANIFEST}, or config.json and *.safetensors"
+            raise InputError(what, where=path, expected=expected, fix=fix)
         path = resolve(str(name))
         if path.is_dir():
             return cached_bundle(path, str(name), quant or QUANT)
@@ -74,7 +78,9 @@ class ModelPath:
             raise InputError("unknown mode", got=mode, expected=", ".join(("auto", *MODES)))
         if not self._offers(mode):
             _refuse(self.path, mode, self.modes)
-        return self.path if self.is_file else file_of_role(self.path, "dense" if mode == "dense" else "sparse")
+        return (
+            self.path if self.is_file else file_of_role(self.path, "dense" if mode == "dense" else "sparse")
+        )
 
     def _offers(self, mode: str) -> bool:
         """A bundle's dense file can be used whatever is wrong with the other."""

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 __all__ = ["EXAMPLE", "HELP", "add_arguments", "run"]
 
 HELP = (
-    "Generate text, streaming. Options are named as in llama.cpp. A GGUF file runs as it is; a Hugging Face model "
-    "is converted into a bundle first, which is kept (`hotcold cache`)."
+    "Generate text, streaming. Options are named as in llama.cpp. A GGUF file runs as it is; a Hugging Face "
+    "model is converted into a bundle first, which is kept (`hotcold cache`)."
 )
 EXAMPLE = 'hotcold run --bundle demo/bundle -p "Once upon a time" -n 64 --temp 0'
 
@@ -83,11 +83,12 @@ def run(args: argparse.Namespace) -> int:
     from hotcold.runtime.vocabulary import Vocabulary
 
     _check(args)
-    args.bundle = model_path(args)
     if args.dry_run:
+        args.bundle = model_path(args)
         return _print_plan(args)
     text = _prompt(args)
     sampler = Sampler(_sampling_params(args))
+    args.bundle = model_path(args)
     vocabulary = Vocabulary.load(args.bundle)
     ids = vocabulary.encode_chat(text) if args.chat else vocabulary.encode(text)
     engine = _load_engine(args)

@@ -108,7 +108,7 @@ def _taken() -> int:
 
 
 def make_room(but: Path | None = None) -> None:
-    """Remove bundles, the least recently used first and none in use, until the others are within the limit."""
+    """Remove bundles, the least recently used first and none in use, until the rest is within the limit."""
     most, taken = limit(), _taken()
     for entry in cache.entries("models"):
         if taken <= most:

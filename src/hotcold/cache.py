@@ -1,9 +1,9 @@
 """The user's cache: one folder, `$XDG_CACHE_HOME/hotcold`, for all that hotcold can make again.
 
-    models/KEY/, models/KEY.json     bundles of checkpoints, and what is known of them (runtime/model_cache.py)
-    auto-mode/KEY.json               which mode is fastest (runtime/auto_mode.py)
-    triton/GPU.json                  tile sizes (runtime/triton/tuning.py)
-    hashes/KEY.json                  sha256 of files that have not changed since
+    models/KEY/, models/KEY.json   bundles of checkpoints, and what is known of them (runtime/model_cache.py)
+    auto-mode/KEY.json             which mode is fastest (runtime/auto_mode.py)
+    triton/GPU.json                tile sizes (runtime/triton/tuning.py)
+    hashes/KEY.json                sha256 of files that have not changed since
 
 Files are replaced as wholes, so that a reader sees the old or the new one. What must be made once by one of
 several processes is made under a lock (`KEY.lock` beside it), which ends with the process.
@@ -26,7 +26,18 @@ from hotcold import storage
 from hotcold.errors import InputError, StorageError
 from hotcold.progress import Progress, log
 
-__all__ = ["Entry", "digest", "entries", "exclusive", "folder", "hold", "read_record", "remove", "sha256", "sweep"]
+__all__ = [
+    "Entry",
+    "digest",
+    "entries",
+    "exclusive",
+    "folder",
+    "hold",
+    "read_record",
+    "remove",
+    "sha256",
+    "sweep",
+]
 
 _KEY = "[0-9a-f]" * 24
 # What hotcold writes there, by folder; other files are somebody else's.
@@ -37,6 +48,8 @@ _RECORDS = {
     "hashes": f"{_KEY}.json",
 }
 _UNFINISHED = f".{_KEY}*.tmp"  # of a process that was killed; one at work has a lock on its own
+
+_LARGE = 1 << 28  # bytes that take a second or two to hash
 
 _held: list[BinaryIO] = []  # locks that last as long as this process
 
@@ -72,19 +85,25 @@ def sha256(path: Path) -> str:
     state, known = _state(path), read_record(record)
     if known.get("state") == state and isinstance(known.get("sha256"), str):
         return known["sha256"]
-    with Progress(f"hash {path.name}", state[0] >> 20, "MB") as progress:
-        done = 0
-
-        def on_bytes(n: int) -> None:
-            nonlocal done
-            done += n
-            progress.advance((done >> 20) - progress.done)
-
-        found = storage.sha256_file(path, on_bytes)
+    found = _hashed(path, state[0])
     if _state(path) == state:
         with suppress(StorageError):
             storage.write_json(record, {"path": str(path), "state": state, "sha256": found})
     return found
+
+
+def _hashed(path: Path, size: int) -> str:
+    if size < _LARGE:
+        return storage.sha256_file(path)
+    with Progress(f"hash {path.name}", size >> 20, "MB") as progress:
+        seen = 0
+
+        def on_bytes(n: int) -> None:
+            nonlocal seen
+            seen += n
+            progress.advance((seen >> 20) - progress.done)
+
+        return storage.sha256_file(path, on_bytes)
 
 
 def _state(path: Path) -> list[int]:
@@ -218,13 +237,14 @@ def _files(record: Path) -> list[Path]:
     """The files of a bundle that its record names, and the plans that were saved beside it."""
     named = read_record(record).get("files", [])
     names = [name for name in named if isinstance(name, str)] if isinstance(named, list) else []
-    inside = [record.with_suffix("") / name for name in names if ".." not in Path(name).parts]
+    own = record.parent.resolve() / record.stem
+    inside = [own / name for name in names if (own / name).resolve().is_relative_to(own)]
     plans = record.parent.glob(f"{record.stem}.*.placement*")
     return [path for path in (*inside, *plans) if path.is_file() and not path.is_symlink()]
 
 
 def remove(entry: Entry) -> bool:
-    """Remove what hotcold wrote for an entry; False if a process is using it. StorageError if the disk won't."""
+    """Remove what hotcold wrote for an entry; False if a process is using it. Raises StorageError."""
     with _locked(entry.subject, fcntl.LOCK_EX, None) as free:
         if not free:
             return False

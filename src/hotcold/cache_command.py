@@ -11,9 +11,9 @@ from hotcold.progress import log
 
 HELP = (
     "List or clear what hotcold keeps in $XDG_CACHE_HOME/hotcold (~/.cache/hotcold): bundles of checkpoints "
-    "that were run, which mode is fastest, tile sizes of GPU kernels, hashes of files. All of it is made again "
-    "when it is needed. HOTCOLD_CACHE_LIMIT=20G limits the bundles (default: 50 GiB, or a tenth of the free disk "
-    "if that is less); the least recently used go first."
+    "that were run, which mode is fastest, tile sizes of GPU kernels, hashes of files. All of it is made "
+    "again when it is needed. HOTCOLD_CACHE_LIMIT=20G limits the bundles (default: 50 GiB, or a tenth of the "
+    "free disk if that is less); the least recently used go first."
 )
 EXAMPLE = "hotcold cache list"
 

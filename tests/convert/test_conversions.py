@@ -221,7 +221,9 @@ def test_errors_are_one_line(bundle, model, make_model, other, convert, tmp_path
     assert "a pickle, which is a program, not data" in convert("predictors", files, error=True)
     assert "no source has predictors" in convert("model-pt", model, error=True)
     silu = make_model("silu")
-    assert "never gives zero, so that there is no file by neurons (got silu" in convert("powerinfer", silu, error=True)
+    assert "never gives zero, so that there is no file by neurons (got silu" in convert(
+        "powerinfer", silu, error=True
+    )
     assert "no source has a model" in convert("gguf", bundle / "predictors", error=True)
     assert "no source has firing statistics" in convert("activation", model, error=True)
     assert "--vram-budget says so" in convert("gpuidx", bundle, error=True)

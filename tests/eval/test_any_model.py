@@ -84,7 +84,9 @@ def test_a_split_file_is_as_the_whole_one(bundle, text_file, capsys, tmp_path, r
         told = [hotcold(capsys, command, path, *options, "-t", 1)[0] for path in (whole, first)]
         assert told[0] == told[1]
     described = [json.loads(hotcold(capsys, "inspect", path, "--json")[0]) for path in (whole, first)]
-    assert sorted(t["name"] for t in described[0]["tensors"]) == sorted(t["name"] for t in described[1]["tensors"])
+    assert sorted(t["name"] for t in described[0]["tensors"]) == sorted(
+        t["name"] for t in described[1]["tensors"]
+    )
     hotcold(capsys, "export", "--model", first, "--quant", "f16", "--out", tmp_path / "exported")
     hotcold(capsys, "convert", first, "--to", "bundle", "--out", tmp_path / "converted")
     for folder in ("exported", "converted"):
@@ -94,7 +96,10 @@ def test_a_split_file_is_as_the_whole_one(bundle, text_file, capsys, tmp_path, r
 def test_a_split_file_beside_llama_cpp(bundle, text_file, capsys, tmp_path):
     whole = exported(bundle.parent / "model", tmp_path / "b") / "m.gguf"
     first = split_gguf(whole, tmp_path)
-    found = [json.loads(hotcold(capsys, "bench", p, "--text", text_file, *BENCH)[0].splitlines()[-1]) for p in (whole, first)]
+    found = [
+        json.loads(hotcold(capsys, "bench", p, "--text", text_file, *BENCH)[0].splitlines()[-1])
+        for p in (whole, first)
+    ]
     for metric in ("ppl_dense", "ppl_llama_cpp", "bytes_per_token_dense", "bytes_per_token_llama_cpp"):
         assert found[0][metric] == found[1][metric]
 
@@ -126,7 +131,8 @@ def test_parts_that_are_no_model_are_refused_in_one_line(bundle, text_file, caps
     first = split_gguf(bundle / "tiny.gguf", tmp_path / "parts")
     path = spoilt(tmp_path / "spoilt", first, how)
     for command in (
-        ("run", path, "-p", "a"), ("perplexity", path, "--text", text_file), ("bench", path, "--text", text_file),
+        ("run", path, "-p", "a"), ("perplexity", path, "--text", text_file),
+        ("bench", path, "--text", text_file),
         ("inspect", path), ("convert", path, "--to", "bundle", "--out", tmp_path / "out"),
         ("export", "--model", path, "--out", tmp_path / "out"),
         ("run", path, "-p", "a", "--backend", "hybrid", "--device", "cpu", "--dry-run"),
@@ -141,7 +147,9 @@ def test_a_checkpoint_is_converted_as_asked(bundle, text_file, capsys):
     model = bundle.parent / "model"
     generated, quality, speed = all_three(capsys, model, text_file, "--quant", "f16")
     assert sides(speed) == ["dense", "exact"] and quality["mode"] in ("dense", "exact")
-    whole = hotcold(capsys, "run", bundle, "-p", "a sparse", "-n", 8, "--temp", 0, "-t", 1, "--mode", quality["mode"])
+    whole = hotcold(
+        capsys, "run", bundle, "-p", "a sparse", "-n", 8, "--temp", 0, "-t", 1, "--mode", quality["mode"]
+    )
     assert generated == whole[0]
 
 
@@ -155,5 +163,7 @@ def test_a_mode_that_is_not_there(bundle, text_file, capsys, tmp_path, mode, off
 
 
 def test_llama_cpp_needs_a_dense_file(bundle, text_file, capsys):
-    assert main(["bench", str(bundle / "tiny.powerinfer.gguf"), "--text", str(text_file), *map(str, BENCH)]) == 2
+    assert (
+        main(["bench", str(bundle / "tiny.powerinfer.gguf"), "--text", str(text_file), *map(str, BENCH)]) == 2
+    )
     assert "got dense, expected exact or predicted" in capsys.readouterr().err

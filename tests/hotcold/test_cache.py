@@ -96,7 +96,11 @@ def test_list_and_clear(root, capsys):
     storage.write_json(root / "triton" / "H100-triton-3.5.json", {})
     assert main(["cache", "list"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert {line.split()[0] for line in lines} == {f"models/{KEY}", f"auto-mode/{KEY}", "triton/H100-triton-3.5"}
+    assert {line.split()[0] for line in lines} == {
+        f"models/{KEY}",
+        f"auto-mode/{KEY}",
+        "triton/H100-triton-3.5",
+    }
     (line,) = (line for line in lines if line.startswith("models"))
     record = (root / "models" / f"{KEY}.json").stat().st_size
     assert f"{300 + record} bytes" in line and line.endswith("org/model")
@@ -114,9 +118,12 @@ def test_clearing_leaves_what_others_wrote(root, tmp_path):
     outside = tmp_path / "outside"
     outside.write_text("mine")
     record = bundle.with_name(f"{KEY}.json")
-    files = ["m.gguf", "../../../outside", "/etc/hostname", "link", 7]
+    files = ["m.gguf", "../../../outside", str(outside), "link", 7]
     storage.write_json(record, {"source": "x", "files": files})
     (bundle / "link").symlink_to(outside)
+    linked = model(tmp_path / "elsewhere", KEY[::-1])
+    linked.with_name(f"{KEY[::-1]}.json").rename(root / "models" / f"{KEY[::-1]}.json")
+    (root / "models" / KEY[::-1]).symlink_to(linked)
     foreign = [bundle / "notes.txt", root / "models" / "notes.txt", root / "auto-mode" / "mine.json"]
     foreign += [root / "triton" / "mine.json", root / "notes.txt"]
     for path in foreign:
@@ -125,6 +132,7 @@ def test_clearing_leaves_what_others_wrote(root, tmp_path):
     assert main(["cache", "clear"]) == 0
     assert all(path.read_text() == "mine" for path in [*foreign, outside])
     assert not (bundle / "m.gguf").exists() and not record.exists()
+    assert (linked / "m.gguf").exists() and (linked / "predictors" / "p").exists()
 
 
 def test_what_is_in_use_stays(root, capsys):

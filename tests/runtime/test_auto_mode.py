@@ -28,7 +28,7 @@ def slowed(monkeypatch, fast: str) -> None:
     decode = Engine.decode
 
     def slow(self, token):
-        time.sleep(0 if self.mode == fast else 0.002)
+        time.sleep(0 if self.mode == fast else 0.001)
         return decode(self, token)
 
     monkeypatch.setattr(Engine, "decode", slow)

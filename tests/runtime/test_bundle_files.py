@@ -54,11 +54,11 @@ def test_what_a_model_offers(bundle, make_bundle, tmp_path):
 
 def test_a_mode_that_is_not_offered_says_what_is(bundle, make_bundle, tmp_path):
     silu = make_bundle(activation="silu")
-    with pytest.raises(InputError, match=r"got exact, expected dense\); `hotcold export` of a model with exact"):
+    with pytest.raises(InputError, match=r"got exact, expected dense\); `hotcold export` of a model"):
         ModelPath(silu.path).file_for("exact")
-    with pytest.raises(InputError, match=r"got dense, expected exact or predicted\); a bundle has a dense file"):
+    with pytest.raises(InputError, match=r"got dense, expected exact or predicted\); a bundle has a"):
         Engine.load(bundle.path / "tiny.powerinfer.gguf", "dense")
-    with pytest.raises(InputError, match=r"unknown mode \(got fast, expected auto, dense, exact, predicted\)"):
+    with pytest.raises(InputError, match=r"unknown mode \(got fast, expected auto, dense, exact\)"):
         ModelPath(bundle.path).file_for("fast")
 
 

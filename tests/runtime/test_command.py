@@ -66,7 +66,9 @@ def test_auto_mode_is_measured_once(bundle, capsys, monkeypatch, tmp_path):
     for when in ("now", "before"):
         assert hotcold_run(bundle, "-p", "fox", "-n", "3", mode="auto") == 0
         err = capsys.readouterr().err
-        (mode,) = re.findall(rf"^auto mode: (\w+), the fastest \(.*, measured {when} on this machine\)$", err, re.M)
+        (mode,) = re.findall(
+            rf"^auto mode: (\w+), the fastest \(.*, measured {when} on this machine\)$", err, re.M
+        )
         assert f"({mode} mode, " in err
 
 
