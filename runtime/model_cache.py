@@ -30,13 +30,13 @@ def cached_bundle(checkpoint: Path, source: str, quant: str) -> Path:
     """
     key = cache.digest(_content(checkpoint), quant, __version__)
     bundle = cache.folder("models") / key
-    waiting = f"another process is converting {source}; waiting for it"
+    waiting = f"waiting for another process that converts {source}"
     while True:
-        release = cache.hold(bundle, waiting)
+        cache.hold(bundle, waiting)
         if _is_whole(bundle):
             os.utime(_record(bundle))
             return bundle
-        release()
+        cache.release(bundle)
         with cache.exclusive(bundle, waiting):
             if not _is_whole(bundle):
                 _make(bundle, checkpoint, source, quant)

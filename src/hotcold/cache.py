@@ -16,7 +16,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +34,7 @@ __all__ = [
     "folder",
     "hold",
     "read_record",
+    "release",
     "remove",
     "sha256",
     "sweep",
@@ -51,7 +52,7 @@ _UNFINISHED = f".{_KEY}*.tmp"  # of a process that was killed; one at work has a
 
 _LARGE = 1 << 28  # bytes that take a second or two to hash
 
-_held: list[BinaryIO] = []  # locks that last as long as this process
+_held: dict[Path, BinaryIO] = {}  # locks that last as long as this process
 
 
 def folder(kind: str) -> Path:
@@ -126,18 +127,16 @@ def exclusive(path: Path, waiting: str, *, needed: bool = True) -> Iterator[None
         yield
 
 
-def hold(path: Path, waiting: str) -> Callable[[], None]:
-    """Keep `path` from being removed till this process ends, or calls what is returned."""
-    file = _lock(path, fcntl.LOCK_SH, waiting)
-    if file is None:
-        return lambda: None
-    _held.append(file)
+def hold(path: Path, waiting: str) -> None:
+    """Keep `path` from being made or removed by others till this process ends, or releases it."""
+    if path not in _held and (file := _lock(path, fcntl.LOCK_SH, waiting)):
+        _held[path] = file
 
-    def release() -> None:
-        _held.remove(file)
+
+def release(path: Path) -> None:
+    """Let others have what was held."""
+    if file := _held.pop(path, None):
         file.close()
-
-    return release
 
 
 @contextmanager
