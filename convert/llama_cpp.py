@@ -133,7 +133,7 @@ def _twin_metadata(file: GGUFFile) -> dict[str, Any]:
     exact = {int: np.uint32, float: np.float32}
     metadata: dict[str, Any] = {}
     for key, value in file.metadata.items():
-        if ".expert_" not in key and not key.startswith("hotcold."):
+        if ".expert_" not in key and not key.startswith(("hotcold.", "split.")):
             renamed = key.replace("smallthinker.", "llama.", 1)
             metadata[renamed] = exact.get(type(value), lambda same: same)(value)
     return metadata | {"general.architecture": "llama"}

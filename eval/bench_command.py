@@ -106,7 +106,7 @@ def _measure(args: argparse.Namespace, plan: Plan, scratch: Path) -> Report:
 
     check_input_sparsity(args.input_sparsity)
     modes = sides.checked_modes(args.modes) if args.modes else []
-    bundle, ids, windows = _synthetic(args, plan, scratch) if args.synthetic else _real(args, plan)
+    bundle, ids, windows = _synthetic(args, plan, scratch) if args.synthetic else _real(args, plan, modes)
     modes = sides.chosen_modes(modes, bundle, args.threads)
     n_ctx = max(plan.n_prompt + plan.n_gen, args.window)
     peers, truth = sides.open_peers(bundle, scratch, n_threads=args.threads, n_ctx=n_ctx)
@@ -121,11 +121,14 @@ def _measure(args: argparse.Namespace, plan: Plan, scratch: Path) -> Report:
     return replace(report, settings=_settings(args, plan), machine=machine.describe())
 
 
-def _real(args: argparse.Namespace, plan: Plan) -> tuple[Path, np.ndarray, list[np.ndarray]]:
+def _real(
+    args: argparse.Namespace, plan: Plan, modes: list[str]
+) -> tuple[Path, np.ndarray, list[np.ndarray]]:
     """The bundle, the ids to time it on, and the windows of the text before them to judge it on."""
-    from hotcold.eval import windows
+    from hotcold.eval import sides, windows
 
     args.path, args.bundle = args.bundle or args.path, model_path(args)
+    sides.check_offered([*modes, sides.LLAMA_CPP], args.bundle)
     tokenizer = windows.load_tokenizer(args.bundle)
     ids = windows.text_ids(args.text, tokenizer, args.quality_tokens + plan.n_tokens)
     cut = windows.windows(ids[: args.quality_tokens], args.window, tokenizer)

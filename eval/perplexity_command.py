@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
     """Measure and print one perplexity per mode."""
     from hotcold.eval import machine, windows
     from hotcold.eval.perplexity import compare
-    from hotcold.eval.sides import LLAMA_CPP, MODES, checked_modes, chosen_modes
+    from hotcold.eval.sides import LLAMA_CPP, MODES, check_offered, checked_modes, chosen_modes
     from hotcold.progress import Progress
 
     known = (*MODES, LLAMA_CPP)
@@ -72,6 +72,7 @@ def run(args: argparse.Namespace) -> int:
     reference = checked_modes(args.reference, known)[0] if args.reference else None
     args.threads = machine.thread_count(args.threads)
     args.bundle = model_path(args)
+    check_offered([*modes, *([reference] if reference else [])], args.bundle)
     tokenizer = windows.load_tokenizer(args.bundle)
     ids = windows.text_ids(args.text, tokenizer, args.tokens)
     cut = windows.windows(ids, args.window, tokenizer)

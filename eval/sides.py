@@ -25,6 +25,7 @@ __all__ = [
     "EngineSide",
     "Peer",
     "Side",
+    "check_offered",
     "checked_modes",
     "chosen_modes",
     "open_llama_cpp",
@@ -92,6 +93,14 @@ def checked_modes(names: str, known: Sequence[str] = MODES) -> list[str]:
         if mode not in known:
             raise InputError("unknown mode", got=mode, expected=" | ".join(known))
     return modes
+
+
+def check_offered(modes: Sequence[str], bundle: str | Path) -> None:
+    """Raise InputError for a mode that the model does not offer."""
+    model = ModelPath(bundle)
+    for mode in modes:
+        if mode != "auto":
+            model.file_for("dense" if mode == LLAMA_CPP else mode)
 
 
 def chosen_modes(modes: Sequence[str], bundle: str | Path, n_threads: int) -> list[str]:

@@ -27,13 +27,20 @@ def hotcold(capsys, command: str, *arguments: object) -> tuple[str, str]:
     return capsys.readouterr()
 
 
-def all_three(capsys, model: object, text: Path, *options: object) -> tuple[str, dict, dict]:
-    """The text that is generated, and what `perplexity` and `bench` say in JSON."""
-    generated, _ = hotcold(capsys, "run", model, "-p", "a sparse", "-n", 8, "--temp", 0, "-t", 1, *options)
+def generate(capsys, model: object, *options: object) -> str:
+    arguments = ("-p", "a sparse", "-n", 8, "--temp", 0, "-t", 1, *options)
+    return hotcold(capsys, "run", model, *arguments)[0]
+
+
+def perplexity(capsys, model: object, text: Path, *options: object) -> dict:
     arguments = ("--text", text, "--tokens", 128, "--window", 32, "-t", 1, "--json", *options)
-    quality, _ = hotcold(capsys, "perplexity", "-m", model, *arguments)
-    speed, _ = hotcold(capsys, "bench", "-m", model, "--text", text, *BENCH, *options)
-    return generated, json.loads(quality), json.loads(speed.splitlines()[-1])
+    return json.loads(hotcold(capsys, "perplexity", "-m", model, *arguments)[0])
+
+
+def bench(capsys, model: object, text: Path, *options: object) -> dict:
+    return json.loads(
+        hotcold(capsys, "bench", "-m", model, "--text", text, *BENCH, *options)[0].splitlines()[-1]
+    )
 
 
 def sides(speed: dict) -> list[str]:
@@ -49,44 +56,37 @@ def exported(model: Path, out: Path, quant: str = "f16") -> Path:
 
 
 def test_a_bundle_offers_all_its_modes(bundle, text_file, capsys):
-    _, quality, speed = all_three(capsys, bundle, text_file)
-    assert quality["mode"] in ("dense", "exact", "predicted")
-    assert sides(speed) == ["dense", "exact", "predicted"]
+    assert generate(capsys, bundle).startswith("a sparse")
+    assert perplexity(capsys, bundle, text_file)["mode"] in ("dense", "exact", "predicted")
 
 
 def test_a_bundle_without_predictors(bundle, text_file, capsys, tmp_path):
     plain = exported(bundle.parent / "model", tmp_path / "plain")
-    _, quality, speed = all_three(capsys, plain, text_file)
-    assert quality["mode"] in ("dense", "exact") and sides(speed) == ["dense", "exact"]
-    arguments = ("--text", text_file, "--tokens", 128, "--window", 32, "-t", 1, "--json")
-    found = hotcold(capsys, "perplexity", plain, *arguments, "--mode", "exact")[0]
-    with_predictors = hotcold(capsys, "perplexity", bundle, *arguments, "--mode", "exact")[0]
-    assert json.loads(found) == json.loads(with_predictors)
+    assert generate(capsys, plain).startswith("a sparse")
+    assert perplexity(capsys, plain, text_file)["mode"] in ("dense", "exact")
+    exact = [perplexity(capsys, path, text_file, "--mode", "exact") for path in (plain, bundle)]
+    assert exact[0] == exact[1]
 
 
 def test_a_model_that_is_never_zero(make_dense_file, text_file, capsys, tmp_path):
-    model = make_dense_file(hidden_act="silu").parent
-    for path in (exported(model, tmp_path / "silu"), model / "tiny.gguf"):
-        if path.suffix:  # without a vocabulary of its own
-            path = next((tmp_path / "silu").glob("*.gguf"))
-        _, quality, speed = all_three(capsys, path, text_file)
-        assert quality["mode"] == "dense" and sides(speed) == ["dense"]
-        assert speed["ppl_dense"] == pytest.approx(speed["ppl_llama_cpp"], rel=2e-3)
+    silu = exported(make_dense_file(hidden_act="silu").parent, tmp_path / "silu")
+    file = silu / "m.gguf"
+    assert generate(capsys, silu) == generate(capsys, file)
+    assert perplexity(capsys, silu, text_file) == perplexity(capsys, file, text_file)
+    speed = bench(capsys, file, text_file)
+    assert sides(speed) == ["dense"]
+    assert speed["ppl_dense"] == pytest.approx(speed["ppl_llama_cpp"], rel=2e-3)
 
 
 @pytest.mark.parametrize("role", ["m.gguf", "m.powerinfer.gguf"])
 def test_a_split_file_is_as_the_whole_one(bundle, text_file, capsys, tmp_path, role):
     whole = exported(bundle.parent / "model", tmp_path / "b") / role
     first = split_gguf(whole, tmp_path)
-    commands = [("run", "-p", "a sparse", "-n", 8, "--temp", 0)]
-    commands.append(("perplexity", "--text", text_file, "--tokens", 128, "--window", 32))
-    for command, *options in commands:
-        told = [hotcold(capsys, command, path, *options, "-t", 1)[0] for path in (whole, first)]
-        assert told[0] == told[1]
+    assert generate(capsys, whole) == generate(capsys, first)
+    assert perplexity(capsys, whole, text_file) == perplexity(capsys, first, text_file)
     described = [json.loads(hotcold(capsys, "inspect", path, "--json")[0]) for path in (whole, first)]
-    assert sorted(t["name"] for t in described[0]["tensors"]) == sorted(
-        t["name"] for t in described[1]["tensors"]
-    )
+    names = [sorted(tensor["name"] for tensor in each["tensors"]) for each in described]
+    assert names[0] == names[1]
     hotcold(capsys, "export", "--model", first, "--quant", "f16", "--out", tmp_path / "exported")
     hotcold(capsys, "convert", first, "--to", "bundle", "--out", tmp_path / "converted")
     for folder in ("exported", "converted"):
@@ -95,11 +95,7 @@ def test_a_split_file_is_as_the_whole_one(bundle, text_file, capsys, tmp_path, r
 
 def test_a_split_file_beside_llama_cpp(bundle, text_file, capsys, tmp_path):
     whole = exported(bundle.parent / "model", tmp_path / "b") / "m.gguf"
-    first = split_gguf(whole, tmp_path)
-    found = [
-        json.loads(hotcold(capsys, "bench", p, "--text", text_file, *BENCH)[0].splitlines()[-1])
-        for p in (whole, first)
-    ]
+    found = [bench(capsys, path, text_file) for path in (whole, split_gguf(whole, tmp_path))]
     for metric in ("ppl_dense", "ppl_llama_cpp", "bytes_per_token_dense", "bytes_per_token_llama_cpp"):
         assert found[0][metric] == found[1][metric]
 
@@ -144,13 +140,11 @@ def test_parts_that_are_no_model_are_refused_in_one_line(bundle, text_file, caps
 
 
 def test_a_checkpoint_is_converted_as_asked(bundle, text_file, capsys):
-    model = bundle.parent / "model"
-    generated, quality, speed = all_three(capsys, model, text_file, "--quant", "f16")
-    assert sides(speed) == ["dense", "exact"] and quality["mode"] in ("dense", "exact")
-    whole = hotcold(
-        capsys, "run", bundle, "-p", "a sparse", "-n", 8, "--temp", 0, "-t", 1, "--mode", quality["mode"]
-    )
-    assert generated == whole[0]
+    model, as_asked = bundle.parent / "model", ("--quant", "f16")
+    quality = perplexity(capsys, model, text_file, *as_asked)
+    assert quality["mode"] in ("dense", "exact")
+    assert sides(bench(capsys, model, text_file, *as_asked)) == ["dense", "exact"]
+    assert generate(capsys, model, *as_asked) == generate(capsys, bundle, "--mode", quality["mode"])
 
 
 @pytest.mark.parametrize("mode, offered", [("predicted", "dense or exact"), ("fast", "auto, dense, exact")])
