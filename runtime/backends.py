@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     import numpy as np
 
     from hotcold.convert.gguf_read import GGUFFile
-    from hotcold.convert.gguf_split import open_gguf
     from hotcold.runtime.engine import Engine
     from hotcold.runtime.placement import Placement
 
@@ -121,6 +120,7 @@ def make_placement(
     bundle: str | Path, mode: str, n_threads: int | None, n_ctx: int, options: BackendOptions
 ) -> Placement:
     """The plan that a hybrid engine of these options would use; no weights are loaded for it."""
+    from hotcold.convert.gguf_split import open_gguf
     from hotcold.runtime.gpu.costs import measure_costs
     from hotcold.runtime.gpu.device import open_devices, parse_budgets
     from hotcold.runtime.gpu.engine import file_and_mode
@@ -165,6 +165,7 @@ def _fingerprint(file: GGUFFile) -> str | None:
 
 
 def _save(placement: Placement, bundle: str | Path, mode: str) -> None:
+    from hotcold.convert.gguf_split import open_gguf
     from hotcold.runtime.gpu.engine import file_and_mode
     from hotcold.runtime.placement_file import plan_path, save_placement
 
