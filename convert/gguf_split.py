@@ -61,8 +61,8 @@ def _check_first(file: GGUFFile, named: int) -> None:
         fix = "give the one that ends in -00001"
         raise InputError("not the first part of the model", where=file.path, fix=fix)
     if number != 0:
-        what = "another part under the name of the first"
-        raise FormatError(what, where=file.path, field="split.no", got=number, expected=0)
+        what, got = "not the first part of the model, but under its name", f"split.no {number}"
+        raise InputError(what, where=file.path, got=got, expected=0, fix="give the parts their names again")
 
 
 def _add(first: GGUFFile, part: GGUFFile, number: int) -> None:

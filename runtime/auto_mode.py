@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 
 __all__ = ["choose_mode"]
 
-_PROMPT, _TOKENS = 4, 24  # of a pass: the prompt is not timed
+_PROMPT, _TOKENS, _LEAST_TOKENS = 4, 24, 4  # of a pass: the prompt is not timed
+_SAMPLE_SECONDS = 0.3  # a slow model gets shorter passes
 _ROUNDS, _LEAST_ROUNDS, _SECONDS = 7, 3, 3.0  # the first round is not counted
 _WAITING = "auto mode: another process is measuring this model; waiting for it"
 
@@ -40,7 +41,7 @@ def choose_mode(model: ModelPath, n_threads: int | None) -> str:
     which, and why."""
     if len(model.modes) == 1:
         mode = model.modes[0]
-        log(f"auto mode: {mode}, which is all that {model.path.name} offers")
+        log(f"auto mode: {mode}, which is all that {model.name} offers")
         return mode
     record = _record(model)
     mode, speeds = _remembered(record, model.modes)
@@ -98,7 +99,7 @@ def _fit(model: ModelPath) -> bool:
 def _open(model: ModelPath, modes: Sequence[str], n_threads: int | None) -> dict[str, Engine]:
     from hotcold.runtime.engine import Engine
 
-    log(f"auto mode: measuring {', '.join(modes)} of {model.path.name}, once on this machine")
+    log(f"auto mode: measuring {', '.join(modes)} of {model.name}, once on this machine")
     n_ctx = _PROMPT + _TOKENS
     return {mode: Engine(model.file_for(mode), mode, n_threads, n_ctx) for mode in modes}
 
@@ -120,8 +121,10 @@ def _race(engines: dict[str, Engine]) -> dict[str, float]:
 def _sample(engine: Engine) -> np.ndarray:
     """Greedy text from a fixed start: what the model says itself is closer to real use than random tokens."""
     ids = list(np.arange(_PROMPT) % engine.n_vocab)
-    logits = engine.prefill(ids)
-    for _ in range(_TOKENS):
+    logits, end = engine.prefill(ids), time.monotonic() + _SAMPLE_SECONDS
+    for number in range(_TOKENS):
+        if number >= _LEAST_TOKENS and time.monotonic() > end:
+            break
         ids.append(int(logits.argmax()))
         logits = engine.decode(ids[-1])
     return np.array(ids, np.int32)

@@ -62,6 +62,11 @@ class ModelPath:
         self.path = Path(path)
         self.is_file = self.path.is_file() or self.path.suffix == ".gguf"
 
+    @property
+    def name(self) -> str:
+        """What people call it."""
+        return self.path.name if self.is_file else _manifest(self.path).name
+
     @cached_property
     def modes(self) -> list[str]:
         """Those of MODES that it offers. Raises InputError, FormatError for what is no model."""

@@ -50,7 +50,7 @@ _RECORDS = {
 }
 _UNFINISHED = f".{_KEY}*.tmp"  # of a process that was killed; one at work has a lock on its own
 
-_LARGE = 1 << 28  # bytes that take a second or two to hash
+_SMALL, _LARGE = 1 << 20, 1 << 28  # bytes that are hashed at once, and that take a second or two
 
 _held: dict[Path, BinaryIO] = {}  # locks that last as long as this process
 
@@ -80,8 +80,10 @@ def read_record(path: Path) -> dict[str, Any]:
 
 
 def sha256(path: Path) -> str:
-    """Hex sha256 of a file, remembered as long as its size, times and inode stay as they are."""
+    """Hex sha256 of a file; of a large one it is remembered while size, times and inode stay the same."""
     path = path.resolve()
+    if path.stat().st_size < _SMALL:
+        return storage.sha256_file(path)
     record = folder("hashes") / f"{digest(str(path))}.json"
     state, known = _state(path), read_record(record)
     if known.get("state") == state and isinstance(known.get("sha256"), str):

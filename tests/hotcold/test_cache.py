@@ -34,6 +34,9 @@ def model(root: Path, key: str = KEY, n_bytes: int = 100) -> Path:
     return bundle
 
 
+LARGE = bytes(1 << 20)  # what is worth remembering
+
+
 def python(code: str, **more) -> subprocess.Popen:
     return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, **more)
 
@@ -47,19 +50,19 @@ def test_a_relative_place_is_ignored(monkeypatch, tmp_path):
 
 def test_a_hash_is_remembered_till_the_file_changes(tmp_path, root):
     path = tmp_path / "weights"
-    path.write_bytes(b"one")
-    assert cache.sha256(path) == hashlib.sha256(b"one").hexdigest()
+    path.write_bytes(b"one" + LARGE)
+    assert cache.sha256(path) == hashlib.sha256(b"one" + LARGE).hexdigest()
     (record,) = (root / "hashes").iterdir()
     storage.write_json(record, json.loads(record.read_text()) | {"sha256": "remembered"})
     assert cache.sha256(path) == "remembered"
-    path.write_bytes(b"two")
-    assert cache.sha256(path) == hashlib.sha256(b"two").hexdigest()
+    path.write_bytes(b"two" + LARGE)
+    assert cache.sha256(path) == hashlib.sha256(b"two" + LARGE).hexdigest()
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{", '{"state": 1, "sha256": 2}', "[" * 100_000])
 def test_a_damaged_record_is_as_none(tmp_path, root, content):
     path = tmp_path / "weights"
-    path.write_bytes(b"one")
+    path.write_bytes(b"one" + LARGE)
     expected = cache.sha256(path)
     (record,) = (root / "hashes").iterdir()
     record.write_text(content)
