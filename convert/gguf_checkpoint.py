@@ -19,7 +19,7 @@ from hotcold.convert.architectures import ACTIVATIONS, split_rope
 from hotcold.convert.families import FAMILIES
 from hotcold.convert.forms import FORMS, read_windows
 from hotcold.convert.gguf_read import GGUFFile, Tensor
-from hotcold.convert.gguf_split import open_gguf
+from hotcold.convert.gguf_split import forget_pages, open_gguf
 from hotcold.convert.quantize import FLOATS, dequantize
 from hotcold.convert.rope_factors import check_pairs, rope_parameters
 from hotcold.errors import FormatError, ShapeError, UnsupportedError
@@ -97,7 +97,7 @@ class GGUFCheckpoint:
         """One tensor as float32, decoded if it is quantised."""
         weight = self._find(name)
         values = weight.change(dequantize(weight.tensor))
-        self._file.forget_pages()
+        forget_pages(self._file)
         return values
 
     def _find(self, name: str) -> _Weight:

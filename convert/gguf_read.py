@@ -103,9 +103,8 @@ class GGUFFile:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        buffer = _map(self.path)
-        self.paths, self._buffers = [self.path], [buffer]  # of a split model: those of all parts
-        reader = _Reader(self.path, buffer)
+        self.paths, self.buffers = [self.path], [_map(self.path)]  # of a split model: those of all parts
+        reader = _Reader(self.path, self.buffers[0])
         self.magic: str = reader.magic()
         self.version: int = reader.version()
         n_tensors = reader.count("n_tensors", _MIN_TENSOR)
@@ -113,18 +112,6 @@ class GGUFFile:
         self.metadata: dict[str, Any] = reader.metadata(n_kv)
         self.alignment: int = reader.alignment
         self.tensors: dict[str, Tensor] = reader.tensors(n_tensors, sparse=self.magic == "PWRI")
-
-    def join(self, part: GGUFFile) -> None:
-        """Take in the tensors of another part of the same model."""
-        self.tensors.update(part.tensors)
-        self.paths += part.paths
-        self._buffers += part._buffers
-
-    def forget_pages(self) -> None:
-        """Let go of the pages that were read, so that a model need not fit into memory twice, or at all."""
-        for buffer in self._buffers:
-            if isinstance(buffer, mmap.mmap):
-                buffer.madvise(mmap.MADV_DONTNEED)
 
     def find(self, key: str, kind: type | tuple[type, ...], default: Any = None) -> Any:
         """As `require`, but `default` where there is no such key."""

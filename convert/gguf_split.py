@@ -8,6 +8,7 @@ they say.
 from __future__ import annotations
 
 import hashlib
+import mmap
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,7 @@ from hotcold.convert.gguf_read import GGUFFile
 from hotcold.errors import FormatError, InputError
 from hotcold.storage import sha256_file
 
-__all__ = ["gguf_sha256", "open_gguf"]
+__all__ = ["forget_pages", "gguf_sha256", "open_gguf"]
 
 _NAME = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 
@@ -75,4 +76,13 @@ def _add(first: GGUFFile, part: GGUFFile, number: int) -> None:
             )
     if twice := sorted(first.tensors.keys() & part.tensors.keys()):
         raise FormatError("a tensor that another part has too", where=part.path, field=twice[0])
-    first.join(part)
+    first.tensors.update(part.tensors)
+    first.paths += part.paths
+    first.buffers += part.buffers
+
+
+def forget_pages(file: GGUFFile) -> None:
+    """Let go of the pages that were read, so that a model need not fit into memory twice, or at all."""
+    for buffer in file.buffers:
+        if isinstance(buffer, mmap.mmap):
+            buffer.madvise(mmap.MADV_DONTNEED)

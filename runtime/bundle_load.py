@@ -15,6 +15,7 @@ import numpy as np
 
 from hotcold.convert.attention_rows import PROJECTIONS
 from hotcold.convert.gguf_read import GGUFFile, Tensor
+from hotcold.convert.gguf_split import forget_pages
 from hotcold.convert.quantize import dequantize
 from hotcold.errors import FormatError, MismatchError, ShapeError, UnsupportedError
 from hotcold.runtime import _cpu
@@ -198,9 +199,9 @@ def load_layers(
         model.set_activation_threshold(layer, thresholds[layer])
         _load_attention(model, source, shape, layer, by_input)
         _load_ffn(model, source, shape, layer, mode)
-        file.forget_pages()
+        forget_pages(file)
         if by_input is not None:
-            by_input.file.forget_pages()
+            forget_pages(by_input.file)
     if mode == "predicted":
         _load_predictors(model, source, file, shape, layers)
 
