@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hotcold.convert.activation import counts_of_traces, read_activation, write_activation
-from hotcold.convert.gguf_read import GGUFFile
+from hotcold.convert.gguf_split import open_gguf
 from hotcold.convert.gpu_index import GpuIndex, hottest_neurons, neurons_that_fit
 from hotcold.convert.model_formats import (
     bytes_per_neuron,
@@ -77,7 +77,7 @@ def _read_traces(path: Path, parts: Parts, options: Options, stack: ExitStack) -
 
 
 def _read_gpu_index(path: Path, parts: Parts, options: Options, stack: ExitStack) -> None:
-    parts.gpu = GpuIndex.read(GGUFFile(path))
+    parts.gpu = GpuIndex.read(open_gguf(path))
 
 
 def _write_gpu_index(parts: Parts, out: Path, options: Options) -> None:

@@ -45,7 +45,8 @@ def export_bundle(
     """Write the bundle `out` and return its manifest.
 
     `folder` is the HF directory with the tokenizer and config files; without one the files hold no
-    vocabulary. Without `predictors` only the dense form is written.
+    vocabulary. The form by neurons is written for a model that gives exact zeros; without `predictors` it
+    serves `exact` mode alone.
 
     Raises UnsupportedError (unknown model, activation or quantisation), ShapeError or MismatchError
     (predictors of another model, tensors that do not fit the config), StorageError (the disk does not take
@@ -55,7 +56,7 @@ def export_bundle(
         raise InputError("a bundle's name is a plain file name", where="name", got=repr(name))
     check_replaceable(out, "bundle", [folder] if folder else [])
     model, layouts = _planned(source, name, fingerprint, folder, predictors, options or ExportOptions())
-    for line in _limits(model, layouts):
+    for line in _limits(model, layouts, has_predictors=predictors is not None):
         log(line)
     with storage.atomic_directory(out, "bundle") as target:
         manifest = _write(model, layouts, predictors, target, source.quantised_types)
@@ -76,9 +77,11 @@ def export_file(
 ) -> None:
     """Write one GGUF file of a bundle, that of `role` `dense` or `sparse`, as `out`; raises as above."""
     model, layouts = _planned(source, name, fingerprint, folder, predictors, options or ExportOptions())
+    if role == "sparse" and not model.spec.is_sparse:
+        raise _never_zero("there is no file by neurons", model.spec)
     for layout in layouts:
         if layout.role == role:
-            for line in _limits(model, [layout]):
+            for line in _limits(model, [layout], has_predictors=predictors is not None):
                 log(line)
             write_gguf(out, layout.metadata, layout.plans, magic=layout.magic)
 
@@ -97,7 +100,7 @@ def _planned(
     if predictors is not None:
         _check_predictors(predictors, spec, fingerprint)
     model = ModelFiles(spec, source.config, options, name, fingerprint, folder, source.load)
-    layouts, fallbacks = model.layouts(predictors)
+    layouts, fallbacks = model.layouts(predictors, sparse=spec.is_sparse)
     if types := source.quantised_types:
         log(f"the source is quantised ({', '.join(types)}): its loss stays in what is written")
     for line in fallbacks:
@@ -107,13 +110,16 @@ def _planned(
 
 def _check_predictors(predictors: PredictorBundle, spec: ModelSpec, fingerprint: str) -> None:
     if not spec.is_sparse:
-        what = "this activation never gives zero, so that there is nothing to predict"
-        expected = "relu | fatrelu | drelu"
-        raise UnsupportedError(what, got=spec.activation, expected=expected, fix="sparsify it first")
+        raise _never_zero("there is nothing to predict", spec)
     check_predictors(predictors, spec, fingerprint)
 
 
-def _limits(model: ModelFiles, layouts: list[GGUFLayout]) -> list[str]:
+def _never_zero(so: str, spec: ModelSpec) -> UnsupportedError:
+    what, expected = f"this activation never gives zero, so that {so}", "relu | fatrelu | drelu"
+    return UnsupportedError(what, got=spec.activation, expected=expected, fix="sparsify it first")
+
+
+def _limits(model: ModelFiles, layouts: list[GGUFLayout], *, has_predictors: bool) -> list[str]:
     """What other programs cannot do with these files."""
     spec, lines = model.spec, []
     files = {layout.role: layout.file for layout in layouts}
@@ -121,9 +127,10 @@ def _limits(model: ModelFiles, layouts: list[GGUFLayout]) -> list[str]:
         what = f"llama.cpp will compute another function, with {' and '.join(found)}"
         measure = "`hotcold perplexity --mode llama.cpp --reference dense` says how far off that is"
         lines.append(f"{files['dense']}: {what}; {measure}")
-    if list(files) == ["dense"] and spec.is_sparse:
-        lines.append("no predictors given: the dense file only")
-    if "sparse" in files and not runs_in_powerinfer(spec, model.options.types().body):
+    if "sparse" in files and not has_predictors:
+        what = "no predictors: for hotcold's exact mode; PowerInfer itself cannot run it"
+        lines.append(f"{files['sparse']}: {what}")
+    elif "sparse" in files and not runs_in_powerinfer(spec, model.options.types().body):
         lines.append(f"{files['sparse']}: PowerInfer itself runs only its own ReLU models in f16 or q4_0")
     return lines
 

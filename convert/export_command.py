@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--predictors",
         type=Path,
         metavar="DIR",
-        help="predictor bundle; without it only the dense file is written",
+        help="predictor bundle; without it there is no predicted mode",
     )
     add("--out", required=True, type=Path, metavar="DIR", help="the bundle to write")
     add("--quant", default="q4_0", choices=_QUANTS, help="type of the matrices (default: %(default)s)")

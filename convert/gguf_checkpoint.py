@@ -7,7 +7,6 @@ trusts them, and would forget activations, rope factors and the pre-tokenizer.
 
 from __future__ import annotations
 
-import mmap
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from hotcold.convert.architectures import ACTIVATIONS, split_rope
 from hotcold.convert.families import FAMILIES
 from hotcold.convert.forms import FORMS, read_windows
 from hotcold.convert.gguf_read import GGUFFile, Tensor
-from hotcold.convert.gguf_split import open_gguf
+from hotcold.convert.gguf_split import forget_pages, open_gguf
 from hotcold.convert.quantize import FLOATS, dequantize
 from hotcold.convert.rope_factors import check_pairs, rope_parameters
 from hotcold.errors import FormatError, ShapeError, UnsupportedError
@@ -98,8 +97,7 @@ class GGUFCheckpoint:
         """One tensor as float32, decoded if it is quantised."""
         weight = self._find(name)
         values = weight.change(dequantize(weight.tensor))
-        if isinstance(self._file.buffer, mmap.mmap):  # a model need not fit into memory
-            self._file.buffer.madvise(mmap.MADV_DONTNEED)
+        forget_pages(self._file)
         return values
 
     def _find(self, name: str) -> _Weight:

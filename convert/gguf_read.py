@@ -103,8 +103,8 @@ class GGUFFile:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self.buffer: mmap.mmap | bytes = _map(self.path)
-        reader = _Reader(self.path, self.buffer)
+        self.paths, self.buffers = [self.path], [_map(self.path)]  # of a split model: those of all parts
+        reader = _Reader(self.path, self.buffers[0])
         self.magic: str = reader.magic()
         self.version: int = reader.version()
         n_tensors = reader.count("n_tensors", _MIN_TENSOR)

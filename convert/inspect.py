@@ -97,9 +97,11 @@ def _describe_bundle(path: Path) -> dict[str, Any]:
     manifest = Manifest.read(path)
     described = {"kind": "bundle", **manifest.to_json(), "layers": []}
     if sparse := manifest.of_role("sparse"):
-        file = GGUFFile(path / sparse[0])
-        learned = _describe_predictors(path / "predictors")["layers"]
-        described["layers"] = [a | b for a, b in zip(learned, _layers_of(file), strict=True)]
+        file = open_gguf(path / sparse[0])
+        described["layers"] = _layers_of(file)
+        if manifest.of_role("predictor"):
+            learned = _describe_predictors(path / "predictors")["layers"]
+            described["layers"] = [a | b for a, b in zip(learned, described["layers"], strict=True)]
         described["hot_neurons"] = [hot.tolist() for hot in hot_sets(file, len(described["layers"]))]
     return described
 

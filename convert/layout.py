@@ -79,16 +79,19 @@ class ModelFiles:
     folder: Path | None
     load: Callable[[str], np.ndarray]
 
-    def layouts(self, predictors: PredictorBundle | None) -> tuple[list[GGUFLayout], list[str]]:
-        """The dense file, the sparse one with predictors, the attention file if asked for; and what got
+    def layouts(
+        self, predictors: PredictorBundle | None, *, sparse: bool
+    ) -> tuple[list[GGUFLayout], list[str]]:
+        """The dense file, the one by neurons if `sparse`, the attention file if asked for; and what got
         another type than wished."""
         planner = Planner(self.spec, self.options.types(), self.load)
         own = self._own_metadata(planner.types)
         common = own | self._vocabulary()
         metadata = dense_metadata(self.spec) | common
         layouts = [GGUFLayout(f"{self.name}.gguf", "dense", "GGUF", metadata, dense_plans(planner))]
-        if predictors is not None:
-            hot = [hot_neurons(layer, self.options.hot_frequency) for layer in predictors.layers]
+        if sparse:
+            layers = predictors.layers if predictors else []
+            hot = [hot_neurons(layer, self.options.hot_frequency) for layer in layers]
             metadata = sparse_metadata(self.spec, predictors, hot) | common
             plans = sparse_plans(planner, predictors)
             layouts.append(GGUFLayout(f"{self.name}.powerinfer.gguf", "sparse", MAGIC, metadata, plans))

@@ -20,6 +20,7 @@ import numpy as np
 from hotcold.convert.architectures import ModelSpec, interleave_rope
 from hotcold.convert.forms import FORMS, hyper_parameters
 from hotcold.convert.gguf_read import GGUFFile, Tensor
+from hotcold.convert.gguf_split import open_gguf
 from hotcold.convert.gguf_write import TensorPlan, copied, write_gguf
 from hotcold.convert.plans import Planner
 from hotcold.errors import UnsupportedError
@@ -106,7 +107,7 @@ def write_llama_twin(source: str | Path, target: str | Path) -> None:
     llama.cpp then applies SiLU, so the text is nonsense; the file is there to measure the speed of a graph
     without routing. UnsupportedError where `source` is not a one-expert file.
     """
-    file = GGUFFile(source)
+    file = open_gguf(source)
     architecture = file.require("general.architecture", str)
     if architecture != "smallthinker" or file.require("smallthinker.expert_count", int) != 1:
         raise UnsupportedError("not a one-expert smallthinker file", where=source, got=architecture)
@@ -132,7 +133,7 @@ def _twin_metadata(file: GGUFFile) -> dict[str, Any]:
     exact = {int: np.uint32, float: np.float32}
     metadata: dict[str, Any] = {}
     for key, value in file.metadata.items():
-        if ".expert_" not in key and not key.startswith("hotcold."):
+        if ".expert_" not in key and not key.startswith(("hotcold.", "split.")):
             renamed = key.replace("smallthinker.", "llama.", 1)
             metadata[renamed] = exact.get(type(value), lambda same: same)(value)
     return metadata | {"general.architecture": "llama"}

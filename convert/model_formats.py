@@ -14,12 +14,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from hotcold import storage
 from hotcold.convert.attention_rows import ROLE
 from hotcold.convert.export import ExportOptions, copy_file, export_bundle, export_file
 from hotcold.convert.gguf_checkpoint import GGUFCheckpoint
 from hotcold.convert.gguf_read import GGUFFile
-from hotcold.convert.gguf_split import open_gguf
+from hotcold.convert.gguf_split import gguf_sha256, open_gguf
 from hotcold.convert.hf_checkpoint import HFCheckpoint
 from hotcold.convert.manifest import Manifest
 from hotcold.convert.parts import Model, Options, Parts
@@ -50,17 +49,17 @@ def read_bundle(path: Path, parts: Parts, options: Options, stack: ExitStack) ->
     if not ready:
         raise FormatError("a bundle without GGUF files", where=path)
     file = next(iter(ready.values()))
-    own = PredictorBundle.load(path / "predictors") if "powerinfer" in ready else None
+    own = PredictorBundle.load(path / "predictors") if manifest.of_role("predictor") else None
     weights, fingerprint = partial(GGUFCheckpoint, file), manifest.model_fingerprint
     rows = bool(manifest.of_role(ROLE))
-    parts.model = Model(weights, manifest.name, fingerprint, path, GGUFFile(file), ready, own, rows)
+    parts.model = Model(weights, manifest.name, fingerprint, path, open_gguf(file), ready, own, rows)
     parts.bundle = own or parts.bundle
 
 
 def read_gguf(path: Path, parts: Parts, options: Options, stack: ExitStack) -> None:
     """Add the model of a GGUF file, dense or sparse, and its predictors if it has some."""
     file = open_gguf(path)
-    fingerprint = file.find("hotcold.model_fingerprint", str) or storage.sha256_file(path)
+    fingerprint = file.find("hotcold.model_fingerprint", str) or gguf_sha256(file)
     own = sparse_predictors(file, fingerprint)
     name = path.name.removesuffix(".gguf").removesuffix(".powerinfer")
     folder = _unpacked_tokenizer(path, file, stack)
@@ -87,7 +86,7 @@ def read_checkpoint(path: Path, parts: Parts, options: Options, stack: ExitStack
 
 
 def write_bundle(parts: Parts, out: Path, options: Options) -> None:
-    """Write a bundle; without predictors it holds the dense file only."""
+    """Write a bundle, with predictors where a source has some."""
     model = parts.need_model()
     predictors = parts.need_predictors(options) if parts.bundle else None
     _say_if_hot_is_lost(model, predictors)
@@ -95,12 +94,12 @@ def write_bundle(parts: Parts, out: Path, options: Options) -> None:
 
 
 def write_sparse(parts: Parts, out: Path, options: Options) -> None:
-    """Write PowerInfer's file."""
+    """Write PowerInfer's file, for `exact` mode alone where no source has predictors."""
     model, own = parts.need_model(), parts.bundle is not None and parts.firing is None
     own = own and parts.bundle is model.predictors and options.hot_frequency is None
     if own and _copied(model, "powerinfer", out, options):
         return
-    predictors = parts.need_predictors(options)
+    predictors = parts.need_predictors(options) if parts.bundle else None
     _say_if_hot_is_lost(model, predictors)
     export_file(model.weights(), out, "sparse", predictors=predictors, **_common(model, options))
 

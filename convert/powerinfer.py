@@ -43,15 +43,18 @@ def architecture_of(spec: ModelSpec) -> str:
     return "bamboo" if llama and spec.activation == "drelu" and not spec.biases else spec.family.sparse
 
 
-def sparse_metadata(spec: ModelSpec, predictors: PredictorBundle, hot: list[np.ndarray]) -> dict[str, Any]:
+def sparse_metadata(
+    spec: ModelSpec, predictors: PredictorBundle | None, hot: list[np.ndarray]
+) -> dict[str, Any]:
     """Architecture, hyper-parameters, predictor thresholds and hot neurons (`hot[layer]`: ascending indices).
 
     PowerInfer knows one threshold for all layers; the least one keeps every neuron that ours keep.
     """
     architecture = architecture_of(spec)
-    return {
-        "general.architecture": architecture,
-        **hyper_parameters(spec, architecture),
+    model = {"general.architecture": architecture, **hyper_parameters(spec, architecture)}
+    if predictors is None:
+        return model
+    return model | {
         "powerinfer.sparse_threshold": np.float32(min(predictors.thresholds)),
         "hotcold.predictor.thresholds": np.asarray(predictors.thresholds, np.float32),
         "hotcold.predictor.ranks": np.asarray(predictors.ranks, np.uint32),
@@ -60,14 +63,15 @@ def sparse_metadata(spec: ModelSpec, predictors: PredictorBundle, hot: list[np.n
     }
 
 
-def sparse_plans(planner: Planner, predictors: PredictorBundle) -> list[TensorPlan]:
-    """All tensors of the sparse form."""
+def sparse_plans(planner: Planner, predictors: PredictorBundle | None) -> list[TensorPlan]:
+    """All tensors of the sparse form; without predictors it serves `exact` mode alone."""
     architecture = architecture_of(planner.spec)
     form = FORMS[architecture]
     plans = planner.embeddings(form, copy_tied=architecture != "opt")
     for layer in range(planner.spec.n_layers):
         plans += planner.attention(layer, form)
-        plans += _ffn(planner, layer) + _predictor(planner, predictors, layer)
+        plans += _ffn(planner, layer)
+        plans += _predictor(planner, predictors, layer) if predictors else []
     return plans
 
 

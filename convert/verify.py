@@ -16,6 +16,7 @@ from hotcold import storage
 from hotcold.convert.architectures import ModelSpec
 from hotcold.convert.attention_rows import ROLE
 from hotcold.convert.gguf_read import GGUFFile
+from hotcold.convert.gguf_split import open_gguf
 from hotcold.convert.layout import ExportOptions, GGUFLayout, ModelFiles
 from hotcold.convert.llama_cpp import differences, is_exact
 from hotcold.convert.manifest import MANIFEST, BundleFile, Manifest
@@ -78,7 +79,8 @@ def _check_content(folder: Path, manifest: Manifest) -> None:
     if spec.n_vocab > total:  # whose tokens would fill the memory
         where = folder / "config.json"
         raise FormatError("more tokens than bytes", where=where, field="vocab_size", got=spec.n_vocab)
-    predictors = PredictorBundle.load(folder / "predictors") if manifest.of_role("sparse") else None
+    predicted = bool(manifest.of_role("predictor"))
+    predictors = PredictorBundle.load(folder / "predictors") if predicted else None
     if predictors is not None:
         check_predictors(predictors, spec, manifest.model_fingerprint)
     tokenizer = tokenizer_files(folder)
@@ -98,7 +100,9 @@ def _check_content(folder: Path, manifest: Manifest) -> None:
         folder if tokenizer else None,
         _no_weights,
     )
-    layouts, _ = model.layouts(predictors)
+    # Bundles without predictors had no sparse file at first.
+    sparse = spec.is_sparse and (predicted or bool(manifest.of_role("sparse")))
+    layouts, _ = model.layouts(predictors, sparse=sparse)
     roles = {layout.file: layout.role for layout in layouts}
     roles |= {f"predictors/{name}": "predictor" for name in (FILES if predictors else [])}
     roles |= {path.name: "tokenizer" for path in tokenizer} | {"config.json": "config"}
@@ -108,7 +112,7 @@ def _check_content(folder: Path, manifest: Manifest) -> None:
     _same(manifest.llama_cpp_exact, is_exact(spec), where, "llama_cpp_exact")
     _same(manifest.llama_cpp_differences, differences(spec), where, "llama_cpp_differences")
     for layout in layouts:
-        _check_file(GGUFFile(folder / layout.file), layout)
+        _check_file(open_gguf(folder / layout.file), layout)
 
 
 def _no_weights(name: str) -> NoReturn:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from hotcold.cpus import thread_count
 from hotcold.errors import InputError
+from hotcold.runtime.model_argument import add_model_arguments, add_quant_argument, model_path
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -32,13 +33,12 @@ EXAMPLE = "hotcold bench --bundle demo/bundle -t 2 -r 7 -o md"
 
 AS_IT_CAME = "as it came (llama.cpp)"
 _QUALITY_TOKENS = 4096
+_SYNTHETIC_QUANT = "q4_0"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `hotcold bench`; those that llama-bench has bear its names."""
-    model = parser.add_mutually_exclusive_group(required=True)
-    model.add_argument("--bundle", metavar="DIR", help="a folder that `hotcold export` wrote")
-    model.add_argument(
+    add_model_arguments(parser).add_argument(
         "--synthetic", metavar="SHAPE",
         help="random weights: llama-2-7b, llama-2-13b, mistral-7b or smollm2-135m",
     )  # fmt: skip
@@ -48,8 +48,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("-p", "--n-prompt", type=int, default=128, metavar="N", help="tokens per prompt (default 128)")
     add("-n", "--n-gen", type=int, default=64, metavar="N", help="tokens per generation (default 64)")
     add(
-        "-m", "--modes", default="dense,exact,predicted", metavar="LIST",
-        help="of dense, exact, predicted, auto (default dense,exact,predicted)",
+        "--modes", "--mode", metavar="LIST",
+        help="of dense, exact, predicted, auto (default: all that the model offers)",
     )  # fmt: skip
     add(
         "--input-sparsity", type=float, default=0.0, metavar="SHARE",
@@ -88,7 +88,7 @@ def _add_synthetic_arguments(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add("--layers", type=int, metavar="N", help="layers (default: all of the shape)")
     add("--sparsity", type=float, default=0.89, metavar="S", help="mean share of idle neurons (default 0.89)")
-    add("--quant", default="q4_0", metavar="Q", help="q4_0 (default), q8_0, f16 or bf16")
+    add_quant_argument(group, "; synthetic: q4_0 (default), q8_0, f16 or bf16")
     add("--predictor-quant", default="q8_0", metavar="Q", help="of the predictors (default q8_0)")
     add("--predictor-rank", type=int, metavar="R", help="multiple of 64 (default: d_model / 16)")
     add(
@@ -133,8 +133,9 @@ def _measure(args: argparse.Namespace, plan: Plan, scratch: Path) -> Report:
     from hotcold.runtime.engine import check_input_sparsity
 
     check_input_sparsity(args.input_sparsity)
-    modes = sides.checked_modes(args.modes)
-    bundle, ids, windows = _synthetic(args, plan, scratch) if args.synthetic else _real(args, plan)
+    modes = sides.checked_modes(args.modes) if args.modes else []
+    bundle, ids, windows = _synthetic(args, plan, scratch) if args.synthetic else _real(args, plan, modes)
+    modes = sides.chosen_modes(modes, bundle, args.threads)
     n_ctx = max(plan.n_prompt + plan.n_gen, args.window if windows else 0)
     peers, truth = sides.open_peers(bundle, scratch, n_threads=args.threads, n_ctx=n_ctx)
     ours = {
@@ -157,7 +158,7 @@ def _originals(args: argparse.Namespace, n_ctx: int) -> dict[str, Peer | EngineS
 
     opened = {}
     if args.gguf:
-        opened[AS_IT_CAME] = sides.open_gguf(args.gguf, n_threads=args.threads, n_ctx=n_ctx)
+        opened[AS_IT_CAME] = sides.open_llama_cpp(args.gguf, n_threads=args.threads, n_ctx=n_ctx)
     if args.original:
         for mode in (sides.LLAMA_CPP, "dense"):
             opened[f"original ({mode})"] = sides.open_side(
@@ -176,16 +177,18 @@ def _stock(args: argparse.Namespace, plan: Plan, peers: Mapping[str, Peer]) -> l
     return [program.run(name, peer.path) for name, peer in peers.items()]
 
 
-def _real(args: argparse.Namespace, plan: Plan) -> tuple[Path, np.ndarray, list[np.ndarray]]:
+def _real(
+    args: argparse.Namespace, plan: Plan, modes: list[str]
+) -> tuple[Path, np.ndarray, list[np.ndarray]]:
     """The bundle, the ids to time it on, and the windows of the text before them to judge it on."""
-    from pathlib import Path
+    from hotcold.eval import sides, windows
 
-    from hotcold.eval import windows
-
+    args.path, args.bundle = args.bundle or args.path, model_path(args)
+    sides.check_offered([*modes, sides.LLAMA_CPP], args.bundle)
     tokenizer = windows.load_tokenizer(args.bundle)
     ids = windows.text_ids(args.text, tokenizer, args.quality_tokens + plan.n_tokens)
     cut = _cut(args, ids, tokenizer)
-    return Path(args.bundle), ids[args.quality_tokens :], cut
+    return args.bundle, ids[args.quality_tokens :], cut
 
 
 def _synthetic(
@@ -198,7 +201,7 @@ def _synthetic(
     synthetic = Synthetic(
         shape=args.synthetic,
         sparsity=args.sparsity,
-        quant=args.quant,
+        quant=args.quant or _SYNTHETIC_QUANT,
         n_layers=args.layers,
         predictor_quant=args.predictor_quant,
         predictor_rank=args.predictor_rank,
@@ -220,16 +223,16 @@ def _cut(args: argparse.Namespace, ids: np.ndarray, tokenizer: Tokenizer | None 
 
 def _settings(args: argparse.Namespace, plan: Plan) -> dict[str, object]:
     """What the report says about how it was measured."""
-    from hotcold.convert.manifest import Manifest
+    from hotcold.runtime.bundle_files import ModelPath
 
     if args.synthetic:
         names = ("synthetic", "layers", "sparsity", "quant", "predictor_quant", "predictor_rank", "noise")
-        figures = {name: getattr(args, name) for name in names}
+        figures = {name: getattr(args, name) for name in names} | {"quant": args.quant or _SYNTHETIC_QUANT}
         model = {name: figure for name, figure in figures.items() if figure is not None}
         model["planned_sparsity"] = model.pop("sparsity")  # the measured one has this name
     else:
-        model = {"bundle": args.bundle, "text": args.text}
-        if not Manifest.read(args.bundle).llama_cpp_exact:
+        model = {"bundle": args.path, "text": args.text}
+        if not ModelPath(args.bundle).llama_cpp_exact:
             model["llama_cpp"] = "computes another function: it has no such activation"
     return {
         **model,

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from hotcold.convert.gguf_read import GGUFFile
+from hotcold.convert.gguf_split import open_gguf
 from hotcold.errors import HotcoldError, InputError
 from hotcold.eval.bench import Segment
 from hotcold.eval.peers.llama_cpp import LlamaCpp
@@ -87,7 +87,7 @@ def sides_of(
     for backend in backends:
         if backend not in known:
             raise InputError("unknown backend", got=backend, expected=" | ".join(known))
-    total = sum(t.data.nbytes for t in GGUFFile(file_of_role(bundle, "dense")).tensors.values())
+    total = sum(t.data.nbytes for t in open_gguf(file_of_role(bundle, "dense")).tensors.values())
     sides = [GpuSide("gpu", mode) for mode in modes] if "gpu" in backends else []
     for share in shares if set(backends) - {"gpu"} else ():
         budget = int(share * total)

@@ -8,6 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from hotcold import __version__
+from hotcold.cpuinfo import cpu_name, cpuinfo
 from hotcold.cpus import available_cpus
 
 __all__ = ["describe"]
@@ -19,11 +20,11 @@ _PACKAGES = ("torch", "transformers", "numpy", "gguf", "tokenizers", "llama-cpp-
 
 def describe() -> dict[str, object]:
     """CPU name, cores, ISA flags, last-level cache, memory (GiB), kernel, Python and package versions."""
-    cpu = _cpuinfo()
+    cpu = cpuinfo()
     flags = cpu.get("flags", cpu.get("Features", "")).split()
     return {
-        "cpu": cpu.get("model name") or platform.processor() or platform.machine(),
         "cores": available_cpus(),
+        "cpu": cpu_name(),
         "isa": [flag for flag in _ISA_FLAGS if flag in flags],
         "l3": _l3(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
@@ -32,15 +33,6 @@ def describe() -> dict[str, object]:
         "hotcold": __version__,
         "versions": {name: found for name in _PACKAGES if (found := _version(name))},
     }
-
-
-def _cpuinfo() -> dict[str, str]:
-    """The first processor's entry of /proc/cpuinfo; empty where there is no such file."""
-    path = Path("/proc/cpuinfo")
-    if not path.exists():
-        return {}
-    lines = (line.partition(":") for line in path.read_text().split("\n\n")[0].splitlines())
-    return {key.strip(): value.strip() for key, _, value in lines}
 
 
 def _l3() -> str | None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from hotcold.cpus import thread_count
 from hotcold.errors import InputError
 from hotcold.runtime.backends import add_input_sparsity
+from hotcold.runtime.model_argument import add_model_arguments, add_quant_argument, model_path
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -26,10 +27,12 @@ EXAMPLE = "hotcold perplexity --bundle demo/bundle --mode exact,predicted"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `hotcold perplexity`."""
-    parser.add_argument("--bundle", required=True, metavar="DIR", help="a folder that `hotcold export` wrote")
+    add_model_arguments(parser)
+    add_quant_argument(parser)
     parser.add_argument(
-        "--mode", default="predicted", metavar="LIST",
-        help="of dense, exact, predicted, auto, llama.cpp (default predicted)",
+        "--mode", "--modes", default="auto", metavar="LIST",
+        help="of dense, exact, predicted, llama.cpp, and auto: the fastest that the model offers (auto); "
+        "dense and exact differ a little where down is quantized: by its rows here, by its columns there",
     )  # fmt: skip
     parser.add_argument(
         "--gguf", metavar="M",
@@ -61,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
     """Measure and print one perplexity per mode."""
     from hotcold.eval import windows
     from hotcold.eval.perplexity import compare
-    from hotcold.eval.sides import LLAMA_CPP, MODES, checked_modes
+    from hotcold.eval.sides import LLAMA_CPP, MODES, check_offered, checked_modes, chosen_modes
     from hotcold.progress import Progress
 
     known = (*MODES, LLAMA_CPP)
@@ -70,9 +73,13 @@ def run(args: argparse.Namespace) -> int:
         raise InputError("llama.cpp leaves no inputs out", where="--input-sparsity", got=args.input_sparsity)
     reference = checked_modes(args.reference, known)[0] if args.reference else None
     args.threads = thread_count(args.threads)
+    args.bundle = model_path(args)
+    check_offered([*modes, *([reference] if reference else [])], args.bundle)
     tokenizer = windows.load_tokenizer(args.bundle)
     ids = windows.text_ids(args.text, tokenizer, args.tokens)
     cut = windows.windows(ids, args.window, tokenizer)
+    modes = chosen_modes(modes, args.bundle, args.threads)
+    reference = chosen_modes([reference], args.bundle, args.threads)[0] if reference else None
     truth = {reference: _open(args, reference)} if reference else {}
     for name, side in _sides(args, modes):
         sides = truth | {name: truth.get(name, side)}
@@ -86,12 +93,12 @@ def run(args: argparse.Namespace) -> int:
 
 def _sides(args: argparse.Namespace, modes: list[str]) -> Iterator[tuple[str, Side]]:
     """One side after the other, so that only one is in memory, besides the reference."""
-    from hotcold.eval.sides import open_gguf, side_name
+    from hotcold.eval.sides import open_llama_cpp, side_name
 
     for mode in modes:
         yield side_name(mode, args.input_sparsity), _open(args, mode, args.input_sparsity)
     if args.gguf:
-        yield args.gguf, open_gguf(args.gguf, n_threads=args.threads, n_ctx=args.window)
+        yield args.gguf, open_llama_cpp(args.gguf, n_threads=args.threads, n_ctx=args.window)
 
 
 def _open(args: argparse.Namespace, mode: str, input_sparsity: float = 0.0) -> Side:

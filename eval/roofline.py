@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hotcold.convert.gguf_read import GGUFFile
+from hotcold.convert.gguf_split import open_gguf
 
 __all__ = ["PARTS", "Roofline", "dense_bytes_per_token", "read_bandwidth"]
 
@@ -61,7 +62,7 @@ def dense_bytes_per_token(path: str | Path, position: int) -> dict[str, float]:
 
     The embedding table is not read (one row of it is), unless it is the output head too.
     """
-    file = GGUFFile(path)
+    file = open_gguf(path)
     parts = dict.fromkeys(PARTS, 0.0)
     tied = "output.weight" not in file.tensors
     for name, tensor in file.tensors.items():

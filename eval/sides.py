@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from hotcold.errors import InputError
-from hotcold.runtime.bundle_files import file_of_role
+from hotcold.runtime.bundle_files import ModelPath
 
 if TYPE_CHECKING:
     from hotcold.runtime.engine import Engine
@@ -25,8 +25,10 @@ __all__ = [
     "EngineSide",
     "Peer",
     "Side",
+    "check_offered",
     "checked_modes",
-    "open_gguf",
+    "chosen_modes",
+    "open_llama_cpp",
     "open_peers",
     "open_side",
     "side_name",
@@ -93,6 +95,23 @@ def checked_modes(names: str, known: Sequence[str] = MODES) -> list[str]:
     return modes
 
 
+def check_offered(modes: Sequence[str], bundle: str | Path) -> None:
+    """Raise InputError for a mode that the model does not offer."""
+    model = ModelPath(bundle)
+    for mode in modes:
+        if mode != "auto":
+            model.file_for("dense" if mode == LLAMA_CPP else mode)
+
+
+def chosen_modes(modes: Sequence[str], bundle: str | Path, n_threads: int) -> list[str]:
+    """The same with what `auto` stands for in its place; all that the model offers where there are none."""
+    from hotcold.runtime.auto_mode import choose_mode
+
+    model = ModelPath(bundle)
+    chosen = [choose_mode(model, n_threads) if mode == "auto" else mode for mode in modes or model.modes]
+    return list(dict.fromkeys(chosen))
+
+
 def side_name(mode: str, input_sparsity: float) -> str:
     """What a mode is called in reports."""
     return f"{mode} (attention inputs {1 - input_sparsity:.0%})" if input_sparsity else mode
@@ -108,13 +127,13 @@ def open_side(
     """
     checked_modes(mode, (*MODES, LLAMA_CPP))
     if mode == LLAMA_CPP:
-        return open_gguf(str(file_of_role(bundle, "dense")), n_threads=n_threads, n_ctx=n_ctx)
+        return open_llama_cpp(str(ModelPath(bundle).file_for("dense")), n_threads=n_threads, n_ctx=n_ctx)
     from hotcold.runtime.engine import Engine
 
     return EngineSide(Engine.load(bundle, mode, n_threads, n_ctx, input_sparsity))
 
 
-def open_gguf(model: str, *, n_threads: int, n_ctx: int) -> Peer:
+def open_llama_cpp(model: str, *, n_threads: int, n_ctx: int) -> Peer:
     """llama.cpp on a GGUF file, or on a name that stands for one, such as `smollm2`."""
     from hotcold.checkpoint import resolve
     from hotcold.eval.peers.llama_cpp import LlamaCpp
@@ -129,13 +148,15 @@ def open_peers(
 
     The second form, a plain `llama` twin of a `smallthinker` file, is written into the folder `scratch`.
     """
-    from hotcold.convert.gguf_read import GGUFFile
+    from hotcold.convert.gguf_split import open_gguf
     from hotcold.convert.llama_cpp import write_llama_twin
 
-    dense, twin = file_of_role(bundle, "dense"), scratch / "twin.gguf"
-    if GGUFFile(dense).find("general.architecture", str) != "smallthinker":
-        return {LLAMA_CPP: open_gguf(str(dense), n_threads=n_threads, n_ctx=n_ctx)}, LLAMA_CPP
+    dense, twin = ModelPath(bundle).file_for("dense"), scratch / "twin.gguf"
+    if open_gguf(dense).find("general.architecture", str) != "smallthinker":
+        return {LLAMA_CPP: open_llama_cpp(str(dense), n_threads=n_threads, n_ctx=n_ctx)}, LLAMA_CPP
     write_llama_twin(dense, twin)
     names = {f"{LLAMA_CPP} (smallthinker)": dense, f"{LLAMA_CPP} (llama)": twin}
-    peers = {name: open_gguf(str(path), n_threads=n_threads, n_ctx=n_ctx) for name, path in names.items()}
+    peers = {
+        name: open_llama_cpp(str(path), n_threads=n_threads, n_ctx=n_ctx) for name, path in names.items()
+    }
     return peers, next(iter(names))

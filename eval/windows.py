@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from hotcold import text
+from hotcold.convert.gguf_split import open_gguf
+from hotcold.convert.gguf_tokenizer import build_tokenizer
 from hotcold.errors import InputError
 from hotcold.tokenizer_file import read_tokenizer
 
@@ -26,7 +28,9 @@ _CHARS_PER_TOKEN = 16  # more than any tokenizer packs into a token on average
 
 
 def load_tokenizer(bundle: str | Path) -> Tokenizer:
-    """The tokenizer of a bundle. Raises InputError or FormatError where there is none or it is broken."""
+    """The tokenizer of a bundle or GGUF file. InputError or FormatError where it is missing or broken."""
+    if Path(bundle).is_file():
+        return build_tokenizer(open_gguf(bundle))
     path = Path(bundle) / "tokenizer.json"
     if not path.is_file():
         raise InputError("no such file", where=path, fix="give a folder that `hotcold export` wrote")

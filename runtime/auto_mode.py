@@ -1,82 +1,140 @@
-"""`--mode auto`: the faster of exact and predicted decoding, measured once per bundle, machine and thread
-count.
+"""`--mode auto`: the fastest of the modes that a model offers, measured once per model and machine.
 
 Which one wins depends on row length, sparsity and memory bandwidth: predictors pay for themselves on wide
-models and cost more than they save on narrow ones. So it is measured, and the answer kept in the user's cache
-folder.
+models and cost more than they save on narrow ones. So it is measured. As the modes round differently, the
+answer is kept in the user's cache under the content of the model, hotcold's version and the CPU: so that
+greedy decoding gives one text per model and machine, whatever the number of threads was that first time.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
-import platform
+import statistics
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from hotcold.convert.gguf_read import GGUFFile
+from hotcold import __version__, cache
+from hotcold.convert.gguf_split import open_gguf
+from hotcold.cpuinfo import available_memory, cpu_name
 from hotcold.errors import StorageError
-from hotcold.progress import log
+from hotcold.progress import Progress, log
+from hotcold.runtime.bundle_files import ModelPath
 from hotcold.storage import write_json
+
+if TYPE_CHECKING:
+    from hotcold.runtime.engine import Engine
 
 __all__ = ["choose_mode"]
 
-_TOKENS = 48  # decoded per mode, after as many to warm up
+_PROMPT, _TOKENS, _LEAST_TOKENS = 4, 24, 4  # of a pass: the prompt is not timed
+_SAMPLE_SECONDS = 0.3  # a slow model gets shorter passes
+_ROUNDS, _LEAST_ROUNDS, _SECONDS = 7, 3, 3.0  # the first round is not counted
+_WAITING = "auto mode: another process is measuring this model; waiting for it"
 
 
-def choose_mode(bundle: str | Path, n_threads: int | None) -> str:
-    """`exact` or `predicted`, from the cache or from a measurement of a second or two.
-
-    A file without rows by neuron has only `dense`, one without predictors only `exact`.
-    """
-    from hotcold.runtime.bundle_files import file_of_role
-
-    path = Path(bundle) if Path(bundle).suffix == ".gguf" else file_of_role(bundle, "sparse")
-    tensors = GGUFFile(path).tensors
-    if "blk.0.fc1.weight" not in tensors:
-        return "exact" if "blk.0.ffn_down_t.weight" in tensors else "dense"
-    remembered = _cache_file(path, n_threads)
-    try:
-        return json.loads(remembered.read_text())["mode"]
-    except (OSError, ValueError, KeyError):
-        pass
-    speeds = {mode: _tokens_per_second(path, mode, n_threads) for mode in ("exact", "predicted")}
-    mode = max(speeds, key=speeds.__getitem__)
-    log(
-        "auto mode: "
-        + ", ".join(f"{name} {speed:.1f} tok/s" for name, speed in speeds.items())
-        + f" -> {mode}"
-    )
-    try:
-        write_json(remembered, {"mode": mode, "tok_s": speeds, "file": path.name})
-    except StorageError as error:
-        log(f"auto mode: not remembered, {error}")
+def choose_mode(model: ModelPath, n_threads: int | None) -> str:
+    """One of the modes that the model offers, from the cache or from a measurement of a second or two; says
+    which, and why."""
+    if len(model.modes) == 1:
+        mode = model.modes[0]
+        log(f"auto mode: {mode}, which is all that {model.name} offers")
+        return mode
+    record = _record(model)
+    mode, speeds = _remembered(record, model.modes)
+    when = "measured before"
+    if not mode:
+        with cache.exclusive(record.with_suffix(""), _WAITING, needed=False):
+            mode, speeds = _remembered(record, model.modes)  # what another process has found meanwhile
+            if not mode:
+                mode, speeds, when = *_measured(model, n_threads, record), "measured now"
+    told = ", ".join(f"{name} {speed:.1f}" for name, speed in speeds.items())
+    log(f"auto mode: {mode}, the fastest ({told} tokens/s, {when} on this machine)")
     return mode
 
 
-def _cache_file(path: Path, n_threads: int | None) -> Path:
-    """A key of all that the answer depends on; the file counts by size and time, as hashing it would take
-    longer."""
-    status = path.stat()
+def _record(model: ModelPath) -> Path:
     isa = os.environ.get("HOTCOLD_CPU_ISA", "")
-    parts = [str(path.resolve()), status.st_size, status.st_mtime_ns, n_threads, isa, platform.processor()]
-    name = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return root / "hotcold" / "auto-mode" / f"{name}.json"
+    key = cache.digest(model.content(), __version__, cpu_name(), isa)
+    return cache.folder("auto-mode") / f"{key}.json"
 
 
-def _tokens_per_second(path: Path, mode: str, n_threads: int | None) -> float:
-    """Greedy decoding from a fixed start: what the model says itself is closer to real use than random
-    tokens."""
+def _remembered(record: Path, modes: Sequence[str]) -> tuple[str, dict[str, float]]:
+    """The mode, or "", and tokens per second of each."""
+    found = cache.read_record(record)
+    mode, speeds = found.get("mode"), found.get("tok_s")
+    speeds = speeds if isinstance(speeds, dict) else {}
+    if mode not in modes:
+        return "", {}
+    with_speed = {name: speed for name, speed in speeds.items() if isinstance(speed, int | float)}
+    return mode, with_speed
+
+
+def _measured(model: ModelPath, n_threads: int | None, record: Path) -> tuple[str, dict[str, float]]:
+    speeds = _tokens_per_second(model, n_threads)
+    mode = max(speeds, key=speeds.__getitem__)
+    try:
+        write_json(record, {"mode": mode, "tok_s": speeds, "source": str(model.path)})
+    except StorageError as error:
+        log(f"auto mode: not remembered, {error}")
+    return mode, speeds
+
+
+def _tokens_per_second(model: ModelPath, n_threads: int | None) -> dict[str, float]:
+    """Medians of passes over the same tokens, the modes in turns, so that a busy moment meets all of them."""
+    groups = [model.modes] if _fit(model) else [[mode] for mode in model.modes]
+    races = [_race(_open(model, modes, n_threads)) for modes in groups]
+    return {mode: speed for race in races for mode, speed in race.items()}
+
+
+def _fit(model: ModelPath) -> bool:
+    """Whether the weights of all modes fit into half of the free memory at once."""
+    files = [path for mode in model.modes for path in open_gguf(model.file_for(mode)).paths]
+    return 2 * sum(path.stat().st_size for path in files) < available_memory()
+
+
+def _open(model: ModelPath, modes: Sequence[str], n_threads: int | None) -> dict[str, Engine]:
     from hotcold.runtime.engine import Engine
 
-    engine = Engine(path, mode, n_threads, n_ctx=2 * _TOKENS + 8)
-    logits = engine.prefill(np.arange(4) % engine.n_vocab)
-    for step in range(2 * _TOKENS):
-        if step == _TOKENS:
-            start = time.perf_counter()
-        logits = engine.decode(int(logits.argmax()))
-    return _TOKENS / (time.perf_counter() - start)
+    log(f"auto mode: measuring {', '.join(modes)} of {model.name}, once on this machine")
+    n_ctx = _PROMPT + _TOKENS
+    return {mode: Engine(model.file_for(mode), mode, n_threads, n_ctx) for mode in modes}
+
+
+def _race(engines: dict[str, Engine]) -> dict[str, float]:
+    ids = _sample(next(iter(engines.values())))
+    found: dict[str, list[float]] = {mode: [] for mode in engines}
+    end = time.monotonic() + _SECONDS
+    with Progress("auto mode", total=_ROUNDS * len(engines), unit="pass") as progress:
+        for number in range(_ROUNDS):
+            if number > _LEAST_ROUNDS and time.monotonic() > end:
+                break
+            for mode in list(engines)[:: -1 if number % 2 else 1]:
+                found[mode].append(_pass(engines[mode], ids))
+                progress.advance(1)
+    return {mode: len(ids[_PROMPT:]) / statistics.median(seconds[1:]) for mode, seconds in found.items()}
+
+
+def _sample(engine: Engine) -> np.ndarray:
+    """Greedy text from a fixed start: what the model says itself is closer to real use than random tokens."""
+    ids = list(np.arange(_PROMPT) % engine.n_vocab)
+    logits, end = engine.prefill(ids), time.monotonic() + _SAMPLE_SECONDS
+    for number in range(_TOKENS):
+        if number >= _LEAST_TOKENS and time.monotonic() > end:
+            break
+        ids.append(int(logits.argmax()))
+        logits = engine.decode(ids[-1])
+    return np.array(ids, np.int32)
+
+
+def _pass(engine: Engine, ids: np.ndarray) -> float:
+    """Seconds to decode the tokens after the prompt."""
+    engine.reset()
+    engine.prefill(ids[:_PROMPT])
+    start = time.perf_counter()
+    for token in ids[_PROMPT:]:
+        engine.decode(int(token))
+    return time.perf_counter() - start

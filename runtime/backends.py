@@ -120,7 +120,7 @@ def make_placement(
     bundle: str | Path, mode: str, n_threads: int | None, n_ctx: int, options: BackendOptions
 ) -> Placement:
     """The plan that a hybrid engine of these options would use; no weights are loaded for it."""
-    from hotcold.convert.gguf_read import GGUFFile
+    from hotcold.convert.gguf_split import open_gguf
     from hotcold.runtime.gpu.costs import measure_costs
     from hotcold.runtime.gpu.device import open_devices, parse_budgets
     from hotcold.runtime.gpu.engine import file_and_mode
@@ -130,7 +130,7 @@ def make_placement(
     from hotcold.runtime.shape import ModelShape
 
     path, mode = file_and_mode(bundle, mode)
-    file, devices = GGUFFile(path), open_devices(options.device)
+    file, devices = open_gguf(path), open_devices(options.device)
     shape = ModelShape.read(file)
     if options.place:
         return load_placement(options.place, shape.n_layers, shape.d_ff, _fingerprint(file))
@@ -165,14 +165,14 @@ def _fingerprint(file: GGUFFile) -> str | None:
 
 
 def _save(placement: Placement, bundle: str | Path, mode: str) -> None:
-    from hotcold.convert.gguf_read import GGUFFile
+    from hotcold.convert.gguf_split import open_gguf
     from hotcold.runtime.gpu.engine import file_and_mode
     from hotcold.runtime.placement_file import plan_path, save_placement
 
     path, mode = file_and_mode(bundle, mode)
     saved = plan_path(bundle, mode, placement.budgets)
     try:
-        save_placement(placement, saved, _fingerprint(GGUFFile(path)))
+        save_placement(placement, saved, _fingerprint(open_gguf(path)))
         log(f"plan: {saved}")
     except StorageError as error:
         log(f"the plan is not saved: {error}")

@@ -1,14 +1,136 @@
-"""Find the files of a bundle by their role in its manifest."""
+"""What stands behind a model's name, and which of its files serves which mode: one answer for every command.
+
+A model is a bundle's folder, a GGUF file, or one of the names that `hotcold.checkpoint` knows. A GGUF file
+runs as it is. A Hugging Face checkpoint becomes a bundle in the user's cache first.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
+from typing import NoReturn
 
+from hotcold.convert.attention_rows import ROLE
+from hotcold.convert.gguf_read import GGUFFile
+from hotcold.convert.gguf_split import gguf_sha256, open_gguf
 from hotcold.convert.manifest import MANIFEST, Manifest
+from hotcold.convert.quantize import type_of
 from hotcold.errors import InputError
 from hotcold.identify import identify
 
-__all__ = ["file_of_role"]
+__all__ = ["MODES", "QUANT", "ModelPath", "file_of_role", "find_model"]
+
+MODES = ("dense", "exact", "predicted")  # what can be computed; `auto` is one of them
+QUANT = "q8_0"  # of checkpoints that are run
+_PREDICTORS, _NEURON_ROWS = "blk.0.fc1.weight", "blk.0.ffn_down_t.weight"
+
+
+def find_model(name: str | Path, quant: str | None = None) -> Path:
+    """The bundle's folder or the GGUF file of a model; a checkpoint is converted to `quant`.
+
+    Raises InputError for what is no model, or has a type already, and what conversion raises.
+    """
+    from hotcold.checkpoint import resolve
+    from hotcold.runtime.model_cache import cached_bundle
+
+    if quant:
+        type_of(quant)  # before anything is read
+    path = Path(name).expanduser()
+    if not (path.is_dir() and identify(path).kind == "bundle"):
+        if path.is_dir() and not (path / "config.json").is_file():
+            what, fix = "neither a bundle nor a checkpoint", "`hotcold export` writes a bundle"
+            expected = f"{MANIFEST}, or config.json and *.safetensors"
+            raise InputError(what, where=path, expected=expected, fix=fix)
+        path = resolve(str(name))
+        if path.is_dir():
+            return cached_bundle(path, str(name), quant or QUANT)
+    if quant:
+        fix = "`hotcold export` or `hotcold convert` writes another"
+        raise InputError("this model's types are what they are", where=path, got=f"--quant {quant}", fix=fix)
+    return path
+
+
+class ModelPath:
+    """A bundle's folder or a GGUF file: the modes that it offers, and the file of each."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.is_file = self.path.is_file() or self.path.suffix == ".gguf"
+
+    @property
+    def name(self) -> str:
+        """What people call it."""
+        return self.path.name if self.is_file else _manifest(self.path).name
+
+    @cached_property
+    def modes(self) -> list[str]:
+        """Those of MODES that it offers. Raises InputError, FormatError for what is no model."""
+        if self.is_file:
+            return _modes_of(open_gguf(self.path))
+        manifest = _manifest(self.path)
+        dense = ["dense"] if manifest.of_role("dense") else []
+        sparse = _modes_of(open_gguf(file_of_role(self.path, "sparse"))) if manifest.of_role("sparse") else []
+        return dense + sparse
+
+    def file_for(self, mode: str) -> Path:
+        """The GGUF file that a mode reads; InputError, which says what there is, where there is none."""
+        if mode not in MODES:
+            raise InputError("unknown mode", got=mode, expected=", ".join(("auto", *MODES)))
+        if not self._offers(mode):
+            _refuse(self.path, mode, self.modes)
+        return (
+            self.path if self.is_file else file_of_role(self.path, "dense" if mode == "dense" else "sparse")
+        )
+
+    def _offers(self, mode: str) -> bool:
+        """A bundle's dense file can be used whatever is wrong with the other."""
+        if mode == "dense" and not self.is_file:
+            return bool(_manifest(self.path).of_role("dense"))
+        return mode in self.modes
+
+    @property
+    def llama_cpp_exact(self) -> bool:
+        """Whether stock llama.cpp computes the model's function from the dense file."""
+        if self.is_file:
+            return "hotcold.llama_cpp_differences" not in open_gguf(self.path).metadata
+        return _manifest(self.path).llama_cpp_exact
+
+    def attention_rows(self) -> Path | None:
+        """The file with the attention matrices by input, if there is one."""
+        has = not self.is_file and _manifest(self.path).of_role(ROLE)
+        return file_of_role(self.path, ROLE) if has else None
+
+    def content(self) -> str:
+        """A hash over all that is in it: the manifest's own, or that of the GGUF file."""
+        from hotcold.cache import sha256
+
+        if self.is_file:
+            return gguf_sha256(open_gguf(self.path), sha256)
+        return _manifest(self.path).to_json()["sha256"]
+
+
+def _modes_of(file: GGUFFile) -> list[str]:
+    if _NEURON_ROWS not in file.tensors:
+        return ["dense"]
+    return ["exact", "predicted"] if _PREDICTORS in file.tensors else ["exact"]
+
+
+def _refuse(path: Path, mode: str, offered: Sequence[str]) -> NoReturn:
+    fix = {
+        "dense": "a bundle has a dense file too: `hotcold convert --to bundle` writes one",
+        "exact": "`hotcold export` of a model with exact zeros offers it; `hotcold sparsify` makes one",
+        "predicted": "`hotcold train-predictors` makes predictors, `hotcold export --predictors` adds them",
+    }[mode]
+    what = "this model does not offer the mode"
+    raise InputError(what, where=path, got=mode, expected=" or ".join(offered), fix=fix)
+
+
+def _manifest(bundle: Path) -> Manifest:
+    if identify(bundle).kind != "bundle":
+        fix = "`hotcold export` writes one"
+        raise InputError(f"not a bundle: no {MANIFEST}", where=bundle, fix=fix)
+    return Manifest.read(bundle)
 
 
 def file_of_role(bundle: str | Path, *roles: str) -> Path:
@@ -16,10 +138,7 @@ def file_of_role(bundle: str | Path, *roles: str) -> Path:
 
     Raises InputError where there is no bundle or no such file, FormatError where its manifest is broken.
     """
-    if identify(bundle).kind != "bundle":
-        fix = "`hotcold export` writes one"
-        raise InputError(f"not a bundle: no {MANIFEST}", where=bundle, fix=fix)
-    manifest = Manifest.read(bundle)
+    manifest = _manifest(Path(bundle))
     names = [name for role in roles for name in manifest.of_role(role)]
     if not names:
         raise InputError(f"the bundle has no {' or '.join(roles)} file", where=bundle)

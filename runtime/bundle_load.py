@@ -9,13 +9,13 @@ gets it in the gate's place.
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Sequence
 
 import numpy as np
 
 from hotcold.convert.attention_rows import PROJECTIONS
 from hotcold.convert.gguf_read import GGUFFile, Tensor
+from hotcold.convert.gguf_split import forget_pages
 from hotcold.convert.quantize import dequantize
 from hotcold.errors import FormatError, MismatchError, ShapeError, UnsupportedError
 from hotcold.runtime import _cpu
@@ -199,9 +199,9 @@ def load_layers(
         model.set_activation_threshold(layer, thresholds[layer])
         _load_attention(model, source, shape, layer, by_input)
         _load_ffn(model, source, shape, layer, mode)
-        _forget_pages(file)
+        forget_pages(file)
         if by_input is not None:
-            _forget_pages(by_input.file)
+            forget_pages(by_input.file)
     if mode == "predicted":
         _load_predictors(model, source, file, shape, layers)
 
@@ -335,9 +335,3 @@ def _load_predictors(
         model.set_predictor_threshold(layer, predictor.threshold)
         bits = np.packbits(np.pad(predictor.hot, (0, -shape.d_ff % 16)), bitorder="little")
         model.set_hot(layer, bits.view("<u2").astype(np.uint16))
-
-
-def _forget_pages(file: GGUFFile) -> None:
-    """Let go of the file's pages that were packed, so that the model is not in memory twice."""
-    if isinstance(file.buffer, mmap.mmap):
-        file.buffer.madvise(mmap.MADV_DONTNEED)

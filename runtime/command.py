@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from hotcold.errors import InputError
 from hotcold.progress import log
 from hotcold.runtime.backends import BackendOptions, add_backend_arguments, make_placement, open_engine
+from hotcold.runtime.model_argument import add_model_arguments, add_quant_argument, model_path
 
 if TYPE_CHECKING:
     from hotcold.runtime.engine import Engine
@@ -19,7 +20,10 @@ if TYPE_CHECKING:
 
 __all__ = ["EXAMPLE", "HELP", "add_arguments", "run"]
 
-HELP = "Generate text with the sparse engine, streaming. Options are named as in llama.cpp."
+HELP = (
+    "Generate text, streaming. Options are named as in llama.cpp. A GGUF file runs as it is; a Hugging Face "
+    "model is converted into a bundle first, which is kept (`hotcold cache`)."
+)
 EXAMPLE = 'hotcold run --bundle demo/bundle -p "Once upon a time" -n 64 --temp 0'
 
 _INTERRUPTED = 130
@@ -27,9 +31,8 @@ _INTERRUPTED = 130
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `hotcold run`."""
-    model = parser.add_mutually_exclusive_group(required=True)
-    model.add_argument("path", nargs="?", metavar="PATH", help="a bundle, or a GGUF file, also PowerInfer's")
-    model.add_argument("-m", "--model", "--bundle", dest="bundle", metavar="PATH", help="the same")
+    add_model_arguments(parser)
+    add_quant_argument(parser)
     prompt = parser.add_mutually_exclusive_group()
     prompt.add_argument("-p", "--prompt", help="the text to go on from")
     prompt.add_argument("-f", "--file", metavar="FILE", help="read the prompt from a UTF-8 file")
@@ -45,8 +48,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-t", "--threads", type=int, help="threads (the engine's choice)")
     modes = ("auto", "predicted", "exact", "dense")
     parser.add_argument(
-        "--mode", choices=modes, default="auto", help="which neurons to compute (%(default)s)"
-    )
+        "--mode", choices=modes, default="auto",
+        help="which neurons to compute: all, those that fire, or the predicted ones; auto: the fastest that "
+        "the model offers, measured once (%(default)s)",
+    )  # fmt: skip
     parser.add_argument("--ignore-eos", action="store_true", help="go on after the end-of-text token")
     parser.add_argument("--no-display-prompt", action="store_true", help="print only what is generated")
     _add_sampling(parser.add_argument_group("sampling"))
@@ -78,11 +83,12 @@ def run(args: argparse.Namespace) -> int:
     from hotcold.runtime.vocabulary import Vocabulary
 
     _check(args)
-    args.bundle = args.bundle or args.path
     if args.dry_run:
+        args.bundle = model_path(args)
         return _print_plan(args)
     text = _prompt(args)
     sampler = Sampler(_sampling_params(args))
+    args.bundle = model_path(args)
     vocabulary = Vocabulary.load(args.bundle)
     ids = vocabulary.encode_chat(text) if args.chat else vocabulary.encode(text)
     engine = _load_engine(args)

@@ -13,19 +13,15 @@ from typing import Self
 
 import numpy as np
 
-from hotcold.convert.attention_rows import ROLE
-from hotcold.convert.gguf_read import GGUFFile
-from hotcold.convert.manifest import Manifest
+from hotcold.convert.gguf_split import open_gguf
 from hotcold.cpus import thread_count
 from hotcold.errors import InputError, UnsupportedError
 from hotcold.runtime import _cpu
-from hotcold.runtime.bundle_files import file_of_role
+from hotcold.runtime.bundle_files import ModelPath
 from hotcold.runtime.bundle_load import load_model
 from hotcold.runtime.stats import Stats
 
 __all__ = ["Engine", "check_input_sparsity"]
-
-MODES = ("auto", "dense", "exact", "predicted")
 
 
 class Engine:
@@ -57,8 +53,8 @@ class Engine:
             raise _no_rows(path)
         self.mode, self.n_ctx, self.input_sparsity = mode, n_ctx, input_sparsity
         self.n_threads = thread_count(n_threads)
-        rows = None if attention is None else GGUFFile(attention)
-        self._model, self._shape = load_model(GGUFFile(path), mode, self.n_threads, n_ctx, _isa(), rows)
+        rows = None if attention is None else open_gguf(attention)
+        self._model, self._shape = load_model(open_gguf(path), mode, self.n_threads, n_ctx, _isa(), rows)
         self._model.input_sparsity = input_sparsity
         self.n_vocab = self._shape.n_vocab
 
@@ -74,19 +70,20 @@ class Engine:
         """Open a bundle folder, or one GGUF file.
 
         `dense` reads the file that stock llama.cpp runs, `exact` and `predicted` the one by neurons; `auto`
-        is the faster of these two on this machine, measured once and remembered. `input_sparsity` takes a
-        bundle that has the attention matrices by input.
+        is the fastest on this machine of those that the model offers, measured once and remembered.
+        `input_sparsity` takes a bundle that has the attention matrices by input. Raises InputError for a mode
+        that the model does not offer, and what the constructor raises.
         """
-        if mode not in MODES:
-            raise InputError("unknown mode", got=mode, expected=", ".join(MODES))
         check_input_sparsity(input_sparsity)
-        attention = _attention_file(bundle) if input_sparsity else None
+        model = ModelPath(bundle)
+        attention = model.attention_rows() if input_sparsity else None
+        if input_sparsity and attention is None:
+            raise _no_rows(bundle)
         if mode == "auto":
             from hotcold.runtime.auto_mode import choose_mode
 
-            mode = choose_mode(bundle, n_threads)
-        is_file = Path(bundle).suffix == ".gguf"
-        path = bundle if is_file else file_of_role(bundle, "dense" if mode == "dense" else "sparse")
+            mode = choose_mode(model, n_threads)
+        path = model.file_for(mode)
         return cls(path, mode, n_threads, n_ctx, attention=attention, input_sparsity=input_sparsity)
 
     @property
@@ -171,13 +168,6 @@ def check_input_sparsity(share: float) -> None:
     """Raise InputError unless it is a share of inputs that can be left out."""
     if not 0 <= share < 1:
         raise InputError("no such share of inputs", got=share, expected="0 to 1, less than 1")
-
-
-def _attention_file(bundle: str | Path) -> Path:
-    """The attention matrices of a bundle by input; InputError where it has none."""
-    if Path(bundle).suffix == ".gguf" or not Manifest.read(bundle).of_role(ROLE):
-        raise _no_rows(bundle)
-    return file_of_role(bundle, ROLE)
 
 
 def _no_rows(path: str | Path) -> InputError:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from hotcold.convert.gguf_read import GGUFFile
+from hotcold.convert.gguf_split import open_gguf
 from hotcold.convert.gpu_index import GpuIndex
 from hotcold.errors import FormatError, InputError, MismatchError
 from hotcold.ownership import beside, check_file
@@ -78,7 +78,7 @@ def load_placement(path: str | Path, n_layers: int, d_ff: int, fingerprint: str 
     if not path.is_file():
         raise InputError("no such plan", where=path)
     if path.suffix == ".gpuidx":
-        index = GpuIndex.read(GGUFFile(path))
+        index = GpuIndex.read(open_gguf(path))
         layers = [PlacedLayer(True, hot, index.d_ff) for hot in index.buckets]
         placement, of = Placement(tuple(layers), (index.vram_capacity,), method="gpuidx"), None
     else:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from hotcold.convert.gguf_read import GGUFFile
+from hotcold.convert.gguf_split import open_gguf
 from hotcold.convert.quantize import dequantize
 from hotcold.errors import FormatError, InputError, UnsupportedError
 from hotcold.runtime.bundle_files import file_of_role
@@ -227,7 +228,7 @@ class ReferenceEngine:
 
     def __init__(self, path: Path, mode: str, n_ctx: int) -> None:
         """Read the GGUF file `path`; `mode` is `dense`, `exact` or `predicted`."""
-        file = GGUFFile(path)
+        file = open_gguf(path)
         weights = _Weights(file, path)
         self._path, self._shape = path, ModelShape.read(file)
         self._embedding = weights("token_embd.weight")  # [n_vocab, d_model]

@@ -15,6 +15,7 @@ from typing import NoReturn, Self
 from tokenizers import Tokenizer
 
 from hotcold.convert.gguf_read import GGUFFile
+from hotcold.convert.gguf_split import open_gguf
 from hotcold.convert.gguf_tokenizer import build_tokenizer
 from hotcold.errors import InputError, UnsupportedError
 from hotcold.runtime.bundle_files import file_of_role
@@ -49,10 +50,10 @@ class Vocabulary:
         vocabulary of another kind than BPE or SentencePiece.
         """
         if Path(bundle).is_file():
-            file = GGUFFile(bundle)
+            file = open_gguf(bundle)
             tokenizer = build_tokenizer(file)
         else:
-            file = GGUFFile(file_of_role(bundle, "dense", "sparse"))
+            file = open_gguf(file_of_role(bundle, "dense", "sparse"))
             tokenizer = _read_tokenizer(Path(bundle) / "tokenizer.json")
         return cls(
             tokenizer=tokenizer,

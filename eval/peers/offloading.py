@@ -20,7 +20,7 @@ from accelerate.utils import compute_module_sizes
 from transformers import DynamicCache, PreTrainedModel
 
 from hotcold import checkpoint
-from hotcold.convert.gguf_read import GGUFFile
+from hotcold.convert.gguf_split import open_gguf
 from hotcold.runtime.gpu.device import open_device
 
 __all__ = ["Accelerate"]
@@ -39,7 +39,7 @@ class Accelerate:
         self._device = open_device(device)
         folder = tempfile.TemporaryDirectory(prefix="hotcold-offload-")
         self._remove_folder = weakref.finalize(self, folder.cleanup)
-        kind = GGUFFile(path).tensors["token_embd.weight"].type
+        kind = open_gguf(path).tensors["token_embd.weight"].type
         self._model = checkpoint.load_model(str(path), _DTYPES.get(kind, "bfloat16"))
         place = "cpu" if self._device.type == "cpu" else self._device.index  # as accelerate calls them
         layout, sizes = layout_of(self._model, place, budget), compute_module_sizes(self._model)

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from hotcold.convert.gguf_read import GGUFFile
+from hotcold.convert.gguf_split import open_gguf
 from hotcold.cpus import available_cpus
 from hotcold.errors import InputError, UnsupportedError
-from hotcold.runtime.bundle_files import file_of_role
+from hotcold.runtime.bundle_files import ModelPath
 from hotcold.runtime.gpu.device import memory_or_error, on, open_devices, parse_budgets
 from hotcold.runtime.gpu.plan import whole_model
 from hotcold.runtime.gpu.stage import Stage
@@ -47,7 +48,7 @@ class GpuEngine:
         """Load the GGUF file `path`. Raises InputError, FormatError, UnsupportedError."""
         if n_ctx < 1:
             raise InputError("the context must hold at least one token", got=n_ctx)
-        file = GGUFFile(path)
+        file = open_gguf(path)
         self.mode, self.n_ctx, self.devices, self.audit = mode, n_ctx, list(devices), False
         self._budget = budget
         self.n_threads = available_cpus()
@@ -70,7 +71,7 @@ class GpuEngine:
         n_ctx: int = 2048,
         budget: str = "auto",
     ) -> Self:
-        """Open a bundle folder or one GGUF file; `auto` is `predicted` where there are predictors.
+        """Open a bundle folder or one GGUF file; `auto` is the most sparse mode there is.
 
         `device` and `budget` are what `open_devices` and `parse_budgets` take. As few devices are used as the
         model needs.
@@ -211,14 +212,10 @@ class GpuEngine:
 
 
 def file_and_mode(bundle: str | Path, mode: str) -> tuple[Path, str]:
-    """The GGUF file that a mode reads. `auto` is `predicted` where the file has predictors, else `exact`."""
-    if mode not in ("auto", "dense", "exact", "predicted"):
-        raise InputError("unknown mode", got=mode, expected="auto, dense, exact, predicted")
-    is_file = Path(bundle).suffix == ".gguf"
-    path = Path(bundle) if is_file else file_of_role(bundle, "dense" if mode == "dense" else "sparse")
-    if mode == "auto":
-        mode = "predicted" if "blk.0.fc1.weight" in GGUFFile(path).tensors else "exact"
-    return path, mode
+    """The GGUF file that a mode reads. `auto` is the most sparse of those that the model offers."""
+    model = ModelPath(bundle)
+    mode = model.modes[-1] if mode == "auto" else mode
+    return model.file_for(mode), mode
 
 
 def _check_mode(file: GGUFFile, weights: DeviceWeights, mode: str) -> None:

@@ -63,7 +63,7 @@ class HybridEngine(GpuEngine):
         n_threads: int | None = None,
         n_ctx: int = 2048,
     ) -> Self:
-        """Open a bundle folder or one GGUF file; `auto` is `predicted` where there are predictors."""
+        """Open a bundle folder or one GGUF file; `auto` is the most sparse mode there is."""
         path, mode = file_and_mode(bundle, mode)
         return cls(path, mode, open_devices(device), placement, n_threads, n_ctx)
 

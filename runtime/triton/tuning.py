@@ -6,18 +6,16 @@ when an engine is loaded. A GPU, or a shape, that was never tuned gets the first
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import statistics
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import torch
 from triton import next_power_of_2
 
+from hotcold import cache
 from hotcold.errors import StorageError
 from hotcold.progress import log
 from hotcold.storage import write_json
@@ -132,7 +130,7 @@ def _save(gpu: str, known: dict[str, Tiles], key: str, times: list[float]) -> No
     us = [1e3 * ms / _CALLS if math.isfinite(ms) else None for ms in times]
     try:
         write_json(path, known)
-        write_json(all_times, _read(all_times) | {key: us})
+        write_json(all_times, cache.read_record(all_times) | {key: us})
     except StorageError as error:
         log(f"tile sizes are not remembered: {error}")
 
@@ -189,19 +187,9 @@ def _gpu(device: torch.device) -> str:
 @lru_cache
 def _remembered(gpu: str) -> dict[str, Tiles]:
     """What the cache file of this GPU says; entries of other kernels' shape are dropped."""
-    found = _read(_file(gpu))
+    found = cache.read_record(_file(gpu))
     return {key: tiles for key, tiles in found.items() if tiles in CANDIDATES.get(key.partition(" ")[0], ())}
 
 
-def _read(path: Path) -> dict[str, Any]:
-    """An object of JSON; empty where there is none."""
-    try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
 def _file(gpu: str) -> Path:
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return root / "hotcold" / "triton" / f"{gpu.replace(' ', '-').replace('/', '-')}.json"
+    return cache.folder("triton") / f"{gpu.replace(' ', '-').replace('/', '-')}.json"

@@ -291,7 +291,9 @@ def fingerprint(model: str) -> str:
     """64 hex digits over the bytes of weight files and config: equal iff the files are the same."""
     path = resolve(model)
     if path.is_file():
-        return storage.sha256_file(path)
+        from hotcold.convert.gguf_split import gguf_sha256
+
+        return gguf_sha256(_gguf(path))
     digest = hashlib.sha256()
     for file in [path / "config.json", *sorted(path.glob("*.safetensors"))]:
         digest.update(f"{file.name} {storage.sha256_file(file)}\n".encode())

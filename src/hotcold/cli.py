@@ -37,6 +37,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "bench-gpu": ("hotcold.eval.gpu_bench_command", "measure decoding on a GPU, alone or with the CPU"),
     "bench-gpu-all": ("hotcold.eval.gpu_session_command", "all GPU measurements within a time limit"),
     "perplexity": ("hotcold.eval.perplexity_command", "measure perplexity in any mode"),
+    "cache": ("hotcold.cache_command", "list or clear what is kept of earlier runs"),
     "demo": ("hotcold.eval.demo_command", "all of the above on SmolLM2-135M"),
 }
 

@@ -142,6 +142,15 @@ def test_a_checkpoint_and_predictors_become_what_export_writes(bundle, model, co
     assert sparse.read_bytes() == (bundle / "m.powerinfer.gguf").read_bytes()
 
 
+def test_a_checkpoint_alone_becomes_a_sparse_file_for_exact_mode(bundle, model, convert, tmp_path, capsys):
+    plain = convert("bundle", model, options=("--name", "m"))
+    file = convert("powerinfer", plain)
+    same_tensors(file, plain / "m.powerinfer.gguf")
+    assert main(["convert", str(plain), "--to", "powerinfer", "--out", str(tmp_path / "again")]) == 0
+    assert "PowerInfer itself cannot run it" in capsys.readouterr().err
+    assert main(["verify", str(convert("bundle", file))]) == 0
+
+
 def test_predictors_out_of_a_sparse_file_and_through_model_pt(bundle, convert):
     own = PredictorBundle.load(bundle / "predictors")
     found = PredictorBundle.load(convert("predictors", bundle / "m.powerinfer.gguf"))
@@ -207,10 +216,14 @@ def other(make_model) -> Path:
     return make_model("relu", seed=1)
 
 
-def test_errors_are_one_line(bundle, model, other, convert, tmp_path):
+def test_errors_are_one_line(bundle, model, make_model, other, convert, tmp_path):
     files = convert("model-pt", bundle)
     assert "a pickle, which is a program, not data" in convert("predictors", files, error=True)
-    assert "no source has predictors" in convert("powerinfer", model, error=True)
+    assert "no source has predictors" in convert("model-pt", model, error=True)
+    silu = make_model("silu")
+    assert "never gives zero, so that there is no file by neurons (got silu" in convert(
+        "powerinfer", silu, error=True
+    )
     assert "no source has a model" in convert("gguf", bundle / "predictors", error=True)
     assert "no source has firing statistics" in convert("activation", model, error=True)
     assert "--vram-budget says so" in convert("gpuidx", bundle, error=True)

@@ -139,12 +139,24 @@ def test_rows_that_are_not_whole_blocks_become_f16_and_are_told(make_model, tmp_
     )
 
 
-def test_without_predictors_only_the_dense_form(model, tmp_path, capsys):
+def test_without_predictors_the_form_by_neurons_has_none(model, make_predictors, tmp_path, capsys):
     manifest = export(model, tmp_path / "b")
-    assert [path for path, file in manifest["files"].items() if file["role"] in ("dense", "sparse")] == [
-        "m.gguf"
-    ]
-    assert "no predictors given" in capsys.readouterr().err
+    roles = {path: file["role"] for path, file in manifest["files"].items()}
+    assert roles["m.gguf"] == "dense" and roles["m.powerinfer.gguf"] == "sparse"
+    assert "predictor" not in roles.values()
+    line = "m.powerinfer.gguf: no predictors: for hotcold's exact mode; PowerInfer itself cannot run it"
+    assert line in capsys.readouterr().err.splitlines()
+    export(model, tmp_path / "with", make_predictors(model))
+    plain, whole = (GGUFFile(tmp_path / name / "m.powerinfer.gguf") for name in ("b", "with"))
+    assert set(whole.tensors) - set(plain.tensors) == {n for n in whole.tensors if ".fc" in n}
+    assert all(np.array_equal(t.data, whole.tensors[n].data) for n, t in plain.tensors.items())
+    gone = set(whole.metadata) - set(plain.metadata)
+    assert gone and all("predictor" in key or "hot." in key or "threshold" in key for key in gone)
+
+
+def test_a_model_that_is_never_zero_has_no_form_by_neurons(make_model, tmp_path):
+    manifest = export(make_model("silu"), tmp_path / "b")
+    assert [file["role"] for file in manifest["files"].values()].count("sparse") == 0
 
 
 def test_a_function_that_llama_cpp_lacks_is_told(model, make_predictors, tmp_path, capsys):

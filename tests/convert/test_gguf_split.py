@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from hotcold.cli import main
-from hotcold.convert.gguf_split import open_gguf
+from hotcold.convert.gguf_split import gguf_sha256, open_gguf
 from hotcold.convert.gguf_write import planned, write_gguf
 from hotcold.errors import FormatError, InputError
 
@@ -81,3 +81,47 @@ def test_tensors_that_no_part_has(tmp_path):
     with pytest.raises(FormatError, match=r"got 3, expected 4") as caught:
         open_gguf(first)
     assert caught.value.field == "split.tensors.count"
+
+
+def test_a_part_under_the_name_of_the_first(tmp_path):
+    other = part(tmp_path, 1, count=2)
+    with pytest.raises(InputError, match=r"not the first part of the model.*got split\.no 1, expected 0"):
+        open_gguf(other.rename(tmp_path / "m-00001-of-00002.gguf"))
+
+
+def test_parts_that_were_joined_as_bytes(tmp_path):
+    parts = [part(tmp_path, number) for number in range(3)]
+    (tmp_path / "all.gguf").write_bytes(b"".join(path.read_bytes() for path in parts))
+    with pytest.raises(InputError, match=r"not the name of a part \(got all\.gguf"):
+        open_gguf(tmp_path / "all.gguf")
+
+
+def test_the_hash_is_of_all_parts_and_not_of_their_names(tmp_path):
+    (tmp_path / "other").mkdir()
+    first, _, last = [part(tmp_path, number) for number in range(3)]
+    digest = gguf_sha256(open_gguf(first))
+    for number in range(3):
+        name = f"m-{number + 1:05d}-of-00003.gguf"
+        (tmp_path / "other" / name.replace("m-", "n-")).write_bytes((tmp_path / name).read_bytes())
+    assert gguf_sha256(open_gguf(tmp_path / "other" / "n-00001-of-00003.gguf")) == digest
+    changed = bytearray(last.read_bytes())
+    changed[-1] ^= 1
+    last.write_bytes(changed)
+    assert gguf_sha256(open_gguf(first)) != digest
+
+
+def test_no_other_way_to_open_a_model_file():
+    """Who constructs a GGUFFile would see one part of a split model."""
+    import ast
+    from pathlib import Path
+
+    root = Path(__file__).parents[2]
+    folders = (root / name for name in ("src", "convert", "runtime", "eval", "predictor", "sparsify"))
+    calls = {
+        path.name
+        for folder in folders
+        for path in folder.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "GGUFFile"
+    }
+    assert calls == {"gguf_split.py"}

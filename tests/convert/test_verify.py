@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -77,6 +78,23 @@ def test_bundles_without_predictors_or_tokenizer_are_good(make_model, tmp_path):
     export_bundle(HFCheckpoint(model), tmp_path / "a", name="m", fingerprint="0" * 64, folder=model)
     export_bundle(HFCheckpoint(model), tmp_path / "b", name="m", fingerprint="0" * 64)
     assert verify_bundle(tmp_path / "a") == verify_bundle(tmp_path / "b") == []
+
+
+def test_a_sparse_model_without_predictors_is_good_with_and_without_its_form_by_neurons(
+    make_model, tmp_path, capsys
+):
+    """Bundles of before had the dense file alone."""
+    model = make_model()
+    export_bundle(HFCheckpoint(model), tmp_path / "b", name="m", fingerprint="0" * 64, folder=model)
+    assert verify_bundle(tmp_path / "b") == []
+    assert main(["inspect", str(tmp_path / "b"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["layers"] == []
+    manifest = Manifest.read(tmp_path / "b")
+    files = {path: file for path, file in manifest.files.items() if file.role != "sparse"}
+    (tmp_path / "b" / "m.powerinfer.gguf").unlink()
+    rewritten = replace(manifest, files=files).to_json()
+    (tmp_path / "b" / "manifest.json").write_text(json.dumps(rewritten))
+    assert verify_bundle(tmp_path / "b") == []
 
 
 def flip(path: Path, bit: int) -> None:

@@ -35,7 +35,7 @@ def measured(bundle, text_file, tmp_path_factory):
 
 
 def test_the_last_line_of_stdout_is_one_json_object(bundle, text_file, capsys):
-    assert run("--bundle", bundle, "--text", text_file, *SMALL, "-m", "exact", "-o", "json") == 0
+    assert run("--bundle", bundle, "--text", text_file, *SMALL, "--modes", "exact", "-o", "json") == 0
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert found["tok_s_exact"] > 0
     assert "tok_s_dense" not in found
@@ -73,7 +73,7 @@ def test_activity_is_real(measured):
 
 
 def test_recall_of_predictors_that_miss_neurons(lossy_bundle, text_file, tmp_path):
-    arguments = ("--bundle", lossy_bundle, "--text", text_file, *SMALL, "-m", "predicted")
+    arguments = ("--bundle", lossy_bundle, "--text", text_file, *SMALL, "--modes", "predicted")
     assert run(*arguments, "--save", tmp_path / "bench.json") == 0
     found = json.loads((tmp_path / "bench.json").read_text())
     assert 0.1 < found["recall"] < 0.99
@@ -81,7 +81,7 @@ def test_recall_of_predictors_that_miss_neurons(lossy_bundle, text_file, tmp_pat
 
 
 def test_modes_that_leave_inputs_out_are_sides_of_their_own(bundle, text_file, capsys):
-    arguments = ("--bundle", bundle, "--text", text_file, *SMALL, "-m", "dense,exact", "-o", "json")
+    arguments = ("--bundle", bundle, "--text", text_file, *SMALL, "--modes", "dense,exact", "-o", "json")
     assert run(*arguments, "--input-sparsity", 0.5) == 0
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert found["input_sparsity"] == 0.5

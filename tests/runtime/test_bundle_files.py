@@ -7,7 +7,8 @@ import shutil
 import pytest
 
 from hotcold.errors import FormatError, InputError
-from hotcold.runtime.bundle_files import file_of_role
+from hotcold.runtime.bundle_files import ModelPath, file_of_role, find_model
+from hotcold.runtime.engine import Engine
 
 
 def test_the_first_role_that_is_there(bundle, make_bundle):
@@ -40,3 +41,36 @@ def test_a_broken_manifest(bundle, tmp_path):
     path.write_text(path.read_text().replace("tiny.gguf", "../tiny.gguf"))
     with pytest.raises(FormatError, match=r"manifest\.json, (sha256|files)"):
         file_of_role(folder, "dense")
+
+
+def test_what_a_model_offers(bundle, make_bundle, tmp_path):
+    assert ModelPath(bundle.path).modes == ["dense", "exact", "predicted"]
+    assert ModelPath(bundle.path / "tiny.powerinfer.gguf").modes == ["exact", "predicted"]
+    assert ModelPath(make_bundle(activation="silu").path).modes == ["dense"]
+    odd = shutil.copy(bundle.path / "tiny.gguf", tmp_path / "a file without an ending")
+    assert ModelPath(odd).modes == ["dense"]
+    assert Engine.load(odd, "dense", 1).mode == "dense"
+
+
+def test_a_mode_that_is_not_offered_says_what_is(bundle, make_bundle, tmp_path):
+    silu = make_bundle(activation="silu")
+    with pytest.raises(InputError, match=r"got exact, expected dense\); `hotcold export` of a model"):
+        ModelPath(silu.path).file_for("exact")
+    with pytest.raises(InputError, match=r"got dense, expected exact or predicted\); a bundle has a"):
+        Engine.load(bundle.path / "tiny.powerinfer.gguf", "dense")
+    with pytest.raises(InputError, match=r"unknown mode \(got fast, expected auto, dense, exact\)"):
+        ModelPath(bundle.path).file_for("fast")
+
+
+def test_a_dense_file_runs_beside_a_broken_one(bundle, tmp_path):
+    folder = shutil.copytree(bundle.path, tmp_path / "copy")
+    (folder / "tiny.powerinfer.gguf").write_bytes(b"PWRI")
+    assert ModelPath(folder).file_for("dense") == folder / "tiny.gguf"
+
+
+def test_names_of_models(bundle, tmp_path):
+    assert find_model(str(bundle.path)) == bundle.path
+    assert find_model(bundle.path / "tiny.gguf") == bundle.path / "tiny.gguf"
+    assert find_model("smollm2").suffix == ".gguf"
+    with pytest.raises(InputError, match="no such model"):
+        find_model(str(tmp_path / "nowhere.gguf"))

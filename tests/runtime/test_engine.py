@@ -273,10 +273,10 @@ def test_a_tensor_of_the_wrong_shape(make_bundle, monkeypatch):
 def test_auto_chooses_and_remembers(bundle, monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     first = Engine.load(bundle.path, "auto", 1)
-    assert first.mode in ("exact", "predicted")
+    assert first.mode in ("dense", "exact", "predicted")
     remembered = list(tmp_path.rglob("*.json"))
     assert len(remembered) == 1
-    other = {"exact": "predicted", "predicted": "exact"}[first.mode]
+    other = {"dense": "exact", "exact": "predicted", "predicted": "dense"}[first.mode]
     remembered[0].write_text(json.dumps({"mode": other}))
     assert Engine.load(bundle.path, "auto", 1).mode == other
 

@@ -96,7 +96,7 @@ def test_what_a_device_would_compute_wrongly(name, key, value, message, make_bun
         file.metadata[key] = value
         return file
 
-    monkeypatch.setattr(gpu_engine, "GGUFFile", changed)
+    monkeypatch.setattr(gpu_engine, "open_gguf", changed)
     with pytest.raises(UnsupportedError, match=message):
         GpuEngine.load(make_bundle_of(name), "exact", "cpu", n_ctx=64)
 
@@ -110,7 +110,7 @@ def test_biases_under_other_names(old, new, make_bundle_of, monkeypatch):
         file.tensors[f"blk.1.{new}.bias"] = file.tensors.pop(f"blk.1.{old}.bias")
         return file
 
-    monkeypatch.setattr(gpu_engine, "GGUFFile", changed)
+    monkeypatch.setattr(gpu_engine, "open_gguf", changed)
     with pytest.raises(UnsupportedError, match=rf"this kind of tensor \(got blk.1.{new}.bias"):
         GpuEngine.load(make_bundle_of("opt"), "exact", "cpu", n_ctx=64)
 
@@ -178,7 +178,7 @@ def test_a_layer_that_wants_no_cold_neuron(name, make_bundle_of, monkeypatch):
         file.metadata["hotcold.hot.counts"] = np.zeros(2, np.int32)
         return file
 
-    monkeypatch.setattr(gpu_engine, "GGUFFile", changed)
+    monkeypatch.setattr(gpu_engine, "open_gguf", changed)
     bundle, placement = make_bundle_of(name), Placement(SPLITS["all cold"], (1 << 30,))
     hybrid = HybridEngine.load(bundle, placement, "predicted", "cpu", 1, n_ctx=64)
     alone = GpuEngine.load(bundle, "predicted", "cpu", n_ctx=64)

@@ -104,7 +104,7 @@ def test_a_missing_tensor_is_named(deep, monkeypatch):
         del file.tensors["token_embd.weight"]
         return file
 
-    monkeypatch.setattr(gpu_engine, "GGUFFile", without_embedding)
+    monkeypatch.setattr(gpu_engine, "open_gguf", without_embedding)
     with pytest.raises(FormatError, match=r"token_embd.weight: missing tensor"):
         GpuEngine.load(deep, "exact", "cpu")
 

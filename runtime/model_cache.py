@@ -1,0 +1,121 @@
+"""Bundles of Hugging Face checkpoints, made when one is to be run and kept in the user's cache.
+
+An entry is known by the content of the checkpoint, the quantisation and hotcold's version, so that it is
+made again when one of them changes. It counts once its record is there, which is written last. While a
+process runs a bundle it holds a lock on it; the least recently used of the others go when the cache is full.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from pathlib import Path
+
+from hotcold import __version__, cache, storage
+from hotcold.progress import log
+from hotcold.runtime.sizes import format_bytes, parse_bytes
+
+__all__ = ["cached_bundle", "limit", "make_room"]
+
+_READ = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt")  # what may go into a bundle
+_MOST, _SHARE = 50 << 30, 10
+_LIMIT = "HOTCOLD_CACHE_LIMIT"
+
+
+def cached_bundle(checkpoint: Path, source: str, quant: str) -> Path:
+    """The bundle of an HF directory, with matrices of type `quant`; made now if it is not there.
+
+    `source` is what the user calls the model. Raises what `export_bundle` raises.
+    """
+    key = cache.digest(_content(checkpoint), quant, __version__)
+    bundle = cache.folder("models") / key
+    waiting = f"waiting for another process that converts {source}"
+    while True:
+        cache.hold(bundle, waiting)
+        if _is_whole(bundle):
+            os.utime(_record(bundle))
+            return bundle
+        cache.release(bundle)
+        with cache.exclusive(bundle, waiting):
+            if not _is_whole(bundle):
+                _make(bundle, checkpoint, source, quant)
+
+
+def _content(checkpoint: Path) -> list[tuple[str, str]]:
+    """Names and hashes of the files of a checkpoint."""
+    files = sorted(path for pattern in _READ for path in checkpoint.glob(pattern) if path.is_file())
+    return [(path.name, cache.sha256(path)) for path in files]
+
+
+def _record(bundle: Path) -> Path:
+    return bundle.with_name(f"{bundle.name}.json")
+
+
+def _is_whole(bundle: Path) -> bool:
+    """Whether the record is there, and each file with the size that the manifest gives it."""
+    from hotcold.convert.manifest import Manifest
+    from hotcold.errors import HotcoldError
+
+    if not cache.read_record(_record(bundle)):
+        return False
+    try:
+        files = Manifest.read(bundle).files
+        return all((bundle / name).stat().st_size == file.bytes for name, file in files.items())
+    except (HotcoldError, OSError):
+        return False
+
+
+def _make(bundle: Path, checkpoint: Path, source: str, quant: str) -> None:
+    from hotcold.checkpoint import fingerprint
+    from hotcold.convert.export import ExportOptions, export_bundle
+    from hotcold.convert.hf_checkpoint import HFCheckpoint
+    from hotcold.convert.manifest import MANIFEST
+
+    log(f"converting {source} to {quant}, once; `hotcold cache` has more")
+    cache.sweep()
+    manifest = export_bundle(
+        HFCheckpoint(checkpoint),
+        bundle,
+        name=_plain_name(source),
+        fingerprint=fingerprint(str(checkpoint)),
+        folder=checkpoint,
+        options=ExportOptions(quant),
+    )
+    files = [*manifest["files"], MANIFEST]
+    storage.write_json(_record(bundle), {"source": source, "quant": quant, "files": files})
+    make_room(but=bundle)
+
+
+def _plain_name(source: str) -> str:
+    """The model's own name as the base name of files."""
+    return re.sub(r"[^\w.+-]", "_", Path(source).resolve().name).lstrip("._+-") or "model"
+
+
+def limit() -> int:
+    """Bytes that bundles may take: HOTCOLD_CACHE_LIMIT, or 50 GiB, or a tenth of the free disk if that is
+    less. InputError for what is no size."""
+    if text := os.environ.get(_LIMIT):
+        return parse_bytes(text)
+    folder = cache.folder("models")
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    # What the cache has taken would be free without it.
+    return min(_MOST, (shutil.disk_usage(there).free + _taken()) // _SHARE)
+
+
+def _taken() -> int:
+    return sum(entry.bytes for entry in cache.entries("models"))
+
+
+def make_room(but: Path | None = None) -> None:
+    """Remove bundles, the least recently used first and none in use, until the rest is within the limit."""
+    most, taken = limit(), _taken()
+    for entry in cache.entries("models"):
+        if taken <= most:
+            return
+        if entry.subject != but and cache.remove(entry):
+            log(f"cache: {entry.source} removed, not used for the longest time")
+            taken -= entry.bytes
+    if taken > most:
+        what = f"the models in use take {format_bytes(taken)}, the limit is {format_bytes(most)}"
+        log(f"cache: {what}; {_LIMIT} sets it")

@@ -1,0 +1,56 @@
+"""`hotcold cache`: what hotcold keeps so as not to make it twice, and how to be rid of it."""
+
+from __future__ import annotations
+
+import argparse
+import time
+
+from hotcold import cache
+from hotcold.errors import InputError
+from hotcold.progress import log
+
+HELP = (
+    "List or clear what hotcold keeps in $XDG_CACHE_HOME/hotcold (~/.cache/hotcold): bundles of checkpoints "
+    "that were run, which mode is fastest, tile sizes of GPU kernels, hashes of files. All of it is made "
+    "again when it is needed. HOTCOLD_CACHE_LIMIT=20G limits the bundles (default: 50 GiB, or a tenth of the "
+    "free disk if that is less); the least recently used go first."
+)
+EXAMPLE = "hotcold cache list"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    parser.add_argument("action", choices=("list", "clear"), help="show the entries, or remove them")
+    parser.add_argument(
+        "names", nargs="*", metavar="NAME", help="entries as `list` names them, or beginnings; all without"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """List the entries, or remove them, and say what was freed."""
+    found = _matching(args.names)
+    if args.action == "list":
+        for entry in reversed(found):
+            used = time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.used))
+            print(f"{entry.name:<36}  {entry.bytes:>15,} bytes  {used}  {entry.source}")
+        return 0
+    if not args.names:
+        cache.sweep()
+    removed = [entry for entry in found if _removed(entry)]
+    print(f"{len(removed)} entries removed, {sum(entry.bytes for entry in removed):,} bytes")
+    return 0
+
+
+def _matching(names: list[str]) -> list[cache.Entry]:
+    found = cache.entries()
+    for name in names:
+        if not any(entry.name.startswith(name) for entry in found):
+            raise InputError("no such entry in the cache", got=name, fix="`hotcold cache list` names them")
+    return [entry for entry in found if not names or any(entry.name.startswith(name) for name in names)]
+
+
+def _removed(entry: cache.Entry) -> bool:
+    if cache.remove(entry):
+        return True
+    log(f"{entry.name}: in use, and kept")
+    return False
