@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import json
 from typing import TYPE_CHECKING
+
+from hotcold.json_file import json_text
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -62,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
         report, table = _measure(args, Path(scratch))
     if args.save:
         storage.write_json(args.save, report)
-    print(json.dumps(report) if args.output == "json" else table, flush=True)
+    print(json_text(report) if args.output == "json" else table, flush=True)
     return 0
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import json
 from typing import TYPE_CHECKING
 
 from hotcold.errors import InputError
+from hotcold.json_file import json_text
 from hotcold.runtime.backends import add_input_sparsity
 
 if TYPE_CHECKING:
@@ -113,7 +113,7 @@ def _show(
         }
         found |= {"input_sparsity": input_sparsity} if input_sparsity else {}
         found |= {"kl": quality.kl, "same_top": quality.same_top} if distances else {}
-        print(json.dumps(found), flush=True)
+        print(json_text(found), flush=True)
     else:
         figures = f"{quality.ppl:.4f} ± {quality.stderr:.4f} over {quality.tokens} tokens"
         if distances:

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 
 from hotcold.eval.results import Report, Row, Spread
 from hotcold.eval.roofline import PARTS
+from hotcold.json_file import json_text
 
 __all__ = ["FORMATS", "as_json_object", "markdown", "render"]
 
@@ -35,11 +35,11 @@ def _jsonl(report: Report) -> str:
         **report.settings,
         "machine": dict(report.machine),
     }
-    return "\n".join(json.dumps({**_flat(row), **shared}) for row in report.rows)
+    return "\n".join(json_text({**_flat(row), **shared}) for row in report.rows)
 
 
 def _json(report: Report) -> str:
-    return json.dumps(as_json_object(report))
+    return json_text(as_json_object(report))
 
 
 def _flat(row: Row) -> dict[str, object]:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hotcold.errors import InputError
+from hotcold.json_file import json_text
 from hotcold.progress import log
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ def _report(run: TraceRun, shards: list[TraceShard], *, as_json: bool) -> None:
     if as_json:
         mean = float(layers.mean())
         print(
-            json.dumps(
+            json_text(
                 {"tokens": run.n_tokens, "sparsity": mean, "layers": layers.tolist(), "clipped": clipped}
             )
         )

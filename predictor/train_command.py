@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import json
+
+from hotcold.json_file import json_text
 
 HELP = "Train, for each FFN layer, a small network that predicts which neurons fire."
 EXAMPLE = "hotcold train-predictors --traces traces --out predictors"
@@ -45,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
         torch.set_num_threads(args.threads)
     bundle = train_bundle(traces, args.out, options)
     if args.json:
-        print(json.dumps({**bundle.config(), "mean": mean_metrics(bundle.metrics).to_json()}))
+        print(json_text({**bundle.config(), "mean": mean_metrics(bundle.metrics).to_json()}))
     else:
         print(table(bundle.ranks, bundle.thresholds, bundle.metrics))
     return 0

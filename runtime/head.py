@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 
+from hotcold.convert.forms import EMBEDDING
 from hotcold.convert.gguf_read import GGUFFile
 
 __all__ = ["EMBEDDING", "head_name"]
 
-EMBEDDING, _HEAD = "token_embd.weight", "output.weight"
+_HEAD = "output.weight"
 _GLANCE = 4096  # elements of the stored array
 
 
