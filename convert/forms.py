@@ -74,7 +74,7 @@ FORMS: dict[str, Form] = {
 
 
 def vocabulary_size(file: GGUFFile) -> int:
-    """The rows of the embedding. FormatError where it has none, ShapeError where the file says another number."""
+    """The rows of the embedding. FormatError where it has none, ShapeError where it is said to be another."""
     embedding, field = file.tensors.get(EMBEDDING), f"{file.require('general.architecture', str)}.vocab_size"
     if embedding is None or len(embedding.shape) != 2:
         raise missing_tensor(EMBEDDING, file.path)

@@ -1,7 +1,7 @@
 """Tensors that layers may have or not: a file has them in all layers, or in none.
 
-Nothing in a file's metadata says which biases and norms there are. So a hole shows only in that other layers
-have the tensor; to run such a file without it would compute another model.
+Nothing in a file's metadata says which biases and norms there are, or in which form a matrix is. So a hole shows
+only in that other layers have the tensor; to run such a file without it would compute another model.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ _QKV_BIASES = ("attn_q.bias", "attn_k.bias", "attn_v.bias")
 _OPTIONAL = (
     *_QKV_BIASES, "attn_qkv.bias", "attn_output.bias", "ffn_up.bias", "ffn_down.bias", "ffn_down_t.bias",
     "attn_norm_2.weight", "attn_norm_2.bias",
+    "ffn_down.weight", "ffn_down_t.weight",  # of which a file has either, by its form
 )  # fmt: skip
 
 

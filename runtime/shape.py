@@ -66,7 +66,6 @@ class ModelShape:
         d_model, n_heads = key.count("embedding_length"), key.count("attention.head_count", most=_MAX_HEADS)
         n_layers = key.count("block_count", most=_MAX_LAYERS)
         n_vocab = vocabulary_size(file)
-        check_layers_alike(file, n_layers)
         head_dim = key.count("attention.key_length", max(d_model // n_heads, 1), _MAX_HEAD)
         rope, frequencies = Rope(), np.empty(0, np.float32)
         if not form.positions:
@@ -74,7 +73,7 @@ class ModelShape:
             rope, divisors = read_rope(file, arch), rope_divisors(file, head_dim)
             frequencies = rope.frequencies(head_dim)
             frequencies = frequencies if divisors is None else frequencies / divisors
-        return cls(
+        shape = cls(
             form=form,
             n_layers=n_layers,
             d_model=d_model,
@@ -89,6 +88,8 @@ class ModelShape:
             windows=read_windows(file, n_layers) or [0] * n_layers,
             activation=_activation(file, form),
         )
+        check_layers_alike(file, n_layers)
+        return shape
 
 
 def check_context(file: GGUFFile, shape: ModelShape, n_ctx: int) -> None:

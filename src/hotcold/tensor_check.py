@@ -38,8 +38,8 @@ _QUANTIZED = re.compile(
     r"|\.weight\.(absmax|quant_map|nested_\w+|quant_state\b.*)$"
 )
 
-# Put before the names of tensors by torch.compile, FSDP and checkpointing, by PEFT and DDP, by modules around a
-# model (Lightning's), and by models of pictures and text.
+# Put before the names of tensors by torch.compile, FSDP and checkpointing, by PEFT and DDP, by modules around
+# a model (Lightning's), and by models of pictures and text.
 _WRAPPERS = (
     re.compile(r"(?:(?<=\.)|^)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."),
     re.compile(r"^(base_model\.model|module)\.(?=.)"),

@@ -1,4 +1,4 @@
-"""GGUF files of every family with a tensor too few, too many, renamed or cut, or a value that is no number."""
+"""GGUF files of every family: a tensor too few or too many, renamed or cut, or a value that is no number."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from hotcold.errors import FormatError, HotcoldError
 from hotcold.runtime.engine import Engine
 
 CHANGES = ("removed", "renamed", "cut", "added")
-# Without these a file says another model, and llama.cpp and transformers run it: a head is tied then, positions
+# Without these a file is another model, which llama.cpp and transformers run: a head is tied then, positions
 # are plain, one expert needs no router, and a model has fewer learned positions.
 FREE = re.compile(r"output\.weight|rope_freqs\.weight|\S*\.ffn_gate_inp\.\S*")
 FEWER = re.compile(r"(pos|position)_embd\.weight|rope_freqs\.weight|\S*\.ffn_gate_inp\.\S*")
