@@ -1,6 +1,6 @@
 """Tensors that layers may have or not: a file has them in all layers, or in none.
 
-Nothing in a file's metadata says which biases and norms there are, or in which form a matrix is. So a hole shows
+Nothing in the metadata says which biases and norms there are, or in which form a matrix is. So a hole shows
 only in that other layers have the tensor; to run such a file without it would compute another model.
 """
 
