@@ -19,10 +19,11 @@ if TYPE_CHECKING:
     from hotcold.convert.gguf_read import GGUFFile
 
 __all__ = [
-    "EMBEDDING", "FORMS", "ROPE_FACTORS", "Form", "hyper_parameters", "read_windows", "vocabulary_size",
+    "EMBEDDING", "FORMS", "HEAD", "ROPE_FACTORS", "Form", "head_is_embedding", "hyper_parameters",
+    "read_windows", "vocabulary_size",
 ]  # fmt: skip
 
-EMBEDDING = "token_embd.weight"
+EMBEDDING, HEAD = "token_embd.weight", "output.weight"
 
 _WINDOWS = "hotcold.attention.windows"  # u32[L]: positions that the queries of a layer see, 0: all
 ROPE_FACTORS = "hotcold.rope.factors"  # f32[head_dim / 2]: as the tensor rope_freqs, where that is not known
@@ -71,6 +72,15 @@ FORMS: dict[str, Form] = {
         "relu", layer_norm=True, gated=False, positions="pos_embd", first_position=2, default_eps=1e-5
     ),
 }
+
+
+def head_is_embedding(file: GGUFFile) -> bool:
+    """Whether a file has no head of its own; FormatError in PowerInfer's form, which has one but for OPT."""
+    if HEAD in file.tensors:
+        return False
+    if file.magic == "PWRI" and file.require("general.architecture", str) != "opt":
+        raise missing_tensor(HEAD, file.path)
+    return True
 
 
 def vocabulary_size(file: GGUFFile) -> int:

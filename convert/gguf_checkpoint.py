@@ -18,7 +18,7 @@ import numpy as np
 
 from hotcold.convert.architectures import ACTIVATIONS, split_rope
 from hotcold.convert.families import FAMILIES
-from hotcold.convert.forms import FORMS, read_windows, vocabulary_size
+from hotcold.convert.forms import FORMS, head_is_embedding, read_windows, vocabulary_size
 from hotcold.convert.gguf_read import GGUFFile, Tensor
 from hotcold.convert.gguf_split import open_gguf
 from hotcold.convert.quantize import FLOATS, dequantize
@@ -164,7 +164,7 @@ def _config(file: GGUFFile, architecture: str) -> dict[str, Any]:
         "head_dim": head_dim,
         "rms_norm_eps": file.require(f"{architecture}.attention.layer_norm_rms_epsilon", float),
         "rope_parameters": rope_parameters(file, architecture, head_dim),
-        "tie_word_embeddings": "output.weight" not in file.tensors,
+        "tie_word_embeddings": head_is_embedding(file),
     }
     config |= _window(file, config["num_hidden_layers"])
     if "blk.0.attn_output.bias" in file.tensors:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from hotcold.errors import InputError
 from hotcold.eval.sides import Side
 from hotcold.finite import check_logits, perplexity_of
 
@@ -45,7 +46,7 @@ class _Tally:
         ppl = perplexity_of(float(nll.mean()))
         spread = nll.std(ddof=1) if len(nll) > 1 else 0.0
         same_top = float(np.concatenate(self.same_top).mean()) if self.same_top else None
-        kl = max(0.0, float(np.concatenate(self.kl).mean())) if self.kl else None  # rounding may go below
+        kl = _mean_divergence(np.concatenate(self.kl)) if self.kl else None
         return Quality(ppl, float(ppl * spread / math.sqrt(len(nll))), len(nll), same_top, kl)
 
 
@@ -90,6 +91,13 @@ def _score(tally: _Tally, logits: np.ndarray, targets: np.ndarray, truth: np.nda
             log_t = _log_softmax(truth[rows])
             tally.same_top.append(log_p.argmax(axis=1) == log_t.argmax(axis=1))
             tally.kl.append(_divergence(log_t, log_p))
+
+
+def _mean_divergence(kl: np.ndarray) -> float:
+    mean = max(0.0, float(kl.mean()))  # rounding may go below
+    if not math.isfinite(mean):
+        raise InputError("the distance is not finite: a token that the reference may say is impossible here")
+    return mean
 
 
 def _divergence(log_t: np.ndarray, log_p: np.ndarray) -> np.ndarray:
