@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hotcold import storage
-from hotcold.errors import FormatError, HotcoldError, InputError
+from hotcold.errors import FormatError, HotcoldError, InputError, UnsupportedError
 from hotcold.families import FfnLayer, activation_name, as_transformers, ffn_layers, install_activation
 from hotcold.json_file import read_json
 from hotcold.tokenizer_file import read_tokenizer
@@ -82,6 +82,9 @@ def _smollm2() -> Path:
 
 
 def _checked_directory(path: Path) -> Path:
+    if (path / "adapter_config.json").is_file():
+        fix = "merge the adapter first (PEFT's merge_and_unload) and save the whole model"
+        raise UnsupportedError("an adapter, not a model", where=path, fix=fix)
     if not (path / "config.json").is_file():
         raise InputError("no config.json in this folder", where=path, fix="give an HF checkpoint's folder")
     if not any(path.glob("*.safetensors")):

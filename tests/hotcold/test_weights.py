@@ -257,6 +257,21 @@ def test_shards(families, tmp_path):
     np.testing.assert_array_equal(our_logits(whole), our_logits(families["llama"]))
 
 
+@pytest.mark.parametrize("metadata", [None, {"format": "mlx"}])
+def test_what_a_file_says_of_its_writer_does_not_matter(metadata, families, tmp_path):
+    tensors = load_file(families["llama"] / "model.safetensors")
+    folder = write(tmp_path / "m", FAMILIES["llama"], tensors)
+    save_file(tensors, folder / "model.safetensors", metadata=metadata)
+    np.testing.assert_array_equal(our_logits(folder), our_logits(families["llama"]))
+
+
+def test_an_adapter_is_refused_by_its_folder(families, tmp_path):
+    save_file({"base_model.model.x.lora_A.weight": np.ones(1)}, tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(UnsupportedError, match=r"an adapter, not a model; merge the adapter first"):
+        checkpoint.load_model(str(tmp_path))
+
+
 def test_other_safetensors_in_the_folder_are_none_of_the_model(families, tmp_path):
     folder = write(tmp_path / "m", FAMILIES["llama"], load_file(families["llama"] / "model.safetensors"))
     before, logits = checkpoint.fingerprint(str(folder)), our_logits(folder)
