@@ -80,7 +80,8 @@ class Source:
 
     def check_all_read(self, ignored: tuple[str, ...]) -> None:
         """An unused tensor (a bias, a rope table) means another function than the one computed here."""
-        left = sorted(name for name in self._unread if not any(part in name for part in ignored))
+        endings = tuple(f".{part}" for part in ignored)
+        left = [name for name in self._unread if not f".{name}".endswith(endings)]
         if left:
             raise unexpected_tensors(left, self.path)
 
