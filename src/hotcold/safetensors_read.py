@@ -30,9 +30,14 @@ class SafetensorsFile:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self._check()
-        with self.path.open("rb") as file:
-            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        if not self.path.is_file():
+            raise InputError("no such file", where=self.path)
+        try:
+            with self.path.open("rb") as file:
+                self._check()
+                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except OSError as error:  # no right to read it, too many open files, a broken disk
+            raise InputError(f"cannot read the file: {error.strerror or error}", where=self.path) from error
         (n_header,) = struct.unpack_from("<Q", self._map)
         header = json.loads(self._map[8 : 8 + n_header])
         self._metadata: dict[str, str] = header.pop("__metadata__", {})
@@ -40,12 +45,10 @@ class SafetensorsFile:
         self._begin = 8 + n_header
 
     def _check(self) -> None:
-        if not self.path.is_file():
-            raise InputError("no such file", where=self.path)
         try:
             with safe_open(self.path, framework="numpy"):
                 pass
-        except (SafetensorError, OSError) as error:
+        except SafetensorError as error:
             raise FormatError(f"not a safetensors file: {error}", where=self.path) from error
 
     def __iter__(self) -> Iterator[str]:
