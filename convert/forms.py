@@ -12,12 +12,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hotcold.errors import FormatError
+from hotcold.tensor_check import misshapen_tensor, missing_tensor
 
 if TYPE_CHECKING:
     from hotcold.convert.architectures import ModelSpec
     from hotcold.convert.gguf_read import GGUFFile
 
-__all__ = ["FORMS", "ROPE_FACTORS", "Form", "hyper_parameters", "read_windows"]
+__all__ = [
+    "EMBEDDING", "FORMS", "HEAD", "ROPE_FACTORS", "Form", "head_is_embedding", "hyper_parameters",
+    "read_windows", "vocabulary_size",
+]  # fmt: skip
+
+EMBEDDING, HEAD = "token_embd.weight", "output.weight"
 
 _WINDOWS = "hotcold.attention.windows"  # u32[L]: positions that the queries of a layer see, 0: all
 ROPE_FACTORS = "hotcold.rope.factors"  # f32[head_dim / 2]: as the tensor rope_freqs, where that is not known
@@ -66,6 +72,26 @@ FORMS: dict[str, Form] = {
         "relu", layer_norm=True, gated=False, positions="pos_embd", first_position=2, default_eps=1e-5
     ),
 }
+
+
+def head_is_embedding(file: GGUFFile) -> bool:
+    """Whether a file has no head of its own; FormatError in PowerInfer's form, which has one but for OPT."""
+    if HEAD in file.tensors:
+        return False
+    if file.magic == "PWRI" and file.require("general.architecture", str) != "opt":
+        raise missing_tensor(HEAD, file.path)
+    return True
+
+
+def vocabulary_size(file: GGUFFile) -> int:
+    """The rows of the embedding. FormatError where it has none, ShapeError where it is said to be another."""
+    embedding, field = file.tensors.get(EMBEDDING), f"{file.require('general.architecture', str)}.vocab_size"
+    if embedding is None or len(embedding.shape) != 2:
+        raise missing_tensor(EMBEDDING, file.path)
+    rows, width = embedding.shape
+    if (said := file.find(field, int, rows)) != rows:
+        raise misshapen_tensor(EMBEDDING, file.path, embedding.shape, (said, width))
+    return rows
 
 
 def read_windows(file: GGUFFile, n_layers: int) -> list[int]:

@@ -17,12 +17,14 @@ import numpy as np
 
 from hotcold.convert.architectures import ACTIVATIONS, split_rope
 from hotcold.convert.families import FAMILIES
-from hotcold.convert.forms import FORMS, read_windows
+from hotcold.convert.forms import FORMS, head_is_embedding, read_windows, vocabulary_size
 from hotcold.convert.gguf_read import GGUFFile, Tensor
 from hotcold.convert.gguf_split import forget_pages, open_gguf
 from hotcold.convert.quantize import FLOATS, dequantize
 from hotcold.convert.rope_factors import check_pairs, rope_parameters
-from hotcold.errors import FormatError, ShapeError, UnsupportedError
+from hotcold.errors import FormatError, UnsupportedError
+from hotcold.finite import check_weight
+from hotcold.tensor_check import misshapen_tensor, missing_tensor, unexpected_tensors
 
 __all__ = ["GGUFCheckpoint"]
 
@@ -94,15 +96,15 @@ class GGUFCheckpoint:
         return self._find(name).shape
 
     def load(self, name: str) -> np.ndarray:
-        """One tensor as float32, decoded if it is quantised."""
+        """One tensor as float32, decoded if it is quantised; FormatError unless all of it is finite."""
         weight = self._find(name)
-        values = weight.change(dequantize(weight.tensor))
+        values = weight.change(check_weight(dequantize(weight.tensor), weight.tensor.name, self.path))
         forget_pages(self._file)
         return values
 
     def _find(self, name: str) -> _Weight:
         if name not in self._weights:
-            raise FormatError("missing tensor", where=self.path, field=name)
+            raise missing_tensor(name, self.path)
         return self._weights[name]
 
     def _weight(self, tensor: Tensor) -> tuple[str, _Weight]:
@@ -112,7 +114,7 @@ class GGUFCheckpoint:
             return name, self._layer_weight(tensor, match[2])
         if (match := _OUTER.fullmatch(tensor.name)) and match[1] in _OUTER_NAMES:
             return f"{_OUTER_NAMES[match[1]]}.{match[2]}", _Weight(tensor, tensor.shape, _same)
-        raise UnsupportedError("the model has tensors of an unknown kind", where=self.path, got=tensor.name)
+        raise unexpected_tensors([tensor.name], self.path)
 
     def _layer_weight(self, tensor: Tensor, kind: str) -> _Weight:
         heads = {"attn_q": "num_attention_heads", "attn_k": "num_key_value_heads"}
@@ -120,15 +122,11 @@ class GGUFCheckpoint:
             n_heads = self.config[heads[kind]]
             if tensor.shape[0] != n_heads * self.config["head_dim"]:
                 expected = f"{n_heads} heads of {self.config['head_dim']} rows"
-                raise ShapeError(
-                    f"tensor {tensor.name}", where=self.path, got=tensor.shape, expected=expected
-                )
+                raise misshapen_tensor(tensor.name, self.path, tensor.shape, expected)
             return _Weight(tensor, tensor.shape, lambda values: split_rope(values, n_heads))
         if kind.endswith("_exps"):
             if len(tensor.shape) != 3 or tensor.shape[0] != 1:
-                raise ShapeError(
-                    f"tensor {tensor.name}", where=self.path, got=tensor.shape, expected="one expert"
-                )
+                raise misshapen_tensor(tensor.name, self.path, tensor.shape, "one expert")
             return _Weight(tensor, tensor.shape[1:], lambda values: values[0])
         if kind == "ffn_down_t":
             return _Weight(tensor, tensor.shape[::-1], np.transpose)
@@ -151,9 +149,6 @@ def _same(values: np.ndarray) -> np.ndarray:
 
 def _config(file: GGUFFile, architecture: str) -> dict[str, Any]:
     """The `config.json` that transformers would need for this model."""
-    embedding = file.tensors.get("token_embd.weight")
-    if embedding is None or len(embedding.shape) != 2:
-        raise FormatError("missing tensor", where=file.path, field="token_embd.weight")
     if architecture == "smallthinker" and file.require("smallthinker.expert_count", int) != 1:
         got = file.metadata["smallthinker.expert_count"]
         raise UnsupportedError("a mixture of experts", where=file.path, got=got, expected="one expert")
@@ -162,12 +157,12 @@ def _config(file: GGUFFile, architecture: str) -> dict[str, Any]:
     head_dim = _head_dim(file, architecture, config["hidden_size"] // n_heads)
     config |= {
         "model_type": _MODEL_TYPES[architecture],
-        "vocab_size": embedding.shape[0],
+        "vocab_size": vocabulary_size(file),
         "num_key_value_heads": file.count(f"{architecture}.attention.head_count_kv", n_heads),
         "head_dim": head_dim,
         "rms_norm_eps": file.require(f"{architecture}.attention.layer_norm_rms_epsilon", float),
         "rope_parameters": rope_parameters(file, architecture, head_dim),
-        "tie_word_embeddings": "output.weight" not in file.tensors,
+        "tie_word_embeddings": head_is_embedding(file),
     }
     config |= _window(file, config["num_hidden_layers"])
     if "blk.0.attn_output.bias" in file.tensors:

@@ -18,6 +18,7 @@ import numpy as np
 from hotcold import storage
 from hotcold.convert.gguf_read import DEFAULT_ALIGNMENT, Tensor, row_bytes, type_ids
 from hotcold.convert.quantize import quantize
+from hotcold.convert.stored import check_stored
 from hotcold.errors import ShapeError
 from hotcold.progress import Progress
 
@@ -62,13 +63,16 @@ class TensorPlan:
 
 
 def planned(name: str, shape: Sequence[int], type_name: str, load: Callable[[], np.ndarray]) -> TensorPlan:
-    """Plan a tensor whose `load()` gives floats of `shape`, to be quantised to `type_name`."""
+    """Plan a tensor whose `load()` gives floats of `shape`, to be quantised to `type_name`.
+
+    Writing it raises FormatError where one of them does not fit that type.
+    """
 
     def quantised() -> np.ndarray:
         array = load()
         if array.shape != tuple(shape):
             raise ShapeError("tensor of another shape", where=name, got=array.shape, expected=tuple(shape))
-        return quantize(array, type_name)
+        return check_stored(quantize(array, type_name), type_name, name, None)
 
     return TensorPlan(name, tuple(shape), type_name, quantised)
 

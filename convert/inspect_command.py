@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
+
+from hotcold.json_file import json_text
 
 HELP = (
     "Show what is in a GGUF file, a bundle, a predictor bundle or a GPU index: metadata, tensors, "
@@ -26,5 +27,5 @@ def run(args: argparse.Namespace) -> int:
     from hotcold.convert.inspect import describe, render
 
     described = describe(args.path)
-    print(json.dumps(described, ensure_ascii=False) if args.json else render(described))
+    print(json_text(described, ensure_ascii=False) if args.json else render(described))
     return 0

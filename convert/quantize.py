@@ -16,7 +16,7 @@ from hotcold.convert.gguf_read import Tensor, row_bytes
 from hotcold.cpus import available_cpus
 from hotcold.errors import UnsupportedError
 
-__all__ = ["FLOATS", "QUANTS", "dequantize", "quantize", "row_type", "type_of"]
+__all__ = ["FLOATS", "QUANTS", "as_f16", "dequantize", "quantize", "row_type", "type_of"]
 
 # what --quant takes -> ggml's type
 QUANTS = {"f32": "F32", "f16": "F16", "bf16": "BF16", "q8_0": "Q8_0", "q4_0": "Q4_0", "q4_1": "Q4_1",
@@ -59,8 +59,15 @@ def quantize(array: np.ndarray, type_name: str) -> np.ndarray:
 
 def _quantize_rows(rows: np.ndarray, kind: GGMLQuantizationType) -> np.ndarray:
     rows = np.ascontiguousarray(rows, dtype=np.float32)
-    with np.errstate(divide="ignore", invalid="ignore"):  # blocks of zeros have scale 0
+    # Blocks of zeros have scale 0; what does not fit becomes infinite, which is looked for afterwards.
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         return quants.quantize(rows, kind).view(np.uint8)
+
+
+def as_f16(values: np.ndarray) -> np.ndarray:
+    """float32 values as float16, which makes those beyond its range infinite."""
+    with np.errstate(over="ignore"):
+        return np.ascontiguousarray(values.astype(np.float16))
 
 
 def dequantize(tensor: Tensor) -> np.ndarray:

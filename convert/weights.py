@@ -13,16 +13,14 @@ from math import prod
 import numpy as np
 
 from hotcold.convert.architectures import ModelSpec
-from hotcold.convert.hf_checkpoint import WeightSource
-from hotcold.errors import ShapeError, UnsupportedError
+from hotcold.convert.hf_checkpoint import WeightSource, shapes_of
+from hotcold.tensor_check import check_tensors
 
 __all__ = ["Weights", "check_weights", "hf_shapes", "parts_of"]
 
 Shape = tuple[int, ...]
 
 _OUTER = ("token_embd", "position_embd", "output_norm", "output")
-# The former stands in the config, the latter may be tied.
-_IGNORED = ("rotary_emb.inv_freq", "lm_head.weight")
 
 
 def _module_shapes(spec: ModelSpec) -> dict[str, Shape]:
@@ -83,20 +81,8 @@ def hf_shapes(spec: ModelSpec) -> dict[str, Shape]:
 
 
 def check_weights(source: WeightSource, spec: ModelSpec) -> None:
-    """Refuse a checkpoint whose tensors are not those of its config.
-
-    UnsupportedError for weights that would be lost, FormatError for missing ones, ShapeError for the
-    others.
-    """
-    shapes = hf_shapes(spec)
-    lost = sorted(name for name in source.names() - set(shapes) if not name.endswith(_IGNORED))
-    if lost:
-        what = "weights that this conversion would lose"
-        raise UnsupportedError(what, where=lost[0], got=f"{len(lost)} unknown tensors", expected="none")
-    for name, shape in shapes.items():
-        if source.shape(name) != shape:
-            got = source.shape(name)
-            raise ShapeError("tensor does not fit the config", where=name, got=got, expected=shape)
+    """Refuse a checkpoint whose tensors are not those of its config; raises as `check_tensors`."""
+    check_tensors(hf_shapes(spec), shapes_of(source), source.path)
 
 
 @dataclass(frozen=True, slots=True)

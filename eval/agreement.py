@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from hotcold.eval.gpu_bench import GpuSide
+from hotcold.finite import check_logits
 from hotcold.progress import Progress
 from hotcold.runtime.backends import BackendOptions, open_engine
 
@@ -78,6 +79,7 @@ def _logits(
     """The tokens that were chosen, and the logits [n_tokens, n_vocab] before each."""
     logits, tokens = [engine.prefill(prompt)], []
     for i in range(n_tokens):
+        check_logits(logits[-1])
         tokens.append(choose(i, logits[-1]))
         if i + 1 < n_tokens:
             logits.append(engine.decode(tokens[-1]))

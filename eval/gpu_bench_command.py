@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import json
 from typing import TYPE_CHECKING
 
 from hotcold.cpus import thread_count
+from hotcold.json_file import json_text
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
     if args.save:
         check_file(args.save, "report")  # again, after all this time
         storage.write_json(args.save, report)
-    print(json.dumps(report) if args.output == "json" else table, flush=True)
+    print(json_text(report) if args.output == "json" else table, flush=True)
     return 0
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import json
+
+from hotcold.json_file import json_text
 
 HELP = (
     "Run the measurements of docs/performance-gpu.md within a time limit, the most important first, each in "
@@ -39,5 +40,5 @@ def run(args: argparse.Namespace) -> int:
             raise InputError("unknown part", got=name, expected=", ".join(known))
     open_device(args.device)
     found = run_parts(parts(names, args.device, args.cache), args.save, 60 * args.minutes)
-    print(json.dumps({part["part"]: part["status"] for part in found}))
+    print(json_text({part["part"]: part["status"] for part in found}))
     return 0 if all(part["status"] == "done" for part in found) else 1

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import json
 from typing import TYPE_CHECKING
+
+from hotcold.json_file import json_text
 
 if TYPE_CHECKING:
     from hotcold.eval.kernel_bench import KernelPlan, KernelRow
@@ -39,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
 
     device, plan = open_device(args.device), _plan(args)
     if args.check:
-        print(json.dumps(check_kernels(plan, device)))
+        print(json_text(check_kernels(plan, device)))
         return 0
     bandwidth = device_bandwidth(device, available_cpus())
     rows = measure_kernels(plan, device, bandwidth)
@@ -72,7 +73,7 @@ def _json(plan: KernelPlan, rows: list[KernelRow], device: object) -> str:
     from hotcold.eval.machine import describe
 
     found = {"plan": asdict(plan), "device": device_name(device), "rows": [row.as_json() for row in rows]}
-    return json.dumps(found | {"machine": describe()})
+    return json_text(found | {"machine": describe()})
 
 
 def device_name(device: object) -> str:

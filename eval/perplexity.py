@@ -13,7 +13,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from hotcold.errors import InputError
 from hotcold.eval.sides import Side
+from hotcold.finite import check_logits, perplexity_of
 
 __all__ = ["Quality", "compare", "perplexity"]
 
@@ -41,10 +43,10 @@ class _Tally:
 
     def quality(self) -> Quality:
         nll = np.concatenate(self.nll).astype(np.float64)
-        ppl = math.exp(nll.mean())
+        ppl = perplexity_of(float(nll.mean()))
         spread = nll.std(ddof=1) if len(nll) > 1 else 0.0
         same_top = float(np.concatenate(self.same_top).mean()) if self.same_top else None
-        kl = max(0.0, float(np.concatenate(self.kl).mean())) if self.kl else None  # rounding may go below
+        kl = _mean_divergence(np.concatenate(self.kl)) if self.kl else None
         return Quality(ppl, float(ppl * spread / math.sqrt(len(nll))), len(nll), same_top, kl)
 
 
@@ -83,15 +85,29 @@ def _score(tally: _Tally, logits: np.ndarray, targets: np.ndarray, truth: np.nda
     """Add one window: logits and truth float32 [n, n_vocab], targets int [n]."""
     for at in range(0, len(targets), _ROWS):
         rows = slice(at, at + _ROWS)
-        log_p = _log_softmax(logits[rows])
+        log_p = _log_softmax(logits[rows])  # -inf for masked tokens
         tally.nll.append(-np.take_along_axis(log_p, targets[rows, None].astype(np.intp), axis=1)[:, 0])
         if truth is not None:
             log_t = _log_softmax(truth[rows])
             tally.same_top.append(log_p.argmax(axis=1) == log_t.argmax(axis=1))
-            tally.kl.append((np.exp(log_t) * (log_t - log_p)).sum(axis=1, dtype=np.float64))
+            tally.kl.append(_divergence(log_t, log_p))
+
+
+def _mean_divergence(kl: np.ndarray) -> float:
+    mean = max(0.0, float(kl.mean()))  # rounding may go below
+    if not math.isfinite(mean):
+        raise InputError("the distance is not finite: a token that the reference may say is impossible here")
+    return mean
+
+
+def _divergence(log_t: np.ndarray, log_p: np.ndarray) -> np.ndarray:
+    """KL of each row, float64: what the reference never says costs nothing, whatever the engine says."""
+    share = np.exp(log_t)
+    difference = np.subtract(log_t, log_p, out=np.zeros_like(log_t), where=share > 0)
+    return (share * difference).sum(axis=1, dtype=np.float64)
 
 
 def _log_softmax(logits: np.ndarray) -> np.ndarray:
-    """Row-wise, float32, safe for large logits."""
-    shifted = logits - logits.max(axis=1, keepdims=True)
+    """Row-wise, float32, safe for large logits; InputError for those that are not finite."""
+    shifted = logits - check_logits(logits)
     return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))

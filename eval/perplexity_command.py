@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
 from typing import TYPE_CHECKING
 
 from hotcold.cpus import thread_count
 from hotcold.errors import InputError
+from hotcold.json_file import json_text
 from hotcold.runtime.backends import add_input_sparsity
 from hotcold.runtime.model_argument import add_model_arguments, add_quant_argument, model_path
 
@@ -122,7 +122,7 @@ def _show(
         }
         found |= {"input_sparsity": input_sparsity} if input_sparsity else {}
         found |= {"kl": quality.kl, "same_top": quality.same_top} if distances else {}
-        print(json.dumps(found), flush=True)
+        print(json_text(found), flush=True)
     else:
         figures = f"{quality.ppl:.4f} ± {quality.stderr:.4f} over {quality.tokens} tokens"
         if distances:

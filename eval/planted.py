@@ -18,6 +18,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import NormalDist
 from typing import Any
 
@@ -89,6 +90,8 @@ class PlantedModel:
         self._layers: list[_Layer] = []
 
     # --- WeightSource
+
+    path = Path("synthetic")
 
     @property
     def quantised_types(self) -> list[str]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -15,6 +14,7 @@ from dataclasses import asdict
 from hotcold.eval.results import CONFIDENCE, Ratio, Report, Row, Spread, StockSpeed
 from hotcold.eval.roofline import PARTS
 from hotcold.identify import REPORT
+from hotcold.json_file import json_text
 
 __all__ = ["FORMATS", "as_json_object", "markdown", "render"]
 
@@ -32,11 +32,11 @@ def _csv(report: Report) -> str:
 
 def _jsonl(report: Report) -> str:
     shared = {**_bandwidth(report), **report.settings, **_stock(report), "machine": dict(report.machine)}
-    return "\n".join(json.dumps({**_flat(row, report), **shared}) for row in report.rows)
+    return "\n".join(json_text({**_flat(row, report), **shared}) for row in report.rows)
 
 
 def _json(report: Report) -> str:
-    return json.dumps(as_json_object(report))
+    return json_text(as_json_object(report))
 
 
 def _bandwidth(report: Report) -> dict[str, object]:

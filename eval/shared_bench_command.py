@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import json
 
 from hotcold.errors import InputError
+from hotcold.json_file import json_text
 
 HELP = (
     "Measure how decoding fares on one CPU, under a cgroup quota of one CPU (where cgroups can be made), "
@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
     results = measure(arguments, situations(), args.repetitions)
     if args.output == "json":
         rows = [{"situation": r.situation.name, "tok_s": r.tok_s, "ratio": r.ratio} for r in results]
-        print(json.dumps({"mode": args.mode, "rows": rows}))
+        print(json_text({"mode": args.mode, "rows": rows}))
     else:
         print(table(results))
     return 0

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 import numpy as np
 
 from hotcold.errors import InputError
+from hotcold.finite import all_finite
 
 __all__ = ["Chunks", "choose_threshold", "threshold_for_recall"]
 
@@ -52,7 +53,8 @@ def threshold_for_recall(chunks: Chunks, target: float) -> float:
 
     Chunks are logits float32 and active bool, both [tokens, d_ff]. Recall falls and predicted sparsity rises
     with the threshold, so this is the sparsest choice. Where nothing fired any threshold has full recall; it
-    is then just above the greatest logit. InputError for a target outside 0..1.
+    is then just above the greatest logit. InputError for a target outside 0..1, and for logits that are not
+    finite.
     """
     if not 0 < target <= 1:
         raise InputError(
@@ -60,6 +62,9 @@ def threshold_for_recall(chunks: Chunks, target: float) -> float:
         )
     upper, greatest = np.zeros(_BINS, np.int64), -np.inf
     for logits, active in chunks():
+        if not all_finite(logits):
+            fix = "train again with a lower --lr"
+            raise InputError("the predictor gives logits that are not finite", fix=fix)
         upper += np.bincount(_ordered(logits[active]) >> 16, minlength=_BINS)
         greatest = max(greatest, logits.max(initial=-np.inf))
     firing = int(upper.sum())

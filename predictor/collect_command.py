@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hotcold.cpus import torch_threads
 from hotcold.errors import InputError
+from hotcold.json_file import json_text
 from hotcold.ownership import check_growing
 from hotcold.progress import log
 
@@ -98,7 +98,7 @@ def _report(run: TraceRun, shards: list[TraceShard], *, as_json: bool) -> None:
     if as_json:
         mean = float(layers.mean())
         print(
-            json.dumps(
+            json_text(
                 {"tokens": run.n_tokens, "sparsity": mean, "layers": layers.tolist(), "clipped": clipped}
             )
         )

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import json
 
 from hotcold.cpus import torch_threads
+from hotcold.json_file import json_text
 
 HELP = (
     "Train, for each FFN layer, a small network that predicts which neurons fire. The traces' train tokens "
@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
     )  # fmt: skip
     bundle = train_bundle(traces, args.out, options)
     if args.json:
-        print(json.dumps({**bundle.config(), "mean": mean_metrics(bundle.metrics).to_json()}))
+        print(json_text({**bundle.config(), "mean": mean_metrics(bundle.metrics).to_json()}))
     else:
         print(table(bundle.ranks, bundle.thresholds, bundle.metrics))
     return 0

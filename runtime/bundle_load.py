@@ -16,12 +16,15 @@ import numpy as np
 from hotcold.convert.attention_rows import PROJECTIONS
 from hotcold.convert.gguf_read import GGUFFile, Tensor
 from hotcold.convert.gguf_split import forget_pages
-from hotcold.convert.quantize import dequantize
-from hotcold.errors import FormatError, MismatchError, ShapeError, UnsupportedError
+from hotcold.convert.quantize import as_f16, dequantize
+from hotcold.convert.stored import check_stored
+from hotcold.errors import MismatchError, UnsupportedError
+from hotcold.finite import check_weight
 from hotcold.runtime import _cpu
 from hotcold.runtime.head import EMBEDDING, head_name
 from hotcold.runtime.kept_types import KEPT, kept_bytes, log_converted
 from hotcold.runtime.shape import ModelShape, activation_thresholds, check_context, read_predictors
+from hotcold.tensor_check import misshapen_tensor, missing_tensor, unexpected_tensors
 
 __all__ = ["MODES", "Source", "load_layers", "load_model", "new_model"]
 
@@ -44,27 +47,32 @@ class Source:
     def tensor(self, name: str, *shape: int) -> Tensor:
         """The tensor, after a check of its shape; a leading dimension of one (a single expert) is dropped."""
         if name not in self:
-            raise FormatError("missing tensor", where=self.file.path, field=name)
+            raise missing_tensor(name, self.path)
         self._unread.discard(name)
         tensor = self.file.tensors[name]
         found = (
             tensor.shape[1:] if len(tensor.shape) == len(shape) + 1 and tensor.shape[0] == 1 else tensor.shape
         )
         if found != shape:
-            raise ShapeError(f"tensor {name}", where=self.file.path, got=tensor.shape, expected=shape)
+            raise misshapen_tensor(name, self.path, tensor.shape, shape)
         return tensor
 
     def vector(self, name: str, n: int) -> np.ndarray:
-        return dequantize(self.tensor(name, n)).reshape(n)
+        """float32 [n]; FormatError unless all of it is finite."""
+        return check_weight(dequantize(self.tensor(name, n)).reshape(n), name, self.path)
 
     def packable(self, name: str, rows: int, cols: int, part: slice = _ALL) -> tuple[int, np.ndarray]:
-        """Type id and bytes of some of the rows; types that the engine has no kernels for become F16."""
-        tensor = self.tensor(name, rows, cols)
+        """Type id and bytes of some of the rows; types that the engine has no kernels for become F16.
+
+        FormatError unless all values are finite, and those that become F16 are so there.
+        """
+        tensor, kind = self.tensor(name, rows, cols), "F16"
         if tensor.type in KEPT:
-            return KEPT.index(tensor.type), tensor.data.reshape(rows, -1)[part].reshape(-1)
-        self.converted.add(tensor.type)
-        values = dequantize(tensor).reshape(rows, cols)[part]
-        return KEPT.index("F16"), np.ascontiguousarray(values.astype(np.float16)).view(np.uint8).reshape(-1)
+            kind, values = tensor.type, tensor.data.reshape(rows, -1)[part]
+        else:
+            self.converted.add(tensor.type)
+            values = as_f16(dequantize(tensor).reshape(rows, cols)[part])
+        return KEPT.index(kind), check_stored(values, kind, name, self.path)
 
     def shape_of(self, name: str) -> tuple[int, ...]:
         """The shape of a tensor that may be missing: then ()."""
@@ -72,11 +80,10 @@ class Source:
 
     def check_all_read(self, ignored: tuple[str, ...]) -> None:
         """An unused tensor (a bias, a rope table) means another function than the one computed here."""
-        left = sorted(name for name in self._unread if not any(part in name for part in ignored))
+        endings = tuple(f".{part}" for part in ignored)
+        left = [name for name in self._unread if not f".{name}".endswith(endings)]
         if left:
-            raise UnsupportedError(
-                "the model has tensors of an unknown kind", where=self.file.path, got=left[0]
-            )
+            raise unexpected_tensors(left, self.path)
 
 
 def _neox_order(n_heads: int, head_dim: int) -> np.ndarray:

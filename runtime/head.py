@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import numpy as np
 
+from hotcold.convert.forms import EMBEDDING, HEAD, head_is_embedding
 from hotcold.convert.gguf_read import GGUFFile
 
 __all__ = ["EMBEDDING", "head_name"]
 
-EMBEDDING, _HEAD = "token_embd.weight", "output.weight"
 _GLANCE = 4096  # elements of the stored array
 
 
 def head_name(file: GGUFFile) -> str:
-    """`output.weight`; the embedding where there is none, or a copy: PowerInfer's form always has one."""
-    head, embedding = file.tensors.get(_HEAD), file.tensors.get(EMBEDDING)
-    if head is None:
+    """`output.weight`; the embedding where there is none, or a copy. Raises as `head_is_embedding`."""
+    if head_is_embedding(file):
         return EMBEDDING
+    head, embedding = file.tensors[HEAD], file.tensors.get(EMBEDDING)
     if embedding is None or (head.type, head.data.size) != (embedding.type, embedding.data.size):
-        return _HEAD
+        return HEAD
     one, other = (np.asarray(tensor.data).reshape(-1) for tensor in (head, embedding))
     # Two matrices differ from the first bytes on, so that hundreds of megabytes need not be read.
     same = np.array_equal(one[:_GLANCE], other[:_GLANCE]) and np.array_equal(one, other)
-    return EMBEDDING if same else _HEAD
+    return EMBEDDING if same else HEAD

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from hotcold.errors import InputError
+from hotcold.finite import check_logits
 
 __all__ = ["Sampler", "SamplingParams", "candidates"]
 
@@ -66,7 +67,11 @@ class Sampler:
 def candidates(
     logits: np.ndarray, history: Sequence[int], params: SamplingParams
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Ids and probabilities (float64, summing to 1) of the tokens that may come next, likeliest first."""
+    """Ids and probabilities (float64, summing to 1) of the tokens that may come next, likeliest first.
+
+    InputError where the logits are not finite; those of masked tokens may be -inf.
+    """
+    check_logits(logits)
     logits = penalise(logits, history, params.repeat_penalty, params.repeat_last_n)
     ids, logits = top_k(logits, 1 if params.temp == 0 else params.top_k)
     # Both filters keep a prefix of the sorted candidates.

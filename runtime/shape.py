@@ -7,12 +7,13 @@ from typing import Any, Self
 
 import numpy as np
 
-from hotcold.convert.forms import FORMS, Form, read_windows
+from hotcold.convert.forms import FORMS, Form, read_windows, vocabulary_size
 from hotcold.convert.gguf_read import GGUFFile
 from hotcold.convert.rope import Rope
 from hotcold.convert.rope_factors import check_pairs, read_rope, rope_divisors
 from hotcold.errors import FormatError, InputError, UnsupportedError
 from hotcold.progress import log
+from hotcold.runtime.layer_tensors import check_layers_alike
 
 __all__ = [
     "NEVER_ZERO",
@@ -53,7 +54,10 @@ class ModelShape:
 
     @classmethod
     def read(cls, file: GGUFFile) -> Self:
-        """Raises UnsupportedError for an unknown architecture or activation, FormatError for missing keys."""
+        """Raises UnsupportedError for an unknown architecture or activation, FormatError for missing keys.
+
+        FormatError too for tensors that some layers have and some have not.
+        """
         arch = file.require("general.architecture", str)
         if arch not in FORMS:
             known = ", ".join(FORMS)
@@ -61,8 +65,7 @@ class ModelShape:
         form, key = FORMS[arch], _Keys(file, arch)
         d_model, n_heads = key.count("embedding_length"), key.count("attention.head_count", most=_MAX_HEADS)
         n_layers = key.count("block_count", most=_MAX_LAYERS)
-        if len(file.tensors["token_embd.weight"].shape if "token_embd.weight" in file.tensors else ()) != 2:
-            raise FormatError("missing tensor", where=file.path, field="token_embd.weight")
+        n_vocab = vocabulary_size(file)
         head_dim = key.count("attention.key_length", max(d_model // n_heads, 1), _MAX_HEAD)
         rope, frequencies = Rope(), np.empty(0, np.float32)
         if not form.positions:
@@ -70,7 +73,7 @@ class ModelShape:
             rope, divisors = read_rope(file, arch), rope_divisors(file, head_dim)
             frequencies = rope.frequencies(head_dim)
             frequencies = frequencies if divisors is None else frequencies / divisors
-        return cls(
+        shape = cls(
             form=form,
             n_layers=n_layers,
             d_model=d_model,
@@ -78,13 +81,15 @@ class ModelShape:
             n_heads=n_heads,
             n_kv_heads=key.count("attention.head_count_kv", n_heads, _MAX_HEADS),
             head_dim=head_dim,
-            n_vocab=file.tensors["token_embd.weight"].shape[0],
+            n_vocab=n_vocab,
             norm_eps=key.number(form.eps_key, form.default_eps, most=1.0),
             rope_frequencies=frequencies,
             rope_scale=rope.attention_factor,
             windows=read_windows(file, n_layers) or [0] * n_layers,
             activation=_activation(file, form),
         )
+        check_layers_alike(file, n_layers)
+        return shape
 
 
 def check_context(file: GGUFFile, shape: ModelShape, n_ctx: int) -> None:

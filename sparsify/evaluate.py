@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel
 
+from hotcold.finite import perplexity_of
 from hotcold.sparsify.hooks import recorded_intermediates
 
 __all__ = ["Quality", "measure", "table", "zero_share"]
@@ -33,7 +33,10 @@ class Quality:
 
 @torch.no_grad()
 def measure(model: PreTrainedModel, windows: Tensor) -> Quality:
-    """Perplexity and sparsity on `windows` [n, length], each seen without what came before it."""
+    """Perplexity and sparsity on `windows` [n, length], each seen without what came before it.
+
+    InputError where the perplexity is not finite.
+    """
     loss, zeros = 0.0, []
     with recorded_intermediates(model) as seen:
         for ids in windows.split(_BATCH):
@@ -43,7 +46,7 @@ def measure(model: PreTrainedModel, windows: Tensor) -> Quality:
             zeros.append(torch.stack([zero_share(layer) for layer in seen]) * len(ids))
     tokens = windows[:, 1:].numel()
     sparsity = torch.stack(zeros).sum(0) / len(windows)
-    return Quality(math.exp(loss / tokens), sparsity.tolist(), tokens)
+    return Quality(perplexity_of(loss / tokens), sparsity.tolist(), tokens)
 
 
 def zero_share(intermediate: Tensor) -> Tensor:

@@ -9,10 +9,13 @@ from torch import Tensor
 from hotcold.convert.forms import Form
 from hotcold.convert.gguf_read import GGUFFile
 from hotcold.convert.gguf_read import Tensor as Stored
-from hotcold.convert.quantize import dequantize
-from hotcold.errors import FormatError, ShapeError, UnsupportedError
+from hotcold.convert.quantize import as_f16, dequantize
+from hotcold.convert.stored import check_stored
+from hotcold.errors import UnsupportedError
+from hotcold.finite import check_weight
 from hotcold.runtime.kept_types import KEPT
 from hotcold.runtime.triton.rows import Rows
+from hotcold.tensor_check import misshapen_tensor, missing_tensor
 
 __all__ = ["Reader"]
 
@@ -30,7 +33,7 @@ class Reader:
 
     def vector(self, name: str, n: int) -> Tensor:
         """float32 [n]."""
-        values = dequantize(self._tensor(name, (n,))).reshape(n)
+        values = check_weight(dequantize(self._tensor(name, (n,))).reshape(n), name, self.file.path)
         return torch.tensor(values, dtype=torch.float32, device=self.device)
 
     def bias(self, name: str, n: int, order: np.ndarray | None = None) -> Tensor | None:
@@ -48,19 +51,22 @@ class Reader:
         """The same in main memory."""
         tensor = self._tensor(name, (n, width))
         if tensor.type in KEPT:
-            rows = Rows.from_gguf(tensor.type, np.asarray(tensor.data), width)
+            data = check_stored(tensor.data, tensor.type, name, self.file.path)
+            rows = Rows.from_gguf(tensor.type, data, width)
         else:
             self.converted.add(tensor.type)
-            rows = Rows.of(torch.from_numpy(np.array(dequantize(tensor))).reshape(n, width).half())
+            values = as_f16(dequantize(tensor).reshape(n, width))
+            check_stored(values, "F16", name, self.file.path)
+            rows = Rows.of(torch.from_numpy(values))
         return rows if order is None else rows.take(torch.from_numpy(order.astype(np.int64)))
 
     def _tensor(self, name: str, shape: tuple[int, ...]) -> Stored:
         if name not in self.file.tensors:
-            raise FormatError("missing tensor", where=self.file.path, field=name)
+            raise missing_tensor(name, self.file.path)
         self._unread.discard(name)
         tensor = self.file.tensors[name]
         if tuple(tensor.shape) not in (shape, (1, *shape)):
-            raise ShapeError(f"tensor {name}", where=self.file.path, got=tensor.shape, expected=shape)
+            raise misshapen_tensor(name, self.file.path, tensor.shape, shape)
         return tensor
 
     def check_all_known(self, layers: range, form: Form) -> None:

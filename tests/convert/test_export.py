@@ -225,14 +225,14 @@ def test_an_unknown_activation_names_the_known_ones(model, tmp_path):
 def test_weights_that_would_be_lost_are_refused(model, tmp_path):
     cut = changed_config(model, tmp_path / "cut", num_hidden_layers=2)
     with pytest.raises(
-        UnsupportedError, match=r"model\.layers\.2\..*weights that this conversion would lose"
+        UnsupportedError, match=r"tensors of an unknown kind \(got model\.layers\.2\..* and 8 more\)"
     ):
         export(cut, tmp_path / "b")
 
 
 def test_weights_that_do_not_fit_the_config(model, tmp_path):
     wrong = changed_config(model, tmp_path / "wrong", intermediate_size=128)
-    with pytest.raises(ShapeError, match=r"mlp\.gate_proj\.weight: tensor does not fit the config"):
+    with pytest.raises(ShapeError, match=r"tensor \S*mlp\.gate_proj\.weight does not fit the model"):
         export(wrong, tmp_path / "b")
 
 

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hotcold.cli import main
+from hotcold.errors import InputError
 from hotcold.eval import perplexity as module
 from hotcold.eval.perplexity import compare, perplexity
 from hotcold.eval.sides import EngineSide
@@ -78,6 +79,30 @@ def test_error_and_distances_follow_their_definitions(seed, n, scale):
     assert found["g"].kl == pytest.approx((np.exp(log_t) * (log_t - log_g)).sum(1).mean(), rel=1e-3, abs=1e-5)
     assert found["g"].same_top == pytest.approx((log_t.argmax(1) == log_g.argmax(1)).mean())
     assert found["t"].kl is None
+
+
+@pytest.mark.parametrize(
+    "row, message",
+    [
+        ([1, np.nan, 0], "logits that are not finite"), ([np.inf, 0, 0], "logits that are not finite"),
+        ([-np.inf] * 3, "logits that are not finite"), ([0, -np.inf, 0], "perplexity is not finite"),
+        ([2000, 0, 2000], "perplexity is not finite"),
+    ],
+)  # fmt: skip
+def test_what_is_no_number_is_refused(row, message):
+    """Token 1 comes next: it may not be impossible, nor so unlikely that exp overflows."""
+    with pytest.raises(InputError, match=message):
+        perplexity(Table([row, row]), [np.array([0, 1])])
+
+
+def test_a_token_that_both_mask_is_no_distance():
+    masked = Table(np.float32([[1, 2, -np.inf]] * 2))
+    found = compare({"a": masked, "b": Table(masked.logits)}, [np.array([0, 1])], "b")
+    assert (found["a"].kl, found["a"].same_top) == (0, 1)
+    unmasked = Table(np.float32([[1, 2, 3]] * 2))
+    assert 0 < compare({"a": unmasked, "b": masked}, [np.array([0, 1])], "b")["a"].kl < 3
+    with pytest.raises(InputError, match="distance"):  # what the reference says, the other never does
+        compare({"a": masked, "b": unmasked}, [np.array([0, 1])], "b")
 
 
 def test_huge_logits_do_not_overflow():

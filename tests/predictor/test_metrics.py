@@ -23,6 +23,13 @@ def logits_and_active(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray]:
     return draw(hnp.arrays(np.float32, shape, elements=values)), draw(hnp.arrays(bool, shape))
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_no_threshold_comes_from_logits_that_are_not_finite(value):
+    logits = np.float32([[1, 2], [3, value]])
+    with pytest.raises(InputError, match="logits that are not finite"):
+        threshold_for_recall(logits, np.ones((2, 2), bool), 0.9)
+
+
 def test_by_hand() -> None:
     active = np.array([[1, 1, 0, 0], [1, 0, 0, 0]], bool)
     logits = np.array([[2, -1, 1, -2], [0, -3, 0, -1]], np.float32)

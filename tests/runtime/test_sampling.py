@@ -91,6 +91,19 @@ def test_a_seed_of_minus_one_is_new_each_time_and_is_told():
     ]
 
 
+@pytest.mark.parametrize("temp", [0, 0.8])
+@pytest.mark.parametrize("bad", [[1, np.nan, 2], [np.inf, 1, 2], [np.nan] * 3, [-np.inf] * 3])
+def test_logits_that_are_not_finite_are_refused(bad, temp):
+    with pytest.raises(InputError, match="the model gives logits that are not finite"):
+        Sampler(SamplingParams(temp=temp, seed=1)).sample(np.float32(bad))
+
+
+def test_a_masked_token_is_never_drawn():
+    sampler = Sampler(SamplingParams(seed=1))
+    logits = np.float32([0, -np.inf, 0, -np.inf])
+    assert {sampler.sample(logits) for _ in range(50)} == {0, 2}
+
+
 def test_draws_follow_the_probabilities():
     probabilities = np.array([0.5, 0.3, 0.15, 0.05])
     sampler = Sampler(SamplingParams(**OFF))
