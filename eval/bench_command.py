@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
+from hotcold.runtime.llama_options import add_llama_options
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -58,6 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     add("--window", type=int, default=512, metavar="N", help="tokens a window of perplexity (default 512)")
     _add_synthetic_arguments(parser.add_argument_group("synthetic models"))
+    add_llama_options(parser)
 
 
 def _add_synthetic_arguments(group: argparse._ArgumentGroup) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 from hotcold import storage
 from hotcold.eval.pipeline import Done, Step, run_steps
+from hotcold.json_file import read_json
 from hotcold.shipped import BASE, FILE
 
 __all__ = ["build_report", "demo", "demo_steps", "summary"]
@@ -70,7 +71,7 @@ def demo(
     out.mkdir(parents=True, exist_ok=True)
     steps = demo_steps(out, model=model, quant=quant, n_threads=n_threads, from_scratch=from_scratch)
     done = run_steps(steps, out / "steps.jsonl")
-    report = build_report(done, json.loads((out / _BENCH).read_text()), model=model, quant=quant)
+    report = build_report(done, read_json(out / _BENCH), model=model, quant=quant)
     storage.write_json(out / "report.json", report)
     return report
 

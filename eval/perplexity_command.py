@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from hotcold.errors import InputError
 from hotcold.runtime.backends import add_input_sparsity
+from hotcold.runtime.llama_options import add_llama_options
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -47,6 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "model whose function it lacks",
     )  # fmt: skip
     add_input_sparsity(parser)
+    add_llama_options(parser)
     parser.add_argument("-t", "--threads", type=int, metavar="N", help="threads (default: all CPUs)")
     parser.add_argument(
         "--json",

@@ -14,6 +14,7 @@ import numpy as np
 
 from hotcold import text
 from hotcold.errors import InputError
+from hotcold.limits import check_ids, check_window
 from hotcold.predictor.trace_writer import TraceWriter
 from hotcold.predictor.traces import windows
 from hotcold.progress import Progress
@@ -64,8 +65,13 @@ def _part(source: str, part: str, tokenizer: Tokenizer, n_tokens: int) -> list[n
 def collect(
     model: PreTrainedModel, layers: list[FfnLayer], tokens: dict[str, np.ndarray], writer: TraceWriter
 ) -> None:
-    """Compute and commit the shards that `writer` misses; one shard of all layers is held in memory."""
+    """Compute and commit the shards that `writer` misses; one shard of all layers is held in memory.
+
+    InputError for ids or windows that the model has no embeddings for.
+    """
     run = writer.run
+    check_ids(tokens["ids"], model.get_input_embeddings().num_embeddings)
+    check_window(model, min(run.window, int(np.bincount(tokens["document"]).max())))
     done = run.shard_slice(writer.next_shard).start
     with Progress("collect", total=run.n_tokens, unit="tok", start=min(done, run.n_tokens)) as progress:
         for shard in range(writer.next_shard, run.n_shards):

@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 
 from hotcold import storage
 from hotcold.errors import FormatError, HotcoldError, InputError
+from hotcold.json_file import read_json
 from hotcold.predictor.bundle import LayerPredictor, PredictorBundle, read_config
 from hotcold.predictor.exclusive import exclusive
 from hotcold.predictor.metrics import LayerMetrics
@@ -97,7 +98,7 @@ def _begin(partial: Path, description: dict[str, Any]) -> None:
     """Leave only layers that were trained on these traces in this way."""
     path = partial / "training.json"
     layers = sorted(partial.glob("layer-*.safetensors"))
-    if path.exists() and json.loads(path.read_bytes()) == description:
+    if path.exists() and read_json(path) == description:
         log(f"{partial}: {len(layers)} layers are finished")
         return
     for layer in layers:

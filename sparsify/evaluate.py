@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel
 
+from hotcold.limits import check_ids, check_window
 from hotcold.sparsify.hooks import recorded_intermediates
 
 __all__ = ["Quality", "measure", "table", "zero_share"]
@@ -33,7 +34,12 @@ class Quality:
 
 @torch.no_grad()
 def measure(model: PreTrainedModel, windows: Tensor) -> Quality:
-    """Perplexity and sparsity on `windows` [n, length], each seen without what came before it."""
+    """Perplexity and sparsity on `windows` [n, length], each seen without what came before it.
+
+    InputError for ids or lengths that the model has no embeddings for.
+    """
+    check_ids(windows.cpu().numpy(), model.get_input_embeddings().num_embeddings)
+    check_window(model, windows.shape[1])
     loss, zeros = 0.0, []
     with recorded_intermediates(model) as seen:
         for ids in windows.split(_BATCH):

@@ -17,6 +17,7 @@ from types import ModuleType
 import numpy as np
 
 from hotcold.errors import InputError, UnsupportedError
+from hotcold.limits import check_tokens
 
 __all__ = ["LlamaCpp"]
 
@@ -105,6 +106,7 @@ class LlamaCpp:
     def prefill(self, ids: Sequence[int] | np.ndarray, all_logits: bool = False) -> np.ndarray:
         """Process a block; returns logits float32 [n_vocab] after the last token, or [len(ids), n_vocab]."""
         ids = np.asarray(ids, dtype=np.int32)
+        check_tokens(ids, self.position, self.n_ctx, self.n_vocab)
         blocks = [ids[at : at + _BATCH] for at in range(0, len(ids), _BATCH)]
         if all_logits:
             return np.concatenate([self._decode(block, every=True) for block in blocks])
@@ -114,13 +116,11 @@ class LlamaCpp:
 
     def decode(self, token: int) -> np.ndarray:
         """Process one token; returns logits float32 [n_vocab]."""
-        return self._decode(np.array([token], dtype=np.int32), every=False)[0]
+        return self.prefill([token])
 
     def _decode(self, ids: np.ndarray, *, every: bool) -> np.ndarray:
         """One `llama_decode`; logits [len(ids) if every else 1, n_vocab]."""
         n = len(ids)
-        if self.position + n > self.n_ctx:
-            raise InputError("the context is full", got=self.position + n, expected=f"at most {self.n_ctx}")
         self._fill_batch(ids, every)
         start = time.perf_counter()
         status = self._lib.llama_decode(self._context, self._batch)

@@ -39,7 +39,7 @@ def room_for(path, mode: str, *layers: int) -> str:
     each = problem.layers[0].frame_bytes + problem.layers[0].ffn_bytes
     last = len(layers) - 1
     fixed = [problem.fixed.on(first=i == 0, last=i == last) for i in range(len(layers))]
-    return ",".join(str(extra + n * each) for extra, n in zip(fixed, layers, strict=True))
+    return ",".join(f"{extra + n * each}B" for extra, n in zip(fixed, layers, strict=True))
 
 
 def layers_of(engine) -> list[range]:
