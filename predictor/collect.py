@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from hotcold.checkpoint import FfnLayer
 
-__all__ = ["collect", "gather_tokens"]
+__all__ = ["check_tokens", "collect", "gather_tokens"]
 
 _FLOAT16_MAX = float(np.finfo(np.float16).max)
 
@@ -62,16 +62,17 @@ def _part(source: str, part: str, tokenizer: Tokenizer, n_tokens: int) -> list[n
         raise InputError(what, where=source, got=error.got, expected=error.expected, fix=error.fix) from error
 
 
+def check_tokens(model: PreTrainedModel, tokens: dict[str, np.ndarray], window: int) -> None:
+    """Raise InputError for ids or windows that the model has no embeddings for, before anything is written."""
+    check_ids(tokens["ids"], model.get_input_embeddings().num_embeddings)
+    check_window(model, min(window, int(np.bincount(tokens["document"]).max())))
+
+
 def collect(
     model: PreTrainedModel, layers: list[FfnLayer], tokens: dict[str, np.ndarray], writer: TraceWriter
 ) -> None:
-    """Compute and commit the shards that `writer` misses; one shard of all layers is held in memory.
-
-    InputError for ids or windows that the model has no embeddings for.
-    """
+    """Compute and commit the shards that `writer` misses; one shard of all layers is held in memory."""
     run = writer.run
-    check_ids(tokens["ids"], model.get_input_embeddings().num_embeddings)
-    check_window(model, min(run.window, int(np.bincount(tokens["document"]).max())))
     done = run.shard_slice(writer.next_shard).start
     with Progress("collect", total=run.n_tokens, unit="tok", start=min(done, run.n_tokens)) as progress:
         for shard in range(writer.next_shard, run.n_shards):

@@ -39,13 +39,14 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     from hotcold import checkpoint
-    from hotcold.predictor.collect import collect, gather_tokens
+    from hotcold.predictor.collect import check_tokens, collect, gather_tokens
     from hotcold.predictor.trace_writer import TraceWriter
 
     for option in ("tokens", "window", "shard_tokens", "threads"):
         _check_positive(option, getattr(args, option))
     tokens = gather_tokens(args.text, checkpoint.load_tokenizer(args.model), args.tokens)
     model = checkpoint.load_model(args.model)
+    check_tokens(model, tokens, args.window)
     described = _describe(args, model, tokens, args.threads or torch.get_num_threads())
     with TraceWriter.open(args.out, described, tokens) as writer:
         torch.set_num_threads(writer.run.threads)

@@ -150,22 +150,28 @@ CODE = (
 )
 
 
+@pytest.fixture
+def script(tmp_path):
+    (tmp_path / "prints.py").write_text(CODE, "utf-8")
+    return tmp_path / "prints.py"
+
+
 @pytest.mark.parametrize(
     "encoding,out",
     [("ascii", b"Gr??e ?? ?\n"), ("cp1252", b"Gr\xf6\xdfe ?? ?\n"), ("utf-8", "Größe 谢谢 ?\n".encode())],
 )
-def test_a_terminal_that_lacks_characters_shows_others(encoding, out):
+def test_a_terminal_that_lacks_characters_shows_others(script, encoding, out):
     environment = os.environ | {"PYTHONIOENCODING": encoding}
-    done = subprocess.run([sys.executable, "-c", CODE, "run"], capture_output=True, env=environment)
+    done = subprocess.run([sys.executable, script, "run"], capture_output=True, env=environment)
     err = "🐙\n".encode() if encoding == "utf-8" else b"\\U0001f419\n"
     assert (done.returncode, done.stdout, done.stderr) == (0, out, err)
-    done = subprocess.run([sys.executable, "-c", CODE, "run", "--help"], capture_output=True, env=environment)
+    done = subprocess.run([sys.executable, script, "run", "--help"], capture_output=True, env=environment)
     assert done.returncode == 0 and not done.stderr
 
 
-def test_the_c_locale_shows_what_it_can():
+def test_the_c_locale_shows_what_it_can(script):
     plain = {"LC_ALL": "C", "LANG": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
-    done = subprocess.run([sys.executable, "-c", CODE, "run"], capture_output=True, env=os.environ | plain)
+    done = subprocess.run([sys.executable, script, "run"], capture_output=True, env=os.environ | plain)
     assert (done.returncode, done.stdout) == (0, b"Gr??e ?? ?\n")
 
 

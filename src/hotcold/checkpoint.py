@@ -268,8 +268,8 @@ def load_chat_template(model: str) -> str | None:
 
 
 def _tokenizer_config(path: Path) -> dict[str, Any]:
-    """`tokenizer_config.json` of an HF directory, or the same keys out of a GGUF file, with the chat templates
-    by name."""
+    """`tokenizer_config.json` of an HF directory, or the same keys out of a GGUF file; chat templates are by
+    name in it."""
     from hotcold.convert.gguf_tokenizer import token_of
     from hotcold.convert.special_tokens import SPECIAL_TOKENS, chat_templates, hf_settings
 

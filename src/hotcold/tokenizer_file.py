@@ -1,4 +1,5 @@
-"""The one place where `tokenizer.json` is read: a broken one is a named error, always. And what it adds to a text."""
+"""The one place where `tokenizer.json` is read: a broken one is a named error, always; and what encoding adds
+to a text."""
 
 from __future__ import annotations
 

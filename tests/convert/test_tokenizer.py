@@ -114,7 +114,7 @@ def test_named_templates_as_the_gguf_package_writes_them(folder, tmp_path):
     named = [
         {"name": "default", "template": "plain"},
         {"name": "tool_use", "template": "tools"},
-        {"name": "r/a g", "template": "documents"},
+        {"name": "r-a g", "template": "documents"},
     ]
     (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": named}))
     metadata = tokenizer_metadata(folder, 400, {})

@@ -118,4 +118,5 @@ def test_traces_of_more_positions_than_there_are(folder, tmp_path, capsys):
     arguments = ["--model", str(model), "--text", str(tmp_path / "t.txt"), "--out", str(tmp_path / "out")]
     assert cli.main(["collect-traces", *arguments, "--tokens", "400"]) == 2
     assert "no positions for so long a window" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
     assert cli.main(["collect-traces", *arguments, "--tokens", "400", "--window", "24"]) == 0

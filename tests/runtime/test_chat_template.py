@@ -79,11 +79,11 @@ def test_the_template_of_smollm2(talk):
 
     template = GGUFFile(resolve("smollm2")).require("tokenizer.chat_template", str)
     expected, got = both(template, TALKS[talk])
-    assert got == expected and "SmolLM" in got or talk == "a system message"
+    assert got == expected and ("SmolLM" in got or talk == "a system message")
 
 
 def test_what_the_templates_are_there_for():
-    """The comparison sees each trick: a date, JSON as it is, blocks that are left, tokens that are missing."""
+    """The comparison sees each trick: a date, JSON as it is, blocks that are left, tokens that lack."""
     today = datetime.now().strftime("%d %b %Y")
     assert f"Today Date: {today}" in render(TEMPLATES["llama-3.1"], messages=[USER], **SPECIAL)
     odd = render(TEMPLATES["odd-ends"], messages=[USER], **SPECIAL)

@@ -48,7 +48,7 @@ def test_another_runs_folder(work):
 def test_a_damaged_state(work, content):
     [state] = work.path.glob("state-*")
     (state / "manifest.json").write_bytes(content)
-    with pytest.raises(FormatError, match="not a training state.*; delete it"):
+    with pytest.raises(FormatError, match=r"not a training state.*; delete it"):
         work.last()
 
 
