@@ -63,7 +63,7 @@ def _part(source: str, part: str, tokenizer: Tokenizer, n_tokens: int) -> list[n
 
 
 def check_tokens(model: PreTrainedModel, tokens: dict[str, np.ndarray], window: int) -> None:
-    """Raise InputError for ids or windows that the model has no embeddings for, before anything is written."""
+    """Raise InputError for ids or windows that the model has no embeddings for, before a write."""
     check_ids(tokens["ids"], model.get_input_embeddings().num_embeddings)
     check_window(model, min(window, int(np.bincount(tokens["document"]).max())))
 

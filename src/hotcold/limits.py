@@ -19,15 +19,12 @@ if TYPE_CHECKING:
 
 __all__ = ["check_ids", "check_tokenizer", "check_tokens", "check_window"]
 
-_ANOTHER = "the tokenizer is another model's, or tokens were added to it alone"
-
 
 def check_ids(ids: np.ndarray, n_vocab: int) -> None:
     """Raise InputError for a token id that an embedding of `n_vocab` rows has not."""
     if ids.size and (ids.min() < 0 or ids.max() >= n_vocab):
         worst = int(ids.max() if ids.min() >= 0 else ids.min())
-        expected = f"0 to {n_vocab - 1}"
-        raise InputError("token id outside of the vocabulary", got=worst, expected=expected, fix=_ANOTHER)
+        raise InputError("token id outside of the vocabulary", got=worst, expected=f"0 to {n_vocab - 1}")
 
 
 def check_tokens(tokens: np.ndarray, position: int, n_ctx: int, n_vocab: int) -> None:
@@ -45,7 +42,8 @@ def check_tokenizer(tokenizer: Tokenizer, model: PreTrainedModel) -> None:
     rows = model.get_input_embeddings().num_embeddings
     largest = max(tokenizer.get_vocab().values(), default=0)
     if largest >= rows:
-        raise InputError("more tokens than embeddings", got=largest + 1, expected=rows, fix=_ANOTHER)
+        fix = "the tokenizer is another model's, or tokens were added to it alone"
+        raise InputError("more tokens than embeddings", got=largest + 1, expected=rows, fix=fix)
 
 
 def check_window(model: PreTrainedModel, length: int) -> None:
