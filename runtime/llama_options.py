@@ -16,8 +16,8 @@ from hotcold.progress import log
 __all__ = ["add_llama_options"]
 
 _FLAG, _VALUE, _MAYBE = 0, None, "?"  # argparse's nargs
-_GPU = "a GPU is used with --backend gpu or --backend hybrid"
-_DEVICES = "--device and --vram-budget say what goes to which GPU"
+_GPU = "`run --backend gpu` or `--backend hybrid` uses a GPU"
+_DEVICES = "`run --device` and `--vram-budget` say what goes to which GPU"
 _BLOCKS = "the size of a block of the prompt is chosen here"
 _MEMORY = "weights are packed into memory once, no file stays mapped"
 _KERNELS = "attention has one kernel"

@@ -35,7 +35,7 @@ def test_a_command_line_of_llama_cpp(bundle, capsys):
     line = "-ngl 99 --no-mmap -fa -b 512 -ub 128 --mlock --keep -1 -tb 2 -ctk f16 --mirostat 0 --typical 1.0"
     assert run(bundle, *line.split()) == 0
     err = capsys.readouterr().err
-    assert "-ngl is ignored: a GPU is used with --backend gpu or --backend hybrid" in err
+    assert "-ngl is ignored: `run --backend gpu` or `--backend hybrid` uses a GPU" in err
     assert "-ctk" not in err and "mirostat" not in err
 
 
