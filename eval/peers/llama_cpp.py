@@ -16,8 +16,10 @@ from types import ModuleType
 
 import numpy as np
 
-from hotcold.errors import InputError, UnsupportedError
+from hotcold.convert.gguf_read import GGUFFile
+from hotcold.errors import HotcoldError, InputError, UnsupportedError
 from hotcold.limits import check_tokens
+from hotcold.runtime.shape import check_positions
 
 __all__ = ["LlamaCpp"]
 
@@ -90,6 +92,11 @@ class LlamaCpp:
         parameters.n_ctx = self.n_ctx
         parameters.n_batch = parameters.n_ubatch = _BATCH
         parameters.n_threads = parameters.n_threads_batch = self.n_threads
+        try:  # llama.cpp itself would abort the process at the first token beyond its positions
+            check_positions(GGUFFile(self.path), "position_embd.weight", 0, self.n_ctx)
+        except HotcoldError:
+            self._lib.llama_model_free(model)
+            raise
         context = self._lib.llama_init_from_model(model, parameters)
         if not context:
             self._lib.llama_model_free(model)
