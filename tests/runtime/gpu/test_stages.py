@@ -21,6 +21,7 @@ from hotcold.runtime.gpu.engine import GpuEngine, file_and_mode
 from hotcold.runtime.gpu.hybrid import HybridEngine
 from hotcold.runtime.gpu.plan import make_problem
 from hotcold.runtime.placement import Costs, PlacedLayer, Placement
+from hotcold.runtime.sizes import parse_bytes
 
 IDS = np.random.default_rng(5).integers(3, 300, 40)
 D_FF, N_LAYERS, N_CTX = 96, 5, 64
@@ -81,7 +82,7 @@ def test_a_model_that_does_not_fit(deep, monkeypatch):
         UnsupportedError, match=r"does not fit --vram-budget \(got room for 4 layers, expected 5\)"
     ):
         GpuEngine.load(deep, "exact", "cpu,cpu", N_CTX, room_for(deep, "exact", 2, 2))
-    free = iter(map(int, room_for(deep, "exact", 2, 2).split(",")))
+    free = iter(map(parse_bytes, room_for(deep, "exact", 2, 2).split(",")))
     monkeypatch.setattr(gpu_device, "free_bytes", lambda device: next(free))
     assert layers_of(GpuEngine.load(deep, "exact", "cpu,cpu", N_CTX)) == [range(2), range(2, 5)]
 
