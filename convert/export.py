@@ -150,7 +150,7 @@ def _write(
         predictors.write_files(target / "predictors")
         roles |= {f"predictors/{name}": "predictor" for name in FILES}
     if model.folder is not None:
-        roles |= _copy(tokenizer_files(model.folder), target, "tokenizer")
+        roles |= _copy(tokenizer_files(model.folder), model.folder, target, "tokenizer")
     storage.write_json(target / "config.json", model.config)
     roles["config.json"] = "config"
     return Manifest(
@@ -168,11 +168,13 @@ def _write(
     )
 
 
-def _copy(files: list[Path], folder: Path, role: str) -> dict[str, str]:
-    """Copy files durably into a bundle; returns their names with their role."""
-    for file in files:
-        copy_file(file, folder / file.name)
-    return {file.name: role for file in files}
+def _copy(files: list[Path], source: Path, folder: Path, role: str) -> dict[str, str]:
+    """Copy files of a folder durably into a bundle; returns their paths in it with their role."""
+    names = [file.relative_to(source).as_posix() for file in files]
+    for name in names:
+        (folder / name).parent.mkdir(exist_ok=True)
+        copy_file(source / name, folder / name)
+    return dict.fromkeys(names, role)
 
 
 def copy_file(source: Path, target: str | Path) -> None:

@@ -22,6 +22,7 @@ from hotcold.convert.gguf_read import GGUFFile, Tensor
 from hotcold.convert.gguf_split import forget_pages, open_gguf
 from hotcold.convert.quantize import FLOATS, dequantize
 from hotcold.convert.rope_factors import check_pairs, rope_parameters
+from hotcold.convert.special_tokens import SPECIAL_TOKENS, stop_ids
 from hotcold.errors import FormatError, UnsupportedError
 from hotcold.finite import check_weight
 from hotcold.tensor_check import misshapen_tensor, missing_tensor, unexpected_tensors
@@ -39,7 +40,6 @@ _COUNTS = {
     "intermediate_size": "feed_forward_length",
     "num_attention_heads": "attention.head_count",
 }
-_SPECIAL_TOKENS = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}
 _MODULES = FAMILIES["qwen3"].modules  # Llama's names, and those of the norms of heads
 _LAYER_NAMES = {name: module for name, module in _MODULES.items() if "{}" in module}
 _LAYER_NAMES |= {f"{name}_exps": _MODULES[name] for name in ("ffn_gate", "ffn_up", "ffn_down")}
@@ -207,16 +207,20 @@ def _window(file: GGUFFile, n_layers: int) -> dict[str, Any]:
     return {"model_type": "mistral", "sliding_window": windows[0]}
 
 
-def _special_tokens(file: GGUFFile, n_vocab: int) -> dict[str, int]:
-    found = {}
-    for name, key in _SPECIAL_TOKENS.items():
-        field = f"tokenizer.ggml.{key}_token_id"
-        if field in file.metadata:
-            number = file.require(field, int)
-            if not 0 <= number < n_vocab:
-                expected = f"below {n_vocab}"
-                raise FormatError(
-                    "no such token", where=file.path, field=field, got=number, expected=expected
-                )
-            found[f"{name}_token_id"] = number
-    return found
+def _special_tokens(file: GGUFFile, n_vocab: int) -> dict[str, int | list[int]]:
+    fields = {name: f"tokenizer.ggml.{key}_token_id" for name, key in SPECIAL_TOKENS.items()}
+    found: dict[str, int | list[int]] = {
+        f"{name}_token_id": _token_id(file, field, n_vocab)
+        for name, field in fields.items()
+        if field in file.metadata
+    }
+    ends = [end for end in stop_ids(file) if 0 <= end < n_vocab]
+    return found | ({"eos_token_id": ends} if len(ends) > 1 else {})
+
+
+def _token_id(file: GGUFFile, field: str, n_vocab: int) -> int:
+    number = file.require(field, int)
+    if not 0 <= number < n_vocab:
+        expected = f"below {n_vocab}"
+        raise FormatError("no such token", where=file.path, field=field, got=number, expected=expected)
+    return number

@@ -14,6 +14,7 @@ import numpy as np
 from hotcold.convert.gguf_sentencepiece import real_tokens, sentencepiece_tokenizer
 from hotcold.convert.pre_tokenizers import PRE_TOKENIZERS
 from hotcold.errors import FormatError, UnsupportedError
+from hotcold.progress import log
 
 if TYPE_CHECKING:
     from tokenizers import AddedToken, Tokenizer
@@ -24,7 +25,7 @@ __all__ = ["build_tokenizer", "token_of"]
 
 _UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4  # GGUF `tokenizer.ggml.token_type`
 # What llama.cpp takes where a SentencePiece file does not say: which token, and that it is added.
-_SENTENCEPIECE_BOS = (1, True)
+_SENTENCEPIECE_BOS, _SENTENCEPIECE_EOS = (1, True), 2
 
 
 def build_tokenizer(file: GGUFFile) -> Tokenizer:
@@ -43,18 +44,19 @@ def build_tokenizer(file: GGUFFile) -> Tokenizer:
     if kind == "llama":
         tokenizer = sentencepiece_tokenizer(file, tokens)
         tokenizer.add_tokens(_added_tokens(file, tokens))
-        _add_bos(tokenizer, file, tokens, *_SENTENCEPIECE_BOS)
+        _add_ends(tokenizer, file, tokens, _SENTENCEPIECE_BOS, _SENTENCEPIECE_EOS)
         return tokenizer
     if kind != "gpt2":
         raise UnsupportedError("unknown vocabulary type", where=file.path, got=kind, expected="gpt2 | llama")
-    # PowerInfer is as old as the llama.cpp that had but one
-    pre = file.find("tokenizer.ggml.pre", str, "gpt-2" if file.magic == "PWRI" else "default")
+    pre = _pre_tokenizer(file)
     if pre not in PRE_TOKENIZERS:
         expected = " | ".join(PRE_TOKENIZERS)
         raise UnsupportedError("unknown pre-tokenizer", where=file.path, got=pre, expected=expected)
 
     splitting = PRE_TOKENIZERS[pre]
     merges, vocabulary = _merges(file), real_tokens(tokens)
+    if not merges:
+        log(f"{file.path.name}: no tokenizer.ggml.merges: text falls apart into single bytes")
     try:
         model = BPE(vocabulary, merges, ignore_merges=splitting.whole_words)
     except Exception as error:  # tokenizers raises bare Exceptions, here of merges without a token
@@ -63,8 +65,19 @@ def build_tokenizer(file: GGUFFile) -> Tokenizer:
     tokenizer.pre_tokenizer = splitting.build(vocabulary)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_tokens(_added_tokens(file, tokens))
-    _add_bos(tokenizer, file, tokens, None, splitting.adds_bos)
+    _add_ends(tokenizer, file, tokens, (None, splitting.adds_bos), None)
     return tokenizer
+
+
+def _pre_tokenizer(file: GGUFFile) -> str:
+    """The name of the splitting rules; what llama.cpp takes where a file does not say, with a warning."""
+    if file.magic == "PWRI":  # as old as the llama.cpp that had but one
+        return file.find("tokenizer.ggml.pre", str, "gpt-2")
+    pre = file.find("tokenizer.ggml.pre", str)
+    if pre is None:
+        log(f"{file.path.name}: no tokenizer.ggml.pre: text is split as llama.cpp does by default, which may "
+            "not be the model's way; a newer conversion of the model has it")  # fmt: skip
+    return "default" if pre is None else pre
 
 
 def _strings(file: GGUFFile, name: str) -> list[str]:
@@ -95,17 +108,29 @@ def _added_tokens(file: GGUFFile, tokens: list[str]) -> list[AddedToken]:
     ]
 
 
-def _add_bos(
-    tokenizer: Tokenizer, file: GGUFFile, tokens: list[str], number: int | None, added: bool
+def _add_ends(
+    tokenizer: Tokenizer, file: GGUFFile, tokens: list[str], bos: tuple[int | None, bool], eos: int | None
 ) -> None:
-    """Have every text begin with the token that the file says; `number` and `added` are for what it does not
-    say."""
+    """Have every text begin and end with the tokens that the file says; `bos` (and whether it is added) and
+    `eos` are for what it does not say."""
     from tokenizers.processors import TemplateProcessing
 
-    number = file.find("tokenizer.ggml.bos_token_id", int, number)
-    if file.find("tokenizer.ggml.add_bos_token", bool, added) and number is not None:
-        bos = token_of(number, tokens, file.path, "tokenizer.ggml.bos_token_id")
-        tokenizer.post_processor = TemplateProcessing(single=[bos, "$A"], special_tokens=[(bos, number)])
+    before = _end(file, tokens, "bos", *bos)
+    after = _end(file, tokens, "eos", eos, False)
+    if before or after:
+        template = [*(token for token, _ in before), "$A", *(token for token, _ in after)]
+        tokenizer.post_processor = TemplateProcessing(single=template, special_tokens=before + after)
+
+
+def _end(
+    file: GGUFFile, tokens: list[str], name: str, number: int | None, added: bool
+) -> list[tuple[str, int]]:
+    """The token that is added at one end of a text, if any."""
+    field = f"tokenizer.ggml.{name}_token_id"
+    number = file.find(field, int, number)
+    if number is None or not file.find(f"tokenizer.ggml.add_{name}_token", bool, added):
+        return []
+    return [(token_of(number, tokens, file.path, field), number)]
 
 
 def token_of(number: object, tokens: list[str], path: Path, field: str) -> str:

@@ -21,7 +21,7 @@ ROLES = ("dense", "sparse", "attention", "predictor", "tokenizer", "config")
 _LISTS = ("source_quantised", "llama_cpp_differences")  # of strings, empty where they are missing
 
 _HEX = re.compile(r"[0-9a-f]{64}")
-_PATH = re.compile(r"(predictors/)?\w[\w.+ -]*")
+_PATH = re.compile(r"(predictors/|additional_chat_templates/)?\w[\w.+ -]*")
 
 
 @dataclass(frozen=True, slots=True)

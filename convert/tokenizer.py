@@ -16,23 +16,24 @@ from tokenizers import Tokenizer
 
 from hotcold.convert.pre_tokenizers import PRE_TOKENIZERS, name_of
 from hotcold.convert.sentencepiece import is_sentencepiece, sentencepiece_metadata
+from hotcold.convert.special_tokens import hf_settings, special_metadata, template_files
 from hotcold.errors import FormatError, InputError, UnsupportedError
 from hotcold.json_file import read_json
 from hotcold.progress import log
-from hotcold.tokenizer_file import read_tokenizer
+from hotcold.tokenizer_file import added_ids, read_tokenizer
 
 __all__ = ["tokenizer_files", "tokenizer_metadata"]
 
 _NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5  # llama.cpp: enum llama_token_type
 _FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "chat_template.jinja", "generation_config.json", "tokenizer.model", "vocab.json", "merges.txt",
+    "generation_config.json", "tokenizer.model", "vocab.json", "merges.txt",
 )  # fmt: skip
 
 
 def tokenizer_files(folder: Path) -> list[Path]:
     """The files of an HF directory that belong to its tokenizer."""
-    return [folder / name for name in _FILES if (folder / name).is_file()]
+    return [path for name in _FILES if (path := folder / name).is_file()] + template_files(folder)
 
 
 def tokenizer_metadata(folder: Path, n_vocab: int, config: dict[str, Any]) -> dict[str, Any]:
@@ -49,14 +50,11 @@ def tokenizer_metadata(folder: Path, n_vocab: int, config: dict[str, Any]) -> di
         raise FormatError("more tokens than embeddings", where=path, field="vocab", got=got, expected=n_vocab)
     data = json.loads(tokenizer.to_str())  # checked, complete, and in today's spelling
     tokens, types = _vocabulary(data, n_vocab, path)
-    settings = _settings(folder)
+    settings = hf_settings(folder)
     convert = sentencepiece_metadata if is_sentencepiece(data) else _byte_level_metadata
     metadata = convert(data, tokens, types, path)
-    ids = {token: i for i, token in enumerate(tokens)}
-    metadata |= _special_ids(settings, config, ids) | _added_ends(tokenizer, path)
-    if template := settings.get("chat_template"):
-        metadata["tokenizer.chat_template"] = template
-    return metadata
+    metadata |= special_metadata(settings, config, _generation(folder), tokens)
+    return metadata | _added_ends(tokenizer, path)
 
 
 def _load(path: Path) -> Tokenizer:
@@ -115,42 +113,17 @@ def _pre_tokenizer(data: dict[str, Any], path: Path) -> str:
     return name
 
 
-def _settings(folder: Path) -> dict[str, Any]:
-    """`tokenizer_config.json`, with the chat template that transformers 5 keeps in a file of its own."""
-    path, template = folder / "tokenizer_config.json", folder / "chat_template.jinja"
-    settings = read_json(path) if path.is_file() else {}
-    if template.is_file():
-        settings["chat_template"] = template.read_text("utf-8")
-    if not isinstance(settings.get("chat_template"), str):
-        settings.pop("chat_template", None)
-    return settings
-
-
-def _special_ids(settings: dict[str, Any], config: dict[str, Any], ids: dict[str, int]) -> dict[str, Any]:
-    """Ids of the special tokens: by name from the tokenizer's settings, else by number from config.json."""
-    found = {}
-    for key, name in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
-        token = settings.get(f"{key}_token")
-        token = token.get("content") if isinstance(token, dict) else token
-        number = config.get(f"{key}_token_id")
-        number = number[0] if isinstance(number, list) and number else number
-        number = ids.get(token, number) if isinstance(token, str) else number
-        if isinstance(number, int) and 0 <= number < len(ids):
-            found[f"tokenizer.ggml.{name}_token_id"] = np.uint32(number)
-    return found
+def _generation(folder: Path) -> dict[str, Any]:
+    path = folder / "generation_config.json"
+    return read_json(path) if path.is_file() else {}
 
 
 def _added_ends(tokenizer: Tokenizer, path: Path) -> dict[str, bool]:
-    """Whether encoding puts a token before the text or after it, as seen by doing it."""
+    """Whether encoding puts a token before the text or after it."""
     try:
-        bare = tokenizer.encode("a", add_special_tokens=False).ids
-        full = tokenizer.encode("a").ids
+        before, after = added_ids(tokenizer)
+    except UnsupportedError as error:
+        raise UnsupportedError(error.what, where=path) from error
     except Exception as error:  # tokenizers raises bare Exceptions
         raise FormatError(f"a tokenizer that cannot encode: {error}", where=path) from error
-    before = next((i for i in range(len(full)) if full[i : i + len(bare)] == bare), None)
-    if before is None:
-        raise UnsupportedError("a post-processor that changes the text's tokens", where=path)
-    return {
-        "tokenizer.ggml.add_bos_token": before > 0,
-        "tokenizer.ggml.add_eos_token": len(full) > before + len(bare),
-    }
+    return {"tokenizer.ggml.add_bos_token": bool(before), "tokenizer.ggml.add_eos_token": bool(after)}

@@ -105,7 +105,8 @@ def _check_content(folder: Path, manifest: Manifest) -> None:
     layouts, _ = model.layouts(predictors, sparse=sparse)
     roles = {layout.file: layout.role for layout in layouts}
     roles |= {f"predictors/{name}": "predictor" for name in (FILES if predictors else [])}
-    roles |= {path.name: "tokenizer" for path in tokenizer} | {"config.json": "config"}
+    roles |= {path.relative_to(folder).as_posix(): "tokenizer" for path in tokenizer}
+    roles |= {"config.json": "config"}
     where = folder / MANIFEST
     _same({path: file.role for path, file in manifest.files.items()}, roles, where, "files")
     _same(manifest.activation, spec.activation, where, "activation")

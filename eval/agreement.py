@@ -55,7 +55,7 @@ def agreement(
     n_ctx, expected, found = len(prompt) + n_tokens, {}, []
 
     def open_side(backend: str, side: GpuSide) -> Any:
-        options = BackendOptions(backend, device, str(side.budget) if side.budget else "auto")
+        options = BackendOptions(backend, device, f"{side.budget}B" if side.budget else "auto")
         return open_engine(bundle, side.mode, n_threads, n_ctx, options)
 
     with Progress("compare", total=len(sides), unit="side") as progress:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from hotcold.cpus import thread_count
 from hotcold.errors import InputError
+from hotcold.runtime.llama_options import add_llama_options
 from hotcold.runtime.model_argument import add_model_arguments, add_quant_argument, model_path
 
 if TYPE_CHECKING:
@@ -82,6 +83,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "and give its figures for the record",
     )  # fmt: skip
     _add_synthetic_arguments(parser.add_argument_group("synthetic models"))
+    add_llama_options(parser)
 
 
 def _add_synthetic_arguments(group: argparse._ArgumentGroup) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 from hotcold import storage
 from hotcold.eval.pipeline import Done, Step, run_steps
 from hotcold.identify import FIRST, REPORT, mark
+from hotcold.json_file import read_json
 from hotcold.ownership import check_file, check_growing
 from hotcold.shipped import BASE, FILE
 
@@ -98,7 +99,7 @@ def demo(
     check_file(out / _REPORT, "report")
     steps = demo_steps(out, model=model, quant=quant, n_threads=n_threads, from_scratch=from_scratch)
     done = run_steps(steps, out / "steps.jsonl")
-    report = build_report(done, json.loads((out / _BENCH).read_text()), model=model, quant=quant)
+    report = build_report(done, read_json(out / _BENCH), model=model, quant=quant)
     storage.write_json(out / _REPORT, REPORT | report)
     return report
 

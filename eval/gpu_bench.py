@@ -144,7 +144,7 @@ def _measure(
     _forget_peak(device)
     if side.backend == "accelerate":
         return _time_accelerate(bundle, side, device, texts, progress)
-    options = BackendOptions(side.backend, device, str(side.budget) if side.budget else "auto")
+    options = BackendOptions(side.backend, device, f"{side.budget}B" if side.budget else "auto")
     engine = open_engine(bundle, side.mode, n_threads, n_ctx, options)
     row = _time(side, engine, texts, progress)
     per_token = sum(engine.bytes_per_token(texts[0].middle).values())
@@ -193,9 +193,10 @@ def _seconds(work: Callable[[], object]) -> float:
 
 def _llama_cpp(bundle: str | Path, side: GpuSide, device: str, n_threads: int, n_ctx: int) -> LlamaCpp:
     """llama.cpp with as many layers on the GPU as fit the same budget by our own count."""
-    options = BackendOptions("hybrid", device, str(side.budget))
+    options = BackendOptions("hybrid", device, f"{side.budget}B")
     plan = make_placement(bundle, "dense", n_threads, n_ctx, options)
-    n_layers = sum(layer.on_device for layer in plan.layers)
+    # It counts the output layer as one, which is the first to go there; our plan always has it there.
+    n_layers = 1 + sum(layer.on_device for layer in plan.layers)
     path = file_of_role(bundle, "dense")
     return LlamaCpp(path, n_threads=n_threads, n_ctx=n_ctx, n_gpu_layers=n_layers)
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from hotcold import storage
-from hotcold.eval.pipeline import child_command
+from hotcold.eval.pipeline import child_command, child_environment
 from hotcold.identify import REPORT
 from hotcold.ownership import check_file
 from hotcold.progress import log
@@ -93,8 +93,9 @@ def _run(part: Part, left: float) -> dict[str, Any]:
         return _became("skipped", start, f"{left:.0f} s left, {part.seconds:.0f} s needed")
     try:
         done = subprocess.run(
-            child_command(part.arguments), capture_output=True, text=True, timeout=left, check=False
-        )
+            child_command(part.arguments), env=child_environment(), capture_output=True, encoding="utf-8",
+            errors="replace", timeout=left, check=False,
+        )  # fmt: skip
     except subprocess.TimeoutExpired as late:
         return _became("timed out", start, (late.stderr or b"").decode(errors="replace"))
     try:

@@ -9,6 +9,7 @@ from hotcold.cpus import thread_count
 from hotcold.errors import InputError
 from hotcold.json_file import json_text
 from hotcold.runtime.backends import add_input_sparsity
+from hotcold.runtime.llama_options import add_llama_options
 from hotcold.runtime.model_argument import add_model_arguments, add_quant_argument, model_path
 
 if TYPE_CHECKING:
@@ -52,6 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "model whose function it lacks",
     )  # fmt: skip
     add_input_sparsity(parser)
+    add_llama_options(parser)
     parser.add_argument("-t", "--threads", type=int, metavar="N", help="threads (default: all CPUs)")
     parser.add_argument(
         "--json",

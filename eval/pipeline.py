@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shlex
 import signal
 import subprocess
@@ -20,17 +21,23 @@ from pathlib import Path
 
 from hotcold import __version__, storage
 from hotcold.errors import HotcoldError
+from hotcold.json_file import read_json_lines
 from hotcold.progress import log
 
-__all__ = ["Done", "Step", "StepError", "child_command", "run_steps"]
+__all__ = ["Done", "Step", "StepError", "child_command", "child_environment", "run_steps"]
 
-_PATIENCE_S = 5.0
+_PATIENCE_S = 20.0  # for the child, which saves its work at any moment
 _RUN = "import sys; from hotcold.cli import main; sys.exit(main())"
 
 
 def child_command(arguments: Sequence[str]) -> list[str]:
     """The command line of a process that runs `hotcold` with these arguments, in this Python."""
     return [sys.executable, "-c", _RUN, *arguments]
+
+
+def child_environment() -> dict[str, str]:
+    """That of such a process: its output is UTF-8 whatever the terminal's is, which is our own concern."""
+    return os.environ | {"PYTHONIOENCODING": "utf-8"}
 
 
 class StepError(HotcoldError):
@@ -81,11 +88,15 @@ def run_steps(steps: Sequence[Step], journal: Path) -> dict[str, Done]:
 
 
 def _read(journal: Path) -> dict[str, Done]:
-    """The finished steps by key; a last line cut by a kill is not there."""
-    if not journal.exists():
-        return {}
-    lines = journal.read_text().split("\n")[:-1]
-    return {done.key: done for done in (Done(**json.loads(line)) for line in lines)}
+    """The finished steps by key; what is damaged was not done."""
+    found = {}
+    for entry in read_json_lines(journal, skip_damaged=True):
+        texts = [entry.get(name) for name in ("name", "key", "stdout")]
+        if all(isinstance(text, str) for text in texts) and isinstance(entry.get("seconds"), int | float):
+            found[entry["key"]] = Done(*texts[:2], entry["seconds"], texts[2])
+        else:
+            log(f"left out: {journal}: not a finished step")
+    return found
 
 
 def _run(step: Step, key: str) -> Done:
@@ -93,7 +104,9 @@ def _run(step: Step, key: str) -> Done:
     start = time.monotonic()
     command = child_command(step.arguments)
     kept: list[str] = []
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, encoding="utf-8") as child:
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, encoding="utf-8", errors="replace", env=child_environment()
+    ) as child:
         try:
             for line in child.stdout or ():
                 print(line, end="", flush=True)
@@ -110,9 +123,12 @@ def _run(step: Step, key: str) -> Done:
 
 
 def _end(child: subprocess.Popen[str]) -> None:
-    """Wait till the child has cleaned up; a terminal has sent it the Ctrl-C too, `kill -INT` has not."""
-    try:
-        child.wait(timeout=_PATIENCE_S)
-    except subprocess.TimeoutExpired:
-        child.send_signal(signal.SIGINT)
-        child.wait()
+    """Wait till the child has cleaned up; a terminal has sent it the Ctrl-C too, `kill -INT` has not, and one
+    that ignores it must not keep us here."""
+    for next_signal in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
+        try:
+            child.wait(timeout=_PATIENCE_S)
+            return
+        except subprocess.TimeoutExpired:
+            child.send_signal(next_signal)
+    child.wait()

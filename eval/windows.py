@@ -17,7 +17,7 @@ from hotcold import text
 from hotcold.convert.gguf_split import open_gguf
 from hotcold.convert.gguf_tokenizer import build_tokenizer
 from hotcold.errors import InputError
-from hotcold.tokenizer_file import read_tokenizer
+from hotcold.tokenizer_file import added_ids, read_tokenizer
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -78,16 +78,10 @@ def windows(ids: np.ndarray, window: int, tokenizer: Tokenizer | None = None) ->
     """Cut `ids` into windows of `window` ids, int32 each, the BOS that `tokenizer` adds included."""
     if window < 2:
         raise InputError("a window must hold at least 2 tokens", where="--window", got=window)
-    bos = np.array(_prefix(tokenizer) if tokenizer else [], dtype=np.int32)
+    bos = np.array(added_ids(tokenizer)[0] if tokenizer else [], dtype=np.int32)
     length = window - len(bos)
     cut = [ids[at : at + length] for at in range(0, len(ids) - length + 1, length)]
     if not cut:
         fix = "ask for more tokens, or for a shorter window"
         raise InputError("fewer tokens than one window", got=len(ids), expected=length, fix=fix)
     return [np.concatenate([bos, part]) for part in cut]
-
-
-def _prefix(tokenizer: Tokenizer) -> list[int]:
-    """What the tokenizer puts before a text: nothing, or BOS."""
-    plain = tokenizer.encode("a", add_special_tokens=False).ids
-    return tokenizer.encode("a").ids[: tokenizer.encode("a").ids.index(plain[0])]

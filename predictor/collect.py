@@ -14,6 +14,7 @@ import numpy as np
 
 from hotcold import text
 from hotcold.errors import InputError
+from hotcold.limits import check_ids, check_window
 from hotcold.predictor.trace_writer import TraceWriter
 from hotcold.predictor.traces import windows
 from hotcold.progress import Progress
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
     from hotcold.checkpoint import FfnLayer
 
-__all__ = ["collect", "gather_tokens"]
+__all__ = ["check_tokens", "collect", "gather_tokens"]
 
 _FLOAT16_MAX = float(np.finfo(np.float16).max)
 
@@ -60,6 +61,12 @@ def _part(source: str, part: text.Part, tokenizer: Tokenizer, n_tokens: int) -> 
             raise
         what = f"{error.what} for its {part} part"
         raise InputError(what, where=source, got=error.got, expected=error.expected, fix=error.fix) from error
+
+
+def check_tokens(model: PreTrainedModel, tokens: dict[str, np.ndarray], window: int) -> None:
+    """Raise InputError for ids or windows that the model has no embeddings for, before a write."""
+    check_ids(tokens["ids"], model.get_input_embeddings().num_embeddings)
+    check_window(model, min(window, int(np.bincount(tokens["document"]).max())))
 
 
 def collect(

@@ -46,12 +46,13 @@ def run(args: argparse.Namespace) -> int:
     check_growing(args.out, "traces", [args.model, args.text])
 
     from hotcold import checkpoint
-    from hotcold.predictor.collect import collect, gather_tokens
+    from hotcold.predictor.collect import check_tokens, collect, gather_tokens
     from hotcold.predictor.trace_writer import TraceWriter
 
     n_threads = torch_threads(args.threads)
     tokens = gather_tokens(args.text, checkpoint.load_tokenizer(args.model), args.tokens)
     model = checkpoint.load_model(args.model)
+    check_tokens(model, tokens, args.window)
     described = _describe(args, model, tokens, n_threads)
     with TraceWriter.open(args.out, described, tokens) as writer:
         torch_threads(writer.run.threads)

@@ -71,7 +71,8 @@ def add_backend_arguments(group: argparse._ArgumentGroup) -> None:
     )  # fmt: skip
     add(
         "--vram-budget", default="auto", metavar="SIZES",
-        help="gpu, hybrid: memory to use, such as 6G on each device, or 6G,4G; auto: all that is free",
+        help="gpu, hybrid: memory to use, such as 6G on each device (without a unit: GiB), or 6G,4G; auto: "
+        "all that is free",
     )  # fmt: skip
     add("--place", metavar="FILE", help="hybrid: use this plan, or PowerInfer's .gpuidx")
     add(

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from hotcold.errors import InputError
 from hotcold.progress import log
 from hotcold.runtime.backends import BackendOptions, add_backend_arguments, make_placement, open_engine
+from hotcold.runtime.llama_options import add_llama_options
 from hotcold.runtime.model_argument import add_model_arguments, add_quant_argument, model_path
 
 if TYPE_CHECKING:
@@ -27,6 +28,8 @@ HELP = (
 EXAMPLE = 'hotcold run --bundle demo/bundle -p "Once upon a time" -n 64 --temp 0'
 
 _INTERRUPTED = 130
+_MOST = (1 << 31) - 1
+_RANDOM_SEED = (1 << 32) - 1  # llama.cpp's way to say -1
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,8 +37,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
     add_quant_argument(parser)
     prompt = parser.add_mutually_exclusive_group()
-    prompt.add_argument("-p", "--prompt", help="the text to go on from")
+    prompt.add_argument("-p", "--prompt", help=r"the text to go on from; \n in it is a new line")
     prompt.add_argument("-f", "--file", metavar="FILE", help="read the prompt from a UTF-8 file")
+    parser.add_argument("-e", "--escape", action="store_true", default=True, help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--no-escape", dest="escape", action="store_false", help=r"take \n in -p for two characters"
+    )
     parser.add_argument(
         "-cnv", "--chat", action="store_true", help="ask the prompt through the chat template"
     )
@@ -43,7 +50,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "-n", "--n-predict", type=int, default=-1, help="tokens to generate; -1: until the end"
     )
     parser.add_argument(
-        "-c", "--ctx-size", type=int, default=2048, help="context size in tokens (%(default)s)"
+        "-c",
+        "--ctx-size",
+        type=int,
+        default=2048,
+        help="context size in tokens; 0: the model's (%(default)s)",
     )
     parser.add_argument("-t", "--threads", type=int, help="threads (the engine's choice)")
     modes = ("auto", "predicted", "exact", "dense")
@@ -58,6 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("where to compute")
     add_backend_arguments(group)
     group.add_argument("--dry-run", action="store_true", help="hybrid: print the plan and load nothing")
+    add_llama_options(parser, generates=True)
 
 
 def _add_sampling(group: argparse._ArgumentGroup) -> None:
@@ -83,12 +95,12 @@ def run(args: argparse.Namespace) -> int:
     from hotcold.runtime.vocabulary import Vocabulary
 
     _check(args)
-    if args.dry_run:
-        args.bundle = model_path(args)
-        return _print_plan(args)
-    text = _prompt(args)
+    text = "" if args.dry_run else _prompt(args)
     sampler = Sampler(_sampling_params(args))
     args.bundle = model_path(args)
+    args.ctx_size = args.ctx_size or _own_context(args.bundle)
+    if args.dry_run:
+        return _print_plan(args)
     vocabulary = Vocabulary.load(args.bundle)
     ids = vocabulary.encode_chat(text) if args.chat else vocabulary.encode(text)
     engine = _load_engine(args)
@@ -116,40 +128,44 @@ def _print_plan(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> None:
-    for option, value, least in (
-        ("-n", args.n_predict, -1),
-        ("-c", args.ctx_size, 1),
-        ("-t", 1 if args.threads is None else args.threads, 1),
-    ):
-        if value < least:
-            raise InputError(f"{option} out of range", got=value, expected=f"{least} or more")
+    """Refuse numbers out of range, and give llama.cpp's special ones their meaning."""
+    for option, value, least, most in (("-n", args.n_predict, -2, None), ("-c", args.ctx_size, 0, _MOST)):
+        if value < least or (most and value > most):
+            expected = f"{least} to {most}" if most else f"{least} or more"
+            raise InputError(f"{option} out of range", got=value, expected=expected)
+    # Until the end of the context, or without end: here both are until the end of the context.
+    args.n_predict = max(args.n_predict, -1)
+    args.threads = args.threads if args.threads is None or args.threads > 0 else None
+
+
+def _own_context(model: Path) -> int:
+    """The context that the model was trained on."""
+    from hotcold.convert.gguf_split import open_gguf
+    from hotcold.runtime.bundle_files import file_of_role
+
+    file = open_gguf(model if model.is_file() else file_of_role(model, "dense", "sparse"))
+    return file.count(f"{file.require('general.architecture', str)}.context_length")
 
 
 def _prompt(args: argparse.Namespace) -> str:
-    """The prompt; of a file's final newlines one is left out, since editors add it (so does llama.cpp)."""
+    from hotcold.runtime.prompt import given_prompt, read_prompt
+
     if args.file is None and args.prompt is None:
         raise InputError("no prompt", fix="give -p TEXT or -f FILE")
-    if args.file is None:
-        return args.prompt
-    try:
-        return Path(args.file).read_bytes().decode().removesuffix("\n")
-    except OSError as error:
-        raise InputError(f"cannot read the prompt: {error.strerror}", where=args.file) from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"the prompt is not UTF-8 at byte {error.start}", where=args.file) from error
+    return given_prompt(args.prompt, escapes=args.escape) if args.file is None else read_prompt(args.file)
 
 
 def _sampling_params(args: argparse.Namespace) -> SamplingParams:
     from hotcold.runtime.sampling import SamplingParams
 
     return SamplingParams(
-        temp=args.temp,
-        top_k=args.top_k,
+        temp=max(args.temp, 0.0),  # below: greedy, as in llama.cpp, and all tokens
+        top_k=max(args.top_k, 0),
         top_p=args.top_p,
         min_p=args.min_p,
         repeat_penalty=args.repeat_penalty,
         repeat_last_n=args.repeat_last_n,
-        seed=args.seed,
+        seed=-1 if args.seed == _RANDOM_SEED else args.seed,
     )
 
 

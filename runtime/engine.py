@@ -16,12 +16,15 @@ import numpy as np
 from hotcold.convert.gguf_split import open_gguf
 from hotcold.cpus import thread_count
 from hotcold.errors import InputError, UnsupportedError
+from hotcold.limits import check_tokens
 from hotcold.runtime import _cpu
 from hotcold.runtime.bundle_files import ModelPath
 from hotcold.runtime.bundle_load import load_model
 from hotcold.runtime.stats import Stats
 
 __all__ = ["Engine", "check_input_sparsity"]
+
+_MOST_TOKENS = (1 << 31) - 1  # the native engine counts in 32 bits
 
 
 class Engine:
@@ -46,8 +49,9 @@ class Engine:
         are the best that the CPU runs, or those that the environment variable HOTCOLD_CPU_ISA names. Raises
         InputError, FormatError, UnsupportedError.
         """
-        if n_ctx < 1:
-            raise InputError("the context must hold at least one token", got=n_ctx)
+        if not 1 <= n_ctx <= _MOST_TOKENS:
+            expected = f"1 to {_MOST_TOKENS} tokens"
+            raise InputError("no such size of a context", got=n_ctx, expected=expected, fix="change -c")
         check_input_sparsity(input_sparsity)
         if input_sparsity and attention is None:
             raise _no_rows(path)
@@ -112,23 +116,12 @@ class Engine:
     def prefill(self, ids: Sequence[int] | np.ndarray, all_logits: bool = False) -> np.ndarray:
         """Append tokens; logits after the last one, float32 [n_vocab], or after each, [len(ids), n_vocab]."""
         tokens = np.ascontiguousarray(ids, np.int32)
-        self._check(tokens)
+        check_tokens(tokens, self.position, self.n_ctx, self.n_vocab)
         return self._model.forward(tokens, all_logits)
 
     def decode(self, token: int) -> np.ndarray:
         """Append one token; logits of the next one, float32 [n_vocab]."""
         return self.prefill([token])
-
-    def _check(self, tokens: np.ndarray) -> None:
-        if tokens.ndim != 1 or not len(tokens):
-            raise InputError("no tokens to compute")
-        if self.position + len(tokens) > self.n_ctx:
-            got, limit = self.position + len(tokens), f"at most {self.n_ctx}"
-            raise InputError("the context is full", got=got, expected=limit, fix="raise it with -c")
-        if tokens.min() < 0 or tokens.max() >= self.n_vocab:
-            worst = int(tokens.max() if tokens.min() >= 0 else tokens.min())
-            limit = f"0 to {self.n_vocab - 1}"
-            raise InputError("token id outside of the vocabulary", got=worst, expected=limit)
 
     def reset_stats(self) -> None:
         """Start counting anew."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import numpy as np
 from hotcold.convert.gguf_split import open_gguf
 from hotcold.convert.gpu_index import GpuIndex
 from hotcold.errors import FormatError, InputError, MismatchError
+from hotcold.json_file import read_json
 from hotcold.ownership import beside, check_file
 from hotcold.runtime.placement import PlacedLayer, Placement
 from hotcold.storage import write_json
@@ -84,19 +84,20 @@ def load_placement(path: str | Path, n_layers: int, d_ff: int, fingerprint: str 
     else:
         placement, of = _from_json(path)
     got = (len(placement.layers), placement.layers[0].d_ff)
-    if got != (n_layers, d_ff) or (of and fingerprint and of != fingerprint):
-        raise MismatchError("a plan for another model", where=path, got=got, expected=(n_layers, d_ff))
+    if got != (n_layers, d_ff):
+        what = "a plan for another model, by its (n_layers, d_ff)"
+        raise MismatchError(what, where=path, got=got, expected=(n_layers, d_ff))
+    if of and fingerprint and of != fingerprint:
+        what = "a plan for another model, by its fingerprint"
+        raise MismatchError(what, where=path, got=of, expected=fingerprint)
     return placement
 
 
 def _from_json(path: Path) -> tuple[Placement, str | None]:
     if path.stat().st_size > _MAX_BYTES:
         raise FormatError("too large for a plan", where=path, got=path.stat().st_size)
-    try:
-        value = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise FormatError(f"no JSON: {error}", where=path) from error
-    if not isinstance(value, dict) or value.get("format") != _FORMAT or value.get("version") != _VERSION:
+    value = read_json(path)
+    if value.get("format") != _FORMAT or value.get("version") != _VERSION:
         raise FormatError("not a plan of this version", where=path, field="format")
     try:
         layers = [_layer(entry, int(value["d_ff"]), path, i) for i, entry in enumerate(value["layers"])]

@@ -21,8 +21,9 @@ from hotcold.convert.gguf_read import GGUFFile
 from hotcold.convert.gguf_split import open_gguf
 from hotcold.convert.quantize import dequantize
 from hotcold.errors import FormatError, InputError, UnsupportedError
+from hotcold.limits import check_tokens
 from hotcold.runtime.bundle_files import file_of_role
-from hotcold.runtime.shape import ModelShape, activation_thresholds, read_predictors
+from hotcold.runtime.shape import ModelShape, activation_thresholds, check_context, read_predictors
 from hotcold.runtime.stats import Stats
 
 __all__ = ["ReferenceEngine"]
@@ -231,6 +232,7 @@ class ReferenceEngine:
         file = open_gguf(path)
         weights = _Weights(file, path)
         self._path, self._shape = path, ModelShape.read(file)
+        check_context(file, self._shape, n_ctx)
         self._embedding = weights("token_embd.weight")  # [n_vocab, d_model]
         self._head = weights("output.weight") if "output.weight" in weights else self._embedding
         self._output_norm = _norm(weights, self._shape, "output_norm")
@@ -292,8 +294,9 @@ class ReferenceEngine:
     @torch.no_grad()
     def prefill(self, ids: Sequence[int], all_logits: bool = False) -> np.ndarray:
         """Append tokens; logits after the last one, float32 [n_vocab], or after each, [len(ids), n_vocab]."""
-        tokens = torch.as_tensor(np.asarray(ids, np.int64))
-        self._check(tokens)
+        checked = np.asarray(ids, np.int64)
+        check_tokens(checked, self.position, self.n_ctx, self.n_vocab)
+        tokens = torch.as_tensor(checked)
         x = self._embedding[tokens]  # the residual stream, [tokens, d_model]
         positions = torch.arange(self.position, self.position + len(tokens))
         if self._learned is not None:
@@ -305,19 +308,6 @@ class ReferenceEngine:
         self._tokens += len(tokens)
         x = self._output_norm(x if all_logits else x[-1])
         return (x @ self._head.T).numpy()
-
-    def _check(self, tokens: Tensor) -> None:
-        if tokens.ndim != 1 or not len(tokens):
-            raise InputError("no tokens to compute")
-        if self.position + len(tokens) > self.n_ctx:
-            raise InputError(
-                "the context is full", got=self.position + len(tokens), expected=f"at most {self.n_ctx}"
-            )
-        if tokens.min() < 0 or tokens.max() >= self.n_vocab:
-            worst = int(tokens.max()) if tokens.min() >= 0 else int(tokens.min())
-            raise InputError(
-                "token id outside of the vocabulary", got=worst, expected=f"0 to {self.n_vocab - 1}"
-            )
 
     def _largest(self, x: Tensor, positions: Tensor) -> Tensor:
         """x [tokens, inputs] with the smallest inputs of each token but the first of the context set to 0."""

@@ -21,6 +21,7 @@ __all__ = [
     "Predictor",
     "activation_thresholds",
     "check_context",
+    "check_positions",
     "read_predictors",
 ]
 
@@ -95,15 +96,17 @@ class ModelShape:
 def check_context(file: GGUFFile, shape: ModelShape, n_ctx: int) -> None:
     """Raise InputError for more context than the model has learned positions for; say where it is more than
     it was trained on."""
-    form, name = shape.form, f"{shape.form.positions}.weight"
-    if form.positions and name in file.tensors:
-        most = file.tensors[name].shape[0] - form.first_position
-        if n_ctx > most:
-            what, limit = "the model has no positions for so long a context", f"at most {most}"
-            raise InputError(what, where=file.path, got=n_ctx, expected=limit, fix="lower it with -c")
+    check_positions(file, f"{shape.form.positions}.weight", shape.form.first_position, n_ctx)
     trained = file.find(f"{file.require('general.architecture', str)}.context_length", int, n_ctx)
     if n_ctx > trained:
         log(f"{file.path.name}: a context of {n_ctx} tokens, where the model was trained on {trained}")
+
+
+def check_positions(file: GGUFFile, table: str, first: int, n_ctx: int) -> None:
+    """Raise InputError for a longer context than the rows of `table`, whose row `first` is position 0."""
+    if table in file.tensors and n_ctx > (most := file.tensors[table].shape[0] - first):
+        what, limit = "the model has no positions for so long a context", f"at most {most}"
+        raise InputError(what, where=file.path, got=n_ctx, expected=limit, fix="lower it with -c")
 
 
 class _Keys:

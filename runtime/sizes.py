@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import re
+
 from hotcold.errors import InputError
 
 __all__ = ["format_bytes", "parse_bytes"]
 
-_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+_UNITS = {"B": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+_SIZE = re.compile(r"(.*?)(?:([KMGT])(?:I?B)?|(B))?", re.DOTALL)
 
 
 def parse_bytes(text: str) -> int:
-    """`6G`, `512M`, `6.5GiB` or a plain number of bytes; units are powers of 1024. Raises InputError."""
-    number = text.strip().upper().removesuffix("IB").removesuffix("B")
-    unit = number[-1:] if number[-1:] in _UNITS else ""
+    """`6G`, `512M`, `6.5GiB`, `1000B`, or a number of GiB as PowerInfer takes it: `6`. Units are powers of
+    1024. Raises InputError."""
+    number, unit, byte = _SIZE.fullmatch(text.strip().upper()).groups()
     try:
-        value = float(number.removesuffix(unit)) * _UNITS[unit]
+        value = float(number) * _UNITS[unit or byte or "G"]
     except ValueError:
         value = -1.0
     if not 0 <= value < float("inf"):

@@ -6,41 +6,47 @@ Special tokens and the chat template come from the GGUF metadata, where llama.cp
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
-from datetime import datetime
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NoReturn, Self
+from typing import Self
 
 from tokenizers import Tokenizer
 
 from hotcold.convert.gguf_read import GGUFFile
 from hotcold.convert.gguf_split import open_gguf
 from hotcold.convert.gguf_tokenizer import build_tokenizer
-from hotcold.errors import InputError, UnsupportedError
+from hotcold.convert.special_tokens import SPECIAL_TOKENS, chat_templates, stop_ids
+from hotcold.errors import InputError
+from hotcold.progress import log
 from hotcold.runtime.bundle_files import file_of_role
-from hotcold.tokenizer_file import read_tokenizer
+from hotcold.runtime.chat_template import render
+from hotcold.tokenizer_file import added_ids, read_tokenizer
 
 __all__ = ["TextStream", "Vocabulary"]
 
 # Tokens that end a text or a turn under these names, besides the ones that the metadata gives (llama.cpp,
 # `llama-vocab.cpp`, does the same: an instruct model's `eos` is often only one of them).
-_STOP_NAMES = ("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<|end_of_text|>")
-_STOP_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")
-
-_MAX_TEMPLATE = 1 << 18  # characters of a chat template
-_MAX_CHAT = 1 << 22  # characters that one may expand to
+_STOP_NAMES = (
+    "<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<|end_of_text|>", "<|eom_id|>",
+    "<EOT>", "_<EOT>", "<end_of_utterance>",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
 class Vocabulary:
-    """What a bundle knows about text."""
+    """What a bundle knows about text.
+
+    `chat_template` is the default one; `special_tokens` are those that templates know beside `bos_token` and
+    `eos_token`: `unk_token`, `pad_token`, ….
+    """
 
     tokenizer: Tokenizer
     stop_ids: frozenset[int]
     bos: str
     eos: str
     chat_template: str | None
+    special_tokens: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def load(cls, bundle: str | Path) -> Self:
@@ -55,28 +61,48 @@ class Vocabulary:
         else:
             file = open_gguf(file_of_role(bundle, "dense", "sparse"))
             tokenizer = _read_tokenizer(Path(bundle) / "tokenizer.json")
+        special = {name: _token_text(tokenizer, file, key) for name, key in SPECIAL_TOKENS.items()}
         return cls(
             tokenizer=tokenizer,
             stop_ids=_stop_ids(tokenizer, file),
-            bos=_token_text(tokenizer, file, "bos_token_id"),
-            eos=_token_text(tokenizer, file, "eos_token_id"),
-            chat_template=file.find("tokenizer.chat_template", str),
+            bos=special.pop("bos"),
+            eos=special.pop("eos"),
+            chat_template=chat_templates(file).get("default"),
+            special_tokens={f"{name}_token": token for name, token in special.items()},
         )
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a plain text, with a beginning-of-text token only if the tokenizer itself adds one."""
-        return self.tokenizer.encode(_valid(text)).ids
+        """Ids of a text to be continued: after a beginning-of-text token if the tokenizer adds one, and never
+        before the end-of-text token that some add."""
+        before, _ = added_ids(self.tokenizer)
+        return self._checked([*before, *self._ids(_valid(text))])
 
     def encode_chat(self, text: str) -> list[int]:
         """Ids of a conversation in which the user has said `text` and the model is to answer.
 
         Raises InputError if the model has no chat template, UnsupportedError if the template fails.
         """
+        return self._checked(self._ids(self.chat([{"role": "user", "content": _valid(text)}])))
+
+    def chat(self, messages: list[dict[str, str]], **variables: object) -> str:
+        """The prompt that the chat template makes of a conversation; raises as above."""
         if self.chat_template is None:
             raise InputError("this model has no chat template", fix="leave out --chat")
-        messages = [{"role": "user", "content": _valid(text)}]
-        chat = render(self.chat_template, messages=messages, bos_token=self.bos, eos_token=self.eos)
-        return self.tokenizer.encode(chat, add_special_tokens=False).ids
+        special = {"bos_token": self.bos, "eos_token": self.eos, **self.special_tokens}
+        known = {name: token for name, token in special.items() if token}
+        return render(self.chat_template, messages=messages, **(known | variables))
+
+    def _ids(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+    def _checked(self, ids: list[int]) -> list[int]:
+        """The ids of a prompt, with a word on what is seldom meant."""
+        bos = self.tokenizer.token_to_id(self.bos)
+        if bos is not None and ids[:2] == [bos, bos]:
+            log(
+                f"the prompt begins with {self.bos} twice: it is added to every prompt, leave it out of yours"
+            )
+        return ids
 
 
 def _read_tokenizer(path: Path) -> Tokenizer:
@@ -87,12 +113,11 @@ def _read_tokenizer(path: Path) -> Tokenizer:
 
 def _stop_ids(tokenizer: Tokenizer, file: GGUFFile) -> frozenset[int]:
     named = (tokenizer.token_to_id(name) for name in _STOP_NAMES)
-    keyed = (file.find(f"tokenizer.ggml.{key}", int) for key in _STOP_KEYS)
-    return frozenset(token for token in (*named, *keyed) if token is not None)
+    return frozenset(token for token in (*named, *stop_ids(file)) if token is not None)
 
 
 def _token_text(tokenizer: Tokenizer, file: GGUFFile, key: str) -> str:
-    token = file.find(f"tokenizer.ggml.{key}", int, -1)
+    token = file.find(f"tokenizer.ggml.{key}_token_id", int, -1)
     return (tokenizer.id_to_token(token) if 0 <= token < 1 << 32 else None) or ""
 
 
@@ -102,42 +127,6 @@ def _valid(text: str) -> str:
         text.encode()
     except UnicodeEncodeError as error:
         raise InputError("the prompt is not valid UTF-8", where=f"character {error.start}") from None
-    return text
-
-
-def render(template: str, **variables: object) -> str:
-    """Expand a chat template as transformers does, but within bounds: it came with a model."""
-    from jinja2 import TemplateError
-    from jinja2.ext import loopcontrols
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    if len(template) > _MAX_TEMPLATE:
-        raise UnsupportedError(
-            "chat template too long", got=len(template), expected=f"at most {_MAX_TEMPLATE}"
-        )
-
-    def raise_exception(message: str) -> NoReturn:
-        raise TemplateError(message)
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
-    )
-    environment.globals |= {"raise_exception": raise_exception, "strftime_now": datetime.now().strftime}
-    try:
-        compiled = environment.from_string(template)
-        return _bounded(compiled.generate(add_generation_prompt=True, **variables))
-    except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, OverflowError) as error:
-        raise UnsupportedError(f"the chat template fails: {error}", fix="leave out --chat") from error
-
-
-def _bounded(pieces: Iterable[str]) -> str:
-    text = ""
-    for piece in pieces:
-        text += piece
-        if len(text) > _MAX_CHAT:
-            raise UnsupportedError(
-                "the chat template expands without end", expected=f"{_MAX_CHAT} characters"
-            )
     return text
 
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from hotcold.activation_names import parse
 from hotcold.errors import FormatError, InputError
 from hotcold.sparsify.schedule import ProgressiveL1, Stage
 
@@ -174,6 +175,7 @@ class Config:
             raise InputError("shares of the text sources must be positive", where="text")
         if self.loss.lm + self.loss.kl + self.loss.ffn == 0:
             raise InputError("every term of the loss is off", where="loss", expected="lm, kl or ffn > 0")
+        _check_activation(self.activation)
         self.l1_schedule()
         target = self.l1.target_sparsity
         if target is not None and not 0 < target < 1:
@@ -209,6 +211,15 @@ def _check(owner: object, names: tuple[str, ...], fits: Any, expected: str, pref
     for name in names:
         if not fits(value := getattr(owner, name)):
             raise InputError("out of range", where=f"{prefix}{name}", got=value, expected=expected)
+
+
+def _check_activation(name: str) -> None:
+    """Only what can be exported and run can be trained."""
+    kind = (parse(name) or (name,))[0]
+    if kind not in ("relu", "drelu", "fatrelu"):
+        expected = "relu | drelu | fatrelu_T, T being the threshold"
+        raise InputError("cannot be exported, so it is not trained", where="activation", got=name,
+                         expected=expected)  # fmt: skip
 
 
 def recipes() -> list[str]:

@@ -10,6 +10,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from hotcold.finite import perplexity_of
+from hotcold.limits import check_ids, check_window
 from hotcold.sparsify.hooks import recorded_intermediates
 
 __all__ = ["Quality", "measure", "table", "zero_share"]
@@ -35,8 +36,11 @@ class Quality:
 def measure(model: PreTrainedModel, windows: Tensor) -> Quality:
     """Perplexity and sparsity on `windows` [n, length], each seen without what came before it.
 
-    InputError where the perplexity is not finite.
+    InputError where the perplexity is not finite, and for ids or lengths that the model has no embeddings
+    for.
     """
+    check_ids(windows.cpu().numpy(), model.get_input_embeddings().num_embeddings)
+    check_window(model, windows.shape[1])
     loss, zeros = 0.0, []
     with recorded_intermediates(model) as seen:
         for ids in windows.split(_BATCH):

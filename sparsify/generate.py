@@ -76,7 +76,8 @@ class Sampler:
         hidden = self._teacher.model(
             ids, past_key_values=cache, use_cache=True, position_ids=at[None].expand(len(ids), 1)
         ).last_hidden_state[:, -1]
-        values, candidates = self._teacher.lm_head(hidden).float().topk(self._settings.top_k, dim=-1)
+        logits = self._teacher.lm_head(hidden).float()
+        values, candidates = logits.topk(min(self._settings.top_k, logits.shape[-1]), dim=-1)
         return values.softmax(-1), candidates
 
 

@@ -13,9 +13,16 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor, nn, where
-from transformers import LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM
+from transformers import (
+    GraniteForCausalLM,
+    LlamaForCausalLM,
+    MistralForCausalLM,
+    Qwen2ForCausalLM,
+    Qwen3ForCausalLM,
+)
 
 __all__ = [
+    "SparseGraniteForCausalLM",
     "SparseLlamaForCausalLM",
     "SparseMistralForCausalLM",
     "SparseQwen2ForCausalLM",
@@ -70,6 +77,10 @@ class _Sparse:
 
 class SparseLlamaForCausalLM(_Sparse, LlamaForCausalLM):
     """Llama with a sparse activation."""
+
+
+class SparseGraniteForCausalLM(_Sparse, GraniteForCausalLM):
+    """Granite, MiniCPM included, with a sparse activation."""
 
 
 class SparseMistralForCausalLM(_Sparse, MistralForCausalLM):

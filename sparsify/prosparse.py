@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from hotcold.checkpoint import ffn_layers
 from hotcold.errors import InputError, MismatchError
+from hotcold.limits import check_tokenizer
 from hotcold.sparsify.activations import set_activation
 from hotcold.sparsify.attention import use_grouped_attention
 from hotcold.sparsify.config import Config, Loss, ModelSize
@@ -66,6 +67,7 @@ def prosparse(
     calibration = heldout_windows(tokenizer, config, "calibrate", _SPREAD_WINDOWS * config.sequence)
     student = load()
     check_size(student, config.model)
+    check_tokenizer(tokenizer, student)
     if accelerator.device.type == "cpu":
         use_grouped_attention(student)
     student.requires_grad_(False).to(accelerator.device)

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hotcold import text
+from hotcold.limits import check_ids
 from hotcold.sparsify.config import GENERATED, Config, Text
 from hotcold.sparsify.data import Documents, Mixture, Source, TokenRows, read_windows
 from hotcold.sparsify.teacher_text import read_rows, teacher_text
@@ -44,7 +45,9 @@ def training_data(
                 )
             return TokenRows(rows)
         if wanted.source.endswith(_TOKEN_FILE):
-            return TokenRows(read_rows(Path(wanted.source), config.sequence))
+            rows = read_rows(Path(wanted.source), config.sequence)
+            check_ids(rows.numpy(), teacher.get_input_embeddings().num_embeddings)
+            return TokenRows(rows)
         return _documents(wanted.source, tokenizer, config)
 
     return Mixture([(open_text(wanted), wanted.share) for wanted in config.text if wanted.share], config.seed)

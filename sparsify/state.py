@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save, save_file
 from torch import Tensor
 
 from hotcold import storage
-from hotcold.errors import FormatError, MismatchError
-from hotcold.json_file import read_json
+from hotcold.errors import FormatError, HotcoldError, MismatchError
+from hotcold.json_file import read_json, read_json_lines
 from hotcold.ownership import check_growing
 
 __all__ = ["Saved", "WorkFolder", "flat_optimizer", "nested_optimizer"]
@@ -78,10 +78,13 @@ class WorkFolder:
 
     def _read(self, path: Path) -> Saved:
         try:
-            state = json.loads((path / _STATE).read_text())
-            return Saved(path, state["phase"], state["step"], state["extra"])
-        except (OSError, ValueError, KeyError) as error:
+            state = read_json(path / _STATE)
+            phase, step, extra = state["phase"], state["step"], state["extra"]
+        except (HotcoldError, KeyError) as error:
             raise FormatError("not a training state", where=path, got=str(error), fix="delete it") from error
+        if phase not in self.phases or type(step) is not int or not isinstance(extra, dict):
+            raise FormatError("not a training state", where=path, got=f"{phase}, {step}", fix="delete it")
+        return Saved(path, phase, step, extra)
 
     def save(
         self,
@@ -106,9 +109,15 @@ class WorkFolder:
 
     def records(self) -> list[dict[str, Any]]:
         """The log so far; a last line cut by a kill is not there."""
-        if not self.log_path.is_file():
-            return []
-        return [json.loads(line) for line in self.log_path.read_text().split("\n")[:-1]]
+        return read_json_lines(self.log_path)
+
+    def _place(self, record: Mapping[str, Any], line: int) -> tuple[int, int]:
+        """Phase and step of a record, in the order of the run; FormatError where it has none."""
+        phase, step = record.get("phase"), record.get("step")
+        if phase not in self.phases or type(step) is not int:
+            fix = "delete this line"
+            raise FormatError("not a record", where=self.log_path, field=f"line {line}", fix=fix)
+        return self.phases.index(phase), step
 
     def keep_stage(self, name: str, model: Mapping[str, Tensor]) -> None:
         """Keep the trained parameters as they are at the end of a stage of the method."""
@@ -128,7 +137,7 @@ class WorkFolder:
             return
         saved = self.last()
         last = (-1, 0) if saved is None else (self.phases.index(saved.phase), saved.step)
-        kept = [r for r in self.records() if (self.phases.index(r["phase"]), r["step"]) <= last]
+        kept = [r for n, r in enumerate(self.records(), start=1) if self._place(r, n) <= last]
         storage.write_bytes(self.log_path, "".join(json.dumps(r) + "\n" for r in kept).encode())
 
 

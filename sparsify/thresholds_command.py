@@ -77,6 +77,7 @@ def run(args: argparse.Namespace) -> int:
 
     torch_threads()
     from hotcold import checkpoint
+    from hotcold.limits import check_tokenizer
     from hotcold.sparsify.attention import use_grouped_attention
     from hotcold.sparsify.memory import keep_big_buffers
     from hotcold.sparsify.thresholds import best, curve, per_layer, tail_errors
@@ -85,6 +86,7 @@ def run(args: argparse.Namespace) -> int:
     tokenizer = checkpoint.load_tokenizer(args.model)
     windows, test = (_windows(args, tokenizer, part) for part in ("calibrate", "test"))
     model = checkpoint.load_model(args.model)
+    check_tokenizer(tokenizer, model)
     use_grouped_attention(model)
     n = model.config.num_hidden_layers
     settings = [(knob, [knob] * n) for knob in knobs]
@@ -130,13 +132,19 @@ def _journal(
 ) -> tuple[Callable[[float], Point | None], Callable[[Point], None]]:
     """Points of an earlier run with the same settings on this part, and where new ones are written."""
     from hotcold import storage
+    from hotcold.json_file import read_json_lines
+    from hotcold.progress import log
     from hotcold.sparsify.thresholds import Point
 
     path = _curve(args)
     run = [fingerprint, args.text, part, args.tokens, args.window, args.per_layer, args.top]
-    lines = path.read_text().split("\n")[:-1] if path.is_file() else []
-    entries = [json.loads(line) for line in lines]
-    points = {e["point"]["knob"]: Point(**e["point"]) for e in entries if e["run"] == run}
+    points: dict[float, Point] = {}
+    for entry in read_json_lines(path, skip_damaged=True):
+        if entry.get("run") == run:
+            try:
+                points[entry["point"]["knob"]] = Point(**entry["point"])
+            except (KeyError, TypeError):
+                log(f"left out: {path}: not a point of the curve")
 
     def write(point: Point) -> None:
         storage.append_line(path, json.dumps({"run": run, "point": asdict(point)}))

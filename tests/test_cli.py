@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -138,6 +139,40 @@ def test_ctrl_c(fake, capsys):
 def test_the_status_of_a_command_is_that_of_the_process(fake):
     fake(lambda args: 3)
     assert cli.main(["run"]) == 3
+
+
+CODE = (
+    "import sys, types\nfrom hotcold import cli\n"
+    "def run(args):\n    print('Größe 谢谢 \\udcff'); print('🐙', file=sys.stderr); return 0\n"
+    "sys.modules['hotcold.runtime.command'] = types.SimpleNamespace(\n"
+    "    HELP='x → y', EXAMPLE='', add_arguments=lambda p: None, run=run)\n"
+    "sys.exit(cli.main(sys.argv[1:]))\n"
+)
+
+
+@pytest.fixture
+def script(tmp_path):
+    (tmp_path / "prints.py").write_text(CODE, "utf-8")
+    return tmp_path / "prints.py"
+
+
+@pytest.mark.parametrize(
+    "encoding,out",
+    [("ascii", b"Gr??e ?? ?\n"), ("cp1252", b"Gr\xf6\xdfe ?? ?\n"), ("utf-8", "Größe 谢谢 ?\n".encode())],
+)
+def test_a_terminal_that_lacks_characters_shows_others(script, encoding, out):
+    environment = os.environ | {"PYTHONIOENCODING": encoding}
+    done = subprocess.run([sys.executable, script, "run"], capture_output=True, env=environment)
+    err = "🐙\n".encode() if encoding == "utf-8" else b"\\U0001f419\n"
+    assert (done.returncode, done.stdout, done.stderr) == (0, out, err)
+    done = subprocess.run([sys.executable, script, "run", "--help"], capture_output=True, env=environment)
+    assert done.returncode == 0 and not done.stderr
+
+
+def test_the_c_locale_shows_what_it_can(script):
+    plain = {"LC_ALL": "C", "LANG": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    done = subprocess.run([sys.executable, script, "run"], capture_output=True, env=os.environ | plain)
+    assert (done.returncode, done.stdout) == (0, b"Gr??e ?? ?\n")
 
 
 def test_a_reader_that_has_enough_is_no_error(tmp_path):

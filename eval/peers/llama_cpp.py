@@ -16,7 +16,10 @@ from types import ModuleType
 
 import numpy as np
 
-from hotcold.errors import InputError, UnsupportedError
+from hotcold.convert.gguf_split import open_gguf
+from hotcold.errors import HotcoldError, InputError, UnsupportedError
+from hotcold.limits import check_tokens
+from hotcold.runtime.shape import check_positions
 
 __all__ = ["LlamaCpp"]
 
@@ -89,6 +92,11 @@ class LlamaCpp:
         parameters.n_ctx = self.n_ctx
         parameters.n_batch = parameters.n_ubatch = _BATCH
         parameters.n_threads = parameters.n_threads_batch = self.n_threads
+        try:  # llama.cpp itself would abort the process at the first token beyond its positions
+            check_positions(open_gguf(self.path), "position_embd.weight", 0, self.n_ctx)
+        except HotcoldError:
+            self._lib.llama_model_free(model)
+            raise
         context = self._lib.llama_init_from_model(model, parameters)
         if not context:
             self._lib.llama_model_free(model)
@@ -105,6 +113,7 @@ class LlamaCpp:
     def prefill(self, ids: Sequence[int] | np.ndarray, all_logits: bool = False) -> np.ndarray:
         """Process a block; returns logits float32 [n_vocab] after the last token, or [len(ids), n_vocab]."""
         ids = np.asarray(ids, dtype=np.int32)
+        check_tokens(ids, self.position, self.n_ctx, self.n_vocab)
         blocks = [ids[at : at + _BATCH] for at in range(0, len(ids), _BATCH)]
         if all_logits:
             return np.concatenate([self._decode(block, every=True) for block in blocks])
@@ -114,13 +123,11 @@ class LlamaCpp:
 
     def decode(self, token: int) -> np.ndarray:
         """Process one token; returns logits float32 [n_vocab]."""
-        return self._decode(np.array([token], dtype=np.int32), every=False)[0]
+        return self.prefill([token])
 
     def _decode(self, ids: np.ndarray, *, every: bool) -> np.ndarray:
         """One `llama_decode`; logits [len(ids) if every else 1, n_vocab]."""
         n = len(ids)
-        if self.position + n > self.n_ctx:
-            raise InputError("the context is full", got=self.position + n, expected=f"at most {self.n_ctx}")
         self._fill_batch(ids, every)
         start = time.perf_counter()
         status = self._lib.llama_decode(self._context, self._batch)

@@ -17,6 +17,7 @@ from hotcold.convert.gguf_read import GGUFFile
 from hotcold.convert.gguf_split import open_gguf
 from hotcold.cpus import available_cpus
 from hotcold.errors import InputError, UnsupportedError
+from hotcold.limits import check_tokens
 from hotcold.runtime.bundle_files import ModelPath
 from hotcold.runtime.gpu.device import memory_or_error, on, open_devices, parse_budgets
 from hotcold.runtime.gpu.plan import whole_model
@@ -222,15 +223,3 @@ def _check_mode(file: GGUFFile, weights: DeviceWeights, mode: str) -> None:
     if weights.dense_file != (mode == "dense"):
         form = "a dense down matrix" if weights.dense_file else "neuron rows"
         raise UnsupportedError(f"{mode} mode cannot run a file with {form}", where=file.path)
-
-
-def check_tokens(tokens: np.ndarray, position: int, n_ctx: int, n_vocab: int) -> None:
-    """Raise InputError for tokens [n] that cannot be appended at `position`."""
-    if tokens.ndim != 1 or not len(tokens):
-        raise InputError("no tokens to compute")
-    if position + len(tokens) > n_ctx:
-        got, limit = position + len(tokens), f"at most {n_ctx}"
-        raise InputError("the context is full", got=got, expected=limit, fix="raise it with -c")
-    if tokens.min() < 0 or tokens.max() >= n_vocab:
-        worst = int(tokens.max() if tokens.min() >= 0 else tokens.min())
-        raise InputError("token id outside of the vocabulary", got=worst, expected=f"0 to {n_vocab - 1}")

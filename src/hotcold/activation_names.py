@@ -15,6 +15,8 @@ from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from hotcold.families import GATED
+
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
@@ -25,10 +27,7 @@ NAMES = ("relu", "relu2", "drelu", "fatrelu_T", "shifted_relu_B")
 _PARAMETRISED = re.compile(r"(fatrelu|shifted_relu)_(\d+(?:\.\d+)?(?:e-?\d+)?)")
 _ACTIVATIONS = "transformers.activations"
 # The gated FFNs of transformers that `drelu` needs to change: there, an activation only sees the gate.
-_GATED = {
-    f"transformers.models.{name}.modeling_{name}": f"{name.capitalize()}MLP"
-    for name in ("llama", "mistral", "qwen2", "qwen3")
-}
+_GATED = {f"transformers.models.{name}.modeling_{name}": f"{name.capitalize()}MLP" for name in GATED}
 
 
 def parse(name: str) -> tuple[str, float] | None:

@@ -51,7 +51,6 @@ _SMOLLM2 = "smollm2"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _HUB_FILES = ["*.json", "*.safetensors", "*.jinja"]
 _GGUF_MAGICS = (b"GGUF", b"PWRI")
-_SPECIAL_TOKENS = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
 
 
 def resolve(model: str) -> Path:
@@ -290,26 +289,25 @@ def load_tokenizer(model: str) -> Tokenizer:
 
 def load_chat_template(model: str) -> str | None:
     """The Jinja template that turns a conversation into a prompt, or None where the model has none."""
-    return _tokenizer_config(resolve(model)).get("chat_template")
+    return _tokenizer_config(resolve(model))["chat_template"].get("default")
 
 
 def _tokenizer_config(path: Path) -> dict[str, Any]:
-    """`tokenizer_config.json` of an HF directory, or the same keys out of a GGUF file."""
+    """`tokenizer_config.json` of an HF directory, or the same keys out of a GGUF file; chat templates are by
+    name in it."""
     from hotcold.convert.gguf_tokenizer import token_of
+    from hotcold.convert.special_tokens import SPECIAL_TOKENS, chat_templates, hf_settings
 
     if path.is_dir():
-        file, template = path / "tokenizer_config.json", path / "chat_template.jinja"
-        config = read_json(file) if file.is_file() else {}
-        return config | ({"chat_template": template.read_text("utf-8")} if template.is_file() else {})
+        return hf_settings(path)
     gguf = _gguf(path)
     tokens = gguf.find("tokenizer.ggml.tokens", list, [])
-    config = {}
-    for name, key in _SPECIAL_TOKENS.items():
+    config: dict[str, Any] = {}
+    for name, key in SPECIAL_TOKENS.items():
         field = f"tokenizer.ggml.{key}_token_id"
         if field in gguf.metadata:
-            config[name] = token_of(gguf.metadata[field], tokens, path, field)
-    template = gguf.find("tokenizer.chat_template", str)
-    return config | ({"chat_template": template} if template else {})
+            config[f"{name}_token"] = token_of(gguf.metadata[field], tokens, path, field)
+    return config | {"chat_template": chat_templates(gguf)}
 
 
 def fingerprint(model: str) -> str:
@@ -350,11 +348,14 @@ def save(
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: Path, *, like: str | None = None) -> None:
-    """Write `tokenizer.json`, `tokenizer_config.json` and the chat template; `like` as for `save`."""
+    """Write `tokenizer.json`, `tokenizer_config.json` and the chat templates; `like` as for `save`."""
+    from hotcold.convert.special_tokens import template_paths
+
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     config |= {} if like is None else _tokenizer_config(resolve(like))
-    template = config.pop("chat_template", None)
+    templates: dict[str, str] = config.pop("chat_template", {})
     storage.write_bytes(folder / "tokenizer.json", tokenizer.to_str(pretty=True).encode())
     storage.write_json(folder / "tokenizer_config.json", config)
-    if template:
-        storage.write_bytes(folder / "chat_template.jinja", template.encode())
+    for path, template in template_paths(templates, folder):
+        path.parent.mkdir(exist_ok=True)
+        storage.write_bytes(path, template.encode())

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import importlib
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -69,6 +70,13 @@ def _parser() -> _Parser:
     return parser
 
 
+def _spare_the_terminal() -> None:
+    """What the terminal's encoding lacks is printed as `?`, or as an escape on stderr; never a traceback."""
+    for stream, errors in ((sys.stdout, "replace"), (sys.stderr, "backslashreplace")):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors=errors)
+
+
 def _run_command(name: str, arguments: Sequence[str], prog: str) -> int:
     module = importlib.import_module(COMMANDS[name][0])
     parser = _Parser(prog, module.HELP, epilog=f"example:\n  {module.EXAMPLE}")
@@ -109,6 +117,7 @@ def _suggestion(name: str) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0, 2 for a user's error, 130 after Ctrl-C."""
+    _spare_the_terminal()
     argv = sys.argv[1:] if argv is None else argv
     parser = _parser()
     name = parser.parse_args(argv[:1]).command
@@ -119,9 +128,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def collect_traces() -> int:
     """Entry point `collect-traces`."""
+    _spare_the_terminal()
     return _run_command("collect-traces", sys.argv[1:], "collect-traces")
 
 
 def train_predictors() -> int:
     """Entry point `train-predictors`."""
+    _spare_the_terminal()
     return _run_command("train-predictors", sys.argv[1:], "train-predictors")

@@ -23,12 +23,14 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 __all__ = [
+    "GATED",
     "MODEL_TYPES",
     "FfnLayer",
     "activation_name",
     "as_transformers",
     "ffn_layers",
     "install_activation",
+    "learned_positions",
 ]
 
 
@@ -44,11 +46,12 @@ class _Modules:
     mlp: str = "mlp"
     act: str = "act_fn"
     key: str = "hidden_act"  # of the config
+    positions: str | None = None  # of the config: how many are learned
 
 
 _OPT = _Modules(
     layers="model.decoder.layers", norm="final_layer_norm", gate=None, up="fc1", down="fc2", mlp="",
-    act="activation_fn", key="activation_function",
+    act="activation_fn", key="activation_function", positions="max_position_embeddings",
 )  # fmt: skip
 _FALCON = _Modules(
     layers="transformer.h", norm="input_layernorm", gate=None, up="mlp.dense_h_to_4h",
@@ -57,6 +60,7 @@ _FALCON = _Modules(
 _FAMILIES = dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "granite"), _Modules())
 _FAMILIES |= {"opt": _OPT, "falcon": _FALCON}
 
+GATED = tuple(name for name, modules in _FAMILIES.items() if modules.gate)
 MODEL_TYPES = (*_FAMILIES, "minicpm", "bamboo")
 
 
@@ -109,6 +113,12 @@ def _ffn_layer(layer: nn.Module, where: _Modules) -> FfnLayer:
 def activation_name(model: PreTrainedModel) -> str:
     """The FFN activation as `config.json` names it: `silu`, `relu`, `fatrelu_0.01`, …"""
     return getattr(model.config, _family(model.config).key)
+
+
+def learned_positions(model: PreTrainedModel) -> int | None:
+    """How many positions a model has a table for; None where they are computed, for any number."""
+    key = _family(model.config).positions
+    return getattr(model.config, key) if key else None
 
 
 def as_transformers(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -184,10 +184,10 @@ def _file(path: Path) -> Found:
         start = file.read(1)
     if start == b"{":
         return _json_file(path)
-    from hotcold.convert.gguf_read import GGUFFile
+    from hotcold.convert.gguf_split import open_gguf
     from hotcold.convert.gpu_index import ARCHITECTURE
 
-    gguf = GGUFFile(path)
+    gguf = open_gguf(path)
     kind = "powerinfer" if gguf.magic == "PWRI" else "gguf"
     if gguf.find("general.architecture", str) == ARCHITECTURE:
         kind = "gpuidx"

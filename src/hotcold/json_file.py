@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from hotcold.errors import FormatError, InputError
+from hotcold.progress import log
 
-__all__ = ["json_text", "parse_json", "read_json"]
+__all__ = ["json_text", "parse_json", "read_json", "read_json_lines"]
 
 
 def json_text(value: Any, *, ensure_ascii: bool = True) -> str:
@@ -38,6 +39,29 @@ def read_json(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise InputError(f"cannot read the file: {error.strerror}", where=path) from error
     return parse_json(data, path)
+
+
+def read_json_lines(path: Path, *, skip_damaged: bool = False) -> list[dict[str, Any]]:
+    """The JSON objects in a file of one per line; none where there is no file.
+
+    A last line without its newline was cut by a kill, and is left out. FormatError for another line that is
+    damaged; `skip_damaged` is for files that only save work: there it is left out too, in one line of log.
+    """
+    try:
+        lines = path.read_bytes().split(b"\n")[:-1]
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise InputError(f"cannot read the file: {error.strerror}", where=path) from error
+    found = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            found.append(parse_json(line, path, f"line {number}"))
+        except FormatError as error:
+            if not skip_damaged:
+                raise
+            log(f"left out: {error}")
+    return found
 
 
 def parse_json(data: bytes, path: Path, field: str = "content") -> dict[str, Any]:

@@ -1,16 +1,19 @@
-"""The one place where `tokenizer.json` is read: a broken one is a named error, always."""
+"""The one place where `tokenizer.json` is read: a broken one is a named error, always; and what encoding adds
+to a text."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hotcold.errors import FormatError
+from hotcold.errors import FormatError, UnsupportedError
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-__all__ = ["read_tokenizer"]
+__all__ = ["added_ids", "read_tokenizer"]
+
+_PROBES = ("a", "1", ".", "e")
 
 
 def read_tokenizer(path: Path) -> Tokenizer:
@@ -22,8 +25,30 @@ def read_tokenizer(path: Path) -> Tokenizer:
     from tokenizers import Tokenizer
 
     try:
-        return Tokenizer.from_file(str(path))
+        tokenizer = Tokenizer.from_file(str(path))
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:
         raise FormatError(f"not a tokenizer: {error}", where=path) from error
+    # How long its training's texts were is no limit to ours; transformers forgets it too.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def added_ids(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+    """What encoding puts before a text and after it, BOS and EOS mostly, as seen by doing it.
+
+    UnsupportedError for a post-processor that changes the ids of the text itself.
+    """
+    for text in _PROBES:
+        bare = tokenizer.encode(text, add_special_tokens=False).ids
+        full = tokenizer.encode(text).ids
+        if bare:
+            break
+    else:  # no text has tokens
+        return full, []
+    before = next((i for i in range(len(full)) if full[i : i + len(bare)] == bare), None)
+    if before is None:
+        raise UnsupportedError("a post-processor that changes the text's tokens")
+    return full[:before], full[before + len(bare) :]

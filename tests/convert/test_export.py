@@ -20,6 +20,7 @@ from hotcold.convert.quantize import QUANTS, dequantize
 from hotcold.convert.verify import verify_bundle
 from hotcold.errors import FormatError, InputError, MismatchError, ShapeError, StorageError, UnsupportedError
 from hotcold.predictor.bundle import PredictorBundle
+from hotcold.runtime.vocabulary import Vocabulary
 
 
 @pytest.fixture
@@ -356,3 +357,31 @@ def test_a_gguf_file_is_exported_too(make_model, tmp_path, capsys):
     assert set(first.tensors) == set(again.tensors)
     for name, tensor in first.tensors.items():
         assert tensor.data.tobytes() == again.tensors[name].data.tobytes()
+
+
+def test_ends_of_text_and_chat_templates_go_all_the_way(make_model, tmp_path):
+    """HF directory, bundle, its GGUF file alone, llama.cpp, and a bundle out of that file again."""
+    source = shutil.copytree(make_model("silu"), tmp_path / "model")
+    settings = json.loads((source / "tokenizer_config.json").read_text()) | {"pad_token": "<|endoftext|>"}
+    settings["chat_template"] = [
+        {"name": "default", "template": "{{ pad_token }}{{ tools is none }}"},
+        {"name": "tool_use", "template": "{{ tools | tojson }}"},
+    ]
+    (source / "tokenizer_config.json").write_text(json.dumps(settings))
+    storage.write_json(source / "generation_config.json", {"eos_token_id": [2, 9, 11, 13]})
+    export(source, tmp_path / "first")
+    gguf = tmp_path / "first" / "m.gguf"
+    assert main(["export", "--model", str(gguf), "--quant", "f32", "--out", str(tmp_path / "second")]) == 0
+    for path in (tmp_path / "first", gguf, tmp_path / "second"):
+        loaded = Vocabulary.load(path)
+        assert loaded.stop_ids >= {2, 9, 11, 13} and loaded.stop_ids <= {0, 2, 9, 11, 13}
+        assert loaded.chat([]) == "<|endoftext|>True"
+    for folder in (tmp_path / "first", tmp_path / "second"):
+        assert verify_bundle(folder) == []
+        [file] = folder.glob("*.gguf")
+        assert GGUFFile(file).require("tokenizer.chat_template.tool_use", str) == "{{ tools | tojson }}"
+    assert (tmp_path / "second" / "additional_chat_templates" / "tool_use.jinja").is_file()
+    llama_cpp = pytest.importorskip("llama_cpp")
+    engine = llama_cpp.Llama(str(gguf), n_ctx=32, verbose=False)
+    vocabulary = llama_cpp.llama_model_get_vocab(engine.model)
+    assert [i for i in (2, 9, 11, 13) if llama_cpp.llama_vocab_is_eog(vocabulary, i)] == [2, 9, 11]

@@ -13,6 +13,7 @@ from tokenizers.pre_tokenizers import ByteLevel, Digits, Punctuation, Split
 from hotcold.convert.gguf_read import GGUFFile
 from hotcold.convert.gguf_tokenizer import build_tokenizer
 from hotcold.convert.pre_tokenizers import PRE_TOKENIZERS, name_of
+from hotcold.tokenizer_file import added_ids
 
 PIECES = [
     "the", " word", "B", "é", "日本", "😀", "1", "23", "12345", " ", "  ", "\n", "\n\n", "\t", "\r\n", "'s",
@@ -39,16 +40,19 @@ def vocabulary():
     return sorted(model["vocab"], key=model["vocab"].get), [" ".join(merge) for merge in model["merges"]]
 
 
-def write_vocabulary(path, pre, tokens, merges):
+def write_vocabulary(path, pre, tokens, merges, *, ends=()):
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_tokenizer_model("gpt2")
     if pre is not None:
         writer.add_tokenizer_pre(pre)
     writer.add_token_list(tokens)
-    writer.add_token_merges(merges)
+    if merges is not None:
+        writer.add_token_merges(merges)
     writer.add_token_types([3] + [1] * (len(tokens) - 1))
     writer.add_bos_token_id(0)
-    writer.add_eos_token_id(0)
+    writer.add_eos_token_id(1)
+    for name in ends:
+        writer.add_bool(f"tokenizer.ggml.add_{name}_token", True)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -72,6 +76,34 @@ def test_words_and_beginnings_are_those_of_llama_cpp(both_tokenizers):
         assert ours.encode(text).ids == theirs.tokenize(text.encode(), add_bos=True, special=True)
 
     check()
+
+
+@pytest.mark.parametrize("ends", [("bos",), ("eos",), ("bos", "eos")])
+def test_the_ends_of_a_text_are_those_of_llama_cpp(vocabulary, tmp_path, ends):
+    llama_cpp = pytest.importorskip("llama_cpp")
+    path = write_vocabulary(tmp_path / "v.gguf", "gpt-2", *vocabulary, ends=ends)
+    ours, theirs = build_tokenizer(GGUFFile(path)), llama_cpp.Llama(str(path), vocab_only=True, verbose=False)
+    ids = ours.encode("the word").ids
+    assert ids == theirs.tokenize(b"the word", add_bos=True, special=True)
+    assert (ids[0] == 0, ids[-1] == 1) == ("bos" in ends, "eos" in ends)
+    assert added_ids(ours) == ([0] * ("bos" in ends), [1] * ("eos" in ends))
+
+
+@pytest.mark.parametrize(
+    ("pre", "has_merges", "said"),
+    [
+        ("gpt-2", True, ""),
+        (None, True, "v.gguf: no tokenizer.ggml.pre: "),
+        ("gpt-2", False, "v.gguf: no tokenizer.ggml.merges: "),
+    ],
+)
+def test_what_a_vocabulary_lacks_is_said(vocabulary, tmp_path, capsys, pre, has_merges, said):
+    tokens, merges = vocabulary
+    path = write_vocabulary(tmp_path / "v.gguf", pre, tokens, merges if has_merges else None)
+    ids = build_tokenizer(GGUFFile(path)).encode("the").ids
+    assert capsys.readouterr().err.startswith(said) and (len(ids) == 1) == has_merges
+    build_tokenizer(GGUFFile(path))
+    assert len(capsys.readouterr().err.splitlines()) == bool(said)
 
 
 def test_the_vocabulary_tells_rules_apart(vocabulary, tmp_path):

@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 import shutil
 
+import gguf
 import numpy as np
 import pytest
 from tokenizers import Tokenizer
 from tokenizers.pre_tokenizers import ByteLevel, Digits, Metaspace, Sequence
 from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
 
 from hotcold import checkpoint
 from hotcold.convert.gguf_read import GGUFFile
-from hotcold.convert.tokenizer import tokenizer_metadata
+from hotcold.convert.tokenizer import tokenizer_files, tokenizer_metadata
 from hotcold.errors import FormatError, InputError, UnsupportedError
 
 
@@ -91,6 +93,44 @@ def test_added_bos_is_seen(folder):
     metadata = tokenizer_metadata(folder, 400, {})
     assert metadata["tokenizer.ggml.add_bos_token"] is True
     assert metadata["tokenizer.ggml.add_eos_token"] is True
+
+
+def test_all_ids_that_end_a_text_are_written(folder):
+    """By the tokenizer's name, then config.json's and generation_config.json's; what is no id is left out."""
+    ends = {"eos_token_id": [1, 3, 2, 4000, True]}
+    (folder / "generation_config.json").write_text(json.dumps(ends))
+    metadata = tokenizer_metadata(folder, 400, {"eos_token_id": 0})
+    keys = [f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom")]
+    assert [metadata[key] for key in keys] == [2, 0, 1]
+    assert metadata["hotcold.stop_token_ids"].tolist() == [2, 0, 1, 3]
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 2}))
+    metadata = tokenizer_metadata(folder, 400, {"eos_token_id": 2})
+    assert metadata[keys[0]] == 2 and not {*keys[1:], "hotcold.stop_token_ids"} & set(metadata)
+
+
+def test_named_templates_as_the_gguf_package_writes_them(folder, tmp_path):
+    """In tokenizer_config.json as a list, or in files of their own as transformers 5 saves them."""
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    named = [
+        {"name": "default", "template": "plain"},
+        {"name": "tool_use", "template": "tools"},
+        {"name": "r-a g", "template": "documents"},
+    ]
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": named}))
+    metadata = tokenizer_metadata(folder, 400, {})
+    writer = gguf.GGUFWriter(None, "llama")
+    writer.add_chat_template(named)
+    expected = {key: value.value for key, value in writer.kv_data[0].items() if "chat_template" in key}
+    expected["tokenizer.chat_templates"] = sorted(expected["tokenizer.chat_templates"])
+    assert {key: metadata[key] for key in expected} == expected
+    saved = tmp_path / "saved"
+    saved.mkdir()
+    checkpoint.save_tokenizer(Tokenizer.from_file(str(folder / "tokenizer.json")), saved)
+    PreTrainedTokenizerFast.from_pretrained(folder).save_pretrained(saved)
+    again = tokenizer_metadata(saved, 400, {})
+    assert {key: again[key] for key in expected} == expected
+    names = [path.relative_to(saved).as_posix() for path in tokenizer_files(saved)]
+    assert "chat_template.jinja" in names and "additional_chat_templates/tool_use.jinja" in names
 
 
 def test_plain_added_tokens_are_user_defined(folder):

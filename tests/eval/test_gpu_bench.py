@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import pytest
 from hotcold.cli import main
 from hotcold.convert.gguf_read import GGUFFile
 from hotcold.errors import InputError, MismatchError, UnsupportedError
-from hotcold.eval import agreement, kernel_bench
+from hotcold.eval import agreement, gpu_bench, kernel_bench
 from hotcold.eval.gpu_bench import GpuSide, sides_of
 from hotcold.eval.kernel_bench import KernelPlan, KernelRow, check_kernels
 from hotcold.eval.peers.llama_cpp import LlamaCpp
@@ -142,6 +143,16 @@ def test_sides(synthetic):
     assert GpuSide("gpu", "dense").name == "gpu dense"
     with pytest.raises(InputError, match="unknown backend"):
         sides_of(synthetic, ["tpu"], ["exact"], [0.5])
+
+
+@pytest.mark.parametrize("n_on_device", [0, 1, 3])
+def test_llama_cpp_gets_the_layers_that_our_plan_has_on_the_device(synthetic, monkeypatch, n_on_device):
+    """It counts the output layer as one of them; our plans have it on the device always."""
+    layers = [SimpleNamespace(on_device=n < n_on_device) for n in range(3)]
+    monkeypatch.setattr(gpu_bench, "make_placement", lambda *_: SimpleNamespace(layers=layers))
+    monkeypatch.setattr(gpu_bench, "LlamaCpp", lambda path, **asked: asked["n_gpu_layers"])
+    side = GpuSide("llama.cpp", "", 1 << 30)
+    assert gpu_bench._llama_cpp(synthetic, side, "cpu", 1, 8) == n_on_device + 1
 
 
 def test_llama_cpp_without_a_gpu_says_so(synthetic):

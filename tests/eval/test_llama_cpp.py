@@ -7,7 +7,10 @@ import time
 
 import numpy as np
 import pytest
+from tiny_families import FAMILIES, write_model
 
+from hotcold.convert.export import ExportOptions, export_bundle
+from hotcold.convert.hf_checkpoint import HFCheckpoint
 from hotcold.errors import InputError, UnsupportedError
 from hotcold.eval.peers import llama_cpp as peer
 from hotcold.eval.peers.llama_cpp import LlamaCpp
@@ -69,6 +72,25 @@ def test_full_context_is_refused(side):
     side.prefill(np.zeros(60, dtype=np.int32))
     with pytest.raises(InputError, match=r"context is full \(got 65, expected at most 64\)"):
         side.prefill(np.zeros(5, dtype=np.int32))
+
+
+def test_more_positions_than_there_are_do_not_end_the_process(tmp_path):
+    """Beyond them llama.cpp itself ends it, with SIGABRT."""
+    write_model(tmp_path / "opt", FAMILIES["opt"])
+    source = HFCheckpoint(tmp_path / "opt")
+    export_bundle(source, tmp_path / "b", name="m", fingerprint="0" * 64, options=ExportOptions("f32"))
+    file = tmp_path / "b" / "m.gguf"
+    assert LlamaCpp(file, n_threads=1, n_ctx=64).n_ctx == 64
+    with pytest.raises(InputError, match=r"no positions for so long a context \(got 65, expected at most 64"):
+        LlamaCpp(file, n_threads=1, n_ctx=65)
+
+
+@pytest.mark.parametrize("worst", [-1, 320])
+def test_ids_that_are_none(side, worst):
+    with pytest.raises(InputError, match=rf"token id outside of the vocabulary \(got {worst}"):
+        side.prefill([1, worst])
+    with pytest.raises(InputError, match="outside of the vocabulary"):
+        side.decode(worst)
 
 
 def test_missing_file(tmp_path):

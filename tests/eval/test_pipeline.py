@@ -25,8 +25,10 @@ sys.exit(int(status))
 """
 # runs until it is stopped, if asked to; its process id is in the file given
 WAIT = "import os, sys, time; open(sys.argv[1], 'w').write(str(os.getpid())); time.sleep(float(sys.argv[2]))"
+# A suite that was started in the background ignores SIGINT, and so would all that it starts.
 DRIVER = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from pathlib import Path
 from hotcold.eval import pipeline
 pipeline._PATIENCE_S = 0.5
@@ -92,6 +94,35 @@ def test_a_journal_cut_in_the_middle_of_a_line_is_read(steps, tmp_path):
     for cut in (first + 1, (first + len(whole)) // 2, len(whole) - 1):
         (tmp_path / "journal").write_bytes(whole[:cut])
         assert list(pipeline._read(tmp_path / "journal")) == [json.loads(whole[:first])["key"]]
+
+
+@pytest.mark.parametrize("damage", [b"{}\n", b"no JSON\n", b'{"name": 3}\n', b"\xff\xfe\n"])
+def test_damaged_lines_of_a_journal_are_not_done(steps, tmp_path, capsys, damage):
+    run_steps(steps(0, 0), tmp_path / "journal")
+    first, second = (tmp_path / "journal").read_bytes().splitlines(keepends=True)
+    (tmp_path / "journal").write_bytes(first + damage + second)
+    capsys.readouterr()
+    run_steps(steps(0, 0), tmp_path / "journal")
+    assert runs(tmp_path, 2) == [1, 1] and "journal" in capsys.readouterr().err
+
+
+def test_a_step_prints_utf8_whatever_the_terminal(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(pipeline, "_RUN", "print('Größe 谢谢')")
+    monkeypatch.setenv("PYTHONIOENCODING", "cp1252")
+    done = run_steps([Step("words", ("words",))], tmp_path / "journal")
+    assert done["words"].stdout == "Größe 谢谢\n"
+
+
+def test_a_child_that_ignores_ctrl_c_is_ended(tmp_path, monkeypatch):
+    monkeypatch.setattr(pipeline, "_PATIENCE_S", 0.3)
+    code = (
+        "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); print(1, flush=True);"
+        "time.sleep(60)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as child:
+        assert child.stdout.readline() == "1\n"
+        pipeline._end(child)
+    assert child.returncode == -signal.SIGTERM
 
 
 @pytest.mark.parametrize("send", [os.killpg, os.kill], ids=["to the group", "to the parent alone"])

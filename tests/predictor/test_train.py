@@ -319,6 +319,17 @@ def test_layers_trained_in_another_way_are_not_taken_up(
     assert snapshot(tmp_path / "p") == snapshot(tmp_path / "whole")
 
 
+def test_a_damaged_description_of_unfinished_training_is_named(traces: Path, tmp_path: Path) -> None:
+    partial = tmp_path / "p.partial"
+    partial.mkdir()
+    (partial / "training.json").write_text("{")
+    (partial / "layer-000.safetensors").write_bytes(b"of days")
+    with pytest.raises(FormatError, match="is not JSON") as caught:
+        train_bundle(Traces(traces), tmp_path / "p", TrainOptions(rank=32, epochs=1))
+    assert str(partial / "training.json") in str(caught.value)
+    assert (partial / "layer-000.safetensors").read_bytes() == b"of days"
+
+
 def test_only_a_predictor_bundle_is_replaced(
     traces: Path, model: Path, tmp_path: Path, snapshot: Callable, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -128,6 +128,9 @@ class _File:
         self.writer.add_eos_token_id(2)
         self.writer.add_add_bos_token(False)
         self.writer.add_chat_template(CHAT_TEMPLATE)
+        add = {str: self.writer.add_string, int: self.writer.add_uint32, list: self.writer.add_array}
+        for key, value in recipe.metadata.items():
+            add[type(value)](key, value)
 
     def tensor(self, name: str, value: torch.Tensor | np.ndarray) -> None:
         value = np.asarray(value.detach() if isinstance(value, torch.Tensor) else value, np.float32)

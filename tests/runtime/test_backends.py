@@ -55,7 +55,7 @@ def test_every_backend_says_the_same(sized, backend, mode):
 
 def test_a_tight_budget_keeps_the_most_frequent(sized):
     budget = needed(sized, "exact") - 60 * 3 * 64 * 4
-    plan = make_placement(sized, "exact", 1, 64, options(str(budget)))
+    plan = make_placement(sized, "exact", 1, 64, options(f"{budget}B"))
     assert plan.device_bytes <= budget
     assert sum(len(layer.hot) for layer in plan.layers) <= 2 * 96 - 60
     for layer in plan.layers:
@@ -65,7 +65,7 @@ def test_a_tight_budget_keeps_the_most_frequent(sized):
 
 def test_plans_are_saved_and_used_again(sized):
     budget = needed(sized, "predicted") - 60 * 3 * 64 * 4
-    engine = open_engine(sized, "predicted", 1, 64, options(str(budget)))
+    engine = open_engine(sized, "predicted", 1, 64, options(f"{budget}B"))
     [saved] = sized.parent.glob("*.placement.json")
     again = open_engine(sized, "predicted", 1, 64, options(place=str(saved)))
     assert np.array_equal(engine.prefill(IDS), again.prefill(IDS))
@@ -111,7 +111,7 @@ def test_dry_run_on_two_devices(sized, capsys):
     """What one device would have to take and cannot, two do."""
     plan = make_placement(sized, "exact", 1, 64, options("4G"))
     layer, fixed = plan.layers[0].device_bytes, plan.fixed[0]
-    budgets = f"{fixed + layer},{fixed + layer}"
+    budgets = f"{fixed + layer}B,{fixed + layer}B"
     arguments = ["run", str(sized), "--backend", "hybrid", "--device", "cpu,cpu", "--dry-run", "-c", "64"]
     assert main([*arguments, "--vram-budget", budgets, "--mode", "exact"]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -122,7 +122,7 @@ def test_dry_run_on_two_devices(sized, capsys):
 def test_run_on_two_devices(sized, capsys):
     plan = make_placement(sized, "exact", 1, 64, options("4G"))
     layer = plan.layers[0].device_bytes + plan.layers[0].cpu_bytes
-    budget = str(plan.fixed[0] + 3 * layer // 2)
+    budget = f"{plan.fixed[0] + 3 * layer // 2}B"
     arguments = ["run", str(sized), "-p", "fox", "-n", "4", "--ignore-eos", "--temp", "0", "-c", "64"]
     assert main([*arguments, "--mode", "exact"]) == 0
     expected = capsys.readouterr().out
@@ -186,9 +186,11 @@ def test_a_plan_is_read_as_it_was_written(tmp_path):
     assert [layer.hot.tolist() for layer in read.layers] == [[1, 4], []]
     assert [layer.on_device for layer in read.layers] == [True, False] and read.budgets == (100,)
     assert read.fixed == (0,) and read.spans == [(0, range(1))]
-    with pytest.raises(MismatchError, match="a plan for another model"):
+    with pytest.raises(
+        MismatchError, match=rf"another model, by its fingerprint \(got {'f' * 64}, expected eee"
+    ):
         load_placement(tmp_path / "plan.json", 2, 8, "e" * 64)
-    with pytest.raises(MismatchError, match="a plan for another model"):
+    with pytest.raises(MismatchError, match=r"another model, .* \(got \(2, 8\), expected \(3, 8\)\)"):
         load_placement(tmp_path / "plan.json", 3, 8)
 
 

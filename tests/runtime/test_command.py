@@ -133,9 +133,12 @@ def test_ctrl_c_shows_the_figures_and_exits_with_130(bundle, capsys, monkeypatch
     "arguments,message",
     [
         (["-p", ""], "the prompt is empty"),
-        (["-p", "fox", "-n", "-2"], "-n out of range (got -2, expected -1 or more)"),
-        (["-p", "fox", "-c", "0"], "-c out of range (got 0, expected 1 or more)"),
-        (["-p", "fox", "-t", "0"], "-t out of range (got 0, expected 1 or more)"),
+        (["-p", "fox", "-n", "-3"], "-n out of range (got -3, expected -2 or more)"),
+        (["-p", "fox", "-c", "-1"], "-c out of range (got -1, expected 0 to 2147483647)"),
+        (["-p", "fox", "-c", "2147483648"], "-c out of range (got 2147483648, expected 0 to 2147483647)"),
+        (["-p", r"a\xff"], "-p: the prompt is not UTF-8 at byte 1"),
+        (["-p", r"a\x00"], "-p: the prompt has a NUL at character 1"),
+        (["-p", "a\udcff"], "-p: the prompt is not UTF-8 at byte 1"),
         (["-p", "fox", "--top-p", "2"], "--top-p out of range (got 2.0, expected above 0, at most 1 (off))"),
         (
             ["-p", "fox", "--input-sparsity", "50"],
@@ -152,6 +155,44 @@ def test_bad_input_is_one_line_and_exit_2(bundle, capsys, arguments, message):
     assert hotcold_run(bundle, *arguments) == 2
     out, err = capsys.readouterr()
     assert out == "" and err == f"hotcold run: error: {message}\n"
+
+
+@pytest.mark.parametrize("n", ["-1", "-2"])
+def test_no_limit_is_the_end_of_the_context(bundle, capsys, n):
+    """And `-c 0` is the context that the model was trained on."""
+    context = bundle.model.config.max_position_embeddings
+    options = ["-p", "fox", "-n", n, "-c", "0", "--ignore-eos", "--temp", "-1", "--top-k", "-1"]
+    assert hotcold_run(bundle, *options) == 0
+    assert f"stopped: the context of {context} tokens is full" in capsys.readouterr().err
+
+
+def test_threads_below_one_are_the_engines_choice(bundle, capsys):
+    for n in "0", "-1":
+        assert hotcold_run(bundle, "-p", "fox", "-n", "1", "-t", n) == 0
+        assert re.search(r"-t [1-9]\d*\)$", capsys.readouterr().err.splitlines()[-1])
+
+
+def test_the_largest_seed_of_llama_cpp_is_a_new_one(bundle, capsys):
+    assert hotcold_run(bundle, "-p", "fox", "-n", "1", "-s", str(2**32 - 1)) == 0
+    assert f"seed {2**32 - 1}" not in capsys.readouterr().err
+
+
+def test_escapes_in_the_prompt(bundle, capsys):
+    for option, expected in (["-e"], "a\nb\n"), (["--no-escape"], "a\\nb\n"), ([], "a\nb\n"):
+        assert hotcold_run(bundle, "-p", r"a\nb", "-n", "0", *option) == 0
+        assert capsys.readouterr().out == expected
+
+
+def test_a_file_keeps_its_backslashes_and_loses_its_byte_order_mark(bundle, capsys, tmp_path):
+    (tmp_path / "prompt.txt").write_bytes(b"\xef\xbb\xbfbrown\\nfox\r\n")
+    assert hotcold_run(bundle, "-f", str(tmp_path / "prompt.txt"), "-n", "0") == 0
+    assert capsys.readouterr().out == "brown\\nfox\r\n"
+
+
+def test_a_file_with_a_nul(bundle, capsys, tmp_path):
+    (tmp_path / "nul").write_bytes(b"a\0b")
+    assert hotcold_run(bundle, "-f", str(tmp_path / "nul")) == 2
+    assert capsys.readouterr().err.endswith("nul: the prompt has a NUL at character 1\n")
 
 
 def test_a_file_that_is_not_utf8(bundle, capsys, tmp_path):

@@ -221,7 +221,15 @@ def test_too_little_memory():
 
 
 @pytest.mark.parametrize(
-    ("text", "n"), [("6G", 6 << 30), ("1.5k", 1536), ("10MiB", 10 << 20), ("123", 123), (" 2 gb ", 2 << 30)]
+    ("text", "n"),
+    [
+        ("6G", 6 << 30),
+        ("1.5k", 1536),
+        ("10MiB", 10 << 20),
+        ("123B", 123),
+        ("8", 8 << 30),
+        (" 2 gb ", 2 << 30),
+    ],
 )
 def test_sizes(text, n):
     assert parse_bytes(text) == n

@@ -152,7 +152,7 @@ def test_other_gated_activations(make_bundle, activation):
         ([], "no tokens to compute"),
         ([1, -1], "token id outside of the vocabulary (got -1, expected 0 to 319)"),
         ([320], "token id outside of the vocabulary (got 320, expected 0 to 319)"),
-        ([1] * 9, "the context is full (got 9, expected at most 8)"),
+        ([1] * 9, "the context is full (got 9, expected at most 8); raise it with -c"),
     ],
 )
 def test_refused_tokens(bundle, ids, message):

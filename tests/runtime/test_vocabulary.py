@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models
+from tokenizers import Tokenizer, decoders, models, processors
 
 from hotcold.errors import FormatError, InputError, UnsupportedError
-from hotcold.runtime import vocabulary
-from hotcold.runtime.vocabulary import TextStream, Vocabulary, render
+from hotcold.runtime.bundle_files import file_of_role
+from hotcold.runtime.chat_template import render
+from hotcold.runtime.vocabulary import TextStream, Vocabulary
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +110,63 @@ def test_templates_that_fail_or_attack(template, message):
 def test_template_functions_of_transformers():
     loop = "{% for i in [1, 2] %}{% if i == 2 %}{% break %}{% endif %}{{ i }}{% endfor %}"
     assert render(loop + "{{ strftime_now('%Y') }}").startswith("120")
-    assert vocabulary.render("{% if add_generation_prompt %}\n  go\n{% endif %}") == "  go\n"
+    assert render("{% if add_generation_prompt %}\n  go\n{% endif %}") == "  go\n"
+
+
+def test_every_id_that_ends_a_text_stops_in_llama_cpp_too(make_bundle):
+    """eos, eot and eom by their keys, further ones by ours; names that are known besides."""
+    llama_cpp = pytest.importorskip("llama_cpp")
+    keys = {"tokenizer.ggml.eot_token_id": 5, "tokenizer.ggml.eom_token_id": 7}
+    bundle = make_bundle(metadata=keys | {"hotcold.stop_token_ids": [2, 5, 7, 11]})
+    file = file_of_role(bundle.path, "dense")
+    for source in (bundle.path, file):
+        assert Vocabulary.load(source).stop_ids == {0, 2, 5, 7, 11}
+    model = llama_cpp.Llama(str(file), vocab_only=True, verbose=False)
+    vocabulary = llama_cpp.llama_model_get_vocab(model.model)
+    ends = {i for i in range(model.n_vocab()) if llama_cpp.llama_vocab_is_eog(vocabulary, i)}
+    assert ends == {0, 2, 5, 7}
+
+
+def test_a_prompt_does_not_end_in_the_token_that_ends_a_text(bundle, tmp_path):
+    folder = shutil.copytree(bundle.path, tmp_path / "added")
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|im_start|> $A <|im_end|>", special_tokens=[("<|im_start|>", 1), ("<|im_end|>", 2)]
+    )
+    tokenizer.save(str(folder / "tokenizer.json"))
+    assert tokenizer.encode("fox").ids[-1] == 2
+    loaded = Vocabulary.load(folder)
+    assert loaded.encode("fox") == [1, *bundle.tokenizer.encode("fox").ids]
+    assert loaded.encode("") == [1]
+    assert loaded.encode_chat("fox") == Vocabulary.load(bundle.path).encode_chat("fox")
+
+
+def test_two_beginnings_are_said(bundle, capsys):
+    loaded = Vocabulary.load(bundle.path)
+    assert loaded.encode("<|im_start|>fox")[0] == 1 and capsys.readouterr().err == ""
+    assert loaded.encode("<|im_start|><|im_start|>fox")[:2] == [1, 1]
+    assert capsys.readouterr().err == (
+        "the prompt begins with <|im_start|> twice: it is added to every prompt, leave it out of yours\n"
+    )
+
+
+def test_a_limit_of_training_texts_is_none_of_prompts(bundle, tmp_path):
+    folder = shutil.copytree(bundle.path, tmp_path / "cut")
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.enable_truncation(4)
+    tokenizer.enable_padding(length=8)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    text = "The quick brown fox jumps"
+    assert Vocabulary.load(folder).encode(text) == bundle.tokenizer.encode(text).ids
+
+
+def test_special_tokens_reach_the_template(make_bundle):
+    keys = {"tokenizer.ggml.padding_token_id": 0, "tokenizer.chat_template.tool_use": "tools"}
+    bundle = make_bundle(metadata=keys)
+    loaded = Vocabulary.load(bundle.path)
+    assert loaded.special_tokens["pad_token"] == "<|endoftext|>"
+    template = "{{ bos_token }}{{ pad_token }}{{ unk_token is defined }}{{ tools is none }}"
+    assert replace(loaded, chat_template=template).chat([]) == "<|im_start|><|endoftext|>FalseTrue"
 
 
 def test_missing_and_broken_tokenizer(bundle, tmp_path):

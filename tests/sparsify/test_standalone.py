@@ -1,13 +1,16 @@
 """A checkpoint with an activation that transformers lacks can be loaded without hotcold."""
 
 import json
+import runpy
 import subprocess
 import sys
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from hotcold import checkpoint
+from hotcold.families import GATED
 from hotcold.sparsify.activations import set_activation
 from hotcold.sparsify.standalone import standalone_files
 
@@ -34,6 +37,30 @@ def test_the_modeling_file_gives_the_models_function(dense, tokenizer, tmp_path,
     expected = dense(torch.arange(9)[None]).logits[0, -1, :3].tolist()
     assert lines[0] == name
     assert json.loads(lines[1]) == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("model_type", GATED)
+def test_training_loading_and_the_file_are_one_function(tokenizer, tmp_path, model_type):
+    """dReLU of every family that can have it: the module that is trained, the checkpoint that is loaded."""
+    torch.manual_seed(0)
+    sizes = {
+        "vocab_size": 400, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "initializer_range": 0.2,
+        "pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0,
+    }  # fmt: skip
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **sizes)).eval()
+    ids = torch.randint(0, 400, (1, 24))
+    plain = model(ids).logits
+    set_activation(model, "drelu")
+    trained = model(ids).logits
+    assert not torch.allclose(trained, plain, atol=1e-2)
+    folder = tmp_path / "model"
+    checkpoint.save(model, tokenizer, folder, files=standalone_files(model))
+    torch.testing.assert_close(checkpoint.load_model(str(folder)).eval()(ids).logits, trained)
+    torch.testing.assert_close(AutoModelForCausalLM.from_pretrained(folder).eval()(ids).logits, trained)
+    file = runpy.run_path(str(folder / "modeling_sparse.py"))
+    alone = file[f"Sparse{type(model).__name__}"].from_pretrained(folder).eval()
+    torch.testing.assert_close(alone(ids).logits, trained)
 
 
 def test_relu_needs_no_file(dense):

@@ -140,8 +140,14 @@ def test_the_command_prints_the_curve_saves_and_resumes(
     model = AutoModelForCausalLM.from_pretrained(out)
     assert model.config.hidden_act.startswith("fatrelu_")
     monkeypatch.setattr("hotcold.sparsify.thresholds.measure", None)  # nothing is measured again
+    journal = tmp_path / "out.curve.jsonl"
+    run = json.loads(journal.read_text().splitlines()[0])["run"]
+    journal.write_text(
+        "damaged\n" + json.dumps({"run": run, "point": {"knob": 0}}) + "\n" + journal.read_text()
+    )
     assert cli.main(arguments) == 0
-    assert capsys.readouterr().out == printed
+    told = capsys.readouterr()
+    assert told.out == printed and told.err.count("left out: ") == 2
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from hotcold.runtime.gpu.engine import GpuEngine, file_and_mode
 from hotcold.runtime.gpu.hybrid import HybridEngine
 from hotcold.runtime.gpu.plan import make_problem
 from hotcold.runtime.placement import Costs, PlacedLayer, Placement
+from hotcold.runtime.sizes import parse_bytes
 
 IDS = np.random.default_rng(5).integers(3, 300, 40)
 D_FF, N_LAYERS, N_CTX = 96, 5, 64
@@ -39,7 +40,7 @@ def room_for(path, mode: str, *layers: int) -> str:
     each = problem.layers[0].frame_bytes + problem.layers[0].ffn_bytes
     last = len(layers) - 1
     fixed = [problem.fixed.on(first=i == 0, last=i == last) for i in range(len(layers))]
-    return ",".join(str(extra + n * each) for extra, n in zip(fixed, layers, strict=True))
+    return ",".join(f"{extra + n * each}B" for extra, n in zip(fixed, layers, strict=True))
 
 
 def layers_of(engine) -> list[range]:
@@ -81,7 +82,7 @@ def test_a_model_that_does_not_fit(deep, monkeypatch):
         UnsupportedError, match=r"does not fit --vram-budget \(got room for 4 layers, expected 5\)"
     ):
         GpuEngine.load(deep, "exact", "cpu,cpu", N_CTX, room_for(deep, "exact", 2, 2))
-    free = iter(map(int, room_for(deep, "exact", 2, 2).split(",")))
+    free = iter(map(parse_bytes, room_for(deep, "exact", 2, 2).split(",")))
     monkeypatch.setattr(gpu_device, "free_bytes", lambda device: next(free))
     assert layers_of(GpuEngine.load(deep, "exact", "cpu,cpu", N_CTX)) == [range(2), range(2, 5)]
 
