@@ -30,7 +30,7 @@ def describe(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     match identify(path).kind:
         case "gpuidx":
-            return _describe_gpu_index(GGUFFile(path))
+            return _describe_gpu_index(open_gguf(path))
         case "gguf" | "powerinfer":
             return _describe_gguf(open_gguf(path))
         case "bundle":

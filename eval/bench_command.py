@@ -225,6 +225,7 @@ def _cut(args: argparse.Namespace, ids: np.ndarray, tokenizer: Tokenizer | None 
 
 def _settings(args: argparse.Namespace, plan: Plan) -> dict[str, object]:
     """What the report says about how it was measured."""
+    from hotcold.eval.peers.llama_cpp import without_amx
     from hotcold.runtime.bundle_files import ModelPath
 
     if args.synthetic:
@@ -236,6 +237,8 @@ def _settings(args: argparse.Namespace, plan: Plan) -> dict[str, object]:
         model = {"bundle": args.path, "text": args.text}
         if not ModelPath(args.bundle).llama_cpp_exact:
             model["llama_cpp"] = "computes another function: it has no such activation"
+    if without_amx():
+        model["llama_cpp_build"] = "its AMX code fails: without AMX and repacked weights"
     return {
         **model,
         "threads": args.threads,

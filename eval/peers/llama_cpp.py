@@ -8,6 +8,9 @@ llama.cpp. A block of a prompt goes into one call, as `llama-bench` does it.
 from __future__ import annotations
 
 import ctypes
+import signal
+import subprocess
+import sys
 import time
 import weakref
 from collections.abc import Sequence
@@ -17,15 +20,25 @@ from types import ModuleType
 import numpy as np
 
 from hotcold.convert.gguf_split import open_gguf
+from hotcold.convert.quantize import FLOATS
 from hotcold.errors import HotcoldError, InputError, UnsupportedError
 from hotcold.limits import check_tokens
+from hotcold.progress import log
 from hotcold.runtime.shape import check_positions
 
-__all__ = ["LlamaCpp"]
+__all__ = ["LlamaCpp", "without_amx"]
 
 _BATCH = 512  # tokens per call: llama.cpp's default micro-batch, which bounds the logits buffer
 _LOG_ERROR = 4  # GGML_LOG_LEVEL_ERROR
 
+# What a process of its own does to find out whether llama.cpp survives its own AMX code. Tiles are for
+# blocks, so that one token would not tell.
+_PROBE = """import sys
+from hotcold.eval.peers.llama_cpp import LlamaCpp
+LlamaCpp(sys.argv[1], n_threads=1, n_ctx=64, amx=True).prefill([0] * 32)
+"""
+
+_amx_fails: bool | None = None  # known from the first quantized model on
 _errors: list[str] = []  # what llama.cpp said last at error level, quoted when a load fails
 _log_callback: object = None  # kept alive: llama.cpp holds a bare pointer to it
 
@@ -51,6 +64,31 @@ def _library() -> ModuleType:
     return library
 
 
+def without_amx() -> bool:
+    """Whether this build's AMX code does not work, so that models were loaded without it."""
+    return bool(_amx_fails)
+
+
+def _uses_amx(path: Path, library: ModuleType) -> bool:
+    """Whether a model may be loaded for AMX, where the CPU has it.
+
+    GCC 12 drops the configuration of the tiles (in its header only 8 bytes of it are an operand of
+    `ldtilecfg`), and llama.cpp then ends the whole process with an illegal instruction.
+    """
+    global _amx_fails
+    if b"AMX_INT8 = 1" not in library.llama_print_system_info():
+        return True
+    if all(tensor.type in FLOATS for tensor in open_gguf(path).tensors.values()):
+        return True
+    if _amx_fails is None:
+        command = [sys.executable, "-c", _PROBE, str(path)]
+        _amx_fails = subprocess.run(command, capture_output=True).returncode == -signal.SIGILL
+        if _amx_fails:
+            fix = "build it with Clang: CC=clang CXX=clang++ pip install --force-reinstall llama-cpp-python"
+            log(f"llama.cpp's AMX code fails here: it runs without it, and with weights as they are; {fix}")
+    return not _amx_fails
+
+
 class LlamaCpp:
     """A GGUF model in llama.cpp, on the CPU, or with its last `n_gpu_layers` layers on a GPU.
 
@@ -59,7 +97,16 @@ class LlamaCpp:
     no such file or the context is full.
     """
 
-    def __init__(self, path: str | Path, *, n_threads: int, n_ctx: int = 2048, n_gpu_layers: int = 0) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        n_threads: int,
+        n_ctx: int = 2048,
+        n_gpu_layers: int = 0,
+        amx: bool | None = None,
+    ) -> None:
+        """`amx`: None lets llama.cpp use AMX, and its other repacked forms of weights, if its build can."""
         self._lib = _library()
         if n_gpu_layers and not self._lib.llama_supports_gpu_offload():
             raise UnsupportedError(
@@ -69,7 +116,7 @@ class LlamaCpp:
         self.path, self.n_ctx, self.n_threads = Path(path), n_ctx, n_threads
         if not self.path.is_file():
             raise InputError("no such file", where=self.path, expected="a GGUF model")
-        model = self._load_model()
+        model = self._load_model(_uses_amx(self.path, self._lib) if amx is None else amx)
         self.n_vocab: int = self._lib.llama_vocab_n_tokens(self._lib.llama_model_get_vocab(model))
         self._context = self._make_context(model)
         self._batch = self._lib.llama_batch_init(_BATCH, 0, 1)
@@ -77,8 +124,9 @@ class LlamaCpp:
         self._close = weakref.finalize(self, _free, self._lib, self._batch, self._context, model)
         self.position, self.seconds = 0, 0.0
 
-    def _load_model(self) -> object:
+    def _load_model(self, amx: bool) -> object:
         parameters = self._lib.llama_model_default_params()
+        parameters.use_extra_bufts = amx
         parameters.n_gpu_layers = self._n_gpu_layers
         _errors.clear()
         model = self._lib.llama_model_load_from_file(str(self.path).encode(), parameters)
