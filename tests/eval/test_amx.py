@@ -1,4 +1,4 @@
-"""llama.cpp builds whose AMX code ends the process: found out in another one, and only where it can happen."""
+"""llama.cpp builds whose AMX code ends the process: found out in another one, where it can happen."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from subprocess import CompletedProcess
 from types import SimpleNamespace
 
 import pytest
+
 from hotcold.eval.peers import llama_cpp
 
 
