@@ -78,7 +78,11 @@ def _uses_amx(path: Path, library: ModuleType) -> bool:
     global _amx_fails
     if b"AMX_INT8 = 1" not in library.llama_print_system_info():
         return True
-    if all(tensor.type in FLOATS for tensor in open_gguf(path).tensors.values()):
+    try:
+        quantized = {tensor.type for tensor in open_gguf(path).tensors.values()} - set(FLOATS)
+    except HotcoldError:  # llama.cpp will say what it is
+        return True
+    if not quantized:
         return True
     if _amx_fails is None:
         command = [sys.executable, "-c", _PROBE, str(path)]

@@ -46,7 +46,8 @@ def check_replaceable(path: str | Path, kind: str, inputs: Sequence[str | Path] 
 def check_growing(path: str | Path, kind: str, inputs: Sequence[str | Path] = ()) -> None:
     """Refuse to begin or go on with a folder of this kind, which grows in steps.
 
-    There must be nothing, an empty folder, or one with the mark of this kind. Raises StorageError.
+    There must be nothing, an empty folder, or one with the mark of this kind. Raises StorageError, or
+    FormatError where the mark is damaged.
     """
     with _place(path, inputs) as target:
         if not _is_folder(target):
@@ -57,7 +58,7 @@ def check_growing(path: str | Path, kind: str, inputs: Sequence[str | Path] = ()
         first = re.compile(rf"\.{re.escape(FIRST[kind])}\.[0-9a-f]{{8}}\.tmp")  # a killed process leaves that
         if all(first.fullmatch(entry.name) for entry in target.iterdir()):
             return
-        _check_kind(target, kind, _found(target))
+        _check_kind(target, kind, identify(target))
         for name, _ in entries(target):
             if (target / name).is_symlink():
                 raise StorageError(

@@ -96,7 +96,12 @@ def test_a_split_file_is_as_the_whole_one(bundle, text_file, capsys, tmp_path, r
 def test_a_split_file_beside_llama_cpp(bundle, text_file, capsys, tmp_path):
     whole = exported(bundle.parent / "model", tmp_path / "b") / "m.gguf"
     found = [bench(capsys, path, text_file) for path in (whole, split_gguf(whole, tmp_path))]
-    for metric in ("ppl_dense", "ppl_llama_cpp", "bytes_per_token_dense", "bytes_per_token_llama_cpp"):
+    for metric in (
+        "ppl_dense",
+        "ppl_llama_cpp",
+        "bytes_per_token_dense",
+        "bytes_per_token_llama_cpp_smallthinker",
+    ):
         assert found[0][metric] == found[1][metric]
 
 

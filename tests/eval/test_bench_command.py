@@ -105,7 +105,7 @@ def test_synthetic_models_say_so_and_fire_as_asked(tmp_path, capsys):
 
 
 def test_random_weights_have_no_quality_unless_it_is_asked_for(tmp_path, capsys):
-    shape = ("--synthetic", "smollm2-135m", "--layers", 1, "--cache", tmp_path, "-m", "exact")
+    shape = ("--synthetic", "smollm2-135m", "--layers", 1, "--cache", tmp_path, "--modes", "exact")
     assert run(*shape, "-t", 1, "-r", 1, "-p", 4, "-n", 4, "-o", "csv") == 0
     head, *rows = capsys.readouterr().out.splitlines()
     assert not {"ppl", "kl", "same_top"} & set(head.split(",")) and len(rows) == 3
@@ -114,7 +114,16 @@ def test_random_weights_have_no_quality_unless_it_is_asked_for(tmp_path, capsys)
 
 
 def test_the_original_takes_turns_too(bundle, lossy_bundle, text_file, capsys):
-    options = ("--original", lossy_bundle, "--gguf", lossy_bundle / "tiny.gguf", "-m", "exact", "-o", "json")
+    options = (
+        "--original",
+        lossy_bundle,
+        "--gguf",
+        lossy_bundle / "tiny.gguf",
+        "--modes",
+        "exact",
+        "-o",
+        "json",
+    )
     assert run("--bundle", bundle, "--text", text_file, *SMALL, *options) == 0
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     for side in ("as_it_came_llama_cpp", "original_llama_cpp", "original_dense"):
@@ -157,7 +166,7 @@ def program(tmp_path):
 
 
 def test_a_stock_llama_bench_runs_on_the_same_files(bundle, text_file, program, capsys):
-    arguments = ("--bundle", bundle, "--text", text_file, *SMALL, "-m", "exact", "-o", "json")
+    arguments = ("--bundle", bundle, "--text", text_file, *SMALL, "--modes", "exact", "-o", "json")
     assert run(*arguments, "--llama-bench", program(LLAMA_BENCH)) == 0
     found = json.loads(capsys.readouterr().out.splitlines()[-1])["llama_bench"]
     assert [stock["side"] for stock in found] == ["llama.cpp (smallthinker)", "llama.cpp (llama)"]
@@ -183,7 +192,7 @@ def test_a_stock_llama_bench_runs_on_the_same_files(bundle, text_file, program, 
     ],
 )
 def test_a_llama_bench_that_fails_gives_one_line(bundle, text_file, program, capsys, text, message):
-    arguments = ("--bundle", bundle, "--text", text_file, *SMALL, "-m", "exact")
+    arguments = ("--bundle", bundle, "--text", text_file, *SMALL, "--modes", "exact")
     assert run(*arguments, "--llama-bench", program(text)) == 2
     out, err = capsys.readouterr()
     assert out == "" and message in err

@@ -157,6 +157,6 @@ def test_what_killed_conversions_left_is_swept(root):
     left = root / "models" / f".{KEY}.0a1b2c3d.tmp"
     left.mkdir(parents=True)
     (left / "half").write_bytes(b"half")
-    with storage.atomic_directory(root / "models" / KEY) as at_work:
+    with storage.atomic_directory(root / "models" / KEY, "bundle") as at_work:
         cache.sweep()
         assert not left.exists() and at_work.exists()

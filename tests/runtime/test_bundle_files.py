@@ -58,7 +58,9 @@ def test_a_mode_that_is_not_offered_says_what_is(bundle, make_bundle, tmp_path):
         ModelPath(silu.path).file_for("exact")
     with pytest.raises(InputError, match=r"got dense, expected exact or predicted\); a bundle has a"):
         Engine.load(bundle.path / "tiny.powerinfer.gguf", "dense")
-    with pytest.raises(InputError, match=r"unknown mode \(got fast, expected auto, dense, exact\)"):
+    with pytest.raises(
+        InputError, match=r"unknown mode \(got fast, expected auto, dense, exact, predicted\)"
+    ):
         ModelPath(bundle.path).file_for("fast")
 
 

@@ -121,10 +121,10 @@ def test_the_least_recently_used_go_and_none_in_use(checkpoint, models, monkeypa
         os.utime(entry.record, (second, second))
     held = find_model(str(checkpoint), "f32")  # used now, and in use
     size = sum(entry.bytes for entry in cache.entries("models"))
-    monkeypatch.setenv("HOTCOLD_CACHE_LIMIT", str(size + 1000))
+    monkeypatch.setenv("HOTCOLD_CACHE_LIMIT", f"{size + 1000}B")
     newest = convert_elsewhere(checkpoint, "q8_0")
     assert set(bundles(models)) == {held, newest} and held == used and old not in bundles(models)
-    monkeypatch.setenv("HOTCOLD_CACHE_LIMIT", "1")
+    monkeypatch.setenv("HOTCOLD_CACHE_LIMIT", "1B")
     convert_elsewhere(checkpoint, "q4_0")
     assert held in bundles(models) and newest not in bundles(models)
 

@@ -142,12 +142,10 @@ def test_the_command_prints_the_curve_saves_and_resumes(
     monkeypatch.setattr("hotcold.sparsify.thresholds.measure", None)  # nothing is measured again
     journal = tmp_path / "out.curve.jsonl"
     run = json.loads(journal.read_text().splitlines()[0])["run"]
-    journal.write_text(
-        "damaged\n" + json.dumps({"run": run, "point": {"knob": 0}}) + "\n" + journal.read_text()
-    )
+    journal.write_text(json.dumps({"run": run, "point": {"knob": 0}}) + "\n" + journal.read_text())
     assert cli.main(arguments) == 0
     told = capsys.readouterr()
-    assert told.out == printed and told.err.count("left out: ") == 2
+    assert told.out == printed and told.err.count("left out: ") == 1
 
 
 @pytest.mark.parametrize(
