@@ -6,6 +6,7 @@ meet the same matrix shapes, so that a shard comes out byte for byte the same wh
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Self
 import numpy as np
 
 from hotcold import text
+from hotcold.cpus import in_threads
 from hotcold.errors import InputError
 from hotcold.limits import check_ids, check_window
 from hotcold.predictor.trace_writer import TraceWriter
@@ -70,16 +72,23 @@ def check_tokens(model: PreTrainedModel, tokens: dict[str, np.ndarray], window: 
 
 
 def collect(
-    model: PreTrainedModel, layers: list[FfnLayer], tokens: dict[str, np.ndarray], writer: TraceWriter
+    model: PreTrainedModel,
+    layers: list[FfnLayer],
+    tokens: dict[str, np.ndarray],
+    writer: TraceWriter,
+    n_threads: int = 1,
 ) -> None:
-    """Compute and commit the shards that `writer` misses; one shard of all layers is held in memory."""
+    """Compute and commit the shards that `writer` misses, `n_threads` windows at a time.
+
+    One shard of all layers is held in memory.
+    """
     run = writer.run
     done = run.shard_slice(writer.next_shard).start
     with Progress("collect", total=run.n_tokens, unit="tok", start=min(done, run.n_tokens)) as progress:
         for shard in range(writer.next_shard, run.n_shards):
             rows = run.shard_slice(shard)
             recorder = _record(
-                model, layers, tokens["ids"][rows], tokens["document"][rows], run.window, progress
+                model, layers, tokens["ids"][rows], tokens["document"][rows], run.window, n_threads, progress
             )
             for layer, recorded in enumerate(recorder.layers):
                 writer.write(
@@ -93,16 +102,21 @@ def _record(
     ids: np.ndarray,
     document: np.ndarray,
     window: int,
+    n_threads: int,
     progress: Progress,
 ) -> _Recorder:
     import torch
 
-    with _Recorder(layers, len(ids)) as recorder, torch.inference_mode():
-        for rows in windows(document, window):
-            recorder.rows = rows
+    def run(rows: slice) -> int:
+        recorder.here.rows = rows
+        with torch.inference_mode():
             # the base model: without the LM head, whose logits nobody wants
             model.base_model(torch.from_numpy(ids[rows].astype(np.int64))[None], use_cache=False)
-            progress.advance(rows.stop - rows.start)
+        return rows.stop - rows.start
+
+    with _Recorder(layers, len(ids)) as recorder:
+        for n_tokens in in_threads(run, windows(document, window), n_threads):
+            progress.advance(n_tokens)
     return recorder
 
 
@@ -117,10 +131,14 @@ class _Recorded:
 
 
 class _Recorder:
-    """Hooks on every FFN layer that file what passes as `rows` of the shard, while the `with` block lasts."""
+    """Hooks on every FFN layer that file what passes as rows of the shard, while the `with` block lasts.
+
+    Which rows they are, each thread says in `here.rows`.
+    """
 
     def __init__(self, layers: list[FfnLayer], n_tokens: int) -> None:
-        self.rows = slice(0, 0)
+        self.here = threading.local()
+        self._counting = threading.Lock()
         self.layers = [
             _Recorded(
                 np.empty((n_tokens, layer.gate.in_features), np.float16),
@@ -150,16 +168,20 @@ class _Recorder:
             x = _tokens(inputs[0]).float().numpy()
             if not np.isfinite(x).all():
                 raise InputError("activations are not finite", where=f"layer {layer}", fix="check the model")
-            recorded.clipped += int(np.count_nonzero(np.abs(x) > _FLOAT16_MAX))
-            recorded.x[self.rows] = np.clip(x, -_FLOAT16_MAX, _FLOAT16_MAX)
+            clipped = int(np.count_nonzero(np.abs(x) > _FLOAT16_MAX))
+            recorded.x[self.here.rows] = np.clip(x, -_FLOAT16_MAX, _FLOAT16_MAX)
+            with self._counting:
+                recorded.clipped += clipped
 
         return hook
 
     def _active_hook(self, recorded: _Recorded) -> object:
         def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             active = (_tokens(inputs[0]) != 0).numpy()
-            recorded.fired += int(np.count_nonzero(active))
-            recorded.active[self.rows] = np.packbits(active, axis=-1, bitorder="little")
+            fired = int(np.count_nonzero(active))
+            recorded.active[self.here.rows] = np.packbits(active, axis=-1, bitorder="little")
+            with self._counting:
+                recorded.fired += fired
 
         return hook
 

@@ -35,7 +35,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", required=True, help="folder of the traces; run again to resume")
     parser.add_argument("--window", type=int, default=256, help="tokens of context at most (default 256)")
     parser.add_argument("--shard-tokens", type=int, default=4096, help="tokens per shard (default 4096)")
-    parser.add_argument("-t", "--threads", type=int, help="CPU threads (default: all CPUs)")
+    parser.add_argument(
+        "-t", "--threads", type=int, help="windows at a time, on a CPU each (default: all CPUs)"
+    )
     parser.add_argument("--json", action="store_true", help="print the sparsity table as one JSON object")
 
 
@@ -55,10 +57,9 @@ def run(args: argparse.Namespace) -> int:
     check_tokens(model, tokens, args.window)
     described = _describe(args, model, tokens, n_threads)
     with TraceWriter.open(args.out, described, tokens) as writer:
-        torch_threads(writer.run.threads)
         if writer.shards:
             log(f"{args.out}: resuming, {len(writer.shards)} shards are there")
-        collect(model, checkpoint.ffn_layers(model), tokens, writer)
+        collect(model, checkpoint.ffn_layers(model), tokens, writer, n_threads)
     _report(writer.run, writer.shards, as_json=args.json)
     return 0
 

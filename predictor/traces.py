@@ -57,7 +57,7 @@ class TraceRun:
     n_tokens: int
     shard_tokens: int
     window: int  # tokens of context at most
-    threads: int  # the last bits of a matmul depend on it, so a resumed run takes the same
+    threads: int  # windows at a time; nothing else here depends on it
 
     @property
     def n_shards(self) -> int:

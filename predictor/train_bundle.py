@@ -1,4 +1,4 @@
-"""Training all layers: one after the other, each kept as soon as it is finished, a bundle at the end.
+"""Training all layers: some at a time, each kept as soon as it is finished, a bundle at the end.
 
 Finished layers wait in `OUT.partial`, which also says what they were trained on and how. A rerun takes up
 those that were made in the same way, and drops the others.
@@ -7,6 +7,8 @@ those that were made in the same way, and drops the others.
 from __future__ import annotations
 
 import json
+import threading
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from hotcold import storage
+from hotcold.cpus import in_threads
 from hotcold.errors import FormatError
 from hotcold.json_file import read_json
 from hotcold.ownership import check_growing
@@ -33,8 +36,10 @@ _FORMAT, _VERSION = "hotcold-partial", 1
 _DESCRIPTION = "training.json"
 
 
-def train_bundle(traces: Traces, out: str | Path, options: TrainOptions) -> PredictorBundle:
-    """Train the predictor of every layer of `traces` and save the bundle as `out`.
+def train_bundle(
+    traces: Traces, out: str | Path, options: TrainOptions, n_threads: int = 1
+) -> PredictorBundle:
+    """Train the predictor of every layer of `traces`, `n_threads` at a time, and save the bundle as `out`.
 
     FormatError for damaged traces, StorageError if the disk fails; finished layers are kept in both cases.
     StorageError also, and at once, where something else than predictors is in the way.
@@ -43,7 +48,7 @@ def train_bundle(traces: Traces, out: str | Path, options: TrainOptions) -> Pred
     with exclusive(partial):
         check_growing(partial, "partial")
         _begin(partial, _description(traces, options), traces.run.n_layers)
-        layers = _train_layers(traces, partial, options)
+        layers = _train_layers(traces, partial, options, n_threads)
         bundle = PredictorBundle(
             traces.run.model_fingerprint, layers, options.target_recall, _training(traces, options)
         )
@@ -52,21 +57,47 @@ def train_bundle(traces: Traces, out: str | Path, options: TrainOptions) -> Pred
     return bundle
 
 
-def _train_layers(traces: Traces, partial: Path, options: TrainOptions) -> list[LayerPredictor]:
-    run, layers = traces.run, []
+def _train_layers(
+    traces: Traces, partial: Path, options: TrainOptions, n_threads: int
+) -> list[LayerPredictor]:
+    """Layers wait for nobody, so that each is trained by a thread of its own."""
+    run, reporting, stopped = traces.run, threading.Lock(), threading.Event()
+
+    def make(number: int) -> Path:
+        file = partial / _layer_file(number)
+        epochs = 0 if file.exists() else _train_layer(traces, number, file, options, report)
+        with reporting:
+            progress.advance(options.epochs - epochs)
+        return file
+
+    def report(number: int, loss: float) -> None:
+        if stopped.is_set():
+            raise KeyboardInterrupt
+        with reporting:
+            progress.advance(1, layer=str(number), loss=loss)
+
     with Progress("train", total=run.n_layers * options.epochs, unit="epoch") as progress:
-        for number in range(run.n_layers):
-            file = partial / _layer_file(number)
-            if not file.exists():
-                starts = traces.starts() if number == 0 else None
-                data = LayerData(*traces.layer(number), traces.part, run.d_ff, starts)
-                layer = train_layer(
-                    data, options, lambda loss, n=number: progress.advance(1, layer=str(n), loss=loss)
-                )
-                _write_layer(file, layer)
-            layers.append(_read_layer(file))
-            progress.advance((number + 1) * options.epochs - progress.done)
-    return layers
+        try:
+            return [_read_layer(file) for file in in_threads(make, range(run.n_layers), n_threads)]
+        finally:
+            stopped.set()
+
+
+def _train_layer(
+    traces: Traces, number: int, file: Path, options: TrainOptions, report: Callable[[int, float], None]
+) -> int:
+    """Train one layer and write it; returns how many epochs that took."""
+    epochs = 0
+
+    def on_epoch(loss: float) -> None:
+        nonlocal epochs
+        epochs += 1
+        report(number, loss)
+
+    starts = traces.starts() if number == 0 else None
+    data = LayerData(*traces.layer(number), traces.part, traces.run.d_ff, starts)
+    _write_layer(file, train_layer(data, options, on_epoch))
+    return epochs
 
 
 def _training(traces: Traces, options: TrainOptions) -> dict[str, Any]:

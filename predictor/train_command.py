@@ -30,7 +30,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=int, default=512, help="tokens per step (default 512)")
     parser.add_argument("--lr", type=float, default=1e-2, help="peak learning rate (default 0.01)")
     parser.add_argument("--seed", type=int, default=0, help="of weights and batches (default 0)")
-    parser.add_argument("-t", "--threads", type=int, help="CPU threads (default: all CPUs)")
+    parser.add_argument(
+        "-t", "--threads", type=int, help="layers at a time, on a CPU each (default: all CPUs)"
+    )
     parser.add_argument("--json", action="store_true", help="print the table as one JSON object")
 
 
@@ -40,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
 
     check_out(args.out, args.traces)
 
-    torch_threads(args.threads)
+    n_threads = torch_threads(args.threads)
     from hotcold.predictor.metrics import mean_metrics, table
     from hotcold.predictor.network import default_rank
     from hotcold.predictor.traces import Traces
@@ -53,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
         target_recall=args.target_recall, epochs=args.epochs, batch=args.batch,
         learning_rate=args.lr, seed=args.seed,
     )  # fmt: skip
-    bundle = train_bundle(traces, args.out, options)
+    bundle = train_bundle(traces, args.out, options, n_threads)
     if args.json:
         print(json_text({**bundle.config(), "mean": mean_metrics(bundle.metrics).to_json()}))
     else:

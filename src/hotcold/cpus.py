@@ -9,15 +9,20 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeVar
 
 from hotcold.errors import InputError
 from hotcold.progress import log
 
-__all__ = ["available_cpus", "cgroups", "thread_count", "torch_threads"]
+__all__ = ["available_cpus", "cgroups", "in_threads", "thread_count", "torch_threads"]
 
 _MOST_THREADS = 256  # of a native team
+_SPINS = "10000"  # a tenth to half of a millisecond
+T = TypeVar("T")
+R = TypeVar("R")
 _said: set[tuple[int, int]] = set()
 
 
@@ -41,16 +46,35 @@ def thread_count(asked: int | None = None) -> int:
 def torch_threads(asked: int | None = None) -> int:
     """Give torch its threads, as many as `thread_count` says, and return their number.
 
-    Call it before anything imports torch: OpenMP's threads then sleep where they wait. By default they spin
-    for milliseconds, and beside another busy program most of the time is lost to that. Not for a process that
-    measures llama.cpp, whose barriers would sleep too.
+    Call it before anything imports torch: OpenMP's threads then sleep soon where they wait. By default they
+    spin for milliseconds, and beside another busy program most of the time is lost to that. Not for a process
+    that measures llama.cpp, whose barriers would sleep too.
     """
     n_threads = thread_count(asked)
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", _SPINS)
     import torch
 
     torch.set_num_threads(n_threads)
     return n_threads
+
+
+def in_threads(work: Callable[[T], R], items: Iterable[T], n_threads: int) -> Iterator[R]:
+    """Yield `work(item)` in the order of the items, `n_threads` of them at a time, each on one CPU.
+
+    torch and numpy run single-threaded in there. So nobody waits at a barrier for a thread whose CPU another
+    program has, and the results do not depend on `n_threads`. The first exception ends it; items that have
+    not begun are left out.
+    """
+    import torch
+    from threadpoolctl import threadpool_limits
+
+    pool = ThreadPoolExecutor(n_threads, initializer=torch.set_num_threads, initargs=(1,))
+    try:
+        with threadpool_limits(1, user_api="blas"):
+            yield from pool.map(work, items)
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def available_cpus() -> int:

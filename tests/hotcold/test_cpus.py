@@ -114,3 +114,24 @@ def test_the_affinity_of_a_process_counts():
         preexec_fn=lambda: os.sched_setaffinity(0, {one}),
     )  # fmt: skip
     assert found.stdout == "1\n"
+
+
+def test_pieces_run_side_by_side_on_one_cpu_each():
+    """As many at a time as asked for, results in order; the first error ends it."""
+    import threading
+
+    import torch
+
+    meeting = threading.Barrier(3, timeout=30)
+
+    def work(item: int) -> tuple[int, int]:
+        if item < 3:
+            meeting.wait()  # all three are at work at the same time
+        if item == 5:
+            raise ValueError("five")
+        return item, torch.get_num_threads()
+
+    found = cpus.in_threads(work, range(100), 3)
+    assert [next(found) for _ in range(5)] == [(n, 1) for n in range(5)]
+    with pytest.raises(ValueError, match="five"):
+        next(found)
