@@ -77,9 +77,13 @@ class GGUFCheckpoint:
                 "unknown architecture", where=self.path, got=self._architecture, expected=known
             )
         self.config: dict[str, Any] = _config(self._file, self._architecture)
-        self._weights = dict(
-            self._weight(t) for name, t in self._file.tensors.items() if not _NOT_WEIGHTS.fullmatch(name)
-        )
+        self._weights: dict[str, _Weight] = {}
+        for tensor in self._file.tensors.values():
+            if not _NOT_WEIGHTS.fullmatch(tensor.name):
+                name, weight = self._weight(tensor)
+                if name in self._weights:
+                    raise FormatError("two tensors for one weight", where=self.path, got=tensor.name)
+                self._weights[name] = weight
         self._check_layers()
 
     @property

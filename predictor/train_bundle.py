@@ -17,6 +17,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from hotcold import storage
+from hotcold.cpuinfo import available_memory
 from hotcold.cpus import in_threads
 from hotcold.errors import FormatError
 from hotcold.json_file import read_json
@@ -34,6 +35,7 @@ __all__ = ["train_bundle"]
 
 _FORMAT, _VERSION = "hotcold-partial", 1
 _DESCRIPTION = "training.json"
+_WORKING_TOKENS = 4096  # whose logits, labels and their copies are in memory at a time
 
 
 def train_bundle(
@@ -76,11 +78,16 @@ def _train_layers(
         with reporting:
             progress.advance(1, layer=str(number), loss=loss)
 
+    n_threads = min(n_threads, _fitting(traces))
     with Progress("train", total=run.n_layers * options.epochs, unit="epoch") as progress:
-        try:
-            return [_read_layer(file) for file in in_threads(make, range(run.n_layers), n_threads)]
-        finally:
-            stopped.set()
+        return [_read_layer(file) for file in in_threads(make, range(run.n_layers), n_threads, stopped)]
+
+
+def _fitting(traces: Traces) -> int:
+    """How many layers' traces fit into half of the free memory; at least one."""
+    run = traces.run
+    layer = run.n_tokens * (2 * run.d_model + run.d_ff // 8) + _WORKING_TOKENS * run.d_ff * 16
+    return max(1, available_memory() // (2 * layer))
 
 
 def _train_layer(

@@ -13,7 +13,6 @@ import shutil
 from pathlib import Path
 
 from hotcold import __version__, cache, storage
-from hotcold.identify import identify
 from hotcold.progress import log
 from hotcold.runtime.sizes import format_bytes, parse_bytes
 
@@ -75,8 +74,8 @@ def _make(bundle: Path, checkpoint: Path, source: str, quant: str) -> None:
 
     log(f"converting {source} to {quant}, once; `hotcold cache` has more")
     cache.sweep()
-    if (found := identify(bundle)).ours:  # damaged, or killed before its record was written
-        storage.remove_files(bundle, list(found.files or ()))
+    if bundle.is_dir() and not bundle.is_symlink():  # damaged, or killed before its record was written
+        shutil.rmtree(bundle)  # under its key, in the cache, there is nothing but what can be made again
     manifest = export_bundle(
         HFCheckpoint(checkpoint),
         bundle,

@@ -22,6 +22,9 @@ def parse_bytes(text: str) -> int:
         value = -1.0
     if not 0 <= value < float("inf"):
         raise InputError("not a size in bytes", got=text, expected="such as 6G, 512M, or auto")
+    if not (unit or byte) and value >= _UNITS["T"] << 10:  # a number of bytes, as was meant before
+        fix = f"write {text.strip()}B for bytes"
+        raise InputError("a number without a unit is GiB", got=text, fix=fix)
     return int(value)
 
 

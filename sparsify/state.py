@@ -7,6 +7,7 @@ that. Tensors are safetensors, the rest is JSON. The log is cut back to the stat
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,8 +70,14 @@ class WorkFolder:
 
     def states(self) -> list[Saved]:
         """All states, oldest first. One without its description is on its way to being deleted."""
-        found = [self._read(path) for path in self.path.glob("state-*") if (path / _STATE).is_file()]
+        found = [self._read(path) for path in self._state_folders() if (path / _STATE).is_file()]
         return sorted(found, key=lambda saved: (self.phases.index(saved.phase), saved.step))
+
+    def _state_folders(self) -> list[Path]:
+        """Folders under the very names that `save` gives: others are somebody else's, such as copies."""
+        phases = "|".join(map(re.escape, self.phases))
+        name = re.compile(rf"state-(?:{phases})-\d{{6,}}")
+        return [path for path in self.path.glob("state-*") if name.fullmatch(path.name) and path.is_dir()]
 
     def last(self) -> Saved | None:
         """The newest state."""
@@ -84,6 +91,9 @@ class WorkFolder:
             raise FormatError("not a training state", where=path, got=str(error), fix="delete it") from error
         if phase not in self.phases or type(step) is not int or not isinstance(extra, dict):
             raise FormatError("not a training state", where=path, got=f"{phase}, {step}", fix="delete it")
+        if path.name != _name(phase, step):
+            got, fix = f"step {step} of {phase}", "delete it, or give it its name again"
+            raise FormatError("a state under another's name", where=path, got=got, fix=fix)
         return Saved(path, phase, step, extra)
 
     def save(
@@ -95,7 +105,7 @@ class WorkFolder:
         extra: Mapping[str, Any],
     ) -> None:
         """Write a state, then delete those that are too old."""
-        with storage.atomic_directory(self.path / f"state-{phase}-{step:06d}", "state") as folder:
+        with storage.atomic_directory(self.path / _name(phase, step), "state") as folder:
             save_file(_once(model), folder / _MODEL)
             save_file(dict(optimizer), folder / _OPTIMIZER)
             state = {**_STATE_FORMAT, "phase": phase, "step": step, "extra": dict(extra)}
@@ -130,8 +140,8 @@ class WorkFolder:
 
     def cut_log(self) -> None:
         """Forget what was logged after the last state, as it will be done again, and states half deleted."""
-        for half in self.path.glob("state-*"):
-            if half.is_dir() and not (half / _STATE).exists():
+        for half in self._state_folders():
+            if not (half / _STATE).exists():
                 _delete(half)
         if not self.log_path.is_file():
             return
@@ -139,6 +149,10 @@ class WorkFolder:
         last = (-1, 0) if saved is None else (self.phases.index(saved.phase), saved.step)
         kept = [r for n, r in enumerate(self.records(), start=1) if self._place(r, n) <= last]
         storage.write_bytes(self.log_path, "".join(json.dumps(r) + "\n" for r in kept).encode())
+
+
+def _name(phase: str, step: int) -> str:
+    return f"state-{phase}-{step:06d}"
 
 
 def _delete(state: Path) -> None:

@@ -191,3 +191,12 @@ def test_a_reader_that_has_enough_is_no_error(tmp_path):
         child.stdout.close()
         complaints = child.stderr.read()
     assert (first, complaints, child.returncode) == (b"line 0\n", b"", 141)
+
+
+def test_options_of_one_letter_are_not_taken_for_longer_ones(capsys):
+    """`-o` is not llama.cpp's `-ot`, which is ignored; `--n-pred` still is `--n-predict`."""
+    with pytest.raises(SystemExit):
+        cli.main(["perplexity", "x", "-o", "json"])
+    assert "unrecognized arguments: -o json" in capsys.readouterr().err
+    assert cli.main(["run", "/no/such/model", "-p", "a", "--n-pred", "4", "-n5"]) == 2
+    assert "no such model" in capsys.readouterr().err

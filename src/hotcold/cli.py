@@ -13,7 +13,7 @@ import io
 import os
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from hotcold import __version__
 from hotcold.errors import HotcoldError
@@ -53,6 +53,11 @@ class _Parser(argparse.ArgumentParser):
     def __init__(self, prog: str, description: str, epilog: str) -> None:
         kept = argparse.RawDescriptionHelpFormatter
         super().__init__(prog=prog, description=description, epilog=epilog, formatter_class=kept)
+
+    def _get_option_tuples(self, option_string: str) -> list[Any]:
+        """Only long options may be cut short: `-o` is not llama.cpp's `-ot`."""
+        found = super()._get_option_tuples(option_string)
+        return [match for match in found if match[1].startswith("--") or len(match[1]) == 2]
 
     def error(self, message: str) -> NoReturn:
         self.exit(_USER_ERROR, f"{self.prog}: error: {message}; `{self.prog} --help` explains\n")

@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Event
 from typing import TypeVar
 
 from hotcold.errors import InputError
@@ -59,12 +60,14 @@ def torch_threads(asked: int | None = None) -> int:
     return n_threads
 
 
-def in_threads(work: Callable[[T], R], items: Iterable[T], n_threads: int) -> Iterator[R]:
+def in_threads(
+    work: Callable[[T], R], items: Iterable[T], n_threads: int, stopped: Event | None = None
+) -> Iterator[R]:
     """Yield `work(item)` in the order of the items, `n_threads` of them at a time, each on one CPU.
 
     torch and numpy run single-threaded in there. So nobody waits at a barrier for a thread whose CPU another
-    program has, and the results do not depend on `n_threads`. The first exception ends it; items that have
-    not begun are left out.
+    program has, and the results do not depend on `n_threads`. The first exception, Ctrl-C too, ends it: items
+    that have not begun are left out, and `stopped` is set for those at work, which are waited for.
     """
     import torch
     from threadpoolctl import threadpool_limits
@@ -74,6 +77,8 @@ def in_threads(work: Callable[[T], R], items: Iterable[T], n_threads: int) -> It
         with threadpool_limits(1, user_api="blas"):
             yield from pool.map(work, items)
     finally:
+        if stopped is not None:
+            stopped.set()
         pool.shutdown(cancel_futures=True)
 
 

@@ -78,7 +78,7 @@ def identify(path: str | Path) -> Found:
     if path.is_file():
         return _file(path)
     if path.is_dir():
-        return _marked(path) or _by_format(path) or _by_names(path)
+        return _marked(path) or _by_format(path)
     return Found()
 
 
@@ -149,10 +149,16 @@ def _marked(folder: Path) -> Found | None:
     return None
 
 
-def _by_format(folder: Path) -> Found | None:
+def _by_format(folder: Path) -> Found:
+    """By the files that would tell, else by names. A broken one counts only where nothing else tells."""
+    broken: HotcoldError | None = None
     for name, kinds in _FORMATS.items():
         path = folder / name
-        values = read_json(path) if path.is_file() else {}
+        try:
+            values = read_json(path) if path.is_file() else {}
+        except HotcoldError as error:
+            broken = broken or error
+            continue
         kind = kinds.get(str(values.get("format")))
         if kind == "bundle":
             given = values.pop("sha256", None)
@@ -160,7 +166,10 @@ def _by_format(folder: Path) -> Found | None:
             return Found(kind, given == seal(values), files)
         if kind:
             return Found(kind, True)
-    return None
+    found = _by_names(folder)
+    if broken and found.kind is None:
+        raise broken
+    return found
 
 
 def _listed(files: object, path: Path, name: str) -> dict[str, tuple[int, str | None]]:

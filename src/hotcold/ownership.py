@@ -50,8 +50,8 @@ def check_growing(path: str | Path, kind: str, inputs: Sequence[str | Path] = ()
     FormatError where the mark is damaged.
     """
     with _place(path, inputs) as target:
+        _check_parent(target)
         if not _is_folder(target):
-            _check_parent(target)
             return
         if not os.access(target, os.W_OK | os.X_OK):
             raise StorageError("no permission to write here", where=target)
@@ -77,10 +77,6 @@ def check_file(path: str | Path, kind: str, inputs: Sequence[str | Path] = ()) -
             return
         if not target.is_file():
             what = "a folder, not a file" if target.is_dir() else "not a plain file"
-            raise StorageError(what, where=target, fix="give another name")
-        parent = _found(target.parent)
-        if parent.ours and parent.lists(target.name):
-            what = f"part of a folder of hotcold's ({parent.kind}), which is written as a whole"
             raise StorageError(what, where=target, fix="give another name")
         if target.stat().st_size:
             _check_kind(target, kind, _found(target), _MOVE_FILE)
@@ -122,7 +118,12 @@ def _check_special(target: Path) -> None:
 
 
 def _check_parent(target: Path) -> None:
-    """Whether `target` can be made, or exchanged for another."""
+    """Whether `target` can be made, or exchanged for another, and is no part of something whole."""
+    for parent in target.parents:
+        found = _found(parent)
+        if found.ours and found.files is not None:
+            what = f"would be part of a folder of hotcold's ({found.kind}), which is written as a whole"
+            raise StorageError(what, where=target, got=parent, fix="give another name")
     if os.path.ismount(target):
         raise StorageError("is a mount point", where=target, fix="name a folder in it")
     parent = next(parent for parent in target.parents if parent.exists())

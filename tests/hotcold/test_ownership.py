@@ -16,9 +16,9 @@ from pathlib import Path
 import handmade
 import pytest
 
-from hotcold import checkpoint
+from hotcold import checkpoint, storage
 from hotcold.cli import main
-from hotcold.errors import HotcoldError, StorageError
+from hotcold.errors import FormatError, HotcoldError, StorageError
 from hotcold.eval.synthetic import SHAPES, Synthetic, write_synthetic
 from hotcold.identify import REPORT, identify, mark
 from hotcold.ownership import beside, check_file, check_growing, check_replaceable
@@ -530,3 +530,28 @@ def test_what_lies_beside_the_current_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path / "here")
     assert beside(".", ".partial") == tmp_path / "here.partial"
     assert beside("a/..", ".x") == tmp_path / "here.x"
+
+
+def test_nothing_is_written_into_what_was_written_as_a_whole(tmp_path):
+    whole = tmp_path / "whole"
+    with storage.atomic_directory(whole, "checkpoint") as folder:
+        (folder / "config.json").write_text("{}")
+    for check, kind in (
+        (check_replaceable, "predictors"),
+        (check_growing, "traces"),
+        (check_file, "report"),
+    ):
+        for place in ("new", "deep/new", "config.json/x"):
+            with pytest.raises(StorageError, match=r"written as a whole|a file, not a folder"):
+                check(whole / place, kind)
+    assert [path.name for path in sorted(whole.iterdir())] == ["config.json", "hotcold.json"]
+
+
+def test_a_broken_file_of_a_known_name_does_not_hide_a_checkpoint(tmp_path):
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).write_text("{}")
+    (tmp_path / "run.json").write_text("[]")
+    assert identify(tmp_path).kind == "checkpoint"
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(FormatError, match="not a JSON object"):
+        identify(tmp_path)

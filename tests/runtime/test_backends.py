@@ -31,7 +31,8 @@ def sized(bundle, tmp_path):
     shutil.copytree(bundle.path, path)
     frequency = np.linspace(0, 1, 96, dtype=np.float32)
     layers = [LayerPredictor(fc1, fc2, 0.0, frequency) for fc1, fc2 in bundle.predictors]
-    PredictorBundle("0" * 64, layers, 0.9, {}).save(path / "predictors")
+    (path / "predictors").mkdir(exist_ok=True)
+    PredictorBundle("0" * 64, layers, 0.9, {}).write_files(path / "predictors")
     return path
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
 
@@ -57,3 +59,20 @@ def test_a_damaged_log(work, line):
     work.log_path.write_bytes(line + work.log_path.read_bytes())
     with pytest.raises(FormatError, match=r"training\.jsonl, line 1: "):
         work.cut_log()
+
+
+def test_what_only_looks_like_a_state_is_left_alone(work, tmp_path):
+    """A copy under another name, notes, a state under another's name."""
+    shutil.copytree(next(work.path.glob("state-warm-*")), work.path / "state-best-mine")
+    notes = work.path / "state-notes"
+    notes.mkdir()
+    (notes / "model.safetensors").write_bytes(b"mine")
+    before = {path: path.read_bytes() for path in work.path.glob("state-[bn]*/*")}
+    work.cut_log()
+    for step in (2, 3, 4, 5):
+        work.save("warm", step, {}, {}, {})
+    assert len(work.states()) == 2
+    assert {path: path.read_bytes() for path in work.path.glob("state-[bn]*/*")} == before
+    work.states()[0].path.rename(work.path / "state-warm-000099")
+    with pytest.raises(FormatError, match="a state under another's name"):
+        work.states()
