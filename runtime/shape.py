@@ -150,8 +150,8 @@ def _per_layer(file: GGUFFile, field: str, n_layers: int, default: float) -> lis
         raise FormatError(
             "one value per layer", where=file.path, field=field, got=len(values), expected=n_layers
         )
-    if not np.isfinite(values).all():
-        raise FormatError("not a finite number", where=file.path, field=field, got=values.tolist())
+    if np.isnan(values).any():  # infinite ones say that all or none fire
+        raise FormatError("not a number", where=file.path, field=field, got=values.tolist())
     return values.tolist()
 
 
