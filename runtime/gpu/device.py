@@ -8,6 +8,7 @@ from types import ModuleType
 
 import torch
 
+from hotcold.cpuinfo import available_memory
 from hotcold.errors import InputError, UnsupportedError
 from hotcold.runtime.sizes import format_bytes, parse_bytes
 
@@ -105,12 +106,10 @@ def operators(device: torch.device) -> ModuleType:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that a model may take: what is free on a GPU, less a margin; on a CPU, what the system has."""
+    """Memory that a model may take: what is free on a GPU, less a margin; on a CPU, what is available."""
     if device.type == "cuda":
         return max(0, torch.cuda.mem_get_info(device)[0] - _MARGIN)
-    import os
-
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    return available_memory()
 
 
 def parse_budgets(text: str, devices: Sequence[torch.device]) -> list[int]:
