@@ -270,7 +270,7 @@ def refused(command: Command, made: Made, out: Path, capsys: pytest.CaptureFixtu
     return said
 
 
-@pytest.mark.parametrize(("name", "place"), cases(), ids=lambda value: getattr(value, "__name__", value))
+@pytest.mark.parametrize(("name", "place"), list(cases()), ids=lambda value: getattr(value, "__name__", value))
 def test_a_folder_that_is_not_ours(name, place, made, tmp_path, capsys):
     out = tmp_path / "out"
     place(out, made, COMMANDS[name].kind)
@@ -338,7 +338,7 @@ def test_a_file_that_is_not_ours(name, place, made, tmp_path, capsys):
         *(("sparsify", ".training", place) for place in (web_app, thesis, link_to_another, file)),
         *(("shift-thresholds", ".curve.jsonl", place) for place in (text_file, json_file, thesis, pipe)),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", value),
 )  # fmt: skip
 def test_what_lies_beside(name, suffix, place, made, tmp_path, capsys):
     place(tmp_path / f"out{suffix}", made, "training")
