@@ -11,9 +11,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from hotcold.convert.activation import counts_of_traces, read_activation, write_activation
-from hotcold.convert.gguf_split import open_gguf
-from hotcold.convert.gpu_index import GpuIndex, hottest_neurons, neurons_that_fit
+from hotcold.convert.gguf.parts import Options, Parts
 from hotcold.convert.model_formats import (
     bytes_per_neuron,
     read_bundle,
@@ -23,13 +21,15 @@ from hotcold.convert.model_formats import (
     write_dense,
     write_sparse,
 )
-from hotcold.convert.model_pt import read_model_pt, write_model_pt
-from hotcold.convert.parts import Options, Parts
+from hotcold.convert.powerinfer.firing_counts import counts_of_traces, read_activation, write_activation
+from hotcold.convert.powerinfer.gpu_index import GpuIndex, hottest_neurons, neurons_that_fit
+from hotcold.convert.powerinfer.model_pt import read_model_pt, write_model_pt
 from hotcold.errors import InputError
+from hotcold.files.gguf_split import open_gguf
 from hotcold.identify import identify
 from hotcold.ownership import check_file, check_replaceable
 from hotcold.predictor.bundle import PredictorBundle
-from hotcold.predictor.traces import Traces
+from hotcold.predictor.traces.reader import Traces
 
 __all__ = ["FORMATS", "Format", "convert", "format_of"]
 

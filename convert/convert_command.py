@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Write the target and say where it is."""
     from hotcold.convert.conversions import convert
-    from hotcold.convert.parts import Options
+    from hotcold.convert.gguf.parts import Options
 
     for option, value in (
         ("--hot-frequency", args.hot_frequency),

@@ -1,7 +1,7 @@
 """The formats that hold a whole model: bundles, PowerInfer's and llama.cpp's GGUF files, HF checkpoints.
 
 Whichever it is, the model passes on as a `WeightSource`, so that all of them are written by the exporter.
-Matrices that were quantised keep their type: decoding them and quantising again gives the same bytes,
+Matrices that were quantized keep their type: decoding them and quantizing again gives the same bytes,
 except for the down projection where it has to be transposed. Files of a bundle that are asked for as they
 are, are copied.
 """
@@ -14,17 +14,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from hotcold.convert.attention_rows import ROLE
-from hotcold.convert.export import ExportOptions, copy_file, export_bundle, export_file
-from hotcold.convert.gguf_checkpoint import GGUFCheckpoint
-from hotcold.convert.gguf_read import GGUFFile
-from hotcold.convert.gguf_split import gguf_sha256, open_gguf
-from hotcold.convert.hf_checkpoint import HFCheckpoint
-from hotcold.convert.manifest import Manifest
-from hotcold.convert.parts import Model, Options, Parts
-from hotcold.convert.powerinfer import hot_sets, sparse_predictors
-from hotcold.convert.quantize import QUANTS
+from hotcold.convert.bundle.attention_rows import ROLE
+from hotcold.convert.bundle.export import ExportOptions, copy_file, export_bundle, export_file
+from hotcold.convert.bundle.manifest import Manifest
+from hotcold.convert.gguf.parts import Model, Options, Parts
+from hotcold.convert.powerinfer.model import hot_sets, sparse_predictors
 from hotcold.errors import FormatError, InputError
+from hotcold.files.gguf import GGUFFile
+from hotcold.files.gguf_split import gguf_sha256, open_gguf
+from hotcold.files.quantize import QUANTS
+from hotcold.model.gguf_checkpoint import GGUFCheckpoint
+from hotcold.model.huggingface import HFCheckpoint
 from hotcold.predictor.bundle import PredictorBundle
 from hotcold.progress import log
 
@@ -69,7 +69,7 @@ def read_gguf(path: Path, parts: Parts, options: Options, stack: ExitStack) -> N
 
 def _unpacked_tokenizer(path: Path, file: GGUFFile, stack: ExitStack) -> Path | None:
     """A folder with the tokenizer's files, which lasts as long as the stack; None for a file without one."""
-    from hotcold.checkpoint import load_tokenizer, save_tokenizer
+    from hotcold.model.checkpoint import load_tokenizer, save_tokenizer
 
     if file.find("tokenizer.ggml.model", str, "none") == "none":
         return None
@@ -80,7 +80,7 @@ def _unpacked_tokenizer(path: Path, file: GGUFFile, stack: ExitStack) -> Path | 
 
 def read_checkpoint(path: Path, parts: Parts, options: Options, stack: ExitStack) -> None:
     """Add the model of a Hugging Face directory."""
-    from hotcold.checkpoint import fingerprint
+    from hotcold.model.checkpoint import fingerprint
 
     parts.model = Model(partial(HFCheckpoint, path), path.resolve().name, fingerprint(str(path)), path)
 
@@ -146,7 +146,7 @@ def _export_options(model: Model, options: Options) -> ExportOptions:
 
 
 def _type_of(file: GGUFFile | None, name: str) -> str | None:
-    """The quantisation of a matrix: the nearest better one if hotcold does not write its own."""
+    """The quantization of a matrix: the nearest better one if hotcold does not write its own."""
     kinds = {kind: quant for quant, kind in QUANTS.items()}
     for suffix in (".weight", "_exps.weight"):
         if file is not None and f"{name}{suffix}" in file.tensors:

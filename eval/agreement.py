@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from hotcold.eval.gpu_bench import GpuSide
+from hotcold.eval.gpu.bench import GpuSide
 from hotcold.finite import check_logits
 from hotcold.progress import Progress
 from hotcold.runtime.backends import BackendOptions, open_engine

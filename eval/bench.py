@@ -134,8 +134,8 @@ def bench(
         )
         for name in sides
     ]
-    plain, asking = (Spread.of(readings_of) for readings_of in zip(*readings, strict=True))
-    return Report(rows, baseline["generation"], baseline["prompt"], truth, bandwidth, plain, asking)
+    plain, prefetching = (Spread.of(readings_of) for readings_of in zip(*readings, strict=True))
+    return Report(rows, baseline["generation"], baseline["prompt"], truth, bandwidth, plain, prefetching)
 
 
 def _check_vocabulary(sides: Mapping[str, Side], truth: str) -> None:
@@ -175,11 +175,11 @@ def _rounds(
 
 
 def _reading(n_threads: int) -> _Reading:
-    return read_bandwidth(n_threads), read_bandwidth(n_threads, asking=True)
+    return read_bandwidth(n_threads), read_bandwidth(n_threads, prefetching=True)
 
 
 def _order(names: Sequence[str], index: int) -> list[str]:
-    """Rotated by one each round, and turned around every other round, so that neighbours change too."""
+    """Rotated by one each round, and turned around every other round, so that neighbors change too."""
     turn = index % len(names)
     rotated = [*names[turn:], *names[:turn]]
     return rotated if index % 2 == 0 else rotated[::-1]

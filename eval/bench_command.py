@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from hotcold.cpus import thread_count
 from hotcold.errors import InputError
-from hotcold.runtime.llama_options import add_llama_options
+from hotcold.runtime.generation.llama_options import add_llama_options
 from hotcold.runtime.model_argument import add_model_arguments, add_quant_argument, model_path
 
 if TYPE_CHECKING:
@@ -197,8 +197,8 @@ def _synthetic(
     args: argparse.Namespace, plan: Plan, scratch: Path
 ) -> tuple[Path, np.ndarray, list[np.ndarray]]:
     """The same with random weights and pseudo-text."""
-    from hotcold.eval.planted import pseudo_text
-    from hotcold.eval.synthetic import Synthetic, write_synthetic
+    from hotcold.eval.synthetic.planted import pseudo_text
+    from hotcold.eval.synthetic.shapes import Synthetic, write_synthetic
 
     synthetic = Synthetic(
         shape=args.synthetic,

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 from hotcold.cpus import thread_count
 from hotcold.errors import InputError
-from hotcold.json_file import json_text
+from hotcold.files.json import json_text
 from hotcold.runtime.backends import add_input_sparsity
-from hotcold.runtime.llama_options import add_llama_options
+from hotcold.runtime.generation.llama_options import add_llama_options
 from hotcold.runtime.model_argument import add_model_arguments, add_quant_argument, model_path
 
 if TYPE_CHECKING:

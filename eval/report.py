@@ -13,8 +13,8 @@ from dataclasses import asdict
 
 from hotcold.eval.results import CONFIDENCE, Ratio, Report, Row, Spread, StockSpeed
 from hotcold.eval.roofline import PARTS
+from hotcold.files.json import json_text
 from hotcold.identify import REPORT
-from hotcold.json_file import json_text
 
 __all__ = ["FORMATS", "as_json_object", "markdown", "render"]
 
@@ -43,7 +43,7 @@ def _bandwidth(report: Report) -> dict[str, object]:
     return {
         "bandwidth_gb_s": report.bandwidth.median,
         "bandwidth_plain_gb_s": report.bandwidth_plain.median,
-        "bandwidth_asking_gb_s": report.bandwidth_asking.median,
+        "bandwidth_prefetching_gb_s": report.bandwidth_prefetching.median,
     }
 
 
@@ -162,8 +162,9 @@ def markdown(report: Report) -> str:
         _table(_BYTES, report.rows),
         "",
         f"Read bandwidth in the same minutes: {_gb_s(report.bandwidth)} the best beside each run, which the "
-        f"shares are of; {_gb_s(report.bandwidth_plain)} with plain loads, {_gb_s(report.bandwidth_asking)} "
-        "when memory is asked ahead of them.",
+        f"shares are of; {_gb_s(report.bandwidth_plain)} with plain loads, "
+        f"{_gb_s(report.bandwidth_prefetching)} "
+        "with prefetching.",
         *map(_stock_line, report.stock),
         f"{settings}; {machine}",
     ]

@@ -108,7 +108,7 @@ class Report:
     `baseline` and `baseline_prompt` name the rows that the ratios of generation and of prompts are taken to,
     `truth` the llama.cpp that computes the same function as ours. `bandwidth` is the best read bandwidth that
     was measured beside each run, in GB/s, of which `bandwidth_plain` has the readings with plain loads and
-    `bandwidth_asking` those that ask for memory ahead. `settings` and `machine` are shown as they are.
+    `bandwidth_prefetching` those that ask for memory ahead. `settings` and `machine` are shown as they are.
     """
 
     rows: Sequence[Row]
@@ -117,7 +117,7 @@ class Report:
     truth: str
     bandwidth: Spread
     bandwidth_plain: Spread
-    bandwidth_asking: Spread
+    bandwidth_prefetching: Spread
     stock: Sequence[StockSpeed] = ()
     settings: Mapping[str, object] = field(default_factory=dict)
     machine: Mapping[str, object] = field(default_factory=dict)

@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from hotcold.convert.gguf_read import GGUFFile
-from hotcold.convert.gguf_split import open_gguf
+from hotcold.files.gguf import GGUFFile
+from hotcold.files.gguf_split import open_gguf
 
 __all__ = ["PARTS", "Roofline", "dense_bytes_per_token", "read_bandwidth"]
 
@@ -46,15 +46,15 @@ class Roofline:
         return tok_s / self.ceiling
 
 
-def read_bandwidth(n_threads: int, n_bytes: int = _PROBE_BYTES, *, asking: bool = False) -> float:
+def read_bandwidth(n_threads: int, n_bytes: int = _PROBE_BYTES, *, prefetching: bool = False) -> float:
     """Read bandwidth of the memory in GB/s with `n_threads`, by a loop over `n_bytes`.
 
-    Plain loads, as other tools measure it; or `asking` for memory ahead of them, as the engine does, which
-    is faster on some machines. What a machine can give is the larger of both.
+    Plain loads, as other tools measure it; or with `prefetching` ahead of them, as the engine does, which is
+    faster on some machines. What a machine can give is the larger of both.
     """
-    from hotcold.runtime import _cpu
+    from hotcold.runtime.cpu import _cpu
 
-    return float(_cpu.read_bandwidth(n_threads, n_bytes, asking=asking))
+    return float(_cpu.read_bandwidth(n_threads, n_bytes, prefetching=prefetching))
 
 
 def dense_bytes_per_token(path: str | Path, position: int) -> dict[str, float]:

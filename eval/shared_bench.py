@@ -19,7 +19,7 @@ from statistics import median
 
 from hotcold.cpus import available_cpus, cgroups
 from hotcold.errors import UnsupportedError
-from hotcold.eval.pipeline import StepError, child_command
+from hotcold.eval.demo.pipeline import StepError, child_command
 from hotcold.progress import Progress, log
 
 __all__ = ["Result", "Situation", "measure", "situations", "table"]

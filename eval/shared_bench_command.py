@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from hotcold.errors import InputError
-from hotcold.json_file import json_text
+from hotcold.files.json import json_text
 
 HELP = (
     "Measure how decoding fares on one CPU, under a cgroup quota of one CPU (where cgroups can be made), "

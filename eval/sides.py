@@ -135,8 +135,8 @@ def open_side(
 
 def open_llama_cpp(model: str, *, n_threads: int, n_ctx: int) -> Peer:
     """llama.cpp on a GGUF file, or on a name that stands for one, such as `smollm2`."""
-    from hotcold.checkpoint import resolve
     from hotcold.eval.peers.llama_cpp import LlamaCpp
+    from hotcold.model.checkpoint import resolve
 
     return LlamaCpp(resolve(model), n_threads=n_threads, n_ctx=n_ctx)
 
@@ -148,8 +148,8 @@ def open_peers(
 
     The second form, a plain `llama` twin of a `smallthinker` file, is written into the folder `scratch`.
     """
-    from hotcold.convert.gguf_split import open_gguf
-    from hotcold.convert.llama_cpp import write_llama_twin
+    from hotcold.convert.gguf.llama_cpp import write_llama_twin
+    from hotcold.files.gguf_split import open_gguf
 
     dense, twin = ModelPath(bundle).file_for("dense"), scratch / "twin.gguf"
     if open_gguf(dense).find("general.architecture", str) != "smallthinker":

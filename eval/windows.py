@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from hotcold import text
-from hotcold.convert.gguf_split import open_gguf
-from hotcold.convert.gguf_tokenizer import build_tokenizer
 from hotcold.errors import InputError
-from hotcold.tokenizer_file import added_ids, read_tokenizer
+from hotcold.files.gguf_split import open_gguf
+from hotcold.model.tokenizer.gguf import build_tokenizer
+from hotcold.model.tokenizer.tokenizer_json import added_ids, read_tokenizer
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

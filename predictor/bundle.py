@@ -14,11 +14,11 @@ import numpy as np
 
 from hotcold import storage
 from hotcold.errors import FormatError, InputError
+from hotcold.files.safetensors import SafetensorsFile
 from hotcold.predictor.card import model_card
 from hotcold.predictor.hub import downloaded, pushed
-from hotcold.predictor.metrics import LayerMetrics
 from hotcold.predictor.parsing import check_header, from_fields, parse_json
-from hotcold.safetensors_read import SafetensorsFile
+from hotcold.predictor.training.metrics import LayerMetrics
 
 __all__ = ["FILES", "LayerPredictor", "PredictorBundle", "raw_logits"]
 

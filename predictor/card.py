@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from hotcold.predictor.metrics import mean_metrics, table
+from hotcold.predictor.training.metrics import mean_metrics, table
 
 if TYPE_CHECKING:
     from hotcold.predictor.bundle import PredictorBundle

@@ -9,7 +9,7 @@ from typing import Any, TypeVar, get_type_hints
 import numpy as np
 
 from hotcold.errors import FormatError
-from hotcold.json_file import parse_json
+from hotcold.files.json import parse_json
 
 __all__ = ["check_header", "check_tensor", "from_fields", "parse_json", "read_tensors"]
 

@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from hotcold import __version__, cache
-from hotcold.convert.gguf_split import open_gguf
 from hotcold.cpuinfo import available_memory, cpu_name
 from hotcold.errors import StorageError
+from hotcold.files.gguf_split import open_gguf
 from hotcold.progress import Progress, log
 from hotcold.runtime.bundle_files import ModelPath
 from hotcold.storage import write_json

@@ -18,9 +18,9 @@ from hotcold.progress import log
 if TYPE_CHECKING:
     import numpy as np
 
-    from hotcold.convert.gguf_read import GGUFFile
+    from hotcold.files.gguf import GGUFFile
     from hotcold.runtime.engine import Engine
-    from hotcold.runtime.placement import Placement
+    from hotcold.runtime.placement.plan import Placement
 
 __all__ = [
     "BackendOptions",
@@ -121,13 +121,13 @@ def make_placement(
     bundle: str | Path, mode: str, n_threads: int | None, n_ctx: int, options: BackendOptions
 ) -> Placement:
     """The plan that a hybrid engine of these options would use; no weights are loaded for it."""
-    from hotcold.convert.gguf_split import open_gguf
-    from hotcold.runtime.gpu.costs import measure_costs
+    from hotcold.files.gguf_split import open_gguf
     from hotcold.runtime.gpu.device import open_devices, parse_budgets
     from hotcold.runtime.gpu.engine import file_and_mode
-    from hotcold.runtime.gpu.plan import make_problem
-    from hotcold.runtime.placement import place, place_layers
-    from hotcold.runtime.placement_file import load_placement
+    from hotcold.runtime.placement.costs import measure_costs
+    from hotcold.runtime.placement.file import load_placement
+    from hotcold.runtime.placement.plan import place, place_layers
+    from hotcold.runtime.placement.problem import make_problem
     from hotcold.runtime.shape import ModelShape
 
     path, mode = file_and_mode(bundle, mode)
@@ -148,7 +148,7 @@ def _frequencies(
     bundle: str | Path, n_layers: int, d_ff: int, options: BackendOptions
 ) -> Sequence[np.ndarray] | None:
     """How often each neuron fires; None, with a word about it, where nothing tells."""
-    from hotcold.convert.firing import firing_frequencies
+    from hotcold.convert.firing_frequencies import firing_frequencies
 
     if options.firing:
         return firing_frequencies(options.firing, n_layers, d_ff, pickles=options.allow_pickle)
@@ -166,9 +166,9 @@ def _fingerprint(file: GGUFFile) -> str | None:
 
 
 def _save(placement: Placement, bundle: str | Path, mode: str) -> None:
-    from hotcold.convert.gguf_split import open_gguf
+    from hotcold.files.gguf_split import open_gguf
     from hotcold.runtime.gpu.engine import file_and_mode
-    from hotcold.runtime.placement_file import plan_path, save_placement
+    from hotcold.runtime.placement.file import plan_path, save_placement
 
     path, mode = file_and_mode(bundle, mode)
     saved = plan_path(bundle, mode, placement.budgets)

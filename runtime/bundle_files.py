@@ -1,7 +1,7 @@
 """What stands behind a model's name, and which of its files serves which mode: one answer for every command.
 
-A model is a bundle's folder, a GGUF file, or one of the names that `hotcold.checkpoint` knows. A GGUF file
-runs as it is. A Hugging Face checkpoint becomes a bundle in the user's cache first.
+A model is a bundle's folder, a GGUF file, or one of the names that `hotcold.model.checkpoint` knows. A GGUF
+file runs as it is. A Hugging Face checkpoint becomes a bundle in the user's cache first.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import NoReturn
 
-from hotcold.convert.attention_rows import ROLE
-from hotcold.convert.gguf_read import GGUFFile
-from hotcold.convert.gguf_split import gguf_sha256, open_gguf
-from hotcold.convert.manifest import MANIFEST, Manifest
-from hotcold.convert.quantize import type_of
+from hotcold.convert.bundle.attention_rows import ROLE
+from hotcold.convert.bundle.manifest import MANIFEST, Manifest
 from hotcold.errors import InputError
+from hotcold.files.gguf import GGUFFile
+from hotcold.files.gguf_split import gguf_sha256, open_gguf
+from hotcold.files.quantize import type_of
 from hotcold.identify import identify
 
 __all__ = ["MODES", "QUANT", "ModelPath", "file_of_role", "find_model"]
@@ -31,7 +31,7 @@ def find_model(name: str | Path, quant: str | None = None) -> Path:
 
     Raises InputError for what is no model, or has a type already, and what conversion raises.
     """
-    from hotcold.checkpoint import resolve
+    from hotcold.model.checkpoint import resolve
     from hotcold.runtime.model_cache import cached_bundle
 
     if quant:

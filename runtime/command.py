@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING
 from hotcold.errors import InputError
 from hotcold.progress import log
 from hotcold.runtime.backends import BackendOptions, add_backend_arguments, make_placement, open_engine
-from hotcold.runtime.llama_options import add_llama_options
+from hotcold.runtime.generation.llama_options import add_llama_options
 from hotcold.runtime.model_argument import add_model_arguments, add_quant_argument, model_path
 
 if TYPE_CHECKING:
     from hotcold.runtime.engine import Engine
-    from hotcold.runtime.generate import Generation
-    from hotcold.runtime.sampling import Sampler, SamplingParams
+    from hotcold.runtime.generation.generate import Generation
+    from hotcold.runtime.generation.sampling import Sampler, SamplingParams
+    from hotcold.runtime.generation.vocabulary import Vocabulary
     from hotcold.runtime.stats import Stats
-    from hotcold.runtime.vocabulary import Vocabulary
 
 __all__ = ["EXAMPLE", "HELP", "add_arguments", "run"]
 
@@ -90,9 +90,9 @@ def _add_sampling(group: argparse._ArgumentGroup) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Generate; 0, or 130 after Ctrl-C, with the figures printed in both cases."""
-    from hotcold.runtime.generate import Generation
-    from hotcold.runtime.sampling import Sampler
-    from hotcold.runtime.vocabulary import Vocabulary
+    from hotcold.runtime.generation.generate import Generation
+    from hotcold.runtime.generation.sampling import Sampler
+    from hotcold.runtime.generation.vocabulary import Vocabulary
 
     _check(args)
     text = "" if args.dry_run else _prompt(args)
@@ -118,7 +118,7 @@ def _load_engine(args: argparse.Namespace) -> Engine:
 
 
 def _print_plan(args: argparse.Namespace) -> int:
-    from hotcold.runtime.gpu.plan import plan_table
+    from hotcold.runtime.placement.problem import plan_table
 
     options = BackendOptions.of(args)
     if options.backend != "hybrid":
@@ -140,7 +140,7 @@ def _check(args: argparse.Namespace) -> None:
 
 def _own_context(model: Path) -> int:
     """The context that the model was trained on."""
-    from hotcold.convert.gguf_split import open_gguf
+    from hotcold.files.gguf_split import open_gguf
     from hotcold.runtime.bundle_files import file_of_role
 
     file = open_gguf(model if model.is_file() else file_of_role(model, "dense", "sparse"))
@@ -148,7 +148,7 @@ def _own_context(model: Path) -> int:
 
 
 def _prompt(args: argparse.Namespace) -> str:
-    from hotcold.runtime.prompt import given_prompt, read_prompt
+    from hotcold.runtime.generation.prompt import given_prompt, read_prompt
 
     if args.file is None and args.prompt is None:
         raise InputError("no prompt", fix="give -p TEXT or -f FILE")
@@ -156,7 +156,7 @@ def _prompt(args: argparse.Namespace) -> str:
 
 
 def _sampling_params(args: argparse.Namespace) -> SamplingParams:
-    from hotcold.runtime.sampling import SamplingParams
+    from hotcold.runtime.generation.sampling import SamplingParams
 
     return SamplingParams(
         temp=max(args.temp, 0.0),  # below: greedy, as in llama.cpp, and all tokens
@@ -175,7 +175,7 @@ def _print(text: str) -> None:
 
 def _stream(generation: Generation, vocabulary: Vocabulary) -> bool:
     """Print the text as it comes; whether Ctrl-C ended it."""
-    from hotcold.runtime.vocabulary import TextStream
+    from hotcold.runtime.generation.vocabulary import TextStream
 
     stream = TextStream(vocabulary.tokenizer)
     interrupted = False

@@ -13,13 +13,13 @@ from typing import Self
 
 import numpy as np
 
-from hotcold.convert.gguf_split import open_gguf
 from hotcold.cpus import thread_count
 from hotcold.errors import InputError, UnsupportedError
-from hotcold.limits import check_tokens
-from hotcold.runtime import _cpu
+from hotcold.files.gguf_split import open_gguf
+from hotcold.model.limits import check_tokens
 from hotcold.runtime.bundle_files import ModelPath
-from hotcold.runtime.bundle_load import load_model
+from hotcold.runtime.cpu import _cpu
+from hotcold.runtime.cpu.load import load_model
 from hotcold.runtime.stats import Stats
 
 __all__ = ["Engine", "check_input_sparsity"]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from hotcold.convert.forms import EMBEDDING, HEAD, head_is_embedding
-from hotcold.convert.gguf_read import GGUFFile
+from hotcold.files.gguf import GGUFFile
+from hotcold.model.forms import EMBEDDING, HEAD, head_is_embedding
 
 __all__ = ["EMBEDDING", "head_name"]
 

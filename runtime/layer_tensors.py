@@ -6,8 +6,8 @@ only in that other layers have the tensor; to run such a file without it would c
 
 from __future__ import annotations
 
-from hotcold.convert.gguf_read import GGUFFile
-from hotcold.tensor_check import missing_tensor
+from hotcold.files.gguf import GGUFFile
+from hotcold.files.tensor_check import missing_tensor
 
 __all__ = ["check_layers_alike"]
 

@@ -1,6 +1,6 @@
 """Bundles of Hugging Face checkpoints, made when one is to be run and kept in the user's cache.
 
-An entry is known by the content of the checkpoint, the quantisation and hotcold's version, so that it is
+An entry is known by the content of the checkpoint, the quantization and hotcold's version, so that it is
 made again when one of them changes. It counts once its record is there, which is written last. While a
 process runs a bundle it holds a lock on it; the least recently used of the others go when the cache is full.
 """
@@ -54,7 +54,7 @@ def _record(bundle: Path) -> Path:
 
 def _is_whole(bundle: Path) -> bool:
     """Whether the record is there, and each file with the size that the manifest gives it."""
-    from hotcold.convert.manifest import Manifest
+    from hotcold.convert.bundle.manifest import Manifest
     from hotcold.errors import HotcoldError
 
     if not cache.read_record(_record(bundle)):
@@ -67,10 +67,10 @@ def _is_whole(bundle: Path) -> bool:
 
 
 def _make(bundle: Path, checkpoint: Path, source: str, quant: str) -> None:
-    from hotcold.checkpoint import fingerprint
-    from hotcold.convert.export import ExportOptions, export_bundle
-    from hotcold.convert.hf_checkpoint import HFCheckpoint
-    from hotcold.convert.manifest import MANIFEST
+    from hotcold.convert.bundle.export import ExportOptions, export_bundle
+    from hotcold.convert.bundle.manifest import MANIFEST
+    from hotcold.model.checkpoint import fingerprint
+    from hotcold.model.huggingface import HFCheckpoint
 
     log(f"converting {source} to {quant}, once; `hotcold cache` has more")
     cache.sweep()

@@ -4,7 +4,7 @@ It computes every neuron and then masks those that a mode would have skipped, so
 here as it does in docs/architecture.md. All engine tests compare with it; nothing in it is meant to be fast.
 
 Two GGUF layouts exist and both are read: PowerInfer's (`PWRI`: neuron-major `ffn_down_t`, predictors `fc1`,
-`fc2`) and the dense one of stock llama.cpp. What the architectures are is told in `hotcold.convert.forms`.
+`fc2`) and the dense one of stock llama.cpp. What the architectures are is told in `hotcold.model.forms`.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hotcold.convert.gguf_read import GGUFFile
-from hotcold.convert.gguf_split import open_gguf
-from hotcold.convert.quantize import dequantize
 from hotcold.errors import FormatError, InputError, UnsupportedError
-from hotcold.limits import check_tokens
+from hotcold.files.gguf import GGUFFile
+from hotcold.files.gguf_split import open_gguf
+from hotcold.files.quantize import dequantize
+from hotcold.model.limits import check_tokens
 from hotcold.runtime.bundle_files import file_of_role
 from hotcold.runtime.shape import ModelShape, activation_thresholds, check_context, read_predictors
 from hotcold.runtime.stats import Stats
@@ -213,7 +213,7 @@ def _gated(activation: str, gate: Tensor, up: Tensor | float, threshold: float) 
 def _rope(x: Tensor, positions: Tensor, shape: ModelShape) -> Tensor:
     """Rotate pairs of x [tokens, heads, head_dim]; pair i turns by position · frequency i.
 
-    Pairs are neighbours (2i, 2i+1) if interleaved, else (i, i + head_dim/2), which llama.cpp calls NEOX.
+    Pairs are neighbors (2i, 2i+1) if interleaved, else (i, i + head_dim/2), which llama.cpp calls NEOX.
     """
     half, interleaved = x.shape[-1] // 2, shape.form.interleaved
     frequency = torch.from_numpy(shape.rope_frequencies).double()

@@ -7,11 +7,11 @@ from typing import Any, Self
 
 import numpy as np
 
-from hotcold.convert.forms import FORMS, Form, read_windows, vocabulary_size
-from hotcold.convert.gguf_read import GGUFFile
-from hotcold.convert.rope import Rope
-from hotcold.convert.rope_factors import check_pairs, read_rope, rope_divisors
 from hotcold.errors import FormatError, InputError, UnsupportedError
+from hotcold.files.gguf import GGUFFile
+from hotcold.model.forms import FORMS, Form, read_windows, vocabulary_size
+from hotcold.model.rope import Rope
+from hotcold.model.rope_factors import check_pairs, read_rope, rope_divisors
 from hotcold.progress import log
 from hotcold.runtime.layer_tensors import check_layers_alike
 

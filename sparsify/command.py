@@ -12,10 +12,10 @@ from hotcold.cpus import torch_threads
 from hotcold.errors import InputError
 from hotcold.ownership import beside, check_growing, check_replaceable
 from hotcold.sparsify.config import REDUCTIONS, Config, load_config, recipes
-from hotcold.sparsify.relu import DEFAULT_GENERATED, DEFAULT_L1, DEFAULT_TOKENS, relu_config
+from hotcold.sparsify.methods.relu import DEFAULT_GENERATED, DEFAULT_L1, DEFAULT_TOKENS, relu_config
 
 if TYPE_CHECKING:
-    from hotcold.sparsify.prosparse import Result
+    from hotcold.sparsify.methods.prosparse import Result
 
 HELP = (
     "Replace the FFN activation by a sparse one and train the model until it works with it. --method relu "
@@ -27,7 +27,7 @@ HELP = (
 EXAMPLE = "hotcold sparsify --model smollm2 --method relu --out sparse-smollm2"
 
 METHODS = ("relu", "prosparse", "pretrained")
-_QUICK = ("text", "tokens", "generated", "l1", "l1_reduction", "quantise", "seed")
+_QUICK = ("text", "tokens", "generated", "l1", "l1_reduction", "quantize", "seed")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -68,7 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"over what the L1 norm is averaged: {' | '.join(REDUCTIONS)} (default: mean)",
     )  # fmt: skip
     add(
-        "--no-quantise", dest="quantise", action="store_const", const=False,
+        "--no-quantize", dest="quantize", action="store_const", const=False,
         help="do not train for the rounding of Q4_0",
     )  # fmt: skip
     add("--seed", type=int, metavar="S", help="of sampling and shuffling (default: 0)")
@@ -82,18 +82,18 @@ def run(args: argparse.Namespace) -> int:
     if args.method == "pretrained":
         return _unpack(args)
     if args.dry_run:
-        from hotcold.sparsify.plan import plan
+        from hotcold.sparsify.training.plan import plan
 
         print(plan(args.model, config))
         return 0
     check_growing(_work_path(args), "training", [args.model])
 
-    from hotcold import checkpoint
-    from hotcold.sparsify.evaluate import table
-    from hotcold.sparsify.memory import keep_big_buffers
-    from hotcold.sparsify.prosparse import prosparse
-    from hotcold.sparsify.records import Records
+    from hotcold.model import checkpoint
+    from hotcold.sparsify.measure.evaluate import table
+    from hotcold.sparsify.methods.prosparse import prosparse
     from hotcold.sparsify.standalone import standalone_files
+    from hotcold.sparsify.training.memory import keep_big_buffers
+    from hotcold.sparsify.training.records import Records
 
     keep_big_buffers()
     work = _work_folder(args, config)
@@ -128,7 +128,7 @@ def _config(args: argparse.Namespace) -> Config:
         known = " | ".join(recipes())
         raise InputError("--method prosparse needs a config", expected=f"--config FILE or one of {known}")
     if quick:
-        option = "--no-quantise" if "quantise" in quick else f"--{next(iter(quick)).replace('_', '-')}"
+        option = "--no-quantize" if "quantize" in quick else f"--{next(iter(quick)).replace('_', '-')}"
         fix = f"say it in {args.config}" if args.config else None
         raise InputError("is for --method relu", where=option, fix=fix)
     return load_config(args.config) if args.config else Config()
@@ -136,9 +136,9 @@ def _config(args: argparse.Namespace) -> Config:
 
 def _unpack(args: argparse.Namespace) -> int:
     """Put the trained FFNs into the dense model, and print what its card says of it."""
-    from hotcold import checkpoint
+    from hotcold.model import checkpoint
     from hotcold.shipped import CARD
-    from hotcold.sparsify.pretrained import unpack
+    from hotcold.sparsify.methods.pretrained import unpack
 
     dense = checkpoint.load_model(args.model)
     sparse = unpack(dense, checkpoint.fingerprint(args.model))
@@ -149,9 +149,9 @@ def _unpack(args: argparse.Namespace) -> int:
 
 
 def _work_folder(args: argparse.Namespace, config: Config):  # noqa: ANN202 - imported here only
-    from hotcold import checkpoint
-    from hotcold.sparsify.prosparse import PHASES
-    from hotcold.sparsify.state import WorkFolder
+    from hotcold.model import checkpoint
+    from hotcold.sparsify.methods.prosparse import PHASES
+    from hotcold.sparsify.training.state import WorkFolder
     from hotcold.text import PARTS
 
     identity = {"model": checkpoint.fingerprint(args.model), "config": config.digest()}

@@ -17,9 +17,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from hotcold.activation_names import parse
 from hotcold.errors import FormatError, InputError
-from hotcold.sparsify.schedule import ProgressiveL1, Stage
+from hotcold.model.activation_names import parse
+from hotcold.sparsify.training.schedule import ProgressiveL1, Stage
 
 __all__ = [
     "GENERATED",
@@ -135,7 +135,7 @@ class Config:
     """One training run. `batch` counts windows of `sequence` tokens per step, over all processes together.
 
     `micro_batch` is how many of them one process computes at a time; the rest is accumulated. `train` is what
-    learns: `ffn` the FFNs and norms, `all` every weight. From `quantise_from` (a share of the steps) on,
+    learns: `ffn` the FFNs and norms, `all` every weight. From `quantize_from` (a share of the steps) on,
     weights are used as Q4_0 rounds them. Of the text `heldout`, the test part is what quality is reported on,
     in `heldout_tokens` tokens; its calibrate part tells the objective how large FFN outputs are. Texts that
     are learnt from give their train part (see `hotcold.text`).
@@ -151,7 +151,7 @@ class Config:
     pack: bool = True
     precision: Literal["bf16", "fp32"] = "bf16"
     activation_checkpointing: bool = False
-    quantise_from: float = 1.0
+    quantize_from: float = 1.0
     warm_start: WarmStart = field(default_factory=WarmStart)
     l1: L1 = field(default_factory=L1)
     loss: Loss = field(default_factory=Loss)
@@ -167,7 +167,7 @@ class Config:
         """Raises InputError, naming the field, for a value out of its range."""
         positive = ("steps", "sequence", "batch", "micro_batch", "heldout_tokens")
         _check(self, positive, lambda value: value >= 1, ">= 1")
-        _check(self, ("quantise_from",), lambda value: 0 <= value <= 1, "0 to 1")
+        _check(self, ("quantize_from",), lambda value: 0 <= value <= 1, "0 to 1")
         _check(self.learning, ("lr", "clip"), lambda value: value > 0, "> 0", "learning.")
         _check(self.loss, ("lm", "kl", "ffn"), lambda value: value >= 0, ">= 0", "loss.")
         _check(self.checkpoints, ("every", "keep"), lambda value: value >= 1, ">= 1", "checkpoints.")
@@ -183,13 +183,13 @@ class Config:
 
     @property
     def step_tokens(self) -> int:
-        """Tokens per optimiser step, over all processes."""
+        """Tokens per optimizer step, over all processes."""
         return self.batch * self.sequence
 
     @property
-    def quantise_step(self) -> int:
+    def quantize_step(self) -> int:
         """The last step before rounding begins."""
-        return int(self.quantise_from * self.steps)
+        return int(self.quantize_from * self.steps)
 
     @property
     def has_teacher(self) -> bool:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from hotcold.activation_names import parse
+from hotcold.model.activation_names import parse
 
 __all__ = ["standalone_files"]
 

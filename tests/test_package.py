@@ -15,7 +15,7 @@ import hotcold
 from hotcold.cli import COMMANDS
 
 ROOT = Path(__file__).parents[1]
-FOLDERS = ("predictor", "runtime", "convert", "eval", "sparsify")
+FOLDERS = ("model", "predictor", "runtime", "convert", "eval", "sparsify")
 SOURCES = sorted(
     [*(ROOT / "src/hotcold").rglob("*.py"), *(p for f in FOLDERS for p in (ROOT / f).rglob("*.py"))]
 )
@@ -40,9 +40,18 @@ def test_importing_a_folder_loads_no_torch(folder):
 
 @pytest.mark.parametrize("name", ["runtime", "convert"])
 def test_runtime_and_convert_need_no_torch(name):
-    """Every module of theirs but the reference engine, whose very purpose is to be plain torch."""
-    modules = [p.stem for p in (ROOT / name).glob("*.py") if p.stem not in ("__init__", "reference")]
-    imports = "\n".join(f"import hotcold.{name}.{module}" for module in modules)
+    """Every module of theirs but those of devices, and the reference engine, which is to be plain torch."""
+    paths = [path.relative_to(ROOT).with_suffix("") for path in (ROOT / name).rglob("*.py")]
+    of_torch = (
+        "runtime/gpu",
+        "runtime/triton",
+        "runtime/reference",
+        "runtime/placement",
+        "convert/powerinfer/pickle_child",
+    )
+    modules = [path.as_posix() for path in paths if path.name != "__init__"]
+    modules = [module for module in modules if not module.startswith(with_torch)]
+    imports = "\n".join(f"import hotcold.{module.replace('/', '.')}" for module in modules)
     assert not modules_after(imports).intersection(("torch", "transformers"))
 
 
@@ -68,7 +77,7 @@ def _called(node: ast.Call) -> str:
 
 
 UNPICKLING = ("torch.load(path, map_location='cpu', weights_only=True)",)
-SANDBOX = ROOT / "convert/pickle_child.py"  # runs as a process of its own; the only one that may unpickle
+SANDBOX = ROOT / "convert/powerinfer/pickle_child.py"  # a process of its own; none but it may unpickle
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
@@ -108,7 +117,7 @@ def test_the_sandbox_is_a_script_that_nothing_calls():
         "typing",
     }
     users = [path for path in SOURCES if "pickle_child" in path.read_text() and path != SANDBOX]
-    assert users == [ROOT / "convert/pickles.py"]
+    assert users == [ROOT / "convert/powerinfer/pickles.py"]
     uses = [n for n in ast.walk(ast.parse(users[0].read_text())) if isinstance(n, ast.Attribute)]
     assert {ast.unparse(n) for n in uses if ast.unparse(n).startswith("pickle_child")} == {
         "pickle_child.__file__"
@@ -125,32 +134,25 @@ def test_the_grep_above_would_find_something(tmp_path):
             test_no_file_can_run_code(path)
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_imports_go_one_way(path):
-    """cli → eval → runtime → convert → src/hotcold; predictor and sparsify know src/hotcold alone.
+STAIRS = ("src", "model", "predictor sparsify", "convert", "runtime", "eval")  # from the lowest floor up
 
-    Two exceptions read GGUF through convert's reader: `checkpoint`, and `identify`, which tells files apart.
-    """
-    allowed = {
-        "src": {"errors", "storage", "progress", "text"},
-        "convert": {"convert", "predictor"},
-        "runtime": {"runtime", "convert"},
-        "predictor": {"predictor"},
-        "sparsify": {"sparsify"},
-        "eval": {*FOLDERS},
-    }[path.relative_to(ROOT).parts[0]]
-    if path in (ROOT / "src/hotcold/checkpoint.py", ROOT / "src/hotcold/identify.py"):
-        allowed = {"convert"}
+
+def floor_of(folder: str) -> int:
+    return next(floor for floor, rooms in enumerate(STAIRS) if folder in rooms.split())
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_go_down_one_staircase(path):
+    """eval → runtime → convert → predictor, sparsify → model → src/hotcold; rooms of one floor know nothing
+    of each other. `cli` names its commands by text, and is above all."""
+    folder = path.relative_to(ROOT).parts[0]
     for node in ast.walk(ast.parse(path.read_text())):
-        module = getattr(node, "module", None) or ""
-        parts = module.split(".")
-        if (
-            isinstance(node, ast.ImportFrom)
-            and parts[0] == "hotcold"
-            and len(parts) > 1
-            and parts[1] in FOLDERS
-        ):
-            assert parts[1] in allowed, f"line {node.lineno}: from {module}"
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("hotcold"):
+            modules = [node.module] if "." in node.module else [f"hotcold.{a.name}" for a in node.names]
+            for module in modules:
+                other = module.split(".")[1]
+                lower = other not in FOLDERS or other == folder or floor_of(other) < floor_of(folder)
+                assert lower, f"line {node.lineno}: from {module}"
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))

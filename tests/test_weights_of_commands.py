@@ -14,11 +14,11 @@ from tokenizers import Tokenizer
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 
-from hotcold.checkpoint import fingerprint
 from hotcold.cli import main
-from hotcold.convert.export import ExportOptions, export_bundle
-from hotcold.convert.gguf_read import GGUFFile
-from hotcold.convert.hf_checkpoint import HFCheckpoint
+from hotcold.convert.bundle.export import ExportOptions, export_bundle
+from hotcold.files.gguf import GGUFFile
+from hotcold.model.checkpoint import fingerprint
+from hotcold.model.huggingface import HFCheckpoint
 
 TENSOR, STORED = "model.layers.1.mlp.up_proj.weight", "ffn_up"
 

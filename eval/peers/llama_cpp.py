@@ -19,10 +19,10 @@ from types import ModuleType
 
 import numpy as np
 
-from hotcold.convert.gguf_split import open_gguf
-from hotcold.convert.quantize import FLOATS
 from hotcold.errors import HotcoldError, InputError, UnsupportedError
-from hotcold.limits import check_tokens
+from hotcold.files.gguf_split import open_gguf
+from hotcold.files.quantize import FLOATS
+from hotcold.model.limits import check_tokens
 from hotcold.progress import log
 from hotcold.runtime.shape import check_positions
 

@@ -19,8 +19,8 @@ from accelerate import dispatch_model, infer_auto_device_map
 from accelerate.utils import compute_module_sizes
 from transformers import DynamicCache, PreTrainedModel
 
-from hotcold import checkpoint
-from hotcold.convert.gguf_split import open_gguf
+from hotcold.files.gguf_split import open_gguf
+from hotcold.model import checkpoint
 from hotcold.runtime.gpu.device import open_device
 
 __all__ = ["Accelerate"]

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from hotcold.convert.gguf_read import GGUFFile
 from hotcold.errors import UnsupportedError
-from hotcold.runtime import _cpu
-from hotcold.runtime.bundle_load import Source, load_layers, new_model
-from hotcold.runtime.placement import Placement
+from hotcold.files.gguf import GGUFFile
+from hotcold.runtime.cpu import _cpu
+from hotcold.runtime.cpu.load import Source, load_layers, new_model
+from hotcold.runtime.placement.plan import Placement
 from hotcold.runtime.shape import ModelShape, activation_thresholds
 
 __all__ = ["MAX_BLOCK", "CpuSide"]

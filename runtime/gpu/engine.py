@@ -13,18 +13,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hotcold.convert.gguf_read import GGUFFile
-from hotcold.convert.gguf_split import open_gguf
 from hotcold.cpus import available_cpus
 from hotcold.errors import InputError, UnsupportedError
-from hotcold.limits import check_tokens
+from hotcold.files.gguf import GGUFFile
+from hotcold.files.gguf_split import open_gguf
+from hotcold.model.limits import check_tokens
 from hotcold.runtime.bundle_files import ModelPath
+from hotcold.runtime.cpu.kept_types import log_converted
 from hotcold.runtime.gpu.device import memory_or_error, on, open_devices, parse_budgets
-from hotcold.runtime.gpu.plan import whole_model
 from hotcold.runtime.gpu.stage import Stage
 from hotcold.runtime.gpu.weights import DeviceWeights, read_weights
-from hotcold.runtime.kept_types import log_converted
-from hotcold.runtime.placement_devices import spans
+from hotcold.runtime.placement.devices import spans
+from hotcold.runtime.placement.problem import whole_model
 from hotcold.runtime.shape import ModelShape, check_context
 from hotcold.runtime.stats import Stats
 

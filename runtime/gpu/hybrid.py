@@ -15,19 +15,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hotcold.convert.gguf_read import GGUFFile
 from hotcold.cpus import thread_count
 from hotcold.errors import MismatchError
+from hotcold.files.gguf import GGUFFile
 from hotcold.runtime.gpu.cpu_side import MAX_BLOCK, CpuSide
 from hotcold.runtime.gpu.device import on, open_devices
 from hotcold.runtime.gpu.engine import GpuEngine, file_and_mode
 from hotcold.runtime.gpu.hybrid_stage import HybridStage
 from hotcold.runtime.gpu.layers import MAX_TOKENS
-from hotcold.runtime.gpu.plan import part_bytes
 from hotcold.runtime.gpu.telemetry import Telemetry
 from hotcold.runtime.gpu.weights import host_embedding, read_weights
 from hotcold.runtime.head import EMBEDDING, head_name
-from hotcold.runtime.placement import Placement
+from hotcold.runtime.placement.plan import Placement
+from hotcold.runtime.placement.problem import part_bytes
 from hotcold.runtime.shape import ModelShape
 from hotcold.runtime.stats import Stats
 
@@ -75,10 +75,10 @@ class HybridEngine(GpuEngine):
         # One row of it is read per token: device memory is for what every token reads as a whole.
         self._embedding = None if head_name(file) == EMBEDDING else host_embedding(file, self.shape)
         self._open_stages(file, self.placement.spans)
-        # Decoding a quantised matrix for a dense product would take memory that the plan has no room for.
+        # Decoding a quantized matrix for a dense product would take memory that the plan has no room for.
         layers = [layer for stage in self._stages for layer in stage.weights.layers]
-        quantised = any(not layer.o.data.is_floating_point() for layer in layers)
-        self._block = MAX_TOKENS if quantised else MAX_BLOCK
+        quantized = any(not layer.o.data.is_floating_point() for layer in layers)
+        self._block = MAX_TOKENS if quantized else MAX_BLOCK
 
     def _open_stage(self, file: GGUFFile, device: torch.device, layers: range, last: bool) -> HybridStage:
         hot, predicted = [self.placement.layers[i].hot for i in layers], self.mode == "predicted"

@@ -101,7 +101,7 @@ class Layers:
         layer = self.weights.layers[i]
         q, k, v = self._projections(h, layer)
         keys, values = self.cache.keys[i], self.cache.values[i]
-        q = self.ops.turn(q, k, v, self._cos, self._sin, positions, keys, values)
+        q = self.ops.apply_rope(q, k, v, self._cos, self._sin, positions, keys, values)
         if len(q) <= MAX_TOKENS:
             mixed = self.ops.attend(q, keys, values, positions, seen, layer.window)
         else:

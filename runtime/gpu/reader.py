@@ -1,4 +1,4 @@
-"""Tensors of a GGUF file on a device. What a quantised type is decoded to is the operators' business."""
+"""Tensors of a GGUF file on a device. What a quantized type is decoded to is the operators' business."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hotcold.convert.forms import Form
-from hotcold.convert.gguf_read import GGUFFile
-from hotcold.convert.gguf_read import Tensor as Stored
-from hotcold.convert.quantize import as_f16, dequantize
-from hotcold.convert.stored import check_stored
 from hotcold.errors import UnsupportedError
+from hotcold.files.gguf import GGUFFile
+from hotcold.files.gguf import Tensor as Stored
+from hotcold.files.quantize import as_f16, dequantize
+from hotcold.files.stored import check_stored
+from hotcold.files.tensor_check import misshapen_tensor, missing_tensor
 from hotcold.finite import check_weight
-from hotcold.runtime.kept_types import KEPT
+from hotcold.model.forms import Form
+from hotcold.runtime.cpu.kept_types import KEPT
 from hotcold.runtime.triton.rows import Rows
-from hotcold.tensor_check import misshapen_tensor, missing_tensor
 
 __all__ = ["Reader"]
 

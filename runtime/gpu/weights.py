@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hotcold.convert.forms import Form
-from hotcold.convert.gguf_read import GGUFFile
 from hotcold.errors import UnsupportedError
+from hotcold.files.gguf import GGUFFile
+from hotcold.model.forms import Form
 from hotcold.runtime.gpu.reader import Reader
 from hotcold.runtime.head import EMBEDDING, head_name
 from hotcold.runtime.shape import NEVER_ZERO, ModelShape, activation_thresholds, read_predictors

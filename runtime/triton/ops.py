@@ -19,13 +19,14 @@ from hotcold.runtime.triton import kernels
 from hotcold.runtime.triton.launch import launch
 from hotcold.runtime.triton.reference import PLAIN_RELU
 from hotcold.runtime.triton.rows import Rows
-from hotcold.runtime.triton.steps import activate, add_norm, attend, norm, turn
+from hotcold.runtime.triton.steps import activate, add_norm, apply_rope, attend, norm
 from hotcold.runtime.triton.tuning import Tiles, tiles_for, whole_rows
 
 __all__ = [
     "MAX_TOKENS",
     "activate",
     "add_norm",
+    "apply_rope",
     "attend",
     "dot_rows",
     "down_listed",
@@ -37,7 +38,6 @@ __all__ = [
     "s3",
     "select",
     "shape_key",
-    "turn",
 ]
 
 MAX_TOKENS = 8  # beyond that, a dense product on tensor cores is the better tool

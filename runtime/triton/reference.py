@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from hotcold.runtime.triton.rows import Rows
-from hotcold.runtime.triton.step_reference import activate, add_norm, attend, norm, turn
+from hotcold.runtime.triton.step_reference import activate, add_norm, apply_rope, attend, norm
 
 __all__ = [
     "activate",
     "add_norm",
+    "apply_rope",
     "attend",
     "dot_rows",
     "down_listed",
@@ -27,7 +28,6 @@ __all__ = [
     "s2",
     "s3",
     "select",
-    "turn",
 ]
 
 PLAIN_RELU = torch.finfo(torch.float32).tiny

@@ -1,8 +1,8 @@
 """A matrix of neuron rows on a device, in the form that the kernels read.
 
 Float types stay as they are. GGUF's blocks of 18 or 34 bytes cannot be loaded in aligned vectors, so
-quantised rows are taken apart: all quants of a row side by side, the scales in a matrix of their own. Q4_0
-nibbles are paired with their neighbours (weights 2i and 2i+1 share byte i), so that a byte is decoded where
+quantized rows are taken apart: all quants of a row side by side, the scales in a matrix of their own. Q4_0
+nibbles are paired with their neighbors (weights 2i and 2i+1 share byte i), so that a byte is decoded where
 it is loaded; GGUF pairs weight i with i+16.
 """
 

@@ -11,7 +11,7 @@ import triton.language as tl
 
 from hotcold.runtime.triton.early import let_next_start, wait_for_last
 
-__all__ = ["activate_kernel", "attend_kernel", "blend_kernel", "norm_kernel", "turn_kernel"]
+__all__ = ["activate_kernel", "apply_rope_kernel", "attend_kernel", "blend_kernel", "norm_kernel"]
 
 
 @triton.jit
@@ -51,7 +51,7 @@ def norm_kernel(
 
 
 @triton.jit
-def turn_kernel(
+def apply_rope_kernel(
     q,
     k,
     v,
@@ -119,7 +119,7 @@ def attend_kernel(
 ):
     """Program (head, token, s) attends to cache positions [s · SHARE, (s + 1) · SHARE), all at once.
 
-    out [splits, tokens, n_heads, head_dim] is normalised within a split; logs [splits, tokens, n_heads] is
+    out [splits, tokens, n_heads, head_dim] is normalized within a split; logs [splits, tokens, n_heads] is
     the logarithm of what it was divided by, -inf where a split has no visible position.
     """
     let_next_start(EARLY)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["activate", "add_norm", "attend", "norm", "turn"]
+__all__ = ["activate", "add_norm", "apply_rope", "attend", "norm"]
 
 
 def norm(x: Tensor, weight: Tensor, eps: float, bias: Tensor | None = None) -> Tensor:
@@ -27,7 +27,7 @@ def add_norm(
     return total, norm(total, weight, eps, bias)
 
 
-def turn(
+def apply_rope(
     q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, keys: Tensor, values: Tensor
 ) -> Tensor:
     """Rotary positions (arXiv 2104.09864): q turned, float32 [tokens, n_heads, head_dim].

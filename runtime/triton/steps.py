@@ -13,7 +13,7 @@ from triton import cdiv, next_power_of_2
 from hotcold.runtime.triton import step_kernels as kernels
 from hotcold.runtime.triton.launch import launch
 
-__all__ = ["activate", "add_norm", "attend", "norm", "turn"]
+__all__ = ["activate", "add_norm", "apply_rope", "attend", "norm"]
 
 _SHARE = 256  # cache positions of one program, which holds their keys and values in registers
 _BLOCK = 1024
@@ -56,16 +56,16 @@ def _launch_norm(
     )  # fmt: skip
 
 
-@triton_op("hotcold::turn", mutates_args=("keys", "values"))
-def turn(
+@triton_op("hotcold::apply_rope", mutates_args=("keys", "values"))
+def apply_rope(
     q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, keys: Tensor, values: Tensor
 ) -> Tensor:
-    """See step_reference.turn."""
+    """See step_reference.apply_rope."""
     turned = torch.empty_like(q)
     (tokens, n_heads, head_dim), n_kv_heads = q.shape, k.shape[1]
     half = head_dim // 2
     launch(
-        kernels.turn_kernel, (tokens, n_heads + 2 * n_kv_heads), q, k, v, cos, sin, positions, turned,
+        kernels.apply_rope_kernel, (tokens, n_heads + 2 * n_kv_heads), q, k, v, cos, sin, positions, turned,
         keys, values, n_heads, n_kv_heads, keys.shape[1], half,
         BLOCK=next_power_of_2(half), num_warps=1,
     )  # fmt: skip

@@ -6,7 +6,7 @@ what a token too many comes to is stored by nobody.
 
 Memory is fast when much is asked for at once, so a program issues the loads of a whole tile before it needs
 the first of them, and nothing in between makes it wait: what is multiplied with x is loaded with as many
-neighbouring columns per thread as x is (TOGETHER), or Triton would exchange them through shared memory.
+neighboring columns per thread as x is (TOGETHER), or Triton would exchange them through shared memory.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ __all__ = ["nth_wanted", "row_dots", "store_partial", "wanted_neurons", "weighte
 _FLOAT = tl.constexpr(0)
 _Q4_0 = tl.constexpr(2)
 
-_WITH_X = tl.constexpr(4)  # neighbouring columns per thread: 16 bytes of x in float32
+_WITH_X = tl.constexpr(4)  # neighboring columns per thread: 16 bytes of x in float32
 _ALONE = tl.constexpr(8)  # 16 bytes of weights in half precision
 
 
@@ -44,7 +44,7 @@ def row_tile(
         cols = start + tl.max_contiguous(tl.arange(0, BLOCK), TOGETHER)
         inside = live[:, None] & (cols < WIDTH)[None, :]
         return tl.load(w + rows[:, None] * WIDTH + cols[None, :], mask=inside, other=0).to(tl.float32)
-    # Quantised: read as floats are, then [ROWS, blocks, 32], so that a block's weights meet their scale.
+    # Quantized: read as floats are, then [ROWS, blocks, 32], so that a block's weights meet their scale.
     block = start // 32 + tl.arange(0, BLOCK // 32)
     inside = live[:, None] & (block < WIDTH // 32)[None, :]
     scale = tl.load(scales + rows[:, None] * (WIDTH // 32) + block[None, :], mask=inside, other=0)

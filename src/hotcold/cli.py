@@ -23,23 +23,38 @@ __all__ = ["main"]
 # name -> (module, one line for `hotcold --help`)
 COMMANDS: dict[str, tuple[str, str]] = {
     "sparsify": ("hotcold.sparsify.command", "make a model sparsely activated"),
-    "shift-thresholds": ("hotcold.sparsify.thresholds_command", "make more gates zero, within a budget"),
-    "sparsity-card": ("hotcold.sparsify.card_command", "perplexity and sparsity of each step of the method"),
-    "collect-traces": ("hotcold.predictor.collect_command", "record which neurons fire, and on what input"),
-    "train-predictors": ("hotcold.predictor.train_command", "learn to predict which neurons will fire"),
-    "export": ("hotcold.convert.export_command", "write GGUF files and the predictor bundle"),
+    "shift-thresholds": (
+        "hotcold.sparsify.methods.shift_thresholds_command",
+        "make more gates zero, within a budget",
+    ),
+    "sparsity-card": (
+        "hotcold.sparsify.measure.card_command",
+        "perplexity and sparsity of each step of the method",
+    ),
+    "collect-traces": (
+        "hotcold.predictor.traces.collect_command",
+        "record which neurons fire, and on what input",
+    ),
+    "train-predictors": (
+        "hotcold.predictor.training.train_command",
+        "learn to predict which neurons will fire",
+    ),
+    "export": ("hotcold.convert.bundle.export_command", "write GGUF files and the predictor bundle"),
     "convert": ("hotcold.convert.convert_command", "between bundles, PowerInfer's files and llama.cpp's"),
-    "inspect": ("hotcold.convert.inspect_command", "show what is in a GGUF file or bundle"),
-    "verify": ("hotcold.convert.verify_command", "check every hash, shape and reference of a bundle"),
+    "inspect": ("hotcold.convert.bundle.inspect_command", "show what is in a GGUF file or bundle"),
+    "verify": ("hotcold.convert.bundle.verify_command", "check every hash, shape and reference of a bundle"),
     "run": ("hotcold.runtime.command", "generate text"),
     "bench": ("hotcold.eval.bench_command", "measure tokens/s against llama.cpp, and quality beside it"),
     "bench-shared": ("hotcold.eval.shared_bench_command", "measure decoding where CPUs are few or shared"),
-    "bench-kernels": ("hotcold.eval.kernel_bench_command", "measure the sparse GPU operators by themselves"),
-    "bench-gpu": ("hotcold.eval.gpu_bench_command", "measure decoding on a GPU, alone or with the CPU"),
-    "bench-gpu-all": ("hotcold.eval.gpu_session_command", "all GPU measurements within a time limit"),
+    "bench-kernels": (
+        "hotcold.eval.gpu.kernel_bench_command",
+        "measure the sparse GPU operators by themselves",
+    ),
+    "bench-gpu": ("hotcold.eval.gpu.bench_command", "measure decoding on a GPU, alone or with the CPU"),
+    "bench-gpu-all": ("hotcold.eval.gpu.session_command", "all GPU measurements within a time limit"),
     "perplexity": ("hotcold.eval.perplexity_command", "measure perplexity in any mode"),
     "cache": ("hotcold.cache_command", "list or clear what is kept of earlier runs"),
-    "demo": ("hotcold.eval.demo_command", "all of the above on SmolLM2-135M"),
+    "demo": ("hotcold.eval.demo.demo_command", "all of the above on SmolLM2-135M"),
 }
 
 EXAMPLE = "hotcold demo --out demo"

@@ -90,7 +90,7 @@ class ShapeError(HotcoldError):
 
 
 class MismatchError(HotcoldError):
-    """Two artefacts that do not belong together, such as predictors of another model."""
+    """Two artifacts that do not belong together, such as predictors of another model."""
 
 
 class UnsupportedError(HotcoldError):

@@ -17,10 +17,10 @@ from typing import Any
 
 from hotcold.digest import seal, sha256_file
 from hotcold.errors import HotcoldError
-from hotcold.json_file import read_json
+from hotcold.files.json import read_json
 from hotcold.progress import Progress
 
-__all__ = ["FIRST", "REPORT", "Found", "digests", "entries", "identify", "mark", "mark_path"]
+__all__ = ["FIRST", "GPU_INDEX", "REPORT", "Found", "digests", "entries", "identify", "mark", "mark_path"]
 
 REPORT = {"format": "hotcold-report", "version": 1}  # what every report of measurements begins with
 
@@ -51,6 +51,7 @@ _OTHERS = {
     "checkpoint": ("config.json", "*.safetensors"),
 }
 _FILE_FORMATS = {"hotcold-report": "report", "hotcold-placement": "placement"}
+GPU_INDEX = "generic.gpu_index"  # the general.architecture of PowerInfer's .gpuidx
 _JOURNALS = {"curve": ("run", "point")}  # the keys of every line
 _MAX_JSON, _LONG = 1 << 28, 1 << 29
 
@@ -193,12 +194,11 @@ def _file(path: Path) -> Found:
         start = file.read(1)
     if start == b"{":
         return _json_file(path)
-    from hotcold.convert.gguf_split import open_gguf
-    from hotcold.convert.gpu_index import ARCHITECTURE
+    from hotcold.files.gguf_split import open_gguf
 
     gguf = open_gguf(path)
     kind = "powerinfer" if gguf.magic == "PWRI" else "gguf"
-    if gguf.find("general.architecture", str) == ARCHITECTURE:
+    if gguf.find("general.architecture", str) == GPU_INDEX:
         kind = "gpuidx"
     return Found(kind, "hotcold.version" in gguf.metadata)
 

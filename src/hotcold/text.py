@@ -3,7 +3,7 @@
 Everything that learns from text or is measured on it reads it here, so that all agree on what a document is
 and on which of three parts it belongs to: `train` is learnt from, `calibrate` chooses (an epoch, a
 threshold), and `test` is reported. `_part_at` is the one rule. A document belongs to a part as a whole, by
-the hash of its id; a long plain file, whose pieces are neighbours, is three runs instead, in the order of the
+the hash of its id; a long plain file, whose pieces are neighbors, is three runs instead, in the order of the
 parts.
 """
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from hotcold import storage
-from hotcold.checkpoint import fingerprint
+from hotcold.model.checkpoint import fingerprint
 
 N_LAYERS, D_MODEL, D_FF, N_VOCAB, RANK = 3, 64, 160, 400, 32
 CORPUS = [

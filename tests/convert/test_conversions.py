@@ -9,18 +9,18 @@ import pytest
 import torch
 from safetensors.numpy import save_file
 
-from hotcold.checkpoint import fingerprint
 from hotcold.cli import main
+from hotcold.convert.bundle.export import ExportOptions, export_bundle
+from hotcold.convert.bundle.verify import verify_bundle
 from hotcold.convert.conversions import FORMATS, format_of
 from hotcold.convert.convert_command import _TARGETS
-from hotcold.convert.export import ExportOptions, export_bundle
-from hotcold.convert.gguf_read import GGUFFile
-from hotcold.convert.gpu_index import GpuIndex
-from hotcold.convert.hf_checkpoint import HFCheckpoint
-from hotcold.convert.quantize import dequantize
-from hotcold.convert.verify import verify_bundle
+from hotcold.convert.powerinfer.gpu_index import GpuIndex
+from hotcold.files.gguf import GGUFFile
+from hotcold.files.quantize import dequantize
+from hotcold.files.safetensors import SafetensorsFile
+from hotcold.model.checkpoint import fingerprint
+from hotcold.model.huggingface import HFCheckpoint
 from hotcold.predictor.bundle import PredictorBundle
-from hotcold.safetensors_read import SafetensorsFile
 
 D_FF, N_LAYERS = 160, 3
 
@@ -82,7 +82,7 @@ def test_the_files_of_a_bundle_are_copied(bundle, convert):
 
 
 def test_a_sparse_file_becomes_a_bundle_with_the_same_bytes(bundle, convert):
-    """Decoding and quantising again changes nothing, in F16 and in Q4_0; the tokenizer is the same too."""
+    """Decoding and quantizing again changes nothing, in F16 and in Q4_0; the tokenizer is the same too."""
     sparse = bundle / "m.powerinfer.gguf"
     again = convert("bundle", sparse, bundle / "predictors", options=("--name", "m"))
     assert verify_bundle(again) == []
@@ -188,7 +188,7 @@ def test_gpu_index_from_a_bundle_and_back_to_activation(bundle, convert):
 
 def test_traces_are_counted(tmp_path, convert, model):
     """Against counts made here, of real traces of a real model."""
-    from hotcold.predictor.traces import Traces
+    from hotcold.predictor.traces.reader import Traces
 
     traces = tmp_path / "traces"
     arguments = ["collect-traces", "--model", str(model), "--text", "stdlib", "--tokens", "300"]

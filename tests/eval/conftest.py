@@ -11,9 +11,10 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from hotcold import checkpoint, storage
-from hotcold.convert.export import ExportOptions, export_bundle, export_file
-from hotcold.convert.hf_checkpoint import HFCheckpoint
+from hotcold import storage
+from hotcold.convert.bundle.export import ExportOptions, export_bundle, export_file
+from hotcold.model import checkpoint
+from hotcold.model.huggingface import HFCheckpoint
 from hotcold.predictor.bundle import PredictorBundle
 
 SENTENCE = "a sparse model computes only the neurons that fire and skips the many cold ones in between"

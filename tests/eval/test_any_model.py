@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from split_files import split_gguf
 
-from hotcold import checkpoint
 from hotcold.cli import main
-from hotcold.convert.export import ExportOptions, export_bundle
-from hotcold.convert.hf_checkpoint import HFCheckpoint
+from hotcold.convert.bundle.export import ExportOptions, export_bundle
+from hotcold.model import checkpoint
+from hotcold.model.huggingface import HFCheckpoint
 
 BENCH = ("-t", 1, "-r", 1, "-p", 8, "-n", 4, "--quality-tokens", 64, "--window", 32, "-o", "json")
 

@@ -91,13 +91,13 @@ def measured(monkeypatch, bundle):
     """One bench of two peers and two modes over three rounds that get slower and slower."""
     monkeypatch.setattr(module, "_SETTLE_S", 0.0)
     # seven readings a round, with plain loads and asking ahead; the machine gets slower as the sides do
-    plain, asked = (
+    plain, prefetched = (
         itertools.chain.from_iterable(itertools.repeat(gb_s, 7) for gb_s in speeds)
         for speeds in ((40.0, 20.0, 10.0), (30.0, 15.0, 12.0))
     )
 
-    def read_bandwidth(n_threads, *, asking=False):
-        return next(asked if asking else plain) / 2 * n_threads
+    def read_bandwidth(n_threads, *, prefetching=False):
+        return next(prefetched if prefetching else plain) / 2 * n_threads
 
     monkeypatch.setattr(module, "read_bandwidth", read_bandwidth)
     log: list = []
@@ -230,7 +230,7 @@ def test_both_read_loops_stand_beside_the_best(measured):
     report, *_ = measured
     assert (report.bandwidth.low, report.bandwidth.high) == (12.0, 40.0)
     assert (report.bandwidth_plain.low, report.bandwidth_plain.high) == (10.0, 40.0)
-    assert (report.bandwidth_asking.low, report.bandwidth_asking.high) == (12.0, 30.0)
+    assert (report.bandwidth_prefetching.low, report.bandwidth_prefetching.high) == (12.0, 30.0)
 
 
 def test_without_windows_nothing_has_a_quality(bundle):

@@ -205,7 +205,7 @@ def test_a_llama_bench_that_fails_gives_one_line(bundle, text_file, program, cap
         (("--bundle", "nowhere"), "nowhere"),
         (("--synthetic", "gpt-5"), "unknown synthetic shape (got gpt-5, expected llama-2-7b | llama-2-13b"),
         (("--synthetic", "smollm2-135m", "--sparsity", "2"), "--sparsity out of range (got 2.0"),
-        (("--synthetic", "smollm2-135m", "--quant", "q2"), "unknown quantisation (got q2"),
+        (("--synthetic", "smollm2-135m", "--quant", "q2"), "unknown quantization (got q2"),
         (("--synthetic", "smollm2-135m", "--modes", "fast"), "unknown mode (got fast, expected dense"),
         (("--synthetic", "llama-2-13b", "--input-sparsity", "50"), "no such share of inputs (got 50.0"),
         (("--synthetic", "smollm2-135m", "-r", "0"), "rounds: must be at least 1"),

@@ -48,7 +48,7 @@ def cut(bundle, text_file):
 
 
 def test_equals_the_cross_entropy_of_transformers(bundle, cut):
-    from hotcold.checkpoint import load_model
+    from hotcold.model.checkpoint import load_model
 
     model = load_model(str(bundle.parent / "model"))
     with torch.no_grad():

@@ -44,7 +44,7 @@ def report():
         truth="llama.cpp (smallthinker)",
         bandwidth=Spread(46.0, 43.0, 47.0),
         bandwidth_plain=Spread(40.0, 38.0, 41.0),
-        bandwidth_asking=Spread(44.0, 42.0, 45.0),
+        bandwidth_prefetching=Spread(44.0, 42.0, 45.0),
         settings={"threads": 2, "rounds": 7},
         machine={"cpu": "A CPU", "system": "Linux", "isa": ["avx2"]},
     )
@@ -87,7 +87,7 @@ def test_csv_and_jsonl_hold_the_rows(report):
     rows = as_json_object(report)["rows"]
     lines = [json.loads(line) for line in render(report, "jsonl").splitlines()]
     assert [{key: line[key] for key in row} for line, row in zip(lines, rows, strict=True)] == rows
-    bandwidths = [lines[0][f"bandwidth_{name}gb_s"] for name in ("", "plain_", "asking_")]
+    bandwidths = [lines[0][f"bandwidth_{name}gb_s"] for name in ("", "plain_", "prefetching_")]
     assert bandwidths == [46.0, 40.0, 44.0]
     table = list(csv.DictReader(io.StringIO(render(report, "csv"))))
     assert [row["side"] for row in table] == [row["side"] for row in rows]

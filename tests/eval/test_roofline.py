@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hotcold.convert.gguf_read import GGUFFile
 from hotcold.eval.roofline import PARTS, Roofline, dense_bytes_per_token
+from hotcold.files.gguf import GGUFFile
 
 D_MODEL, D_FF, N_LAYERS, HEAD_DIM, KV_HEADS = 64, 96, 2, 16, 2
 

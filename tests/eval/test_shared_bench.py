@@ -10,7 +10,7 @@ import pytest
 from hotcold.cpus import available_cpus
 from hotcold.errors import UnsupportedError
 from hotcold.eval import shared_bench
-from hotcold.eval.pipeline import StepError
+from hotcold.eval.demo.pipeline import StepError
 from hotcold.eval.shared_bench import Result, Situation, measure, situations, table
 
 # Stands in for `hotcold run`: its figure is the number of CPUs, of busy programs, and of arguments.

@@ -7,12 +7,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hotcold.convert.gguf_read import GGUFFile
-from hotcold.convert.weights import check_weights
 from hotcold.errors import InputError, UnsupportedError
-from hotcold.eval import planted
-from hotcold.eval.planted import PlantedModel, firing_frequencies, pseudo_text
-from hotcold.eval.synthetic import SHAPES, Synthetic, planted_predictor, write_synthetic
+from hotcold.eval.synthetic import planted
+from hotcold.eval.synthetic.planted import PlantedModel, firing_frequencies, pseudo_text
+from hotcold.eval.synthetic.shapes import SHAPES, Synthetic, planted_predictor, write_synthetic
+from hotcold.files.gguf import GGUFFile
+from hotcold.model.weights import check_weights
 from hotcold.runtime.reference import ReferenceEngine
 
 SIZE = {
@@ -164,7 +164,7 @@ def test_shapes_are_those_of_the_models():
         ({"n_layers": 0}, InputError, "at least 1"),
         ({"predictor_rank": 96}, InputError, "multiple of 64"),
         ({"noise": -1.0}, InputError, "--noise out of range"),
-        ({"quant": "q1"}, UnsupportedError, "unknown quantisation"),
+        ({"quant": "q1"}, UnsupportedError, "unknown quantization"),
     ],
 )
 def test_impossible_figures_are_refused(figures, error, message):

@@ -46,7 +46,7 @@ def test_what_is_made_by_hand_from_the_document_is_read(name, tmp_path):
 def test_a_broken_folder_is_refused_by_what_is_broken(name, tmp_path):
     case = made(name, tmp_path)
     if case.reader == "bundle":
-        from hotcold.convert.verify import verify_bundle
+        from hotcold.convert.bundle.verify import verify_bundle
 
         (error,) = verify_bundle(tmp_path)
     else:
@@ -74,7 +74,7 @@ from pathlib import Path
 from hotcold.errors import HotcoldError
 import malformed, malformed_gguf
 from readers import READERS
-from hotcold.convert.gguf_read import GGUFFile
+from hotcold.files.gguf import GGUFFile
 
 def folders():
     for name, case in malformed.CASES.items():

@@ -1,4 +1,4 @@
-"""What hotcold writes it reads back, whatever is in it. (GGUF and PWRI: tests/convert/test_gguf_write.py.)"""
+"""What hotcold writes it reads back, whatever is in it. (GGUF and PWRI: tests/convert/gguf/test_write.py.)"""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from hotcold import storage
-from hotcold.convert.gguf_read import GGUFFile
-from hotcold.convert.gpu_index import GpuIndex
-from hotcold.convert.manifest import MANIFEST, ROLES, BundleFile, Manifest
+from hotcold.convert.bundle.manifest import MANIFEST, ROLES, BundleFile, Manifest
+from hotcold.convert.powerinfer.gpu_index import GpuIndex
+from hotcold.files.gguf import GGUFFile
+from hotcold.files.safetensors import SafetensorsFile
 from hotcold.predictor.bundle import LayerPredictor, PredictorBundle
-from hotcold.predictor.metrics import LayerMetrics
-from hotcold.predictor.trace_writer import TraceWriter
-from hotcold.predictor.traces import TraceRun, Traces, tokens_digest
-from hotcold.safetensors_read import SafetensorsFile
+from hotcold.predictor.traces.reader import TraceRun, Traces, tokens_digest
+from hotcold.predictor.traces.writer import TraceWriter
+from hotcold.predictor.training.metrics import LayerMetrics
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
 HEX = st.text("0123456789abcdef", min_size=64, max_size=64)
@@ -45,7 +45,7 @@ def test_manifests(data):
     files = st.dictionaries(FILE_NAME, entry, max_size=5)
     kinds = {
         "hot_frequency": st.floats(allow_nan=False, allow_infinity=False),
-        "llama_cpp_exact": st.booleans(), "files": files, "source_quantised": st.lists(TEXT, max_size=3),
+        "llama_cpp_exact": st.booleans(), "files": files, "source_quantized": st.lists(TEXT, max_size=3),
     }  # fmt: skip
     chosen = {
         name: kinds.get(name, TEXT)

@@ -16,14 +16,15 @@ from pathlib import Path
 import handmade
 import pytest
 
-from hotcold import checkpoint, storage
+from hotcold import storage
 from hotcold.cli import main
 from hotcold.errors import FormatError, HotcoldError, StorageError
-from hotcold.eval.synthetic import SHAPES, Synthetic, write_synthetic
+from hotcold.eval.synthetic.shapes import SHAPES, Synthetic, write_synthetic
 from hotcold.identify import REPORT, identify, mark
+from hotcold.model import checkpoint
 from hotcold.ownership import beside, check_file, check_growing, check_replaceable
 from hotcold.predictor.bundle import PredictorBundle
-from hotcold.sparsify.state import WorkFolder
+from hotcold.sparsify.training.state import WorkFolder
 
 Made = dict[str, Path]
 
@@ -270,7 +271,9 @@ def refused(command: Command, made: Made, out: Path, capsys: pytest.CaptureFixtu
     return said
 
 
-@pytest.mark.parametrize(("name", "place"), list(cases()), ids=lambda value: getattr(value, "__name__", value))
+@pytest.mark.parametrize(
+    ("name", "place"), list(cases()), ids=lambda value: getattr(value, "__name__", value)
+)
 def test_a_folder_that_is_not_ours(name, place, made, tmp_path, capsys):
     out = tmp_path / "out"
     place(out, made, COMMANDS[name].kind)

@@ -118,14 +118,14 @@ def test_a_long_file_is_three_runs_of_itself(lines: list[str], times: int, end: 
     if len(text) <= 4000:
         assert len(pieces) == 1 and pieces[0].left is None
         return
-    assert parts == sorted(parts, key=PARTS.index)  # one run each, so that two pairs of neighbours are parted
+    assert parts == sorted(parts, key=PARTS.index)  # one run each, so that two pairs of neighbors are parted
     longest = max(len(line) for line in lines) + 2
     for part, share in zip(PARTS, (0.9, 0.05, 0.05), strict=True):
         size = sum(len(piece.text) for piece in pieces if part_of(piece) == part)
         assert abs(size - share * len(text)) <= longest
 
 
-def test_nothing_of_a_book_stands_beside_its_neighbour_of_another_part(tmp_path: Path) -> None:
+def test_nothing_of_a_book_stands_beside_its_neighbor_of_another_part(tmp_path: Path) -> None:
     paragraphs = [f"paragraph {number} " + "word " * 150 for number in range(400)]
     (tmp_path / "book.txt").write_text("\n\n".join(paragraphs))
     found = {part: "".join(d.text for d in documents(str(tmp_path / "book.txt"), part)) for part in PARTS}

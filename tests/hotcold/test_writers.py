@@ -1,6 +1,6 @@
-"""Every artefact that hotcold writes, with every operation of the file system failing in turn.
+"""Every artifact that hotcold writes, with every operation of the file system failing in turn.
 
-After a failure there is the old artefact or the new one, byte for byte, and nothing else; the next try
+After a failure there is the old artifact or the new one, byte for byte, and nothing else; the next try
 succeeds. (Traces grow, so that theirs is another rule: tests/predictor/test_crash.py.)
 """
 
@@ -14,16 +14,17 @@ import numpy as np
 import pytest
 from faulty import FAULTS, FaultyFileSystem, tree
 
-from hotcold import checkpoint, storage
-from hotcold.convert.activation import write_activation
-from hotcold.convert.export import ExportOptions, export_bundle
-from hotcold.convert.gguf_write import planned, write_gguf
-from hotcold.convert.gpu_index import GpuIndex
-from hotcold.convert.hf_checkpoint import HFCheckpoint
-from hotcold.convert.model_pt import write_model_pt
+from hotcold import storage
+from hotcold.convert.bundle.export import ExportOptions, export_bundle
+from hotcold.convert.gguf.write import planned, write_gguf
+from hotcold.convert.powerinfer.firing_counts import write_activation
+from hotcold.convert.powerinfer.gpu_index import GpuIndex
+from hotcold.convert.powerinfer.model_pt import write_model_pt
 from hotcold.errors import StorageError
+from hotcold.model import checkpoint
+from hotcold.model.huggingface import HFCheckpoint
 from hotcold.predictor.bundle import LayerPredictor, PredictorBundle
-from hotcold.predictor.metrics import LayerMetrics
+from hotcold.predictor.training.metrics import LayerMetrics
 
 
 def predictors(seed: int) -> PredictorBundle:

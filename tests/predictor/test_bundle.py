@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 from hotcold.errors import FormatError, HotcoldError, InputError
 from hotcold.predictor.bundle import LayerPredictor, PredictorBundle
-from hotcold.predictor.metrics import LayerMetrics
+from hotcold.predictor.training.metrics import LayerMetrics
 
 
 def _bundle() -> PredictorBundle:

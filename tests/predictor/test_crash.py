@@ -16,12 +16,13 @@ from types import SimpleNamespace
 
 import pytest
 
-from hotcold import checkpoint, storage
+from hotcold import storage
 from hotcold.cli import main
 from hotcold.errors import StorageError
-from hotcold.predictor.collect import collect, gather_tokens
-from hotcold.predictor.trace_writer import TraceWriter
-from hotcold.predictor.traces import TraceRun, read_manifest, tokens_digest
+from hotcold.model import checkpoint
+from hotcold.predictor.traces.collect import collect, gather_tokens
+from hotcold.predictor.traces.reader import TraceRun, read_manifest, tokens_digest
+from hotcold.predictor.traces.writer import TraceWriter
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +30,11 @@ def processes() -> multiprocessing.context.BaseContext:
     """Real processes, forked from a server that has imported torch, so that each starts in no time."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
-        ["hotcold.cli", "hotcold.predictor.collect_command", "transformers.models.llama.modeling_llama"]
+        [
+            "hotcold.cli",
+            "hotcold.predictor.traces.collect_command",
+            "transformers.models.llama.modeling_llama",
+        ]
     )
     return context
 

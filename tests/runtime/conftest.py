@@ -19,11 +19,11 @@ from tiny_families import FAMILIES, IDS, SPARSE, random_predictors, write_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from hotcold import checkpoint
-from hotcold.checkpoint import fingerprint
-from hotcold.convert.export import ExportOptions, export_bundle
-from hotcold.convert.hf_checkpoint import HFCheckpoint
-from hotcold.convert.manifest import MANIFEST, BundleFile, Manifest
+from hotcold.convert.bundle.export import ExportOptions, export_bundle
+from hotcold.convert.bundle.manifest import MANIFEST, BundleFile, Manifest
+from hotcold.model import checkpoint
+from hotcold.model.checkpoint import fingerprint
+from hotcold.model.huggingface import HFCheckpoint
 
 TEXT = "The quick brown fox jumps over the lazy dog. Größe, naïve café, 東京 and 🦊🐶! 0123456789\n"
 CHAT_TEMPLATE = (

@@ -9,17 +9,17 @@ import numpy as np
 import pytest
 
 from hotcold.cli import main
-from hotcold.convert.gguf_read import GGUFFile
-from hotcold.convert.gpu_index import GpuIndex
+from hotcold.convert.powerinfer.gpu_index import GpuIndex
 from hotcold.errors import FormatError, InputError, MismatchError, UnsupportedError
+from hotcold.files.gguf import GGUFFile
 from hotcold.predictor.bundle import LayerPredictor, PredictorBundle
 from hotcold.runtime.backends import BackendOptions, make_placement, open_engine
 from hotcold.runtime.bundle_files import file_of_role
 from hotcold.runtime.engine import Engine
 from hotcold.runtime.gpu.device import open_device, parse_budgets
-from hotcold.runtime.gpu.plan import make_problem
-from hotcold.runtime.placement import Costs, PlacedLayer, Placement
-from hotcold.runtime.placement_file import gpuidx_path, load_placement, save_placement
+from hotcold.runtime.placement.file import gpuidx_path, load_placement, save_placement
+from hotcold.runtime.placement.plan import Costs, PlacedLayer, Placement
+from hotcold.runtime.placement.problem import make_problem
 
 IDS = [5, 9, 40, 77]
 

@@ -1,4 +1,4 @@
-"""Finding a bundle's files. What a manifest may not hold is tested with `hotcold.convert.manifest`."""
+"""Finding a bundle's files. What a manifest may not hold is tested with `hotcold.convert.bundle.manifest`."""
 
 from __future__ import annotations
 

@@ -103,7 +103,7 @@ def test_stops_at_the_end_of_text(make_bundle, capsys, monkeypatch):
     logits = engine.prefill(ids)
     for _ in range(2):
         logits = engine.decode(int(logits.argmax()))
-    from hotcold.runtime.vocabulary import Vocabulary
+    from hotcold.runtime.generation.vocabulary import Vocabulary
 
     loaded = Vocabulary.load(bundle.path)
     stops_early = Vocabulary(loaded.tokenizer, frozenset({int(logits.argmax())}), "", "", None)
@@ -204,7 +204,7 @@ def test_a_file_that_is_not_utf8(bundle, capsys, tmp_path):
 def test_defaults_are_those_of_the_sampler():
     import argparse
 
-    from hotcold.runtime.sampling import SamplingParams
+    from hotcold.runtime.generation.sampling import SamplingParams
 
     parser = argparse.ArgumentParser()
     command.add_arguments(parser)

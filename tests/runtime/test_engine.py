@@ -12,7 +12,8 @@ import torch
 from stored_rows import relative_error
 
 from hotcold.errors import FormatError, InputError, ShapeError, UnsupportedError
-from hotcold.runtime import _cpu, bundle_load
+from hotcold.runtime.cpu import _cpu
+from hotcold.runtime.cpu import load as bundle_load
 from hotcold.runtime.engine import Engine
 from hotcold.runtime.reference import ReferenceEngine
 
@@ -21,7 +22,7 @@ ISAS = _cpu.available_isas()
 RNG = np.random.default_rng(3)
 IDS = RNG.integers(3, 300, 150).astype(np.int32)
 
-# Float weights: the engine differs by the order of float sums only. Quantised ones: it rounds activations to
+# Float weights: the engine differs by the order of float sums only. Quantized ones: it rounds activations to
 # int8 per 32 values, the reference does not, and a neuron near a threshold may go the other way.
 LIMITS = {"F32": 2e-4, "F16": 2e-4, "BF16": 2e-4, "Q8_0": 0.05, "Q4_0": 0.05}
 PREDICTED_LIMITS = LIMITS | {"Q8_0": 0.25, "Q4_0": 0.25}
@@ -109,7 +110,7 @@ def test_last_logits_are_those_of_all(bundle, mode):
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("quant", ["F32", "Q8_0", "Q4_0"])
 def test_threads_agree(make_bundle, mode, quant):
-    """Sums are taken in another order. That is float rounding; on quantised weights it can turn an int8 step,
+    """Sums are taken in another order. That is float rounding; on quantized weights it can turn an int8 step,
     and near a predictor's threshold a neuron."""
     bundle = make_bundle(quant=quant)
     one = Engine.load(bundle.path, mode, 1)
@@ -265,12 +266,12 @@ def test_per_layer_metadata_of_the_wrong_length(make_bundle):
 
 
 def test_a_tensor_of_the_wrong_shape(make_bundle, monkeypatch):
-    from hotcold.convert.gguf_read import GGUFFile
+    from hotcold.files.gguf import GGUFFile
 
     file = GGUFFile(make_bundle().path / "tiny.powerinfer.gguf")
     key = "llama.feed_forward_length"
     file.metadata[key] = file.metadata[key] + 32
-    from hotcold.runtime.bundle_load import load_model
+    from hotcold.runtime.cpu.load import load_model
 
     with pytest.raises(ShapeError, match=r"blk\.0\.ffn_up"):
         load_model(file, "exact", 1, 16)
@@ -309,9 +310,9 @@ def test_top_k(k):
     np.testing.assert_array_equal(np.float32(values), logits[order])
 
 
-@pytest.mark.parametrize("asking", [False, True])
-def test_read_bandwidth_is_that_of_memory(asking):
-    assert 0.5 < _cpu.read_bandwidth(1, 1 << 26, 2, asking=asking) < 2000
+@pytest.mark.parametrize("prefetching", [False, True])
+def test_read_bandwidth_is_that_of_memory(prefetching):
+    assert 0.5 < _cpu.read_bandwidth(1, 1 << 26, 2, prefetching=prefetching) < 2000
 
 
 def test_more_context_than_the_model_was_trained_on_is_said(bundle, capsys):

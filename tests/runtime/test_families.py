@@ -13,16 +13,17 @@ from safetensors.numpy import load_file
 from stored_rows import relative_error
 from tiny_families import FAMILIES, IDS, SPARSE, write_model
 
-from hotcold import checkpoint, storage
+from hotcold import storage
 from hotcold.cli import main
-from hotcold.convert.architectures import ModelSpec
-from hotcold.convert.export import ExportOptions, export_bundle
-from hotcold.convert.gguf_checkpoint import GGUFCheckpoint
-from hotcold.convert.gguf_read import GGUFFile
-from hotcold.convert.hf_checkpoint import HFCheckpoint
-from hotcold.convert.llama_cpp import is_exact
-from hotcold.convert.verify import verify_bundle
+from hotcold.convert.bundle.export import ExportOptions, export_bundle
+from hotcold.convert.bundle.verify import verify_bundle
+from hotcold.convert.gguf.llama_cpp import is_exact
 from hotcold.errors import InputError
+from hotcold.files.gguf import GGUFFile
+from hotcold.model import checkpoint
+from hotcold.model.gguf_checkpoint import GGUFCheckpoint
+from hotcold.model.huggingface import HFCheckpoint
+from hotcold.model.spec import ModelSpec
 from hotcold.runtime.engine import Engine
 from hotcold.runtime.reference import ReferenceEngine
 

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from hotcold.convert.gguf_read import GGUFFile
+from hotcold.files.gguf import GGUFFile
 from hotcold.runtime.bundle_files import file_of_role
-from hotcold.runtime.gpu import plan
-from hotcold.runtime.gpu.plan import part_bytes
 from hotcold.runtime.gpu.weights import read_weights
 from hotcold.runtime.head import EMBEDDING, head_name
-from hotcold.runtime.placement import Costs
+from hotcold.runtime.placement import problem as plan
+from hotcold.runtime.placement.plan import Costs
+from hotcold.runtime.placement.problem import part_bytes
 from hotcold.runtime.shape import ModelShape
 
 HEAD = "output.weight"

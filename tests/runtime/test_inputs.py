@@ -12,12 +12,12 @@ import torch
 from stored_rows import ACTIVITY, TYPES, interleave, poison, relative_error, stored
 
 from hotcold import storage
-from hotcold.convert.gguf_read import GGUFFile
-from hotcold.convert.manifest import Manifest
-from hotcold.convert.quantize import dequantize
+from hotcold.convert.bundle.manifest import Manifest
 from hotcold.errors import FormatError, InputError, MismatchError, ShapeError, UnsupportedError
-from hotcold.runtime import _cpu
+from hotcold.files.gguf import GGUFFile
+from hotcold.files.quantize import dequantize
 from hotcold.runtime.backends import BackendOptions
+from hotcold.runtime.cpu import _cpu
 from hotcold.runtime.engine import Engine
 from hotcold.runtime.reference import ReferenceEngine
 
@@ -142,7 +142,7 @@ def test_the_engine_equals_the_reference(make_bundle, monkeypatch, isa, mode, qu
     )
     ids = IDS[:70]  # more than one block
     expected = reference.prefill(ids, all_logits=True)
-    # With quantised weights inputs are rounded too: at the edge others are left out, and other neurons fire.
+    # With quantized weights inputs are rounded too: at the edge others are left out, and other neurons fire.
     limit = 2e-4 if quant in ("F32", "F16", "BF16") else 0.5 if mode == "predicted" else 0.3
     assert relative_error(engine.prefill(ids, all_logits=True), expected) < limit
     engine.reset()

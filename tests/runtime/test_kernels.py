@@ -1,6 +1,6 @@
 """Every kernel x type x shape x ISA against a readable numpy reference.
 
-The references quantise activations exactly as the kernels do, so that the limits are those of float rounding
+The references quantize activations exactly as the kernels do, so that the limits are those of float rounding
 and not those of int8.
 """
 
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from stored_rows import TYPES, stored
 
-from hotcold.runtime import _cpu
+from hotcold.runtime.cpu import _cpu
 
 ops = _cpu.ops
 ISAS = _cpu.available_isas()

@@ -14,7 +14,7 @@ import pytest
 from tiny_families import FAMILIES, IDS, write_model
 
 from hotcold import cache, cli
-from hotcold.convert.verify import verify_bundle
+from hotcold.convert.bundle.verify import verify_bundle
 from hotcold.errors import InputError, UnsupportedError
 from hotcold.runtime.bundle_files import find_model
 from hotcold.runtime.engine import Engine
@@ -77,7 +77,7 @@ def test_what_runs_is_the_checkpoint(checkpoint):
 def test_a_type_for_what_has_its_own_is_refused(bundle, checkpoint):
     with pytest.raises(InputError, match="types are what they are"):
         find_model(bundle.path, "q4_0")
-    with pytest.raises(UnsupportedError, match="unknown quantisation"):
+    with pytest.raises(UnsupportedError, match="unknown quantization"):
         find_model(str(checkpoint), "q2")
 
 

@@ -6,7 +6,7 @@ import gguf
 import numpy as np
 import pytest
 
-from hotcold.runtime import _cpu
+from hotcold.runtime.cpu import _cpu
 
 D, D_FF, N = 64, 96, 40
 RNG = np.random.default_rng(0)

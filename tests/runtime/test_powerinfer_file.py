@@ -158,7 +158,7 @@ def forward(w: dict[str, np.ndarray], ids: list[int], threshold: float, *, secon
     """Logits [tokens, vocab]. At position 0 hotcold computes all neurons, which PowerInfer does not."""
     x, n = w["token_embd"][ids], len(ids)
     angle = np.arange(n)[:, None] * BASE ** (-np.arange(HEAD // 2) / (HEAD // 2))
-    turn = np.exp(1j * angle)[:, None, :]  # of neighbouring pairs: [token, head, pair]
+    turn = np.exp(1j * angle)[:, None, :]  # of neighboring pairs: [token, head, pair]
 
     def norm(v: np.ndarray, weight: np.ndarray) -> np.ndarray:
         return v / np.sqrt((v * v).mean(axis=1, keepdims=True) + EPS) * weight
@@ -246,7 +246,7 @@ def test_run_takes_the_file_and_its_vocabulary(tmp_path, capsys):
         ids.append(int(forward(arrays, ids, 0.25, second_relu=False)[-1].argmax()))
     path = str(tmp_path / "m.powerinfer.gguf")
     assert main(["run", path, "-p", "ab", "-n", "4", "--temp", "0", "--mode", "predicted", "-t", "1"]) == 0
-    from hotcold.runtime.vocabulary import Vocabulary
+    from hotcold.runtime.generation.vocabulary import Vocabulary
 
     vocabulary = Vocabulary.load(path)
     assert vocabulary.encode("ab") == [1, 264] and vocabulary.stop_ids == {2}
@@ -280,9 +280,9 @@ def plain_keys(architecture: str, *more: bytes, **numbers: int) -> list[bytes]:
 
 
 def normed(x: np.ndarray, w: dict[str, np.ndarray], name: str) -> np.ndarray:
-    centred = x - x.mean(axis=1, keepdims=True)
-    deviation = np.sqrt((centred**2).mean(axis=1, keepdims=True) + EPS)
-    return centred / deviation * w[name] + w[f"{name}.bias"]
+    centered = x - x.mean(axis=1, keepdims=True)
+    deviation = np.sqrt((centered**2).mean(axis=1, keepdims=True) + EPS)
+    return centered / deviation * w[name] + w[f"{name}.bias"]
 
 
 def attended(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from hotcold.convert.manifest import MANIFEST, BundleFile, Manifest
+from hotcold.convert.bundle.manifest import MANIFEST, BundleFile, Manifest
 from hotcold.errors import FormatError, InputError, UnsupportedError
 from hotcold.runtime.reference import ReferenceEngine
 
@@ -50,7 +50,7 @@ def test_silu_model_in_a_dense_llama_file(make_bundle):
 
 
 @pytest.mark.parametrize("quant", ["F16", "BF16", "Q8_0", "Q4_0"])
-def test_quantised_weights(make_bundle, quant):
+def test_quantized_weights(make_bundle, quant):
     bundle = make_bundle(quant=quant)
     logits = ReferenceEngine.load(bundle.path, "exact").prefill(IDS, all_logits=True)
     np.testing.assert_allclose(logits, logits_of_transformers(bundle), atol=2e-4)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from stored_rows import ACTIVITY, TYPES, poison, stored
 
-from hotcold.runtime import _cpu
+from hotcold.runtime.cpu import _cpu
 
 # (d_model, neurons): whole groups of blocks, groups and a tail of pairs, less than a group
 SHAPES = [(1024, 160), (576, 300), (96, 1000)]
@@ -16,7 +16,7 @@ RELU, DRELU = 1, 2
 
 
 def int8_blocks(x):
-    """x as the kernels see it beside quantised weights: int8 per 32 values."""
+    """x as the kernels see it beside quantized weights: int8 per 32 values."""
     blocks = x.reshape(len(x), -1, 32)
     scale = np.abs(blocks).max(-1, keepdims=True) / np.float32(127)
     return (np.rint(blocks / np.where(scale > 0, scale, 1)) * scale).reshape(x.shape).astype(np.float64)
@@ -109,5 +109,5 @@ def check(isa, kind, shape, activity, threads, tokens, activation=RELU, threshol
     assert fired == fires.sum()
     size = np.sqrt(np.mean(expected**2))
     error = np.sqrt(np.mean((y - expected) ** 2))
-    # Quantised downs share one int8 scale among the products of 16 neurons.
+    # Quantized downs share one int8 scale among the products of 16 neurons.
     assert error <= (1.5e-2 if kind.startswith("Q") else 1e-4) * size + 1e-7

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 from tiny_families import FAMILIES, IDS, SPARSE
 
-from hotcold import checkpoint
-from hotcold.convert.gguf_checkpoint import GGUFCheckpoint
-from hotcold.convert.gguf_read import GGUFFile
-from hotcold.convert.gguf_write import TensorPlan, copied, write_gguf
+from hotcold.convert.gguf.write import TensorPlan, copied, write_gguf
 from hotcold.errors import FormatError, HotcoldError
+from hotcold.files.gguf import GGUFFile
+from hotcold.model import checkpoint
+from hotcold.model.gguf_checkpoint import GGUFCheckpoint
 from hotcold.runtime.engine import Engine
 
 CHANGES = ("removed", "renamed", "cut", "added")

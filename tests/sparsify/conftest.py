@@ -8,7 +8,7 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers.models import BPE
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from hotcold import checkpoint
+from hotcold.model import checkpoint
 
 SENTENCES = [
     "Alice opened the door and counted {n} lamps along the river.",

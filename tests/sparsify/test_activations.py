@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
-from hotcold.activation_names import parse
-from hotcold.activations import make_activation
-from hotcold.checkpoint import activation_name, ffn_layers
 from hotcold.errors import UnsupportedError
+from hotcold.model.activation_names import parse
+from hotcold.model.activations import make_activation
+from hotcold.model.checkpoint import activation_name, ffn_layers
+from hotcold.model.hooks import recorded_intermediates
 from hotcold.sparsify.activations import set_activation
-from hotcold.sparsify.hooks import recorded_intermediates
 
 ALL = ["relu", "relu2", "drelu", "fatrelu_0.05", "shifted_relu_0.1"]
 

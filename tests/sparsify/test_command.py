@@ -99,7 +99,7 @@ def test_an_output_that_is_a_file(model_folder, text_file, capsys):
 
 
 def test_interrupting_leaves_no_checkpoint(model_folder, text_file, tmp_path, capsys, monkeypatch):
-    from hotcold.sparsify.trainer import Trainer
+    from hotcold.sparsify.training.trainer import Trainer
 
     def interrupt(*_):
         raise KeyboardInterrupt

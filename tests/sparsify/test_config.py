@@ -6,7 +6,7 @@ import pytest
 
 from hotcold.errors import FormatError, HotcoldError, InputError
 from hotcold.sparsify.config import Config, Text, load_config, recipes
-from hotcold.sparsify.relu import relu_config
+from hotcold.sparsify.methods.relu import relu_config
 
 # ProSparse, appendix L, table 6: (peak, accumulated step), tokens of all steps
 TABLE_6 = {
@@ -84,7 +84,7 @@ def test_an_empty_file_is_the_default(tmp_path):
         ("text: [{share: 1}]", "text[0]: keys are missing (expected source)"),
         ("- steps", "not a mapping of keys to values"),
         ("steps: 0", "steps: out of range (got 0, expected >= 1)"),
-        ("quantise_from: 2", "quantise_from: out of range (got 2.0, expected 0 to 1)"),
+        ("quantize_from: 2", "quantize_from: out of range (got 2.0, expected 0 to 1)"),
         ("l1: {stages: [[0.1, 5]]}", "stage 0 of the L1 schedule must have peak 0"),
         ("l1: {target_sparsity: 80}", "l1.target_sparsity: out of range (got 80.0, expected 0 to 1)"),
         ("loss: {kl: 0}", "loss: every term of the loss is off (expected lm, kl or ffn > 0)"),
@@ -123,7 +123,7 @@ def test_the_quick_method_shares_its_tokens_out():
     assert (config.steps + config.warm_start.steps) * config.step_tokens <= 100_000
     assert (config.steps + config.warm_start.steps + 1) * config.step_tokens > 100_000
     assert config.l1_schedule()(config.steps) == 0.03
-    assert relu_config(tokens=2048, quantise=False).quantise_step >= relu_config(tokens=2048).steps
+    assert relu_config(tokens=2048, quantize=False).quantize_step >= relu_config(tokens=2048).steps
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ def config(text_file):
         micro_batch=2,
         pack=False,  # so that processes see different numbers of tokens
         precision="fp32",
-        quantise_from=0.75,
+        quantize_from=0.75,
         warm_start=WarmStart(steps=3),
         l1=L1(((0.0, 2), (0.001, 4), (0.1, 8))),
         loss=Loss(lm=0.5, kl=1.0, ffn=0.1),

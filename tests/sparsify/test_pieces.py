@@ -7,16 +7,16 @@ import pytest
 import torch
 from torch.nn import functional
 
-from hotcold.checkpoint import ffn_layers
 from hotcold.errors import InputError
+from hotcold.model.checkpoint import ffn_layers
+from hotcold.model.hooks import recorded_intermediates
 from hotcold.sparsify.activations import set_activation
-from hotcold.sparsify.attention import use_grouped_attention
 from hotcold.sparsify.config import Generated
-from hotcold.sparsify.evaluate import Quality, measure, table
-from hotcold.sparsify.generate import Sampler
-from hotcold.sparsify.hooks import recorded_intermediates
-from hotcold.sparsify.memory import keep_big_buffers
-from hotcold.sparsify.teacher_text import teacher_text
+from hotcold.sparsify.measure.evaluate import Quality, measure, table
+from hotcold.sparsify.training.attention import use_grouped_attention
+from hotcold.sparsify.training.generate import Sampler
+from hotcold.sparsify.training.memory import keep_big_buffers
+from hotcold.sparsify.training.teacher_text import teacher_text
 
 
 def test_intermediates_are_recorded_only_inside_the_block(dense):

@@ -13,10 +13,10 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers.models import BPE
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from hotcold import checkpoint
+from hotcold.model import checkpoint
 from hotcold.sparsify.config import L1, Checkpoints, Config, Learning, Loss, Text, WarmStart
-from hotcold.sparsify.prosparse import PHASES, prosparse
-from hotcold.sparsify.state import WorkFolder
+from hotcold.sparsify.methods.prosparse import PHASES, prosparse
+from hotcold.sparsify.training.state import WorkFolder
 from hotcold.text import documents, split, token_stream
 
 SEEDS = (0, 1, 2)

@@ -9,8 +9,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from hotcold import checkpoint
-from hotcold.families import GATED
+from hotcold.model import checkpoint
+from hotcold.model.ffn_modules import GATED
 from hotcold.sparsify.activations import set_activation
 from hotcold.sparsify.standalone import standalone_files
 

@@ -286,7 +286,7 @@ def manifest_of(folder: Path) -> dict:
     values = {
         "format": "hotcold-bundle", "version": 1, "name": "m", "quant": "f32", "head_quant": "f32",
         "predictor_quant": "q8_0", "hot_frequency": 0.5, "activation": "silu",
-        "model_fingerprint": FINGERPRINT, "llama_cpp_exact": True, "source_quantised": [],
+        "model_fingerprint": FINGERPRINT, "llama_cpp_exact": True, "source_quantized": [],
         "files": {name: entry(folder / name, role) for name, role in roles.items()},
     }  # fmt: skip
     return signed(values)

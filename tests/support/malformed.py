@@ -247,7 +247,7 @@ CASES: dict[str, Case] = {
     "manifest: version 2": Case(MA, keys(MAN, version=2), Fm, "manifest.json, version: not a bundle's"),
     "manifest: version true": Case(MA, keys(MAN, version=True), Fm, "manifest.json, version: wrong type"),
     "manifest: no name": Case(MA, keys(MAN, drop="name"), Fm, "manifest.json, name: wrong type"),
-    "manifest: unknown key": Case(MA, keys(MAN, colour="red"), Fm, "manifest.json, colour: unknown key"),
+    "manifest: unknown key": Case(MA, keys(MAN, color="red"), Fm, "manifest.json, color: unknown key"),
     "manifest: altered": Case(MA, keys(MAN, name="n"), Fm, "manifest.json, sha256: altered"),
     "manifest: files a list": Case(MA, keys(MAN, files=[]), Fm, "manifest.json, files: wrong type"),
     "manifest: a path outside": Case(MA, keys(MAN, files={"../x": {}}), Fm, "sha256: altered"),
@@ -291,7 +291,7 @@ CASES: dict[str, Case] = {
     "traces: d_model 2^40": Case(
         TR, keys(RUN, d_model=1 << 40), Fm, "layer-000/shard-000000.safetensors, x: wrong"
     ),
-    "traces: unknown key": Case(TR, keys(RUN, colour=1), Fm, "run.json, colour: wrong or missing"),
+    "traces: unknown key": Case(TR, keys(RUN, color=1), Fm, "run.json, color: wrong or missing"),
     "traces: tokens cut": Case(TR, put(TOK, lambda data: data[:-1]), Fm, TOK),
     "traces: other tokens": Case(
         TR, put(TOK, lambda data: data[:-1] + b"\0"), Mi, "tokens.safetensors: is not"

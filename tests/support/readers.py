@@ -14,26 +14,26 @@ from pathlib import Path
 
 import handmade
 
-from hotcold.convert.architectures import ModelSpec
-from hotcold.convert.gguf_checkpoint import GGUFCheckpoint
-from hotcold.convert.gguf_read import GGUFFile
-from hotcold.convert.gguf_split import open_gguf
-from hotcold.convert.gguf_tokenizer import build_tokenizer
-from hotcold.convert.gpu_index import GpuIndex
-from hotcold.convert.hf_checkpoint import HFCheckpoint
-from hotcold.convert.inspect import describe, render
-from hotcold.convert.manifest import Manifest
-from hotcold.convert.quantize import dequantize
-from hotcold.convert.tokenizer import tokenizer_metadata
-from hotcold.convert.verify import verify_bundle
-from hotcold.convert.weights import check_weights
+from hotcold.convert.bundle.inspect import describe, render
+from hotcold.convert.bundle.manifest import Manifest
+from hotcold.convert.bundle.verify import verify_bundle
+from hotcold.convert.powerinfer.gpu_index import GpuIndex
 from hotcold.errors import HotcoldError
+from hotcold.files.gguf import GGUFFile
+from hotcold.files.gguf_split import open_gguf
+from hotcold.files.quantize import dequantize
+from hotcold.files.safetensors import SafetensorsFile
+from hotcold.model.gguf_checkpoint import GGUFCheckpoint
+from hotcold.model.huggingface import HFCheckpoint
+from hotcold.model.spec import ModelSpec
+from hotcold.model.tokenizer.files import tokenizer_metadata
+from hotcold.model.tokenizer.gguf import build_tokenizer
+from hotcold.model.weights import check_weights
 from hotcold.predictor.bundle import PredictorBundle
-from hotcold.predictor.traces import Traces
+from hotcold.predictor.traces.reader import Traces
 from hotcold.runtime.engine import Engine
+from hotcold.runtime.generation.vocabulary import Vocabulary
 from hotcold.runtime.shape import ModelShape, activation_thresholds
-from hotcold.runtime.vocabulary import Vocabulary
-from hotcold.safetensors_read import SafetensorsFile
 from hotcold.text import documents
 
 Step = Callable[[Path], None]

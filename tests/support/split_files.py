@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from hotcold.convert.gguf_read import GGUFFile
-from hotcold.convert.gguf_write import copied, write_gguf
+from hotcold.convert.gguf.write import copied, write_gguf
+from hotcold.files.gguf import GGUFFile
 
 
 def split_gguf(path: Path, folder: Path, count: int = 3) -> Path:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from hotcold import storage
-from hotcold.checkpoint import fingerprint
+from hotcold.model.checkpoint import fingerprint
 from hotcold.predictor.bundle import PredictorBundle
 
 N_LAYERS, D_MODEL, D_FF, N_VOCAB, RANK = 2, 64, 128, 320, 32
@@ -117,7 +117,7 @@ def shapes_of(config: dict[str, object]) -> dict[str, tuple[int, ...]]:
     """Names and shapes as transformers has them, not as hotcold does."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from hotcold.families import as_transformers
+    from hotcold.model.ffn_modules import as_transformers
 
     values = as_transformers(config)
     act = next(

@@ -183,7 +183,7 @@ def test_out_of_memory_says_so(bundle, monkeypatch):
 @pytest.mark.parametrize("mode", ["exact", "predicted"])
 def test_tuning_measures_each_kind_of_matrix_once(bundle, mode, monkeypatch):
     """The stopwatch is replaced, the calls that it would time are made."""
-    from hotcold.convert.gguf_read import GGUFFile
+    from hotcold.files.gguf import GGUFFile
     from hotcold.runtime.gpu.tune import tune_weights
     from hotcold.runtime.gpu.weights import read_weights
     from hotcold.runtime.triton import ops, tuning

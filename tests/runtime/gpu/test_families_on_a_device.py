@@ -9,8 +9,8 @@ from decoding import check_logits, greedy
 from stored_rows import relative_error
 from tiny_families import D_FF, FAMILIES, IDS, SPARSE
 
-from hotcold.convert.gguf_read import GGUFFile
 from hotcold.errors import InputError, UnsupportedError
+from hotcold.files.gguf import GGUFFile
 from hotcold.runtime.backends import BackendOptions, open_engine
 from hotcold.runtime.engine import Engine
 from hotcold.runtime.gpu import engine as gpu_engine
@@ -19,7 +19,7 @@ from hotcold.runtime.gpu.engine import GpuEngine
 from hotcold.runtime.gpu.hybrid import HybridEngine
 from hotcold.runtime.gpu.tune import tune_weights
 from hotcold.runtime.gpu.weights import read_weights
-from hotcold.runtime.placement import PlacedLayer, Placement
+from hotcold.runtime.placement.plan import PlacedLayer, Placement
 from hotcold.runtime.reference import ReferenceEngine
 from hotcold.runtime.triton import ops, tuning
 

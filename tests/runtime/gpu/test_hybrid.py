@@ -11,7 +11,7 @@ from stored_rows import relative_error
 from hotcold.errors import MismatchError
 from hotcold.runtime.engine import Engine
 from hotcold.runtime.gpu.hybrid import HybridEngine
-from hotcold.runtime.placement import PlacedLayer, Placement
+from hotcold.runtime.placement.plan import PlacedLayer, Placement
 from hotcold.runtime.reference import ReferenceEngine
 
 IDS = np.random.default_rng(5).integers(3, 300, 80)
@@ -121,7 +121,7 @@ def test_the_cpu_engines_tokens_in_dense_mode(bundle, layers):
     {"activation": "drelu"},
 ])  # fmt: skip
 def test_variants_are_near_the_reference(make_bundle, mode, fields):
-    """With quantised weights the CPU's share rounds activations to int8, as the CPU engine does."""
+    """With quantized weights the CPU's share rounds activations to int8, as the CPU engine does."""
     path = make_bundle(**fields).path
     hybrid = HybridEngine.load(path, PLANS["split"], mode, "cpu", 2)
     reference = ReferenceEngine.load(path, mode)

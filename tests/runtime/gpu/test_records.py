@@ -21,7 +21,7 @@ from hotcold.runtime.gpu import stage as gpu_stage
 from hotcold.runtime.gpu.engine import GpuEngine
 from hotcold.runtime.gpu.graphs import Graphs
 from hotcold.runtime.gpu.hybrid import HybridEngine
-from hotcold.runtime.placement import PlacedLayer, Placement
+from hotcold.runtime.placement.plan import PlacedLayer, Placement
 from hotcold.runtime.triton import ops
 
 IDS = np.random.default_rng(5).integers(3, 300, 5)

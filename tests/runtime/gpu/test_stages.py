@@ -10,17 +10,17 @@ import pytest
 import torch
 from decoding import greedy
 
-from hotcold.convert.gguf_read import GGUFFile
 from hotcold.errors import FormatError, InputError, MismatchError, UnsupportedError
+from hotcold.files.gguf import GGUFFile
 from hotcold.runtime.engine import Engine
-from hotcold.runtime.gpu import costs
 from hotcold.runtime.gpu import device as gpu_device
 from hotcold.runtime.gpu import engine as gpu_engine
 from hotcold.runtime.gpu.device import open_devices, parse_budgets
 from hotcold.runtime.gpu.engine import GpuEngine, file_and_mode
 from hotcold.runtime.gpu.hybrid import HybridEngine
-from hotcold.runtime.gpu.plan import make_problem
-from hotcold.runtime.placement import Costs, PlacedLayer, Placement
+from hotcold.runtime.placement import costs
+from hotcold.runtime.placement.plan import Costs, PlacedLayer, Placement
+from hotcold.runtime.placement.problem import make_problem
 from hotcold.runtime.sizes import parse_bytes
 
 IDS = np.random.default_rng(5).integers(3, 300, 40)

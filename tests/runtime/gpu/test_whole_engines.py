@@ -15,7 +15,7 @@ from tiny_families import D_FF, IDS
 from hotcold.runtime.engine import Engine
 from hotcold.runtime.gpu.engine import GpuEngine
 from hotcold.runtime.gpu.hybrid import HybridEngine
-from hotcold.runtime.placement import PlacedLayer, Placement
+from hotcold.runtime.placement.plan import PlacedLayer, Placement
 
 DEVICE = "cuda" if "HOTCOLD_TEST_GPU" in os.environ else "cpu"
 SOME = np.arange(5, 90, dtype=np.int32)

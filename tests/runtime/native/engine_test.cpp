@@ -29,7 +29,7 @@ void expect(bool ok, const std::string& what) {
 std::vector<uint8_t> random_matrix(Type type, int rows, int cols) {
   std::vector<uint8_t> bytes(gguf_row_bytes(type, cols) * rows);
   std::normal_distribution<float> normal(0, 1 / std::sqrt(float(cols)));
-  if (is_quantised(type)) {
+  if (is_quantized(type)) {
     const int block = type == Type::Q4_0 ? 18 : 34;
     const uint16_t scale = f32_to_f16((type == Type::Q4_0 ? 0.22f : 0.014f) / std::sqrt(float(cols)));
     for (size_t i = 0; i < bytes.size(); ++i) bytes[i] = uint8_t(rng());
@@ -172,7 +172,7 @@ void test_models() {
             const auto m = make(w, mode, threads, kernels(*isa), threshold);
             m->audit = mode == Mode::Predicted && threads == 3;
             const double e = error(run(*m, by_token ? few : tokens, by_token), expected);
-            expect(e < (is_quantised(type) ? 0.05 : 1e-3),
+            expect(e < (is_quantized(type) ? 0.05 : 1e-3),
                    std::string(types[int(type)]) + " " + modes[int(mode)] + " " + *isa + " threads " + std::to_string(threads) +
                        (by_token ? " by token" : " block") + ": " + std::to_string(e));
           }
@@ -186,37 +186,37 @@ void test_models() {
 }
 
 // In which order lines are asked for: "r0 q0" are the first lines of rows r and q.
-void test_asks() {
+void test_prefetches() {
   static uint8_t rows[100][1024];
-  Asks asks;
+  Prefetches prefetches;
   const auto fed = [&](int rounds) {
     std::string lines;
-    asks.feed(rounds, [&](const uint8_t* line) {
+    prefetches.feed(rounds, [&](const uint8_t* line) {
       const size_t at = line - rows[0];
       lines += std::to_string(at / 1024) + "." + std::to_string(at % 1024 / 64) + " ";
     });
     return lines;
   };
-  asks.close();
-  expect(fed(9) == "", "nothing to ask for");
-  for (int r : {0, 1, 2}) asks.add(rows[r], 100);
+  prefetches.close();
+  expect(fed(9) == "", "nothing to prefetch_group for");
+  for (int r : {0, 1, 2}) prefetches.add(rows[r], 100);
   expect(fed(9) == "", "three rows wait for a fourth");
-  asks.add(rows[3], 140);
+  prefetches.add(rows[3], 140);
   expect(fed(2) == "0.0 1.0 2.0 3.0 0.1 1.1 2.1 3.1 ", "four rows side by side");
   expect(fed(9) == "0.2 1.2 2.2 3.2 ", "as long as the longest");
-  for (int r : {4, 5}) asks.add(rows[r], 256);
-  asks.close();
+  for (int r : {4, 5}) prefetches.add(rows[r], 256);
+  prefetches.close();
   expect(fed(9) == "4.0 4.1 4.2 4.3 5.0 5.1 5.2 5.3 ", "fewer rows, one after the other");
-  asks.add(rows[6], 64);
-  asks.add_run(rows[7], 512);
+  prefetches.add(rows[6], 64);
+  prefetches.add_run(rows[7], 512);
   expect(fed(9) == "6.0 6.1 6.2 6.3 7.0 7.1 7.2 7.3 7.4 7.5 7.6 7.7 ", "a run after a row that is still open");
-  for (int r = 0; r < 100; ++r) asks.add_run(rows[r], 64);
+  for (int r = 0; r < 100; ++r) prefetches.add_run(rows[r], 64);
   std::string kept = fed(1000);
   expect(kept.starts_with("0.0 ") && kept.ends_with("62.3 "), "a full queue keeps the oldest");
-  asks.add_run(rows[9], 1024);
+  prefetches.add_run(rows[9], 1024);
   fed(1);
-  asks.clear();
-  asks.add_run(rows[8], 64);
+  prefetches.clear();
+  prefetches.add_run(rows[8], 64);
   expect(fed(9) == "8.0 8.1 8.2 8.3 ", "nothing is left of what was cleared");
 }
 
@@ -232,7 +232,7 @@ void test_structures() {
           const auto m = make(w, mode, threads, kernels(), -1e9f, false);
           m->audit = mode == Mode::Predicted;
           const double e = error(run(*m, tokens, by_token), expected);
-          expect(e < (is_quantised(type) ? 0.05 : 1e-3), "LayerNorm, biases, window, mode " + std::to_string(int(mode)) +
+          expect(e < (is_quantized(type) ? 0.05 : 1e-3), "LayerNorm, biases, window, mode " + std::to_string(int(mode)) +
                                                               " threads " + std::to_string(threads) +
                                                               (by_token ? " by token: " : " block: ") + std::to_string(e));
         }
@@ -251,7 +251,7 @@ void test_long_rows() {
         const std::vector<float> expected = run(*make(w, mode, 1, kernels("generic"), -1e9f), tokens, false);
         for (bool by_token : {false, true}) {
           const double e = error(run(*make(w, mode, 3, kernels(), -1e9f), tokens, by_token), expected);
-          expect(e < (is_quantised(type) ? 0.05 : 1e-3), "long rows, type " + std::to_string(int(type)) + " mode " +
+          expect(e < (is_quantized(type) ? 0.05 : 1e-3), "long rows, type " + std::to_string(int(type)) + " mode " +
                                                              std::to_string(int(mode)) + " heads " + std::to_string(shape.kv_heads) +
                                                              (by_token ? " by token: " : " block: ") + std::to_string(e));
         }
@@ -321,7 +321,7 @@ void test_inputs() {
           for (bool by_token : {false, true}) {
             const double e = error(run(*by_input(threads, kernels(), mode, share, llama), tokens, by_token), expected);
             // Rounding decides which inputs are left out at the edge.
-            expect(e < (is_quantised(type) ? 0.3 : 1e-3),
+            expect(e < (is_quantized(type) ? 0.3 : 1e-3),
                    "by input, type " + std::to_string(int(type)) + " mode " + std::to_string(int(mode)) + " threads " +
                        std::to_string(threads) + (by_token ? " by token: " : " block: ") + std::to_string(e));
           }
@@ -381,7 +381,7 @@ int main() {
   test_team();
   test_sharing();
   test_models();
-  test_asks();
+  test_prefetches();
   test_long_rows();
   test_structures();
   test_parts();

@@ -102,7 +102,7 @@ for kind in WEIGHTS:  # as OPT has them, a bias everywhere and no gates
     build("listed", kind, tuning.CANDIDATES["listed"][0], 1, capability, BIASED=True, GATED=False)
 for name, tiles in {"count": {}, "list": {}, "sum": {"BLOCK": 32}}.items():
     build(name, 0, tiles | {"num_warps": 4}, 1, capability)
-for name in ("turn", "blend", "activate"):
+for name in ("apply_rope", "blend", "activate"):
     step(name)
 step("activate", GATED=False)
 for add in (False, True):

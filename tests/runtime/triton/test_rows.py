@@ -26,8 +26,8 @@ def test_dequantizes_as_gguf_does(kind):
 def test_joined_where_types_allow_it(kind):
     def packed(name, n):
         values = np.random.default_rng(n).standard_normal((n, 64)).astype(np.float32)
-        quantised = gguf.quants.quantize(values, gguf.GGMLQuantizationType[name])
-        return Rows.from_gguf(name, quantised, 64)
+        quantized = gguf.quants.quantize(values, gguf.GGMLQuantizationType[name])
+        return Rows.from_gguf(name, quantized, 64)
 
     parts = [packed(kind, 3), packed(kind, 2)]
     (whole,) = joined(parts)

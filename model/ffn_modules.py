@@ -1,0 +1,192 @@
+"""The model families in torch: where each keeps its FFN modules, and the activations that transformers lacks.
+
+transformers does not know two `model_type`s that matter here without their remote code, which hotcold never
+runs. Both are models that it does know: MiniCPM is a Granite (embedding, depth and logit scales) and Bamboo
+(TurboSparse-Mistral) is a Mistral whose ReLU is applied to gate and up. Neither does it know FATReLU and
+dReLU, so such a model is loaded as a ReLU model and gets its own activation afterwards, by
+`install_activation`.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any
+
+from hotcold.errors import FormatError, UnsupportedError
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PretrainedConfig, PreTrainedModel
+
+__all__ = [
+    "GATED",
+    "MODEL_TYPES",
+    "FfnLayer",
+    "activation_name",
+    "as_transformers",
+    "ffn_layers",
+    "install_activation",
+    "learned_positions",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class _Modules:
+    """Paths: `layers` from the model, the others from a layer; `act` is an attribute of `mlp`."""
+
+    layers: str = "model.layers"
+    norm: str = "post_attention_layernorm"
+    gate: str | None = "mlp.gate_proj"
+    up: str = "mlp.up_proj"
+    down: str = "mlp.down_proj"
+    mlp: str = "mlp"
+    act: str = "act_fn"
+    key: str = "hidden_act"  # of the config
+    positions: str | None = None  # of the config: how many are learned
+
+
+_OPT = _Modules(
+    layers="model.decoder.layers", norm="final_layer_norm", gate=None, up="fc1", down="fc2", mlp="",
+    act="activation_fn", key="activation_function", positions="max_position_embeddings",
+)  # fmt: skip
+_FALCON = _Modules(
+    layers="transformer.h", norm="input_layernorm", gate=None, up="mlp.dense_h_to_4h",
+    down="mlp.dense_4h_to_h", act="act", key="activation",
+)  # fmt: skip
+_FAMILIES = dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "granite"), _Modules())
+_FAMILIES |= {"opt": _OPT, "falcon": _FALCON}
+
+GATED = tuple(name for name, modules in _FAMILIES.items() if modules.gate)
+MODEL_TYPES = (*_FAMILIES, "minicpm", "bamboo")
+
+
+@dataclass(frozen=True, slots=True)
+class FfnLayer:
+    """The modules of one FFN: `down(activation(gate(norm(x))) * up(norm(x)))`, x [..., d_model].
+
+    In a model without gates (OPT, Falcon) it is `down(activation(gate(norm(x))))` and `up` is None. `mlp`
+    holds the last four; to replace the activation set its attribute `act`.
+    """
+
+    norm: nn.Module
+    gate: nn.Linear
+    up: nn.Linear | None
+    down: nn.Linear
+    activation: nn.Module
+    mlp: nn.Module
+    act: str = "act_fn"
+
+
+def ffn_layers(model: PreTrainedModel) -> list[FfnLayer]:
+    """The FFN modules of each layer, first to last. Raises UnsupportedError for other architectures."""
+    where = _family(model.config)
+    return [_ffn_layer(layer, where) for layer in attrgetter(where.layers)(model)]
+
+
+def _family(config: PretrainedConfig) -> _Modules:
+    if config.model_type not in _FAMILIES:
+        expected = " | ".join(_FAMILIES)
+        raise UnsupportedError("unknown architecture", got=config.model_type, expected=expected)
+    return _FAMILIES[config.model_type]
+
+
+def _ffn_layer(layer: nn.Module, where: _Modules) -> FfnLayer:
+    mlp = attrgetter(where.mlp)(layer) if where.mlp else layer
+    # Falcon-40B's parallel blocks have a norm for each branch
+    norm = "ln_mlp" if hasattr(layer, "ln_mlp") else where.norm
+    up = attrgetter(where.up)(layer)
+    return FfnLayer(
+        norm=getattr(layer, norm),
+        gate=attrgetter(where.gate)(layer) if where.gate else up,
+        up=up if where.gate else None,
+        down=attrgetter(where.down)(layer),
+        activation=getattr(mlp, where.act),
+        mlp=mlp,
+        act=where.act,
+    )
+
+
+def activation_name(model: PreTrainedModel) -> str:
+    """The FFN activation as `config.json` names it: `silu`, `relu`, `fatrelu_0.01`, …"""
+    return getattr(model.config, _family(model.config).key)
+
+
+def learned_positions(model: PreTrainedModel) -> int | None:
+    """How many positions a model has a table for; None where they are computed, for any number."""
+    key = _family(model.config).positions
+    return getattr(model.config, key) if key else None
+
+
+def as_transformers(config: Mapping[str, Any]) -> dict[str, Any]:
+    """`config.json` as that of a model type which transformers knows; UnsupportedError for unknown ones.
+
+    The activation keeps its name, which transformers may not know.
+    """
+    config = dict(config)
+    match config.get("model_type"):
+        case "minicpm":
+            config |= _as_granite(config)
+        case "bamboo":
+            config |= {"model_type": "mistral"}
+            config["hidden_act"] = {"relu": "drelu"}.get(config.get("hidden_act"), config.get("hidden_act"))
+    if config.get("model_type") not in _FAMILIES:
+        got, expected = config.get("model_type"), " | ".join(MODEL_TYPES)
+        raise UnsupportedError("unknown architecture", got=got, expected=expected)
+    for key in ("auto_map", "architectures"):
+        config.pop(key, None)
+    return config
+
+
+def _as_granite(config: Mapping[str, Any]) -> dict[str, Any]:
+    """MiniCPM's constants under Granite's names (modeling_minicpm.py of openbmb's checkpoints)."""
+    keys = ["num_hidden_layers", "hidden_size", "num_attention_heads"]
+    keys += ["scale_emb", "scale_depth", "dim_model_base"]
+    for key in keys:
+        if not isinstance(config.get(key), int | float) or config[key] <= 0:
+            raise FormatError("bad value", field=key, got=config.get(key), expected="a number above 0")
+    n_layers, d_model, n_heads, embedding, depth, base = (config[key] for key in keys)
+    return {
+        "model_type": "granite",
+        "embedding_multiplier": float(embedding),
+        "residual_multiplier": depth / math.sqrt(n_layers),
+        "logits_scaling": d_model / base,
+        "attention_multiplier": (d_model // n_heads) ** -0.5,
+        "tie_word_embeddings": config.get("tie_word_embeddings", True),
+    }
+
+
+def install_activation(model: PreTrainedModel, name: str) -> PreTrainedModel:
+    """Give a ReLU model the activation `name` that transformers lacks, and its config the name; returns it.
+
+    `fatrelu` takes its threshold from the name (`fatrelu_0.01`) or the config (`hidden_act_param`, or per
+    layer `activation_thresholds`). UnsupportedError for other names, and for dReLU without gates.
+    """
+    from hotcold.model.activations import FATReLU, rectify_output
+
+    layers = ffn_layers(model)
+    if name == "drelu" and layers[0].up is not None:
+        for layer in layers:
+            layer.up.register_forward_hook(rectify_output)
+    elif re.fullmatch(r"fatrelu(_[\d.e-]+)?", name):
+        for layer, threshold in zip(layers, _thresholds(model, name, len(layers)), strict=True):
+            setattr(layer.mlp, layer.act, FATReLU(threshold))
+    else:
+        raise UnsupportedError("unknown activation", where=model.config.model_type, got=name)
+    setattr(model.config, _family(model.config).key, name)
+    return model
+
+
+def _thresholds(model: PreTrainedModel, name: str, n_layers: int) -> list[float]:
+    config, named = model.config, name.partition("_")[2]
+    value = getattr(config, "activation_thresholds", getattr(config, "hidden_act_param", None))
+    if value is None:
+        value = float(named or 0)
+    values = value if isinstance(value, list) else [value] * n_layers
+    if len(values) != n_layers:
+        expected = f"one number, or {n_layers}"
+        raise FormatError("bad thresholds", field="activation_thresholds", got=len(values), expected=expected)
+    return [float(value) for value in values]

@@ -1,0 +1,176 @@
+// The feed-forward layers: dense, or over the rows of the neurons that fire.
+#include <algorithm>
+#include <bit>
+#include <cmath>
+
+#include "pass.h"
+#include "rows.h"
+
+namespace hotcold {
+namespace {
+
+// gate = gelu(gate) * up, the exact GELU. Plain C++: such a model runs in dense mode only.
+void gelu_mul(float* gate, const float* up, int n) {
+  for (int i = 0; i < n; ++i) gate[i] = 0.5f * gate[i] * (1 + std::erf(gate[i] * 0.70710678f)) * up[i];
+}
+
+}  // namespace
+
+void Pass::ffn(int thread, int l) {
+  const Layer& layer = m.layers[l];
+  Stream& s = stream(thread);
+  const Acts &x = s.x.acts, &norm = s.norm.acts;
+  each_token(thread, [&](int t) {
+    norm_token(thread, t, layer.ffn_norm, t);
+    if (c().mode != Mode::Dense) m.k.arrange(norm, t, prefetches(thread));
+    if (c().mode == Mode::Predicted) m.k.quantize(x, t, 0, x.blocks(), prefetches(thread));
+  });
+  if (c().mode == Mode::Dense) return ffn_dense(thread, l);
+  if (c().mode == Mode::Exact) list_fired(thread, l);
+  else list_predicted(thread, l);
+  m.team.barrier();
+  ffn_rows(thread, l);
+  if (m.audit && c().mode == Mode::Predicted) count_missed(thread, l);
+  prefetch(thread, after(l));
+  m.team.barrier();
+  const int stride = round_up(c().d_model, 128);
+  each_token(thread, [&](int t) {
+    for (const auto& other : b.scratch) m.k.add(x.f + size_t(t) * x.width, &other->y[size_t(t) * stride], c().d_model);
+    if (!layer.down_bias.empty()) m.k.add(x.f + size_t(t) * x.width, layer.down_bias.data(), c().d_model);
+  });
+}
+
+// The panel that is multiplied after the FFN of layer l.
+const Panel& Pass::after(int l) const { return l + 1 < c().n_layers ? m.layers[l + 1].q : m.head; }
+
+void Pass::ffn_dense(int thread, int l) {
+  const Layer& layer = m.layers[l];
+  Stream& s = stream(thread);
+  const Acts& a = b.intermediate.acts;
+  const int stride = Model::Buffers::ff_stride(c()), per_block = kBlock / kLanes;
+  const Range blocks = split(round_up(c().d_ff, kBlock) / kBlock, thread, threads());
+  const int groups = round_up(c().d_ff, kLanes) / kLanes;
+  const int first = blocks.first * per_block, last = std::min(blocks.last * per_block, groups);
+  m.k.panel(layer.gate.type, layer.gate.data, c().d_model, first, last, s.norm.acts, n, b.gate.get(), stride);
+  if (c().gated) m.k.panel(layer.up.type, layer.up.data, c().d_model, first, last, s.norm.acts, n, b.up.get(), stride);
+  add_gate_bias(layer, first, last);
+  const float threshold = firing_threshold(layer);
+  LayerStats& stats = b.scratch[thread]->stats[l];
+  prefetch(thread, layer.down);
+  int64_t fired = 0;
+  for (int t = 0; t < n; ++t) {
+    float *gate = &b.gate[size_t(t) * stride], *up = &b.up[size_t(t) * stride];
+    const int from = first * kLanes, to = last * kLanes;
+    if (c().activation == Activation::Silu) m.k.silu_mul(gate + from, up + from, to - from);
+    else if (c().activation == Activation::Gelu) gelu_mul(gate + from, up + from, to - from);
+    else fired += m.k.relu_mul(gate + from, up + from, to - from, threshold, c().activation == Activation::Drelu);
+    std::copy(gate + from, gate + to, a.f + size_t(t) * a.width + from);
+    m.k.quantize(a, t, blocks.first, blocks.last, prefetches(thread));
+  }
+  // SiLU and GELU are never zero: all fire. Every neuron is computed here, which is what `predicted` counts.
+  const int64_t all = int64_t(n) * (std::min(last * kLanes, c().d_ff) - std::min(first * kLanes, c().d_ff));
+  stats.fired += can_be_zero(c().activation) ? fired : all;
+  stats.predicted += all;
+  m.team.barrier();
+  const int out_stride = round_up(c().d_model, kLanes);
+  multiply(thread, layer.down, a, b.out.get(), out_stride);
+  prefetch(thread, after(l));
+  m.team.barrier();
+  add_to_stream(thread, b.out.get(), out_stride, layer.down_bias);
+}
+
+// Adds the bias to the gates of the row groups [first, last), all tokens.
+void Pass::add_gate_bias(const Layer& layer, int first, int last) {
+  if (layer.gate_bias.empty()) return;
+  const int from = first * kLanes, count = (last - first) * kLanes;
+  for (int t = 0; t < n; ++t) m.k.add(&b.gate[size_t(t) * Model::Buffers::ff_stride(c()) + from], &layer.gate_bias[from], count);
+}
+
+// Lists the neurons of one group of 16 whose score reaches the threshold for any token, and for which. `always` and, for
+// the first token of the block, `always_first` are bits of neurons that are listed whatever their score.
+void Pass::list_group(ThreadScratch& s, int first, const float* scores, int stride, float threshold, uint32_t always,
+                      uint32_t always_first) {
+  const uint32_t valid = first + kLanes <= c().d_ff ? 0xFFFF : (1u << (c().d_ff - first)) - 1;
+  if (n == 1) {
+    uint32_t on = (m.k.at_least(scores, threshold) | always | always_first) & valid;
+    if (m.audit)
+      for (int i = 0; i < kLanes; ++i) b.masks[first + i] = on >> i & 1;
+    for (; on; on &= on - 1) s.list[s.listed++] = first + std::countr_zero(on);
+    return;
+  }
+  uint64_t masks[kLanes] = {};
+  uint32_t any = 0;
+  for (int t = 0; t < n; ++t) {
+    uint32_t on = (m.k.at_least(scores + size_t(t) * stride, threshold) | always | (t ? 0 : always_first)) & valid;
+    any |= on;
+    for (; on; on &= on - 1) masks[std::countr_zero(on)] |= uint64_t(1) << t;
+  }
+  std::copy(masks, masks + kLanes, &b.masks[first]);
+  for (; any; any &= any - 1) s.list[s.listed++] = first + std::countr_zero(any);
+}
+
+void Pass::list_fired(int thread, int l) {
+  const Layer& layer = m.layers[l];
+  list_neurons(thread, l, layer.gate, stream(thread).norm.acts, firing_threshold(layer));
+  const Range groups = split(round_up(c().d_ff, kLanes) / kLanes, thread, threads());
+  const int mine = std::min(groups.last * kLanes, c().d_ff) - std::min(groups.first * kLanes, c().d_ff);
+  b.scratch[thread]->stats[l].predicted += int64_t(n) * mine;  // no neuron is left out unseen
+}
+
+void Pass::list_predicted(int thread, int l) {
+  const Layer& layer = m.layers[l];
+  Stream& st = stream(thread);
+  const Acts& hidden = st.hidden.acts;
+  const int rank = layer.fc1.rows, hidden_stride = round_up(rank, kLanes);
+  multiply(thread, layer.fc1, st.x.acts, b.hidden.get(), hidden_stride);
+  prefetch(thread, layer.fc2);
+  m.team.barrier();
+  each_token(thread, [&](int t) {
+    for (int i = 0; i < rank; ++i) hidden.f[size_t(t) * hidden.width + i] = std::max(b.hidden[size_t(t) * hidden_stride + i], 0.0f);
+    m.k.quantize(hidden, t, 0, hidden.blocks(), prefetches(thread));
+  });
+  list_neurons(thread, l, layer.fc2, hidden, layer.predictor_threshold);
+}
+
+// Lists this thread's neurons whose scores (gates, or logits of the predictor) reach the threshold.
+void Pass::list_neurons(int thread, int l, const Panel& panel, const Acts& acts, float threshold) {
+  const Layer& layer = m.layers[l];
+  const bool predicted = c().mode == Mode::Predicted;
+  ThreadScratch& s = *b.scratch[thread];
+  const int stride = Model::Buffers::ff_stride(c());
+  // The first token of a context becomes the attention sink of all others (arXiv 2402.17762): a neuron missed there
+  // costs every later token, and computing all of it costs one token.
+  const uint32_t sink = predicted && position == 0 ? 0xFFFF : 0;
+  const Range groups = split(round_up(c().d_ff, kLanes) / kLanes, thread, threads());
+  s.listed = 0;
+  m.k.panel(panel.type, panel.data, panel.cols, groups.first, groups.last, acts, n, b.gate.get(), stride);
+  if (!predicted) add_gate_bias(layer, groups.first, groups.last);
+  for (int g = groups.first; g < groups.last; ++g)
+    list_group(s, g * kLanes, &b.gate[g * kLanes], stride, threshold, predicted && !layer.hot.empty() ? layer.hot[g] : 0, sink);
+}
+
+void Pass::ffn_rows(int thread, int l) {
+  const LayerStats counts = work_rows(m, b, thread, m.layers[l], stream(thread).norm.acts, n);
+  LayerStats& stats = b.scratch[thread]->stats[l];
+  stats.fired += counts.fired;
+  stats.predicted += counts.predicted;
+}
+
+// Computes the gates that the predictor left out, only to count those that would have fired.
+void Pass::count_missed(int thread, int l) {
+  const Layer& layer = m.layers[l];
+  const uint64_t all = n == 64 ? ~uint64_t(0) : (uint64_t(1) << n) - 1;
+  const Range r = split(c().d_ff, thread, threads());
+  for (int neuron = r.first; neuron < r.last; ++neuron) {
+    int tokens[kMaxBlock];
+    float gate[kMaxBlock];
+    Prefetches none;
+    const int count = set_bits(all & ~b.masks[neuron], tokens);
+    const uint8_t* row = layer.bundle(neuron) + layer.gate_row.at;
+    m.k.row_dot(layer.gate_row.type, &row, 1, stream(thread).norm.acts, tokens, count, gate, none);
+    const float bias = layer.gate_bias.empty() ? 0 : layer.gate_bias[neuron];
+    for (int j = 0; j < count; ++j) b.scratch[thread]->stats[l].missed += gate[j] + bias >= firing_threshold(layer);
+  }
+}
+
+}  // namespace hotcold

@@ -1,0 +1,157 @@
+// A decoder-only model bound to its packed weights, and the steps that a block of tokens goes through.
+//
+// Every thread of the team runs the same function; what it owns is a contiguous share of rows, heads or neurons. With
+// one token, what all threads need (norms, quantized activations, the residual stream) is computed by each on its own
+// copy, which is cheaper than handing it over.
+#pragma once
+#include <memory>
+#include <vector>
+
+#include "arena.h"
+#include "kernels.h"
+#include "threads.h"
+
+namespace hotcold {
+
+enum class Mode : int { Dense, Exact, Predicted };
+enum class Activation : int { Silu, Relu, Drelu, Gelu };  // Relu with a threshold > 0 is FATReLU
+
+constexpr int kMaxGroup = 128;  // query heads per key-value head
+constexpr int kMaxBlock = 64;  // tokens per pass over the weights; one bit each in a neuron's token mask
+
+struct Config {
+  int n_layers, d_model, d_ff, n_heads, n_kv_heads, head_dim, n_vocab, n_ctx;
+  float norm_eps;
+  Activation activation;
+  Mode mode;
+  bool layer_norm = false;  // LayerNorm with bias instead of RMSNorm
+  bool parallel = false;    // attention and FFN both read the layer's input (Falcon)
+  bool gated = true;        // else an FFN is act(gate x + bias), without up (OPT, Falcon)
+};
+
+constexpr bool can_be_zero(Activation a) { return a == Activation::Relu || a == Activation::Drelu; }
+
+struct NormWeights {
+  std::vector<float> weight, bias;  // bias: LayerNorm only
+};
+
+struct Panel {
+  Type type = Type::F32;
+  int rows = 0, cols = 0;
+  const uint8_t* data = nullptr;
+  size_t bytes() const { return data ? panel_bytes(type, rows, cols) : 0; }
+};
+
+// Rows of one kind (gate, up or down) inside the neuron bundles.
+struct RowKind {
+  Type type = Type::F32;
+  size_t at = 0;     // offset inside the bundle
+  size_t bytes = 0;  // 0: not in the bundle
+};
+
+// Matrices with the same input, held by input: what one input adds to their outputs lies side by side.
+struct InputRows {
+  struct Part {
+    RowKind row;   // as a down row
+    int outputs;
+    int first;     // place of its outputs, each part padded to 128, among those of all parts
+  };
+  std::vector<Part> parts;
+  const uint8_t* data = nullptr;
+  int inputs = 0;
+  size_t bytes = 0, stride = 0;  // of one input: without and with padding to cache lines
+
+  const uint8_t* row(int input) const { return data + size_t(input) * stride; }
+  int width() const { return parts.empty() ? 0 : parts.back().first + round_up(parts.back().outputs, 128); }
+};
+
+// A transposed matrix in GGUF's form.
+struct InputPart {
+  Type type;
+  const uint8_t* data;
+  int outputs;
+};
+
+struct Layer {
+  NormWeights attn_norm, ffn_norm;
+  Panel q, k, v, o;
+  InputRows qkv_inputs, o_inputs;  // instead of these panels, where inputs are left out
+  std::vector<float> q_bias, k_bias, v_bias, o_bias;  // empty: none
+  std::vector<float> q_norm, k_norm;                  // [head_dim], RMSNorm of each head before the rotation; empty: none
+  int window = 0;                                     // positions that a query sees, its own included; 0: all
+  Panel gate, up, down;            // dense mode; gate alone in exact mode
+  const uint8_t* bundles = nullptr;
+  size_t bundle_stride = 0;
+  int n_neurons = 0;               // held in bundles, where only a part is (parts.cpp)
+  RowKind gate_row, up_row, down_row;
+  std::vector<float> gate_bias;    // [round_up(d_ff, 16)], or [n_neurons]; empty: none
+  std::vector<float> down_bias;
+  Panel fc1, fc2;                  // predictor
+  std::vector<uint16_t> hot;       // per 16 neurons: bits of those that are always computed
+  float predictor_threshold = 0, activation_threshold = 0;
+
+  const uint8_t* bundle(int neuron) const { return bundles + size_t(neuron) * bundle_stride; }
+  // What a neuron whose gate fired is read from next.
+  const RowKind& after_gate() const { return up_row.bytes ? up_row : down_row; }
+};
+
+struct LayerStats {
+  int64_t fired = 0, predicted = 0, missed = 0;
+};
+
+class Model {
+ public:
+  struct Buffers;  // buffers.h
+
+  Model(const Config& config, int threads, size_t weight_bytes, const Kernels& kernels);
+  ~Model();
+
+  const Config config;
+  const Kernels& k;
+  Team team;
+  std::vector<Layer> layers;
+  Panel embedding, head;
+  Panel positions;  // learned positions [n_positions, d_model], or none
+  NormWeights output_norm;
+  std::vector<float> rope_frequency;  // [rope_dim / 2], radians per position
+  float rope_scale = 1;               // of sine and cosine (YaRN's attention factor)
+  double input_sparsity = 0;          // share of the attention matrices' inputs that are left out, where they are held by input
+  bool audit = false;                 // predicted mode: also count what the predictor missed
+
+  // Packs a GGUF matrix [rows, cols] on all threads; `order` as in pack_panel.
+  Panel add_panel(Type type, const uint8_t* src, int rows, int cols, const int32_t* order);
+  // Packs transposed matrices, GGUF rows of [inputs, outputs of each part].
+  InputRows add_input_rows(int inputs, const std::vector<InputPart>& parts);
+  // Packs the rows of all neurons of a layer; gate may be null (exact mode keeps gates in a panel), and so may up.
+  void add_bundles(Layer& layer, const uint8_t* gate, Type gate_type, const uint8_t* up, Type up_type,
+                   const uint8_t* down, Type down_type);
+
+  // Runs tokens [0, n) at the end of the cache. Logits of the last one, or of all, go to `logits` [.., n_vocab].
+  void forward(const int32_t* tokens, int n, bool all_logits, float* logits);
+  int position = 0;
+
+  // ---- parts of a model whose other parts are computed elsewhere (parts.cpp)
+  // Packs the rows of `n` neurons of a layer, numbered from 0; the layer's other neurons are not held.
+  void add_neurons(Layer& layer, int n, const uint8_t* gate, Type gate_type, const uint8_t* up, Type up_type,
+                   const uint8_t* down, Type down_type);
+  // Layers [first, last) on the residual stream x [n, d_model], in place, of tokens at `first_position`.
+  void run_layers(float* x, int n, int first, int last, int first_position);
+  // y [n, d_model] = act(gate) * up over `count` neurons of layer l, through down. `normed` [n, d_model] is the FFN's
+  // input; `tokens` says for n > 1 which tokens a neuron is wanted for. n is at most kMaxBlock. Returns how many fired.
+  int64_t run_neurons(int l, const float* normed, int n, const int32_t* index, const uint64_t* tokens, int count, float* y);
+
+  const std::vector<LayerStats>& stats();
+  int64_t input_bytes() const;  // read, or needed, of matrices held by input
+  void reset_stats();
+  int64_t tokens_run = 0;
+  size_t weight_bytes() const { return arena_.used(); }
+
+ private:
+  Buffers& buffers();
+
+  Arena arena_;
+  std::unique_ptr<Buffers> buffers_;
+  std::vector<LayerStats> total_;
+};
+
+}  // namespace hotcold
