@@ -42,7 +42,7 @@ def options(budget: str = "auto", **more: object) -> BackendOptions:
 
 def needed(path, mode: str) -> int:
     """Bytes for all of the model, by a plan with room to spare."""
-    return make_placement(path, mode, 1, 64, options("64M")).device_bytes
+    return make_placement(path, mode, 1, 64, options("256M")).device_bytes
 
 
 @pytest.mark.parametrize("mode", ["dense", "exact", "predicted"])
@@ -110,7 +110,7 @@ def test_exact_is_planned_with_all_gates(sized):
 
 def test_dry_run_on_two_devices(sized, capsys):
     """What one device would have to take and cannot, two do."""
-    plan = make_placement(sized, "exact", 1, 64, options("64M"))
+    plan = make_placement(sized, "exact", 1, 64, options("256M"))
     layer, fixed = plan.layers[0].device_bytes, plan.fixed[0]
     budgets = f"{fixed + layer}B,{fixed + layer}B"
     arguments = ["run", str(sized), "--backend", "hybrid", "--device", "cpu,cpu", "--dry-run", "-c", "64"]
@@ -121,7 +121,7 @@ def test_dry_run_on_two_devices(sized, capsys):
 
 
 def test_run_on_two_devices(sized, capsys):
-    plan = make_placement(sized, "exact", 1, 64, options("64M"))
+    plan = make_placement(sized, "exact", 1, 64, options("256M"))
     layer = plan.layers[0].device_bytes + plan.layers[0].cpu_bytes
     budget = f"{plan.fixed[0] + 3 * layer // 2}B"
     arguments = ["run", str(sized), "-p", "fox", "-n", "4", "--ignore-eos", "--temp", "0", "-c", "64"]
