@@ -46,15 +46,16 @@ class Roofline:
         return tok_s / self.ceiling
 
 
-def read_bandwidth(n_threads: int, n_bytes: int = _PROBE_BYTES, *, prefetching: bool = False) -> float:
-    """Read bandwidth of the memory in GB/s with `n_threads`, by a loop over `n_bytes`.
+def read_bandwidth(n_threads: int, n_bytes: int | None = None, *, prefetching: bool = False) -> float:
+    """Read bandwidth of the memory in GB/s with `n_threads`, by a loop over `n_bytes`
+    (256 MiB).
 
     Plain loads, as other tools measure it; or with `prefetching` ahead of them, as the engine does, which is
     faster on some machines. What a machine can give is the larger of both.
     """
     from hotcold.runtime.cpu import _cpu
 
-    return float(_cpu.read_bandwidth(n_threads, n_bytes, prefetching=prefetching))
+    return float(_cpu.read_bandwidth(n_threads, n_bytes or _PROBE_BYTES, prefetching=prefetching))
 
 
 def dense_bytes_per_token(path: str | Path, position: int) -> dict[str, float]:

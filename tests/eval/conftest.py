@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -90,6 +90,14 @@ def write_bundle(folder: Path, threshold: float) -> Path:
         options=ExportOptions(quant="f16", predictor_quant="f32", attention_rows=True),
     )
     return folder / "bundle"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def short_bandwidth_probes() -> Iterator[None]:
+    """No test looks at how fast the memory is."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("hotcold.eval.roofline._PROBE_BYTES", 1 << 22)
+        yield
 
 
 @pytest.fixture(scope="session")
