@@ -152,7 +152,7 @@ def test_imports_go_down_one_staircase(path):
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_gguf_enters_through_one_reader(path):
-    """The `gguf` package's reader and transformers' use of it trust the file; only `files/gguf.py` does not."""
+    """The `gguf` package's reader and transformers' use of it trust the file; `files/gguf.py` does not."""
     text = path.read_text()
     assert not re.search(r"GGUFReader|gguf_file|gguf_reader", text)
     if path.relative_to(ROOT).parts[0] != "convert" and path.parent != ROOT / "src/hotcold/files":
