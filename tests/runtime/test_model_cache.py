@@ -93,7 +93,7 @@ def test_two_processes_convert_once_and_say_the_same(checkpoint, models):
 
 def test_a_killed_conversion_leaves_nothing_that_is_used(checkpoint, models):
     code = (
-        "import os, signal; from hotcold.convert import export\n"
+        "import os, signal; from hotcold.convert.bundle import export\n"
         f"export.is_exact = lambda _: os.kill(os.getpid(), signal.SIGKILL)\n{RUN}"
     )
     child = subprocess.run([sys.executable, "-c", code, "run", str(checkpoint), "-p", "a", "-n", "1"])

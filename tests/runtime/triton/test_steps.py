@@ -50,13 +50,13 @@ def test_the_layer_norm_is_that_of_its_paper(rng):
 @pytest.mark.parametrize("head_dim", [8, 20])
 @pytest.mark.parametrize(("n_heads", "n_kv_heads"), [(4, 4), (6, 2)])
 @pytest.mark.parametrize("tokens", [1, 3])
-def test_turning_fills_the_cache(rng, tokens, n_heads, n_kv_heads, head_dim):
+def test_rotation_fills_the_cache(rng, tokens, n_heads, n_kv_heads, head_dim):
     q, k, v = (normal(rng, tokens, n, head_dim) for n in (n_heads, n_kv_heads, n_kv_heads))
     angle = normal(rng, 12, head_dim // 2)
     positions = torch.arange(7, 7 + tokens, device=DEVICE)
     kept = cache(rng, n_kv_heads, 12, head_dim)
     found, expected = (
-        (where.turn(q, k, v, angle.cos(), angle.sin(), positions, *mine), *mine)
+        (where.apply_rope(q, k, v, angle.cos(), angle.sin(), positions, *mine), *mine)
         for where, mine in ((steps, [part.clone() for part in kept]), (step_reference, kept))
     )
     for got, wanted in zip(found, expected, strict=True):
