@@ -25,6 +25,7 @@ from hotcold.files.gguf_split import gguf_sha256, open_gguf
 from hotcold.files.quantize import QUANTS
 from hotcold.model.gguf_checkpoint import GGUFCheckpoint
 from hotcold.model.huggingface import HFCheckpoint
+from hotcold.model.tensors import GGUF
 from hotcold.predictor.bundle import PredictorBundle
 from hotcold.progress import log
 
@@ -38,7 +39,8 @@ __all__ = [
     "write_sparse",
 ]
 
-_FFN = ("ffn_gate", "ffn_up", "ffn_down", "ffn_down_t")
+_FFN = [GGUF[slot].format(0) + end for slot in ("gate", "up", "down") for end in ("", "_exps")]
+_FFN.append(f"{GGUF['down'].format(0)}_t")
 
 
 def read_bundle(path: Path, parts: Parts, options: Options, stack: ExitStack) -> None:
@@ -138,9 +140,11 @@ def _copied(model: Model, format: str, out: Path, options: Options) -> bool:
 def _export_options(model: Model, options: Options) -> ExportOptions:
     """What is not wished otherwise stays as the source has it."""
     default = ExportOptions()
-    body = options.quant or _type_of(model.file, "blk.0.ffn_up") or "f16"
-    head = options.head_quant or options.quant or _type_of(model.file, "token_embd") or body
-    predictor = options.predictor_quant or _type_of(model.file, "blk.0.fc2") or default.predictor_quant
+    body = options.quant or _type_of(model.file, GGUF["up"].format(0)) or "f16"
+    head = options.head_quant or options.quant or _type_of(model.file, GGUF["embedding"]) or body
+    predictor = (
+        options.predictor_quant or _type_of(model.file, GGUF["fc2"].format(0)) or default.predictor_quant
+    )
     frequency = default.hot_frequency if options.hot_frequency is None else options.hot_frequency
     return ExportOptions(body, head, predictor, frequency, options.attention_rows or model.attention_rows)
 
@@ -159,7 +163,7 @@ def bytes_per_neuron(model: Model) -> int:
     if model.file is None:
         fix = "give the GGUF file as a source"
         raise InputError("the size of a neuron depends on its type", fix=fix)
-    names = {f"blk.0.{name}{suffix}.weight" for name in _FFN for suffix in ("", "_exps")}
+    names = {f"{name}.weight" for name in _FFN}
     total = sum(tensor.data.nbytes for name, tensor in model.file.tensors.items() if name in names)
     architecture = model.file.require("general.architecture", str)
     return total // model.file.require(f"{architecture}.feed_forward_length", int)

@@ -1,8 +1,7 @@
-"""The families of models: how each is put together, and what transformers calls its weights and settings.
+"""The families of models: one row per `model_type` of transformers, and one per `general.architecture` of GGUF.
 
-One row of `FAMILIES` per `model_type`. Weights bear GGUF's names in all of hotcold (`attn_q`, `ffn_down`,
-…, one set for every family); a row says which module of transformers each is. What differs between two
-checkpoints of a family stands in their `config.json` and is read by `architectures.ModelSpec`.
+A family that is new in its names alone is a row here, and nothing else. What differs between two checkpoints of
+a family stands in their `config.json` or metadata and is read by `ModelSpec`.
 """
 
 from __future__ import annotations
@@ -10,33 +9,41 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-__all__ = ["FAMILIES", "Family"]
+from hotcold.model.tensors import FALCON_GGUF, GGUF, UNGATED_GGUF, Naming
 
-_ATTENTION = ("attn_q", "attn_k", "attn_v", "attn_output")
+__all__ = ["ARCHITECTURES", "FAMILIES", "Architecture", "Family", "Structure"]
+
+_ATTENTION = ("q", "k", "v", "o")
+
+
+@dataclass(frozen=True, slots=True)
+class Structure:
+    """How the blocks of a model are put together.
+
+    `layer_norm`: LayerNorms with biases, not RMSNorms. `gated`: FFNs have gates. `parallel`: attention and FFN read
+    the same input. `head_norm`: each head of q and k is normed. `learned_positions`: not rotary ones.
+    """
+
+    layer_norm: bool = False
+    gated: bool = True
+    parallel: bool = False
+    head_norm: bool = False
+    learned_positions: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Family:
     """One `model_type`.
 
-    `modules`: our names to transformers', those inside a layer with `{}` for its number. `keys`: Llama's
-    names of settings to this family's. `biases`: which modules have one, by the flag in `config.json` that
-    turns it on (`""`: always). `two_norms`: the norms' modules where a
-    parallel block has two. `window`: which layers a sliding window is
-    for (`all`, `chosen` by the config, or none). `dense`, `sparse`: the `general.architecture` of the two
-    GGUF files, with the model's own FFN.
+    `keys`: Llama's names of settings to this family's. `biases`: which slots have one, by the flag in `config.json`
+    that turns it on (`""`: always). `window`: which layers a sliding window is for (`all`, `chosen` by the config,
+    or none). `dense`, `sparse`: the `general.architecture` of the two GGUF files, with the model's own FFN.
     """
 
-    modules: Mapping[str, str]
+    naming: Naming
+    structure: Structure = Structure()
     keys: Mapping[str, str] = field(default_factory=dict)
     biases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    layer_norm: bool = False
-    gated: bool = True
-    parallel: bool = False
-    head_norm: bool = False
-    fused_qkv: bool = False
-    two_norms: Mapping[str, str] = field(default_factory=dict)
-    first_position: int | None = None  # row of the learned position 0; None: rotary positions
     window: str = ""
     tied: bool = False  # where the config does not say
     activation: str | None = None  # where the config does not say; None: it has to
@@ -46,81 +53,121 @@ class Family:
     refused: Mapping[str, object] = field(default_factory=dict)  # settings that must have this value
 
 
+@dataclass(frozen=True, slots=True)
+class Architecture:
+    """One `general.architecture`, which fixes what a file does not say.
+
+    `activation` is what llama.cpp or PowerInfer computes with it. `experts`: the FFN is written as a mixture's only
+    expert. `rope_factors`: the tensor of that slot is known. `default_eps`: the norm's epsilon in files that do not
+    say it, as those of PowerInfer's OPT converter. `model_type` is the family of a model in such a file.
+    """
+
+    structure: Structure = Structure()
+    naming: Naming = Naming(GGUF)
+    activation: str = "silu"
+    experts: bool = False
+    rope_factors: bool = False
+    default_eps: float | None = None
+    model_type: str = "llama"
+
+    @property
+    def eps_key(self) -> str:
+        """Where the norm's epsilon stands."""
+        return f"attention.layer_norm_{'' if self.structure.layer_norm else 'rms_'}epsilon"
+
+
 _LLAMA = {
-    "token_embd": "model.embed_tokens",
+    "embedding": "model.embed_tokens",
     "output_norm": "model.norm",
-    "output": "lm_head",
+    "head": "lm_head",
     "attn_norm": "model.layers.{}.input_layernorm",
-    "attn_q": "model.layers.{}.self_attn.q_proj",
-    "attn_k": "model.layers.{}.self_attn.k_proj",
-    "attn_v": "model.layers.{}.self_attn.v_proj",
-    "attn_output": "model.layers.{}.self_attn.o_proj",
+    "q": "model.layers.{}.self_attn.q_proj",
+    "k": "model.layers.{}.self_attn.k_proj",
+    "v": "model.layers.{}.self_attn.v_proj",
+    "o": "model.layers.{}.self_attn.o_proj",
+    "q_norm": "model.layers.{}.self_attn.q_norm",
+    "k_norm": "model.layers.{}.self_attn.k_norm",
     "ffn_norm": "model.layers.{}.post_attention_layernorm",
-    "ffn_gate": "model.layers.{}.mlp.gate_proj",
-    "ffn_up": "model.layers.{}.mlp.up_proj",
-    "ffn_down": "model.layers.{}.mlp.down_proj",
+    "gate": "model.layers.{}.mlp.gate_proj",
+    "up": "model.layers.{}.mlp.up_proj",
+    "down": "model.layers.{}.mlp.down_proj",
 }
-_HEAD_NORMS = {
-    "attn_q_norm": "model.layers.{}.self_attn.q_norm",
-    "attn_k_norm": "model.layers.{}.self_attn.k_norm",
-}
-# Without a gate there is one matrix into the FFN, and it is called up.
 _OPT = {
-    "token_embd": "model.decoder.embed_tokens",
-    "position_embd": "model.decoder.embed_positions",
+    "embedding": "model.decoder.embed_tokens",
+    "positions": "model.decoder.embed_positions",
     "output_norm": "model.decoder.final_layer_norm",
-    "output": "lm_head",
+    "head": "lm_head",
     "attn_norm": "model.decoder.layers.{}.self_attn_layer_norm",
-    "attn_q": "model.decoder.layers.{}.self_attn.q_proj",
-    "attn_k": "model.decoder.layers.{}.self_attn.k_proj",
-    "attn_v": "model.decoder.layers.{}.self_attn.v_proj",
-    "attn_output": "model.decoder.layers.{}.self_attn.out_proj",
+    "q": "model.decoder.layers.{}.self_attn.q_proj",
+    "k": "model.decoder.layers.{}.self_attn.k_proj",
+    "v": "model.decoder.layers.{}.self_attn.v_proj",
+    "o": "model.decoder.layers.{}.self_attn.out_proj",
     "ffn_norm": "model.decoder.layers.{}.final_layer_norm",
-    "ffn_up": "model.decoder.layers.{}.fc1",
-    "ffn_down": "model.decoder.layers.{}.fc2",
+    "gate": "model.decoder.layers.{}.fc1",
+    "down": "model.decoder.layers.{}.fc2",
 }
 _FALCON = {
-    "token_embd": "transformer.word_embeddings",
+    "embedding": "transformer.word_embeddings",
     "output_norm": "transformer.ln_f",
-    "output": "lm_head",
-    "attn_norm": "transformer.h.{}.input_layernorm",
-    "attn_qkv": "transformer.h.{}.self_attention.query_key_value",
-    "attn_output": "transformer.h.{}.self_attention.dense",
-    "ffn_norm": "transformer.h.{}.input_layernorm",
-    "ffn_up": "transformer.h.{}.mlp.dense_h_to_4h",
-    "ffn_down": "transformer.h.{}.mlp.dense_4h_to_h",
+    "head": "lm_head",
+    "norm": "transformer.h.{}.input_layernorm",
+    "attn_norm": "transformer.h.{}.ln_attn",
+    "ffn_norm": "transformer.h.{}.ln_mlp",
+    "qkv": "transformer.h.{}.self_attention.query_key_value",
+    "o": "transformer.h.{}.self_attention.dense",
+    "gate": "transformer.h.{}.mlp.dense_h_to_4h",
+    "down": "transformer.h.{}.mlp.dense_4h_to_h",
 }
 
-_LLAMA_FAMILY = Family(_LLAMA, biases={"attention_bias": _ATTENTION})
-_MISTRAL = Family(_LLAMA, window="all")
+_QWEN3_BLOCKS = Structure(head_norm=True)
+_OPT_BLOCKS = Structure(layer_norm=True, gated=False, learned_positions=True)
+_FALCON_BLOCKS = Structure(layer_norm=True, gated=False, parallel=True)
+
+_LLAMA_FAMILY = Family(Naming(_LLAMA), biases={"attention_bias": _ATTENTION})
+_MISTRAL = Family(Naming(_LLAMA), window="all")
 
 FAMILIES: dict[str, Family] = {
     "llama": _LLAMA_FAMILY,
     "mistral": _MISTRAL,
     # Bamboo and TurboSparse-Mistral: `hidden_act` says relu, the remote code applies it twice
     "bamboo": replace(_MISTRAL, drelu=True),
-    "qwen2": Family(_LLAMA, biases={"": _ATTENTION[:3]}, window="chosen", dense="qwen2", sparse="qwen2"),
-    "qwen3": Family(
-        _LLAMA | _HEAD_NORMS, biases={"attention_bias": _ATTENTION}, head_norm=True, window="chosen",
-        dense="qwen3", sparse="qwen3",
+    "qwen2": Family(
+        Naming(_LLAMA), biases={"": _ATTENTION[:3]}, window="chosen", dense="qwen2", sparse="qwen2"
+    ),
+    "qwen3": replace(
+        _LLAMA_FAMILY, structure=_QWEN3_BLOCKS, window="chosen", dense="qwen3", sparse="qwen3"
     ),
     "granite": _LLAMA_FAMILY,
-    "minicpm": Family(_LLAMA, tied=True),
+    "minicpm": Family(Naming(_LLAMA), tied=True),
     "opt": Family(
-        _OPT,
+        Naming(_OPT, first_position=2), _OPT_BLOCKS,
         keys={"intermediate_size": "ffn_dim", "hidden_act": "activation_function"},
-        biases={"": (*_ATTENTION, "ffn_up", "ffn_down")},
-        layer_norm=True, gated=False, first_position=2, tied=True, activation="relu",
-        dense="gpt2", sparse="opt",
+        biases={"": (*_ATTENTION, "gate", "down")}, tied=True, activation="relu", dense="gpt2", sparse="opt",
         refused={"do_layer_norm_before": True, "_remove_final_layer_norm": False,
                  "layer_norm_elementwise_affine": True, "enable_bias": True},
     ),
     "falcon": Family(
-        _FALCON,
+        Naming(_FALCON, fused="heads"), _FALCON_BLOCKS,
         keys={"intermediate_size": "ffn_hidden_size", "hidden_act": "activation",
               "rms_norm_eps": "layer_norm_epsilon", "num_key_value_heads": "num_kv_heads"},
-        two_norms={"attn_norm": "transformer.h.{}.ln_attn", "ffn_norm": "transformer.h.{}.ln_mlp"},
-        layer_norm=True, gated=False, parallel=True, fused_qkv=True, tied=True, activation="gelu",
-        dense="falcon", sparse="falcon", refused={"alibi": False, "parallel_attn": True, "bias": False},
+        tied=True, activation="gelu", dense="falcon", sparse="falcon",
+        refused={"alibi": False, "parallel_attn": True, "bias": False},
+    ),
+}  # fmt: skip
+
+_INTERLEAVED = Naming(GGUF, interleaved=True)
+
+ARCHITECTURES: dict[str, Architecture] = {
+    "llama": Architecture(naming=_INTERLEAVED, rope_factors=True),
+    "qwen2": Architecture(model_type="qwen2"),
+    "qwen3": Architecture(_QWEN3_BLOCKS, model_type="qwen3"),
+    "smallthinker": Architecture(activation="relu", experts=True),
+    "gpt2": Architecture(_OPT_BLOCKS, Naming(UNGATED_GGUF, fused="parts"), "gelu", model_type="opt"),
+    "falcon": Architecture(_FALCON_BLOCKS, Naming(FALCON_GGUF, fused="parts"), "gelu", model_type="falcon"),
+    # PowerInfer's own
+    "bamboo": Architecture(naming=_INTERLEAVED, activation="drelu", model_type="bamboo"),
+    "opt": Architecture(
+        _OPT_BLOCKS, Naming(UNGATED_GGUF | {"positions": "pos_embd"}, first_position=2), "relu",
+        default_eps=1e-5, model_type="opt",
     ),
 }  # fmt: skip

@@ -90,11 +90,12 @@ class HFCheckpoint:
         family = FAMILIES.get(str(self.config.get("model_type")))
         if family is None or not self.config.get("tie_word_embeddings", family.tied):
             return
-        head, embedding = (self._files.get(f"{family.modules[m]}.weight") for m in ("output", "token_embd"))
+        names = family.naming.names
+        head, embedding = (self._files.get(f"{names[slot]}.weight") for slot in ("head", "embedding"))
         if head is None or embedding is None:
             return
         if head[0].same(head[1], *embedding):
-            del self._files[f"{family.modules['output']}.weight"]
+            del self._files[f"{names['head']}.weight"]
         else:
             log(f"{self.path.name}: its config ties the head to the embedding, but it has a head of its own")
             self.config["tie_word_embeddings"] = False

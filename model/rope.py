@@ -31,7 +31,8 @@ class Rope:
 
     `kind` is `default`, `linear`, `yarn` or `llama3`; `factor` stretches the context of `original_ctx`
     tokens. `low` and `high` are YaRN's beta_slow and beta_fast or Llama 3's low_freq_factor and
-    high_freq_factor; `attention_factor` multiplies sine and cosine.
+    high_freq_factor; `attention_factor` multiplies sine and cosine. `divisors` [head_dim / 2], if any, are what a
+    GGUF file divides the frequencies by besides.
     """
 
     base: float = 10000.0
@@ -41,6 +42,7 @@ class Rope:
     low: float = 1.0
     high: float = 32.0
     attention_factor: float = 1.0
+    divisors: tuple[float, ...] = ()
 
     @classmethod
     def from_config(cls, fields: Fields, n_ctx: int) -> Rope:
@@ -91,7 +93,8 @@ class Rope:
     def frequencies(self, dim: int) -> np.ndarray:
         """Radians per position of each pair, float32 [dim / 2]."""
         plain = self.base ** (-np.arange(0, dim, 2, dtype=np.float64) / dim)
-        return (plain / self._divisors(plain, dim)).astype(np.float32)
+        frequencies = (plain / self._divisors(plain, dim)).astype(np.float32)
+        return frequencies / np.float32(self.divisors) if self.divisors else frequencies
 
     def llama3_divisors(self, dim: int) -> np.ndarray | None:
         """What llama.cpp wants in `rope_freqs`, float32 [dim / 2]; None unless this is Llama 3's scaling."""

@@ -1,4 +1,4 @@
-"""The rotary positions that a GGUF file means, for the runtime and as the `rope_parameters` of transformers.
+"""The rotary positions that a GGUF file means, and the same as the `rope_parameters` of transformers.
 
 GGUF says the base and the scaling as numbers, but Llama 3's scaling as a tensor: `rope_freqs.weight`, the
 factor that each frequency is divided by (or `hotcold.rope.factors`, where llama.cpp knows no such tensor).
@@ -9,6 +9,8 @@ gives them.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,21 +19,29 @@ from hotcold.errors import FormatError, UnsupportedError
 from hotcold.files.gguf import GGUFFile
 from hotcold.files.quantize import dequantize
 from hotcold.model.config_fields import LARGEST, SMALLEST
-from hotcold.model.forms import ROPE_FACTORS
 from hotcold.model.rope import Rope
+from hotcold.model.tensors import GGUF
 
-__all__ = ["check_pairs", "read_rope", "rope_divisors", "rope_parameters"]
+__all__ = ["ROPE_FACTORS", "check_pairs", "read_rope", "rope_parameters"]
+
+ROPE_FACTORS = "hotcold.rope.factors"  # f32[head_dim / 2]: as the tensor rope_freqs, where that is not known
+_TENSOR = f"{GGUF['rope_factors']}.weight"
 
 # Llama 3.1 and 3.2 (their config.json): these three are the same in all of them, the factor is 8 or 32.
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
 
-def read_rope(file: GGUFFile, architecture: str) -> Rope:
-    """Base and scaling by llama.cpp's keys, without `rope_divisors`.
+def read_rope(file: GGUFFile, architecture: str, head_dim: int) -> Rope:
+    """Base and scaling by llama.cpp's keys, and the factors of each pair.
 
     UnsupportedError for a scaling that is not known here, FormatError for a number that cannot be.
     """
+    divisors = _divisors(file, head_dim)
+    rope = _read_scaling(file, architecture)
+    return rope if divisors is None else replace(rope, divisors=tuple(divisors.tolist()))
 
+
+def _read_scaling(file: GGUFFile, architecture: str) -> Rope:
     def number(name: str, default: float | None = None) -> float:
         return _positive(file, f"{architecture}.rope.{name}", default)
 
@@ -58,10 +68,10 @@ def check_pairs(file: GGUFFile, head_dim: int) -> None:
         raise FormatError("bad size of a head", where=file.path, got=head_dim, expected="an even number")
 
 
-def rope_divisors(file: GGUFFile, head_dim: int) -> np.ndarray | None:
+def _divisors(file: GGUFFile, head_dim: int) -> np.ndarray | None:
     """What each frequency is divided by, float32 [head_dim / 2], or None; FormatError for other shapes."""
-    if "rope_freqs.weight" in file.tensors:
-        found = dequantize(file.tensors["rope_freqs.weight"]).reshape(-1)
+    if _TENSOR in file.tensors:
+        found = dequantize(file.tensors[_TENSOR]).reshape(-1)
     elif ROPE_FACTORS in file.metadata:
         found = file.require(ROPE_FACTORS, np.ndarray)
     else:
@@ -72,11 +82,10 @@ def rope_divisors(file: GGUFFile, head_dim: int) -> np.ndarray | None:
     return found.astype(np.float32)
 
 
-def rope_parameters(file: GGUFFile, architecture: str, head_dim: int) -> dict[str, Any]:
-    """The same for transformers. Errors as in `read_rope`; UnsupportedError for factors without a formula."""
-    rope, divisors = read_rope(file, architecture), rope_divisors(file, head_dim)
-    if divisors is not None:
-        return {"rope_theta": rope.base, **_llama3(file, rope.base, divisors)}
+def rope_parameters(rope: Rope, where: str | Path) -> dict[str, Any]:
+    """A file's rope for transformers; UnsupportedError for factors without a formula."""
+    if rope.divisors:
+        return {"rope_theta": rope.base, **_llama3(rope, where)}
     parameters: dict[str, Any] = {"rope_theta": rope.base, "rope_type": rope.kind}
     if rope.kind != "default":
         parameters["factor"] = rope.factor
@@ -94,13 +103,12 @@ def _positive(file: GGUFFile, key: str, default: float | None) -> float:
     return float(value)
 
 
-def _llama3(file: GGUFFile, base: float, found: np.ndarray) -> dict[str, Any]:
+def _llama3(rope: Rope, where: str | Path) -> dict[str, Any]:
     # Without scaling a pair of low frequency is divided by the factor, which is the greatest divisor.
-    factor = float(found.max(initial=0.0))
-    low, high, original = _LLAMA3.values()
-    expected = Rope(base, "llama3", factor, original, low, high).llama3_divisors(2 * len(found))
-    if expected is not None and np.allclose(found, expected, rtol=1e-3):
+    factor, (low, high, original) = max(rope.divisors), _LLAMA3.values()
+    formula = Rope(rope.base, "llama3", factor, original, low, high)
+    expected = formula.llama3_divisors(2 * len(rope.divisors))
+    if expected is not None and np.allclose(rope.divisors, expected, rtol=1e-3):
         return {"rope_type": "llama3", "factor": factor, **_LLAMA3}
-    raise UnsupportedError(
-        "frequency factors that are not Llama 3's", where=file.path, got=f"rope_freqs.weight {found.shape}"
-    )
+    got = f"{_TENSOR} ({len(rope.divisors)},)"
+    raise UnsupportedError("frequency factors that are not Llama 3's", where=where, got=got)

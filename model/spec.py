@@ -1,4 +1,4 @@
-"""What `config.json` says about a model: sizes, positions, activation, biases, scales. All of it checked."""
+"""What a model is: sizes, layers, positions, activation, biases, scales, from `config.json` or from GGUF metadata."""
 
 from __future__ import annotations
 
@@ -7,21 +7,24 @@ import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from hotcold.errors import FormatError, UnsupportedError
 from hotcold.model.config_fields import Fields
-from hotcold.model.families import FAMILIES, Family
+from hotcold.model.families import FAMILIES, Family, Structure
 from hotcold.model.rope import Rope
 
-__all__ = ["ACTIVATIONS", "ModelSpec", "Scales", "interleave_rope", "split_rope"]
+if TYPE_CHECKING:
+    from hotcold.files.gguf import GGUFFile
 
-ACTIVATIONS = ("relu", "fatrelu", "drelu", "silu", "gelu")
-_MAX_LAYERS = 1 << 12  # lists are made of that length before any weight is looked for
+__all__ = ["ACTIVATIONS", "MAX_LAYERS", "NEVER_ZERO", "LayerSpec", "ModelSpec", "Scales"]
+
+MAX_LAYERS = 1 << 12  # lists are made of that length before any weight is looked for
+NEVER_ZERO = ("silu", "gelu")
+ACTIVATIONS = ("relu", "fatrelu", "drelu", *NEVER_ZERO)
 _LARGEST = sys.float_info.max
-_SPARSE = ("relu", "fatrelu", "drelu")
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,18 +40,33 @@ class Scales:
 
 
 @dataclass(frozen=True, slots=True)
+class LayerSpec:
+    """What may differ from layer to layer.
+
+    `ffn` is `gated`, `ungated` or `none`; of `n_experts` FFNs each token takes `n_used`. `window` is how many
+    positions a query sees, 0 being all.
+    """
+
+    d_ff: int
+    window: int = 0
+    ffn: str = "gated"
+    n_experts: int = 1
+    n_used: int = 1
+
+
+@dataclass(frozen=True, slots=True)
 class ModelSpec:
-    """What `config.json` says about a model, checked, in hotcold's terms.
+    """One model, checked, in hotcold's terms.
 
     `activation_thresholds` holds one t per layer: a gate fires iff it is positive and reaches t (0 for a
-    plain ReLU). `windows` holds how many positions the queries of a layer see, 0 being all; `rope` is None
-    where positions are learned.
+    plain ReLU). `rope` is None where positions are learned; `n_ctx` is 0 where a file does not say it. `biases`
+    are slots of `hotcold.model.tensors`.
     """
 
     model_type: str
-    n_layers: int
+    structure: Structure
+    layers: tuple[LayerSpec, ...]
     d_model: int
-    d_ff: int
     n_heads: int
     n_kv_heads: int
     head_dim: int
@@ -59,25 +77,65 @@ class ModelSpec:
     tied: bool
     activation: str
     activation_thresholds: tuple[float, ...]
-    windows: tuple[int, ...]
     biases: frozenset[str]
     two_norms: bool  # of a parallel block: attention and FFN have one each
-    scales: Scales
+    scales: Scales = Scales()
 
     @property
     def family(self) -> Family:
-        """How such models are put together."""
+        """What transformers calls its parts, and which files are written for it."""
         return FAMILIES[self.model_type]
+
+    @property
+    def n_layers(self) -> int:
+        """How many layers there are."""
+        return len(self.layers)
+
+    @property
+    def d_ff(self) -> int:
+        """Neurons per layer. UnsupportedError where the layers have other FFNs than one of the same width each."""
+        self.check_layers()
+        return self.layers[0].d_ff
+
+    @property
+    def windows(self) -> tuple[int, ...]:
+        """Positions that the queries of each layer see, 0 being all."""
+        return tuple(layer.window for layer in self.layers)
 
     @property
     def is_sparse(self) -> bool:
         """Whether its activation gives exact zeros."""
-        return self.activation in _SPARSE
+        return self.activation not in NEVER_ZERO
 
     @property
     def rope_theta(self) -> float:
         """The base of the rotary positions."""
         return self.rope.base if self.rope else 10000.0
+
+    @property
+    def rope_frequencies(self) -> np.ndarray:
+        """Radians per position of each pair, float32 [head_dim / 2]; empty where positions are learned."""
+        return self.rope.frequencies(self.head_dim) if self.rope else np.empty(0, np.float32)
+
+    def check_layers(self, where: str | Path | None = None) -> None:
+        """Raise UnsupportedError for what can be described, but not yet run: experts, or FFNs that differ."""
+        one = self.layers[0]
+        for layer in self.layers:
+            if layer.n_experts != 1:
+                what, expected = "a mixture of experts", "one expert"
+                raise UnsupportedError(what, where=where, got=layer.n_experts, expected=expected)
+            if (layer.d_ff, layer.ffn) != (one.d_ff, one.ffn) or layer.ffn == "none":
+                got = f"{layer.ffn} {layer.d_ff}"
+                expected = f"an FFN like that of the first layer, {one.ffn} {one.d_ff}"
+                raise UnsupportedError("layers that differ", where=where, got=got, expected=expected)
+
+    @classmethod
+    def from_gguf(cls, file: GGUFFile) -> ModelSpec:
+        """Read a GGUF file's metadata. FormatError or ShapeError for what cannot be, UnsupportedError for unknown
+        architectures, activations and scalings."""
+        from hotcold.model.metadata import read_spec
+
+        return read_spec(file)
 
     @classmethod
     def from_config(cls, config: dict[str, Any], where: str | Path = "config.json") -> ModelSpec:
@@ -90,33 +148,48 @@ class ModelSpec:
                 raise UnsupportedError(
                     f"{model_type} with {key}", where=where, got=config[key], expected=value
                 )
-        n_layers = read.count("num_hidden_layers", most=_MAX_LAYERS)
+        n_layers = read.count("num_hidden_layers", most=MAX_LAYERS)
         d_model, n_heads = read.count("hidden_size"), read.count("num_attention_heads")
         head_dim = read.count("head_dim", d_model // n_heads)
-        if family.first_position is None and head_dim % 2:
+        if not family.structure.learned_positions and head_dim % 2:
             raise read.bad("head_dim", head_dim, "an even number: rotary positions turn pairs")
         n_ctx = read.count("max_position_embeddings")
         activation, thresholds = _activation(read, family, n_layers)
         return cls(
             model_type=model_type,
-            n_layers=n_layers,
+            structure=family.structure,
+            layers=_layers(read, family, n_layers, d_model, n_ctx),
             d_model=d_model,
-            d_ff=read.count("intermediate_size", None if family.gated else 4 * d_model),
             n_heads=n_heads,
             n_kv_heads=_n_kv_heads(read, family, n_heads),
             head_dim=head_dim,
             n_ctx=n_ctx,
             n_vocab=read.count("vocab_size"),
-            norm_eps=read.positive("rms_norm_eps", 1e-5 if family.layer_norm else None),
-            rope=Rope.from_config(read, n_ctx) if family.first_position is None else None,
+            norm_eps=read.positive("rms_norm_eps", 1e-5 if family.structure.layer_norm else None),
+            rope=None if family.structure.learned_positions else Rope.from_config(read, n_ctx),
             tied=read.flag("tie_word_embeddings", family.tied),
             activation=activation,
             activation_thresholds=thresholds,
-            windows=_windows(read, family, n_layers, n_ctx),
             biases=_biases(read, family),
             two_norms=_two_norms(read, family),
             scales=_scales(read, model_type, n_layers, d_model, head_dim),
         )
+
+
+def _layers(read: Fields, family: Family, n_layers: int, d_model: int, n_ctx: int) -> tuple[LayerSpec, ...]:
+    """One of each layer; `intermediate_size` may be a list."""
+    gated, key = family.structure.gated, "intermediate_size"
+    sizes = read.get(key, None if gated else 4 * d_model)
+    if not isinstance(sizes, list):
+        sizes = [read.count(key, None if gated else 4 * d_model)] * n_layers
+    elif len(sizes) != n_layers or not all(type(n) is int and 0 <= n < 1 << 31 for n in sizes):
+        raise read.bad(key, sizes, f"{n_layers} integers, 0 for no FFN")
+    kind, windows = "gated" if gated else "ungated", _windows(read, family, n_layers, n_ctx)
+    experts = [read.count(key, 1) for key in ("num_local_experts", "num_experts_per_tok")]
+    return tuple(
+        LayerSpec(n, window, kind if n else "none", *experts)
+        for n, window in zip(sizes, windows, strict=True)
+    )
 
 
 def _activation(read: Fields, family: Family, n_layers: int) -> tuple[str, tuple[float, ...]]:
@@ -125,7 +198,7 @@ def _activation(read: Fields, family: Family, n_layers: int) -> tuple[str, tuple
     if match := re.fullmatch(r"fatrelu_(\d+(?:\.\d+)?(?:e-?\d+)?)", name):
         name, threshold = "fatrelu", float(match[1])
     name = {"swish": "silu"}.get(name, name)
-    if name not in ACTIVATIONS or (name == "drelu" and not family.gated):
+    if name not in ACTIVATIONS or (name == "drelu" and not family.structure.gated):
         expected = " | ".join(ACTIVATIONS)
         raise UnsupportedError("unknown activation", where=read.where, got=name, expected=expected)
     if family.drelu and name == "relu":
@@ -148,8 +221,11 @@ def _thresholds(read: Fields, n_layers: int, default: float) -> tuple[float, ...
 
 def _n_kv_heads(read: Fields, family: Family, n_heads: int) -> int:
     """Falcon's first models have one key-value head with `multi_query`, whatever `num_kv_heads` says."""
-    if not family.fused_qkv or read.flag("new_decoder_architecture"):
-        return read.count("num_key_value_heads", n_heads)
+    if not family.naming.fused or read.flag("new_decoder_architecture"):
+        n_kv_heads = read.count("num_key_value_heads", n_heads)
+        if family.naming.fused and n_heads % n_kv_heads:
+            raise read.bad("num_key_value_heads", n_kv_heads, f"a divisor of {n_heads}")
+        return n_kv_heads
     if not read.flag("multi_query", True):
         raise UnsupportedError("Falcon with multi_query", where=read.where, got=False, expected=True)
     return 1
@@ -171,12 +247,12 @@ def _windows(read: Fields, family: Family, n_layers: int, n_ctx: int) -> tuple[i
 
 
 def _biases(read: Fields, family: Family) -> frozenset[str]:
-    on = (modules for flag, modules in family.biases.items() if not flag or read.flag(flag))
-    return frozenset(module for modules in on for module in modules)
+    on = (slots for flag, slots in family.biases.items() if not flag or read.flag(flag))
+    return frozenset(slot for slots in on for slot in slots)
 
 
 def _two_norms(read: Fields, family: Family) -> bool:
-    if not family.parallel or not read.flag("new_decoder_architecture"):
+    if not family.structure.parallel or not read.flag("new_decoder_architecture"):
         return False
     return read.count("num_ln_in_parallel_attn", 2) == 2
 
@@ -190,18 +266,3 @@ def _scales(read: Fields, model_type: str, n_layers: int, d_model: int, head_dim
         embedding, residual, logits, attention = (read.positive(key, 1.0) for key in keys)
         return Scales(embedding, residual, 1 / logits, attention * math.sqrt(head_dim))
     return Scales()
-
-
-def interleave_rope(weight: np.ndarray, n_heads: int) -> np.ndarray:
-    """Reorder q/k rows [n_heads·head_dim, ...] from halves (i, i + head_dim/2) to neighbors (2i, 2i + 1).
-
-    Hugging Face rotates the former pairs (NEOX), GGUF's `llama` architecture the latter.
-    """
-    rows = weight.reshape(n_heads, 2, -1, *weight.shape[1:])
-    return rows.swapaxes(1, 2).reshape(weight.shape)
-
-
-def split_rope(weight: np.ndarray, n_heads: int) -> np.ndarray:
-    """The inverse of `interleave_rope`."""
-    rows = weight.reshape(n_heads, -1, 2, *weight.shape[1:])
-    return rows.swapaxes(1, 2).reshape(weight.shape)

@@ -1,130 +1,255 @@
-"""A model's weights under one set of names, whatever its family calls and fuses them.
+"""The weights of a model, slot by slot, whatever they lie in: the one loader of GGUF files and of checkpoints.
 
-`attn_q.weight`, `ffn_down.bias` and so on, with shapes from the model's spec. The constants that Granite
-and MiniCPM multiply by are folded into the weights here, so that every program that runs a Llama runs them.
+`hotcold.model.tensors` says what the slots are, and where a format has them. Who loads a model asks for a slot as
+float32, or packed: as bytes of a type that it computes with. It knows no name, no family and no order of rows.
+The constants that Granite and MiniCPM multiply by are folded into the weights of their checkpoints, so that every
+program that runs a Llama runs them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from math import prod
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Self
 
 import numpy as np
 
-from hotcold.files.tensor_check import check_tensors
+from hotcold.files.gguf import GGUFFile, Tensor
+from hotcold.files.gguf_split import forget_pages
+from hotcold.files.quantize import as_f16, dequantize
+from hotcold.files.stored import check_stored
+from hotcold.files.tensor_check import check_tensors, misshapen_tensor, missing_tensor
+from hotcold.finite import check_weight
+from hotcold.model.families import ARCHITECTURES
 from hotcold.model.huggingface import WeightSource, shapes_of
 from hotcold.model.spec import ModelSpec
+from hotcold.model.tensors import (
+    ALL,
+    GGUF,
+    ROWS,
+    Naming,
+    Shape,
+    parts_of,
+    place,
+    rows_of,
+    shape_of,
+    shapes_of_model,
+    slots_of,
+)
 
-__all__ = ["Weights", "check_weights", "hf_shapes", "parts_of"]
+__all__ = [
+    "EMBEDDING", "KEPT", "CheckpointWeights", "FileWeights", "Packed", "Weights", "check_weights", "head_name",
+]  # fmt: skip
 
-Shape = tuple[int, ...]
-
-_OUTER = ("token_embd", "position_embd", "output_norm", "output")
-
-
-def _module_shapes(spec: ModelSpec) -> dict[str, Shape]:
-    """The weight's shape of every module that any family has."""
-    d, q, kv = spec.d_model, spec.n_heads * spec.head_dim, spec.n_kv_heads * spec.head_dim
-    n_positions = spec.n_ctx + (spec.family.first_position or 0)
-    outer = {
-        "token_embd": (spec.n_vocab, d),
-        "position_embd": (n_positions, d),
-        "output_norm": (d,),
-        "output": (spec.n_vocab, d),
-    }
-    attention = {
-        "attn_norm": (d,),
-        "attn_q": (q, d),
-        "attn_k": (kv, d),
-        "attn_v": (kv, d),
-        "attn_qkv": (q + 2 * kv, d),
-        "attn_q_norm": (spec.head_dim,),
-        "attn_k_norm": (spec.head_dim,),
-        "attn_output": (d, q),
-    }
-    ffn = {
-        "ffn_norm": (d,),
-        "ffn_gate": (spec.d_ff, d),
-        "ffn_up": (spec.d_ff, d),
-        "ffn_down": (d, spec.d_ff),
-    }
-    return outer | attention | ffn
+KEPT = ("F32", "F16", "BF16", "Q8_0", "Q4_0")  # types that engines compute with, numbered as in csrc/layout.h
+EMBEDDING, _HEAD = (f"{GGUF[slot]}.weight" for slot in ("embedding", "head"))
+_PASSED_OVER = ("router", "fc1", "fc2")  # of one expert, and of predictors: no part of the function
+_ONE = "_exps.weight"  # of a mixture, of which it must be the only expert
+_GLANCE = 4096  # elements of a stored array
 
 
-def parts_of(spec: ModelSpec, module: str) -> tuple[str, ...]:
-    """`weight`, and `bias` where the module has one. A fused q, k, v stands for its parts."""
-    has_bias = module in spec.biases or (spec.family.layer_norm and module.endswith("norm"))
-    return ("weight", "bias") if has_bias else ("weight",)
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """A matrix [n, width] as uint8 `data` of a ggml type; row i is its row `order[i]`, or i where that is None."""
+
+    type: str
+    data: np.ndarray
+    n: int
+    width: int
+    order: np.ndarray | None = None
+
+    def take(self, rows: np.ndarray) -> Packed:
+        """Some of its rows."""
+        rows = rows if self.order is None else self.order[rows]
+        picked = np.ascontiguousarray(self.data.reshape(-1, len(self.data) // self.n)[rows])
+        return replace(self, data=picked.reshape(-1), n=len(rows), order=None)
 
 
-def _hf_name(spec: ModelSpec, module: str, layer: int) -> str:
-    family = spec.family
-    modules = {**family.modules, **family.two_norms} if spec.two_norms else family.modules
-    return modules[module].format(layer)
+class Weights(ABC):
+    """The weights of one model. `converted` are the types that became F16, as engines do not compute with them."""
+
+    def __init__(self, spec: ModelSpec, naming: Naming, path: Path | None) -> None:
+        self.spec, self.naming, self.path = spec, naming, path
+        self.converted: set[str] = set()
+
+    @abstractmethod
+    def tensor(self, slot: str, layer: int = 0, part: str = "weight") -> Tensor:
+        """The tensor that holds a slot, maybe beside others; FormatError where it is missing."""
+
+    @abstractmethod
+    def held(self, slot: str) -> str:
+        """The slot that a matrix is held as: by input or by output; for a tied head, the embedding."""
+
+    def slots(self) -> list[tuple[str, int]]:
+        """All slots with their layers, as they are held."""
+        return [(self.held(slot), layer) for slot, layer in slots_of(self.spec)]
+
+    def __iter__(self) -> Iterator[tuple[str, int, str, Tensor]]:
+        """Every slot with its layer, part and tensor."""
+        for slot, layer in self.slots():
+            yield from (
+                (slot, layer, part, self.tensor(slot, layer, part)) for part in parts_of(self.spec, slot)
+            )
+
+    def floats(self, slot: str, layer: int = 0, part: str = "weight") -> np.ndarray:
+        """A slot as float32, by input or by output as it is asked for; FormatError unless all of it is finite."""
+        if (held := self.held(slot)) != slot:
+            values = self.floats(held, layer, part)
+            return values.T if slot.endswith(ROWS) != held.endswith(ROWS) and part == "weight" else values
+        tensor, rows = self.tensor(slot, layer, part), rows_of(self.spec, self.naming, slot)
+        return check_weight(dequantize(tensor), tensor.name, self.path)[rows]
+
+    def vector(self, slot: str, layer: int = 0, part: str = "weight") -> np.ndarray | None:
+        """A norm or a bias, float32 [n]; None where the model has none."""
+        return self.floats(slot, layer, part).reshape(-1) if part in parts_of(self.spec, slot) else None
+
+    def packed(self, slot: str, layer: int = 0, shape: Shape | None = None) -> Packed:
+        """A slot in the type that it is stored in, or as F16 where that is none of KEPT.
+
+        `shape` is for those whose size the model does not say. FormatError unless all values are finite.
+        """
+        tensor, rows, kind = self.tensor(slot, layer), rows_of(self.spec, self.naming, slot), "F16"
+        if shape and tensor.shape != shape:
+            raise misshapen_tensor(tensor.name, self.path, tensor.shape, shape)
+        reordered = isinstance(rows, np.ndarray) and len(rows) == tensor.shape[0]  # which costs no copy here
+        part, order = (ALL, rows) if reordered else (rows, None)
+        if tensor.type in KEPT:
+            kind, values = tensor.type, tensor.data.reshape(tensor.shape[0], -1)[part]
+        else:
+            self.converted.add(tensor.type)
+            values = as_f16(dequantize(tensor)[part])
+        data = check_stored(values, kind, tensor.name, self.path)
+        return Packed(kind, data, *(shape or shape_of(self.spec, slot, layer)), order)
 
 
-def _hf_tensors(spec: ModelSpec) -> Iterator[tuple[str, Shape]]:
-    shapes = _module_shapes(spec)
-    for module in spec.family.modules:
-        for layer in range(1 if module in _OUTER else spec.n_layers):
-            if module == "output" and spec.tied:
-                continue
-            shape = shapes[module]
-            for part in parts_of(spec, module):
-                yield f"{_hf_name(spec, module, layer)}.{part}", shape if part == "weight" else shape[:1]
+class CheckpointWeights(Weights):
+    """Those of a Hugging Face checkpoint; `load(name)` gives a tensor, float32, under transformers' name."""
+
+    def __init__(self, spec: ModelSpec, load: Callable[[str], np.ndarray], path: Path | None = None) -> None:
+        super().__init__(spec, spec.family.naming, path)
+        self._load = load
+
+    def tensor(self, slot: str, layer: int = 0, part: str = "weight") -> Tensor:
+        """One of transformers' tensors, times the constant that belongs to it."""
+        name, _ = place(self.spec, self.naming, slot, layer, part)
+        values, scale = self._load(name), self._scale(slot)
+        values = values if scale == 1 else values * np.float32(scale)
+        return Tensor(name, values.shape, "F32", values)
+
+    def held(self, slot: str) -> str:
+        """Every matrix is by output."""
+        return "embedding" if slot == "head" and self.spec.tied else slot.removesuffix(ROWS)
+
+    def _scale(self, slot: str) -> float:
+        """A tied head holds the embedding's scale, so the norm before it takes that away again."""
+        scales = self.spec.scales
+        match slot:
+            case "embedding":
+                return scales.embedding
+            case "output_norm":
+                return scales.logits / (scales.embedding if self.spec.tied else 1.0)
+            case "o" | "down":
+                return scales.residual
+            case "q":
+                return scales.query
+        return 1.0
 
 
-def hf_shapes(spec: ModelSpec) -> dict[str, Shape]:
-    """Name and shape of every tensor that a checkpoint of this model must hold."""
-    return dict(_hf_tensors(spec))
+class FileWeights(Weights):
+    """Those of a GGUF file. `by_neuron`: it holds `down` by input, as `down_rows`."""
+
+    def __init__(self, file: GGUFFile, spec: ModelSpec, naming: Naming) -> None:
+        super().__init__(spec, naming, file.path)
+        self.file = file
+        for name, tensor in file.tensors.items():
+            if name.endswith(_ONE) and tensor.shape[0] != 1:
+                raise misshapen_tensor(name, self.path, tensor.shape, "one expert")
+        self.by_neuron = any(self._name("down" + ROWS, i) in file.tensors for i in range(spec.n_layers))
+
+    @classmethod
+    def read(cls, file: GGUFFile) -> Self:
+        """The weights of a whole file. Raises as `ModelSpec.from_gguf`, and for tensors that are not the model's.
+
+        An unused tensor (a bias, a norm) means another function than the one that is computed, and so does one
+        that some layers have and some have not.
+        """
+        spec = ModelSpec.from_gguf(file)
+        spec.check_layers(file.path)
+        weights = cls(file, spec, ARCHITECTURES[file.require("general.architecture", str)].naming)
+        weights.check(weights.slots())
+        return weights
+
+    def check(self, slots: Collection[tuple[str, int]]) -> None:
+        """Raise FormatError, ShapeError or UnsupportedError unless the file holds exactly these slots."""
+        expected = {
+            self._name(slot, layer, part): place(self.spec, self.naming, slot, layer, part)[1]
+            for slot, layer in slots
+            for part in parts_of(self.spec, slot)
+        }
+        check_tensors(expected, {name: self._shape(name) for name in self.weight_names()}, self.path)
+
+    def stored_names(self, *, with_predictors: bool = False) -> dict[str, tuple[str, int, str]]:
+        """The model's tensors that the file has, with the slot, layer and part of each."""
+        more = [(slot, layer) for layer in range(self.spec.n_layers) for slot in ("fc1", "fc2")]
+        names = {
+            self._name(slot, layer, part): (slot, layer, part)
+            for slot, layer in self.slots() + more * with_predictors
+            for part in parts_of(self.spec, slot)
+        }
+        return {name: found for name, found in names.items() if name in self.file.tensors}
+
+    def weight_names(self) -> set[str]:
+        """The names of all tensors but a router's, those of predictors, and rope factors."""
+        over = {GGUF[slot].format(layer) for slot in _PASSED_OVER for layer in range(self.spec.n_layers)}
+        return self.file.tensors.keys() - {f"{name}.weight" for name in (*over, GGUF["rope_factors"])}
+
+    def has(self, slot: str, layer: int = 0) -> bool:
+        """Whether the file holds a slot that a model may lack."""
+        return self._name(slot, layer) in self.file.tensors
+
+    def tensor(self, slot: str, layer: int = 0, part: str = "weight") -> Tensor:
+        """The tensor; that of a single expert without its first dimension."""
+        name = self._name(slot, layer, part)
+        if name not in self.file.tensors:
+            raise missing_tensor(name, self.path)
+        return replace(self.file.tensors[name], shape=self._shape(name))
+
+    def held(self, slot: str) -> str:
+        """As the file has it: `down` may be by neuron."""
+        if slot.removesuffix(ROWS) == "down":
+            return "down" + ROWS * self.by_neuron
+        return "embedding" if slot == "head" and self.spec.tied else slot
+
+    def release(self) -> None:
+        """Let go of the pages that were read."""
+        forget_pages(self.file)
+
+    def _name(self, slot: str, layer: int = 0, part: str = "weight") -> str:
+        """A single expert's tensors bear the names of many."""
+        name, _ = place(self.spec, self.naming, slot, layer, part)
+        one = name.removesuffix(".weight") + _ONE
+        return one if one in self.file.tensors and name not in self.file.tensors else name
+
+    def _shape(self, name: str) -> Shape:
+        shape = self.file.tensors[name].shape
+        return shape[1:] if name.endswith(_ONE) and len(shape) > 1 else shape
 
 
 def check_weights(source: WeightSource, spec: ModelSpec) -> None:
     """Refuse a checkpoint whose tensors are not those of its config; raises as `check_tensors`."""
-    check_tensors(hf_shapes(spec), shapes_of(source), source.path)
+    check_tensors(shapes_of_model(spec, spec.family.naming), shapes_of(source), source.path)
 
 
-@dataclass(frozen=True, slots=True)
-class Weights:
-    """The weights of one model; `source(name)` gives a tensor, float32, under transformers' name."""
-
-    spec: ModelSpec
-    source: Callable[[str], np.ndarray]
-
-    def shape(self, module: str, part: str = "weight") -> Shape:
-        """The shape of one of our tensors."""
-        shape = _module_shapes(self.spec)[module]
-        return shape if part == "weight" else shape[:1]
-
-    def load(self, module: str, part: str = "weight", layer: int = 0) -> np.ndarray:
-        """One of our tensors, float32."""
-        if module == "output" and self.spec.tied:
-            return self.load("token_embd")
-        if self.spec.family.fused_qkv and module in ("attn_q", "attn_k", "attn_v"):
-            return self._unfused(module, layer)
-        value = self.source(f"{_hf_name(self.spec, module, layer)}.{part}")
-        scale = self._scale(module)
-        return value if scale == 1 else value * np.float32(scale)
-
-    def _unfused(self, module: str, layer: int) -> np.ndarray:
-        """Falcon: the queries of a key-value head, then its key and its value, head after head."""
-        spec = self.spec
-        fused = self.source(f"{spec.family.modules['attn_qkv'].format(layer)}.weight")
-        heads = fused.reshape(spec.n_kv_heads, -1, spec.head_dim, spec.d_model)
-        part = {"attn_q": heads[:, :-2], "attn_k": heads[:, -2], "attn_v": heads[:, -1]}[module]
-        return np.ascontiguousarray(part).reshape(prod(part.shape[:-1]), spec.d_model)
-
-    def _scale(self, module: str) -> float:
-        """A tied head holds the embedding's scale, so the norm before it takes that away again."""
-        scales = self.spec.scales
-        match module:
-            case "token_embd":
-                return scales.embedding
-            case "output_norm":
-                return scales.logits / (scales.embedding if self.spec.tied else 1.0)
-            case "attn_output" | "ffn_down":
-                return scales.residual
-            case "attn_q":
-                return scales.query
-        return 1.0
+def head_name(file: GGUFFile) -> str:
+    """The tensor that the logits come from: the embedding where a file has no head, or a copy of it."""
+    head, embedding = file.tensors.get(_HEAD), file.tensors.get(EMBEDDING)
+    if head is None:
+        return EMBEDDING
+    if embedding is None or (head.type, head.data.size) != (embedding.type, embedding.data.size):
+        return _HEAD
+    one, other = (np.asarray(tensor.data).reshape(-1) for tensor in (head, embedding))
+    # Two matrices differ from the first bytes on, so that hundreds of megabytes need not be read.
+    same = np.array_equal(one[:_GLANCE], other[:_GLANCE]) and np.array_equal(one, other)
+    return EMBEDDING if same else _HEAD

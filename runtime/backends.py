@@ -122,17 +122,17 @@ def make_placement(
 ) -> Placement:
     """The plan that a hybrid engine of these options would use; no weights are loaded for it."""
     from hotcold.files.gguf_split import open_gguf
+    from hotcold.model.spec import ModelSpec
     from hotcold.runtime.gpu.device import open_devices, parse_budgets
     from hotcold.runtime.gpu.engine import file_and_mode
     from hotcold.runtime.placement.costs import measure_costs
     from hotcold.runtime.placement.file import load_placement
     from hotcold.runtime.placement.plan import place, place_layers
     from hotcold.runtime.placement.problem import make_problem
-    from hotcold.runtime.shape import ModelShape
 
     path, mode = file_and_mode(bundle, mode)
     file, devices = open_gguf(path), open_devices(options.device)
-    shape = ModelShape.read(file)
+    shape = ModelSpec.from_gguf(file)
     if options.place:
         return load_placement(options.place, shape.n_layers, shape.d_ff, _fingerprint(file))
     budgets = parse_budgets(options.vram_budget, devices)

@@ -3,8 +3,8 @@
 It computes every neuron and then masks those that a mode would have skipped, so that each formula stands
 here as it does in docs/architecture.md. All engine tests compare with it; nothing in it is meant to be fast.
 
-Two GGUF layouts exist and both are read: PowerInfer's (`PWRI`: neuron-major `ffn_down_t`, predictors `fc1`,
-`fc2`) and the dense one of stock llama.cpp. What the architectures are is told in `hotcold.model.forms`.
+Two GGUF layouts exist and both are read, by `hotcold.model.weights`: PowerInfer's, by neurons and with predictors,
+and the dense one of stock llama.cpp.
 """
 
 from __future__ import annotations
@@ -17,45 +17,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hotcold.errors import FormatError, InputError, UnsupportedError
-from hotcold.files.gguf import GGUFFile
+from hotcold.errors import InputError, UnsupportedError
+from hotcold.files.gguf import Tensor as Stored
 from hotcold.files.gguf_split import open_gguf
 from hotcold.files.quantize import dequantize
 from hotcold.model.limits import check_tokens
+from hotcold.model.spec import ModelSpec
+from hotcold.model.tensors import PROJECTIONS
+from hotcold.model.weights import FileWeights, Packed
 from hotcold.runtime.bundle_files import file_of_role
-from hotcold.runtime.shape import ModelShape, activation_thresholds, check_context, read_predictors
+from hotcold.runtime.context import check_context
+from hotcold.runtime.predictors import read_predictors
 from hotcold.runtime.stats import Stats
 
 __all__ = ["ReferenceEngine"]
 
 MODES = ("auto", "dense", "exact", "predicted")
-
-
-class _Weights:
-    """Tensors of one file as float32, and a record of which were asked for."""
-
-    def __init__(self, file: GGUFFile, path: Path) -> None:
-        self._file, self._path, self._unread = file, path, set(file.tensors)
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._file.tensors
-
-    def __call__(self, name: str) -> Tensor:
-        if name not in self:
-            raise FormatError("missing tensor", where=self._path, field=name)
-        self._unread.discard(name)
-        return torch.from_numpy(np.array(dequantize(self._file.tensors[name])))
-
-    def get(self, name: str) -> Tensor | None:
-        """The tensor, or None where the file has none of this name."""
-        return self(name) if name in self else None
-
-    def check_all_read(self) -> None:
-        """An unused tensor (a bias, a rope table) means another function than the one computed here."""
-        if self._unread:
-            raise UnsupportedError(
-                "the model has tensors of an unknown kind", where=self._path, got=min(self._unread)
-            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,10 +56,6 @@ class _Linear:
 
     def __call__(self, x: Tensor) -> Tensor:
         return torch.nn.functional.linear(x, self.weight, self.bias)
-
-    def rows(self, first: int, n: int) -> _Linear:
-        part = slice(first, first + n)
-        return _Linear(self.weight[part], None if self.bias is None else self.bias[part])
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,8 +82,8 @@ class _Layer:
     k_norm: _Norm | None
     o: _Linear  # [d_model, n_heads * head_dim]
     ffn_norm: _Norm
-    gate: _Linear | None  # [d_ff, d_model]
-    up: _Linear  # [d_ff, d_model]
+    gate: _Linear  # [d_ff, d_model]
+    up: _Linear | None  # [d_ff, d_model]
     down: Tensor  # [d_ff, d_model], the transpose of HF's
     down_bias: Tensor | None
     window: int  # positions that a query sees; 0: all
@@ -118,81 +91,51 @@ class _Layer:
     predictor: _Predictor | None
 
 
-def _linear(weights: _Weights, name: str, expert: bool = False) -> _Linear:
-    weight = weights(f"{name}.weight")
-    return _Linear(weight[0] if expert else weight, weights.get(f"{name}.bias"))
+def _tensor(values: np.ndarray) -> Tensor:
+    return torch.from_numpy(np.array(values))
 
 
-def _norm(weights: _Weights, shape: ModelShape, name: str) -> _Norm:
-    bias = weights(f"{name}.bias") if shape.form.layer_norm else None
-    return _Norm(weights(f"{name}.weight"), bias, shape.norm_eps)
+def _linear(weights: FileWeights, slot: str, layer: int) -> _Linear:
+    bias = weights.vector(slot, layer, "bias")
+    return _Linear(_tensor(weights.floats(slot, layer)), None if bias is None else _tensor(bias))
 
 
-def _read_attention(weights: _Weights, shape: ModelShape, block: str) -> dict[str, object]:
-    # llama.cpp's Falcon: attn_norm is that of the FFN, and of attention too unless this has its own
-    own = "attn_norm_2" if f"{block}.attn_norm_2.weight" in weights else "attn_norm"
-    q, kv = shape.n_heads * shape.head_dim, shape.n_kv_heads * shape.head_dim
-    if shape.form.fused_qkv:
-        fused = _linear(weights, f"{block}.attn_qkv")
-        projections = [fused.rows(0, q), fused.rows(q, kv), fused.rows(q + kv, kv)]
-    else:
-        projections = [_linear(weights, f"{block}.attn_{slot}") for slot in "qkv"]
-    norms = {
-        f"{slot}_norm": _norm(weights, shape, f"{block}.attn_{slot}_norm") if shape.form.head_norm else None
-        for slot in "qk"
-    }
-    return {
-        "attn_norm": _norm(weights, shape, f"{block}.{own}"),
-        "ffn_norm": _norm(weights, shape, f"{block}.{'attn_norm' if shape.form.parallel else 'ffn_norm'}"),
-        **dict(zip("qkv", projections, strict=True)),
-        **norms,
-        "o": _linear(weights, f"{block}.attn_output"),
-    }
+def _norm(weights: FileWeights, slot: str, layer: int = 0) -> _Norm:
+    both = _linear(weights, slot, layer)
+    return _Norm(both.weight, both.bias, weights.spec.norm_eps)
 
 
-def _read_ffn(weights: _Weights, shape: ModelShape, block: str) -> dict[str, object]:
-    expert = shape.form.experts
-    if expert:  # its router only ever chooses between one, so its softmax weight is 1
-        weights(f"{block}.ffn_gate_inp.weight")
-    suffix = "_exps" if expert else ""
-    gate = _linear(weights, f"{block}.ffn_gate{suffix}", expert) if shape.form.gated else None
-    up = _linear(weights, f"{block}.ffn_up{suffix}", expert)
-    if f"{block}.ffn_down_t.weight" in weights:
-        down = _linear(weights, f"{block}.ffn_down_t")
-    else:
-        down = _linear(weights, f"{block}.ffn_down{suffix}", expert)
-        down = _Linear(down.weight.T.contiguous(), down.bias)
-    return {"gate": gate, "up": up, "down": down.weight, "down_bias": down.bias}
-
-
-def _predictors(file: GGUFFile, weights: _Weights, shape: ModelShape) -> list[_Predictor | None]:
-    """None for every layer of a dense file."""
-    if "blk.0.fc1.weight" not in weights:
-        return [None] * shape.n_layers
+def _predictors(weights: FileWeights) -> list[_Predictor | None]:
+    """None for every layer of a file without them."""
+    if not weights.has("fc1"):
+        return [None] * weights.spec.n_layers
     return [
-        _Predictor(
-            fc1=weights(f"blk.{i}.fc1.weight"),
-            fc2=weights(f"blk.{i}.fc2.weight"),
-            threshold=predictor.threshold,
-            hot=torch.from_numpy(predictor.hot),
-        )
-        for i, predictor in enumerate(read_predictors(file, shape))
+        _Predictor(*map(_unpacked, (one.fc1(), one.fc2())), one.threshold, torch.from_numpy(one.hot))
+        for one in read_predictors(weights)
     ]
 
 
-def _read_layers(file: GGUFFile, weights: _Weights, shape: ModelShape) -> list[_Layer]:
-    predictors = _predictors(file, weights, shape)
-    thresholds = activation_thresholds(file, shape.n_layers)
-    return [
-        _Layer(
-            **_read_attention(weights, shape, f"blk.{i}"),
-            **_read_ffn(weights, shape, f"blk.{i}"),
-            window=shape.windows[i],
-            activation_threshold=thresholds[i],
-            predictor=predictors[i],
-        )
-        for i in range(shape.n_layers)
-    ]
+def _unpacked(matrix: Packed) -> Tensor:
+    return _tensor(dequantize(Stored("", (matrix.n, matrix.width), matrix.type, matrix.data)))
+
+
+def _read_layer(weights: FileWeights, i: int, predictor: _Predictor | None) -> _Layer:
+    spec = weights.spec
+    down = _linear(weights, "down_rows", i)
+    heads = {
+        slot: _norm(weights, slot, i) if spec.structure.head_norm else None for slot in ("q_norm", "k_norm")
+    }
+    return _Layer(
+        **{slot: _linear(weights, slot, i) for slot in (*PROJECTIONS, "gate")},
+        **{slot: _norm(weights, slot, i) for slot in ("attn_norm", "ffn_norm")},
+        **heads,
+        up=_linear(weights, "up", i) if spec.structure.gated else None,
+        down=down.weight,
+        down_bias=down.bias,
+        window=spec.windows[i],
+        activation_threshold=spec.activation_thresholds[i],
+        predictor=predictor,
+    )
 
 
 def _gated(activation: str, gate: Tensor, up: Tensor | float, threshold: float) -> Tensor:
@@ -206,22 +149,18 @@ def _gated(activation: str, gate: Tensor, up: Tensor | float, threshold: float) 
             return torch.relu(gate) * torch.relu(up)
         case "gelu":
             return torch.nn.functional.gelu(gate) * up
-        case _:  # ModelShape knows no other activation than these and SiLU
+        case _:  # ModelSpec knows no other activation than these and SiLU
             return torch.nn.functional.silu(gate) * up
 
 
-def _rope(x: Tensor, positions: Tensor, shape: ModelShape) -> Tensor:
-    """Rotate pairs of x [tokens, heads, head_dim]; pair i turns by position · frequency i.
-
-    Pairs are neighbors (2i, 2i+1) if interleaved, else (i, i + head_dim/2), which llama.cpp calls NEOX.
-    """
-    half, interleaved = x.shape[-1] // 2, shape.form.interleaved
+def _rope(x: Tensor, positions: Tensor, shape: ModelSpec) -> Tensor:
+    """Rotate pairs (i, i + head_dim/2) of x [tokens, heads, head_dim]; pair i turns by position · frequency i."""
     frequency = torch.from_numpy(shape.rope_frequencies).double()
     angle = (positions[:, None] * frequency).float()[:, None, :]  # [tokens, 1, half]
-    cos, sin = angle.cos() * shape.rope_scale, angle.sin() * shape.rope_scale
-    first, second = (x[..., 0::2], x[..., 1::2]) if interleaved else (x[..., :half], x[..., half:])
-    turned = first * cos - second * sin, first * sin + second * cos
-    return torch.stack(turned, -1).flatten(-2) if interleaved else torch.cat(turned, -1)
+    scale = shape.rope.attention_factor
+    cos, sin = angle.cos() * scale, angle.sin() * scale
+    first, second = x.chunk(2, -1)
+    return torch.cat([first * cos - second * sin, first * sin + second * cos], -1)
 
 
 class ReferenceEngine:
@@ -230,17 +169,14 @@ class ReferenceEngine:
     def __init__(self, path: Path, mode: str, n_ctx: int) -> None:
         """Read the GGUF file `path`; `mode` is `dense`, `exact` or `predicted`."""
         file = open_gguf(path)
-        weights = _Weights(file, path)
-        self._path, self._shape = path, ModelShape.read(file)
+        weights = FileWeights.read(file)
+        self._path, self._shape = path, weights.spec
         check_context(file, self._shape, n_ctx)
-        self._embedding = weights("token_embd.weight")  # [n_vocab, d_model]
-        self._head = weights("output.weight") if "output.weight" in weights else self._embedding
-        self._output_norm = _norm(weights, self._shape, "output_norm")
-        weights.get("rope_freqs.weight")  # ModelShape has read it
-        learned = weights(f"{self._shape.form.positions}.weight") if self._shape.form.positions else None
-        self._learned = None if learned is None else learned[self._shape.form.first_position :]
-        self._layers = _read_layers(file, weights, self._shape)
-        weights.check_all_read()
+        self._embedding, self._head = (_tensor(weights.floats(slot)) for slot in ("embedding", "head"))
+        self._output_norm = _norm(weights, "output_norm")
+        learned = self._shape.structure.learned_positions
+        self._learned = _tensor(weights.floats("positions")) if learned else None
+        self._layers = [_read_layer(weights, i, one) for i, one in enumerate(_predictors(weights))]
         if mode == "predicted" and self._layers[0].predictor is None:
             raise UnsupportedError("no predictors in this file", where=path, fix="use --mode exact")
         self.mode, self.n_ctx, self.audit = mode, n_ctx, False
@@ -304,7 +240,11 @@ class ReferenceEngine:
         for i in range(len(self._layers)):
             attention = self._attention(i, x, positions)
             # In a parallel block (Falcon) both read the layer's input.
-            x = x + attention + self._ffn(i, x if self._shape.form.parallel else x + attention, positions)
+            x = (
+                x
+                + attention
+                + self._ffn(i, x if self._shape.structure.parallel else x + attention, positions)
+            )
         self._tokens += len(tokens)
         x = self._output_norm(x if all_logits else x[-1])
         return (x @ self._head.T).numpy()
@@ -323,7 +263,7 @@ class ReferenceEngine:
         h = self._largest(layer.attn_norm(x), positions)
         q, k, v = (part(h).unflatten(-1, (-1, shape.head_dim)) for part in (layer.q, layer.k, layer.v))
         q, k = (layer.q_norm(q), layer.k_norm(k)) if layer.q_norm and layer.k_norm else (q, k)
-        if not shape.form.positions:
+        if shape.rope:
             q, k = _rope(q, positions, shape), _rope(k, positions, shape)
         self._keys[i] = torch.cat([self._keys[i], k.to(self.cache_dtype).float()])
         self._values[i] = torch.cat([self._values[i], v.to(self.cache_dtype).float()])
@@ -342,7 +282,7 @@ class ReferenceEngine:
         """The FFN of layer i on the residual x [tokens, d_model], with the neurons of this mode."""
         layer, shape = self._layers[i], self._shape
         h = layer.ffn_norm(x)
-        gate, up = (layer.gate(h), layer.up(h)) if layer.gate else (layer.up(h), 1.0)
+        gate, up = layer.gate(h), layer.up(h) if layer.up else 1.0
         a = _gated(shape.activation, gate, up, layer.activation_threshold)  # [tokens, d_ff]
         computed = torch.ones_like(a, dtype=torch.bool)
         if self.mode == "predicted":

@@ -10,16 +10,18 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-
 from hotcold.convert.bundle.tensor_plans import Planner
 from hotcold.convert.gguf.write import TensorPlan
+from hotcold.errors import MismatchError
+from hotcold.files.gguf import GGUFFile
+from hotcold.model.tensors import GGUF, PROJECTIONS, ROWS, Naming
+from hotcold.model.weights import FileWeights
 
-__all__ = ["ARCHITECTURE", "PROJECTIONS", "ROLE", "attention_rows_metadata", "attention_rows_plans"]
+__all__ = ["ARCHITECTURE", "ROLE", "attention_rows", "attention_rows_metadata", "attention_rows_plans"]
 
 ARCHITECTURE = "hotcold-attention"  # no program should take the file for a model
 ROLE = "attention"
-PROJECTIONS = ("attn_q", "attn_k", "attn_v", "attn_output")
+_NAMING = Naming(GGUF)
 
 
 def attention_rows_metadata() -> dict[str, Any]:
@@ -29,10 +31,19 @@ def attention_rows_metadata() -> dict[str, Any]:
 
 def attention_rows_plans(planner: Planner) -> list[TensorPlan]:
     """`blk.N.attn_q_t.weight` [inputs, outputs] and so on, of all layers."""
-    plans = []
-    for layer in range(planner.spec.n_layers):
-        for module in PROJECTIONS:
-            outputs, inputs = planner.weights.shape(module)
-            name = f"blk.{layer}.{module}_t"
-            plans.append(planner.matrix(name, module, layer, np.transpose, (inputs, outputs)))
-    return plans
+    layers = range(planner.spec.n_layers)
+    return [
+        plan for i in layers for slot in PROJECTIONS for plan in planner.tensor(_NAMING, [slot + ROWS], i)
+    ]
+
+
+def attention_rows(file: GGUFFile, model: FileWeights) -> FileWeights:
+    """The matrices of such a file; MismatchError unless it is of this model, and other errors as `FileWeights.read`."""
+    key = "hotcold.model_fingerprint"
+    got, expected = file.find(key, str), model.file.find(key, str)
+    if got != expected:
+        what, fix = "rows of another model", "export both together"
+        raise MismatchError(what, where=file.path, got=got, expected=expected, fix=fix)
+    weights = FileWeights(file, model.spec, _NAMING)
+    weights.check([(slot + ROWS, layer) for layer in range(model.spec.n_layers) for slot in PROJECTIONS])
+    return weights

@@ -1,24 +1,21 @@
-"""The tensors that all forms of a model share, planned for writing: embeddings, norms, attention."""
+"""The tensors of a model, planned for writing under one `general.architecture`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 
 from hotcold.convert.gguf.write import TensorPlan, planned
 from hotcold.files.quantize import row_type
-from hotcold.model.forms import Form
-from hotcold.model.spec import ModelSpec, interleave_rope
-from hotcold.model.weights import Weights, parts_of
+from hotcold.model.families import Architecture
+from hotcold.model.spec import ModelSpec
+from hotcold.model.tensors import ALL, GGUF, PROJECTIONS, Naming, Shape, parts_of, place, rows_of, shape_of
+from hotcold.model.weights import CheckpointWeights
 
 __all__ = ["Planner", "TensorTypes"]
-
-Change = Callable[[np.ndarray], np.ndarray]
-Shape = tuple[int, ...]
-
-_QKV = ("attn_q", "attn_k", "attn_v")
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,9 +40,9 @@ class Planner:
     fallbacks: list[str] = field(default_factory=list)
 
     @property
-    def weights(self) -> Weights:
-        """The same weights under our names."""
-        return Weights(self.spec, self.load)
+    def weights(self) -> CheckpointWeights:
+        """The same weights by slots."""
+        return CheckpointWeights(self.spec, self.load)
 
     def floats(self, name: str, shape: Shape, type_name: str, load: Callable[[], np.ndarray]) -> TensorPlan:
         """Plan a tensor to be quantized, as F16 where its rows are not whole blocks of `type_name`."""
@@ -55,115 +52,77 @@ class Planner:
             self.fallbacks.append(f"{name}: {why}, written as {fitting}")
         return planned(f"{name}.weight", shape, fitting, load)
 
-    def matrix(
-        self, name: str, module: str, layer: int, change: Change | None = None, shape: Shape | None = None
-    ) -> TensorPlan:
-        """Plan the matrix of a module as tensor `name`; `change` makes another `shape` of it."""
+    def predictor(self, slot: str, layer: int, values: np.ndarray) -> TensorPlan:
+        """Plan a matrix of a layer's predictor."""
+        return self.floats(GGUF[slot].format(layer), values.shape, self.types.predictor, lambda: values)
 
-        def load() -> np.ndarray:
-            weight = self.weights.load(module, "weight", layer)
-            return change(weight) if change else weight
+    def tensor(self, naming: Naming, slots: Sequence[str], layer: int = 0) -> list[TensorPlan]:
+        """Plan the tensor that holds these slots, and its bias, if it has one. Vectors are F32."""
+        plans = []
+        for part in parts_of(self.spec, slots[0]):
+            name, shape = place(self.spec, naming, slots[0], layer, part)
+            load = partial(self._joined, naming, slots, layer, part, shape)
+            if len(shape) == 1:
+                plans.append(planned(name, shape, "F32", load))
+            else:
+                kind = self.types.head if slots[0] in ("embedding", "head") else self.types.body
+                plans.append(self.floats(name.removesuffix(".weight"), shape, kind, load))
+        return plans
 
-        kind = self.types.head if module in ("token_embd", "output") else self.types.body
-        return self.floats(name, shape or self.weights.shape(module), kind, load)
+    def _joined(
+        self, naming: Naming, slots: Sequence[str], layer: int, part: str, shape: Shape
+    ) -> np.ndarray:
+        """The rows of the slots where the file is to have them."""
+        pieces = [
+            (rows_of(self.spec, naming, slot), self.weights.floats(slot, layer, part)) for slot in slots
+        ]
+        if pieces[0][0] is ALL:
+            return pieces[0][1]
+        values = np.empty(shape, np.float32)
+        for rows, piece in pieces:
+            values[rows] = piece
+        return values
 
-    def vectors(
-        self,
-        name: str,
-        module: str,
-        layer: int,
-        parts: tuple[str, ...] = ("bias",),
-        change: Change | None = None,
-    ) -> list[TensorPlan]:
-        """Plan the bias of a module, or the weight and bias of a norm, as F32; none where it has none."""
-
-        def plan(part: str) -> TensorPlan:
-            def load() -> np.ndarray:
-                vector = self.weights.load(module, part, layer)
-                return change(vector) if change else vector
-
-            return planned(f"{name}.{part}", self.weights.shape(module, "bias"), "F32", load)
-
-        return [plan(part) for part in parts_of(self.spec, module) if part in parts]
-
-    def norm(self, name: str, module: str, layer: int = 0) -> list[TensorPlan]:
-        """Plan a norm as tensor `name`."""
-        return self.vectors(name, module, layer, ("weight", "bias"))
-
-    def linear(
-        self, layer: int, module: str, change: Change | None = None, written: tuple[str, Shape] | None = None
-    ) -> list[TensorPlan]:
-        """Plan matrix and bias of a layer's module; `written` is another name and shape, made by `change`."""
-        name, shape = written or (module, None)
-        name = f"blk.{layer}.{name}"
-        return [self.matrix(name, module, layer, change, shape), *self.vectors(name, module, layer)]
-
-    def embeddings(self, form: Form, *, copy_tied: bool) -> list[TensorPlan]:
-        """token_embd, positions, output_norm, and output: left out of a tied model unless `copy_tied`."""
-        plans = [self.matrix("token_embd", "token_embd", 0), *self.norm("output_norm", "output_norm")]
-        if form.positions:
-            plans.append(self._positions(form))
+    def embeddings(self, architecture: Architecture, *, copy_tied: bool) -> list[TensorPlan]:
+        """Embedding, positions, output norm, and head: left out of a tied model unless `copy_tied`."""
+        naming = architecture.naming
+        plans = self.tensor(naming, ["embedding"]) + self.tensor(naming, ["output_norm"])
+        if self.spec.structure.learned_positions:
+            plans.append(self._positions(naming))
         if copy_tied or not self.spec.tied:
-            plans.append(self.matrix("output", "output", 0))
+            plans += self.tensor(naming, ["head"])
         divisors = self.spec.rope.llama3_divisors(self.spec.head_dim) if self.spec.rope else None
-        if form.rope_factors and divisors is not None:
-            plans.append(planned("rope_freqs.weight", divisors.shape, "F32", lambda: divisors))
+        if architecture.rope_factors and divisors is not None:
+            name = f"{naming.names['rope_factors']}.weight"
+            plans.append(planned(name, divisors.shape, "F32", lambda: divisors))
         return plans
 
-    def _positions(self, form: Form) -> TensorPlan:
-        skipped = (self.spec.family.first_position or 0) - form.first_position
-        rows, width = self.weights.shape("position_embd")
-        return planned(
-            f"{form.positions}.weight", (rows - skipped, width), "F32",
-            lambda: self.weights.load("position_embd")[skipped:],
-        )  # fmt: skip
+    def _positions(self, naming: Naming) -> TensorPlan:
+        """From the row on that the format begins with: before that of position 0 there may be others."""
+        name, shape = place(self.spec, naming, "positions")
+        skipped = self.weights.naming.first_position - naming.first_position
+        weights = self.weights
+        return planned(name, shape, "F32", lambda: weights.tensor("positions").data[skipped:])
 
-    def attention(self, layer: int, form: Form) -> list[TensorPlan]:
+    def attention(self, layer: int, naming: Naming) -> list[TensorPlan]:
         """The norms and the projections of a layer."""
-        block = f"blk.{layer}"
-        plans = [
-            plan
-            for name, module in _norms(self.spec, form)
-            for plan in self.norm(f"{block}.{name}", module, layer)
-        ]
-        for module in ("attn_q_norm", "attn_k_norm") if form.head_norm else ():
-            plans += self.norm(f"{block}.{module}", module, layer)
-        if form.fused_qkv:
-            plans += self._fused_qkv(layer)
-        else:
-            plans += [plan for module in _QKV for plan in self._projection(layer, module, form)]
-        return plans + self.linear(layer, "attn_output")
+        norms = {place(self.spec, naming, slot, layer)[0]: slot for slot in ("attn_norm", "ffn_norm")}
+        slots = [[norms[name]] for name in sorted(norms)]
+        slots += [["q_norm"], ["k_norm"]] if self.spec.structure.head_norm else []
+        slots += [PROJECTIONS[:3]] if naming.fused else [[slot] for slot in PROJECTIONS[:3]]
+        return [plan for group in [*slots, ["o"]] for plan in self.tensor(naming, group, layer)]
 
-    def _projection(self, layer: int, module: str, form: Form) -> list[TensorPlan]:
-        heads = {"attn_q": self.spec.n_heads, "attn_k": self.spec.n_kv_heads}.get(module)
-        name = f"blk.{layer}.{module}"
-        change = _interleaved(heads) if form.interleaved and heads else None
-        return [
-            self.matrix(name, module, layer, change),
-            *self.vectors(name, module, layer, change=change),
-        ]
+    def ffn(self, layer: int, naming: Naming, down: str = "down") -> list[TensorPlan]:
+        """The matrices of a layer's FFN, that out of it as `down` or `down_rows`."""
+        slots = ("gate", "up", down) if self.spec.structure.gated else ("gate", down)
+        return [plan for slot in slots for plan in self.tensor(naming, [slot], layer)]
 
-    def _fused_qkv(self, layer: int) -> list[TensorPlan]:
-        """The rows of q, then of k, then of v."""
-        name, weights = f"blk.{layer}.attn_qkv", self.weights
-
-        def load(part: str) -> np.ndarray:
-            return np.concatenate([weights.load(module, part, layer) for module in _QKV])
-
-        plans = [self.floats(name, weights.shape("attn_qkv"), self.types.body, lambda: load("weight"))]
-        if "attn_q" in self.spec.biases:
-            plans.append(
-                planned(f"{name}.bias", weights.shape("attn_qkv", "bias"), "F32", lambda: load("bias"))
-            )
+    def expert(self, layer: int, naming: Naming) -> list[TensorPlan]:
+        """The same as the only expert of a mixture, and the router that always takes it."""
+        router = np.zeros((1, self.spec.d_model), np.float32)
+        plans = [self.floats(naming.names["router"].format(layer), router.shape, "F32", lambda: router)]
+        for slot in ("gate", "up", "down"):
+            name, shape = f"{naming.names[slot].format(layer)}_exps", (1, *shape_of(self.spec, slot, layer))
+            load = partial(self.weights.floats, slot, layer)
+            plans.append(self.floats(name, shape, self.types.body, lambda load=load: load()[np.newaxis]))
         return plans
-
-
-def _norms(spec: ModelSpec, form: Form) -> list[tuple[str, str]]:
-    """Names in the file, and of the modules. llama.cpp's Falcon calls that of the FFN attn_norm."""
-    if not form.parallel:
-        return [("attn_norm", "attn_norm"), ("ffn_norm", "ffn_norm")]
-    return [("attn_norm", "ffn_norm"), *([("attn_norm_2", "attn_norm")] if spec.two_norms else [])]
-
-
-def _interleaved(n_heads: int) -> Change:
-    return lambda weight: interleave_rope(weight, n_heads)

@@ -22,34 +22,36 @@ from hotcold.convert.gguf.write import TensorPlan, copied, write_gguf
 from hotcold.errors import UnsupportedError
 from hotcold.files.gguf import GGUFFile, Tensor
 from hotcold.files.gguf_split import open_gguf
-from hotcold.model.forms import FORMS, hyper_parameters
-from hotcold.model.spec import ModelSpec, interleave_rope
+from hotcold.model.families import ARCHITECTURES
+from hotcold.model.metadata import hyper_parameters
+from hotcold.model.spec import ModelSpec
+from hotcold.model.tensors import ALL, place, rows_of
+from hotcold.model.weights import FileWeights
 
 __all__ = ["architecture_of", "dense_metadata", "dense_plans", "differences", "is_exact", "write_llama_twin"]
 
 _SOFTMAX = 1  # llama.cpp: LLAMA_EXPERT_GATING_FUNC_TYPE_SOFTMAX
-_EXPERT_BIASES = {"attn_q", "attn_k", "attn_v"}  # llama-cpp-python 0.3.36 loads these
-_EXPERT_NAMES = {"ffn_gate_exps": "ffn_gate", "ffn_up_exps": "ffn_up", "ffn_down_exps": "ffn_down"}
+_EXPERT_BIASES = {"q", "k", "v"}  # llama-cpp-python 0.3.36 loads these
 
 
 def architecture_of(spec: ModelSpec) -> str:
     """The llama.cpp architecture that computes this model, or comes nearest (see `differences`)."""
-    gated_relu = spec.is_sparse and spec.family.gated
-    known = spec.biases <= _EXPERT_BIASES and not spec.family.head_norm
+    gated_relu = spec.is_sparse and spec.structure.gated
+    known = spec.biases <= _EXPERT_BIASES and not spec.structure.head_norm
     return "smallthinker" if gated_relu and known else spec.family.dense
 
 
 def differences(spec: ModelSpec) -> list[str]:
     """In what llama.cpp's function differs from the model's; nothing where it is the same."""
-    form, found = FORMS[architecture_of(spec)], []
+    architecture, found = ARCHITECTURES[architecture_of(spec)], []
     threshold = max(spec.activation_thresholds)
     activation = "relu" if spec.activation == "fatrelu" and not threshold else spec.activation
-    if activation != form.activation:
+    if activation != architecture.activation:
         own = f"{activation} with thresholds up to {threshold:g}" if threshold else activation
-        found.append(f"{form.activation} instead of {own}")
+        found.append(f"{architecture.activation} instead of {own}")
     if any(spec.windows):
         found.append(f"no sliding window of {max(spec.windows)} tokens")
-    if spec.rope and spec.rope.kind == "llama3" and not form.rope_factors:
+    if spec.rope and spec.rope.kind == "llama3" and not architecture.rope_factors:
         found.append("YaRN's ramp instead of Llama 3's rope scaling")
     return found
 
@@ -63,7 +65,7 @@ def dense_metadata(spec: ModelSpec) -> dict[str, Any]:
     """`general.architecture` and the hyper-parameters of the dense form."""
     architecture = architecture_of(spec)
     metadata = {"general.architecture": architecture, **hyper_parameters(spec, architecture)}
-    if FORMS[architecture].experts:
+    if ARCHITECTURES[architecture].experts:
         numbers = {"expert_count": 1, "expert_used_count": 1, "expert_gating_func": _SOFTMAX}
         numbers["expert_feed_forward_length"] = spec.d_ff
         metadata |= {f"{architecture}.{key}": np.uint32(value) for key, value in numbers.items()}
@@ -74,31 +76,12 @@ def dense_metadata(spec: ModelSpec) -> dict[str, Any]:
 
 def dense_plans(planner: Planner) -> list[TensorPlan]:
     """All tensors of the dense form; a tied head is left out, as llama.cpp then takes the embedding."""
-    form = FORMS[architecture_of(planner.spec)]
-    plans = planner.embeddings(form, copy_tied=False)
+    architecture = ARCHITECTURES[architecture_of(planner.spec)]
+    plans, naming = planner.embeddings(architecture, copy_tied=False), architecture.naming
     for layer in range(planner.spec.n_layers):
-        plans += planner.attention(layer, form)
-        plans += _expert(planner, layer) if form.experts else _ffn(planner, layer)
+        plans += planner.attention(layer, naming)
+        plans += planner.expert(layer, naming) if architecture.experts else planner.ffn(layer, naming)
     return plans
-
-
-def _ffn(planner: Planner, layer: int) -> list[TensorPlan]:
-    modules = ("ffn_gate", "ffn_up", "ffn_down") if planner.spec.family.gated else ("ffn_up", "ffn_down")
-    return [plan for module in modules for plan in planner.linear(layer, module)]
-
-
-def _expert(planner: Planner, layer: int) -> list[TensorPlan]:
-    d_model, d_ff = planner.spec.d_model, planner.spec.d_ff
-    shapes = {"ffn_gate": (1, d_ff, d_model), "ffn_up": (1, d_ff, d_model), "ffn_down": (1, d_model, d_ff)}
-    router = np.zeros((1, d_model), np.float32)
-    plans = [planner.floats(f"blk.{layer}.ffn_gate_inp", router.shape, "F32", lambda: router)]
-    for module, shape in shapes.items():
-        plans += planner.linear(layer, module, _as_expert, (f"{module}_exps", shape))
-    return plans
-
-
-def _as_expert(weight: np.ndarray) -> np.ndarray:
-    return weight[np.newaxis]
 
 
 def write_llama_twin(source: str | Path, target: str | Path) -> None:
@@ -111,22 +94,22 @@ def write_llama_twin(source: str | Path, target: str | Path) -> None:
     architecture = file.require("general.architecture", str)
     if architecture != "smallthinker" or file.require("smallthinker.expert_count", int) != 1:
         raise UnsupportedError("not a one-expert smallthinker file", where=source, got=architecture)
-    heads = {
-        "attn_q": file.require("smallthinker.attention.head_count", int),
-        "attn_k": file.require("smallthinker.attention.head_count_kv", int),
-    }
-    plans = [_twin(tensor, heads) for name, tensor in file.tensors.items() if ".ffn_gate_inp." not in name]
+    weights = FileWeights.read(file)
+    slots = weights.stored_names()
+    plans = [
+        _twin(tensor, *slots[name], weights.spec) for name, tensor in file.tensors.items() if name in slots
+    ]
     write_gguf(target, _twin_metadata(file), plans)
 
 
-def _twin(tensor: Tensor, heads: dict[str, int]) -> TensorPlan:
-    kind = tensor.name.split(".")[-2]
-    if kind in _EXPERT_NAMES:
-        return copied(tensor, tensor.name.replace(kind, _EXPERT_NAMES[kind]), tensor.shape[1:])
-    if kind in heads:  # rows are quantized one by one, so that their order can change as they are
-        rows = tensor.data.reshape(tensor.shape[0], -1)
-        return TensorPlan(tensor.name, tensor.shape, tensor.type, lambda: interleave_rope(rows, heads[kind]))
-    return copied(tensor)
+def _twin(tensor: Tensor, slot: str, layer: int, part: str, spec: ModelSpec) -> TensorPlan:
+    llama = ARCHITECTURES["llama"].naming
+    (name, shape), rows = place(spec, llama, slot, layer, part), rows_of(spec, llama, slot)
+    if rows is ALL:
+        return copied(tensor, name, shape)
+    # rows are quantized one by one, so that their order can change as they are
+    data = tensor.data.reshape(shape[0], -1)
+    return TensorPlan(name, shape, tensor.type, lambda: data[np.argsort(rows)])
 
 
 def _twin_metadata(file: GGUFFile) -> dict[str, Any]:

@@ -18,8 +18,10 @@ from hotcold.convert.gguf.write import TensorPlan
 from hotcold.errors import FormatError
 from hotcold.files.gguf import GGUFFile
 from hotcold.files.quantize import dequantize
-from hotcold.model.forms import FORMS, hyper_parameters
+from hotcold.model.families import ARCHITECTURES
+from hotcold.model.metadata import hyper_parameters
 from hotcold.model.spec import ModelSpec
+from hotcold.model.tensors import GGUF, ROWS
 from hotcold.predictor.bundle import LayerPredictor, PredictorBundle
 
 __all__ = [
@@ -65,30 +67,18 @@ def sparse_metadata(
 
 def sparse_plans(planner: Planner, predictors: PredictorBundle | None) -> list[TensorPlan]:
     """All tensors of the sparse form; without predictors it serves `exact` mode alone."""
-    architecture = architecture_of(planner.spec)
-    form = FORMS[architecture]
-    plans = planner.embeddings(form, copy_tied=architecture != "opt")
+    name = architecture_of(planner.spec)
+    architecture = ARCHITECTURES[name]
+    plans = planner.embeddings(architecture, copy_tied=name != "opt")
     for layer in range(planner.spec.n_layers):
-        plans += planner.attention(layer, form)
-        plans += _ffn(planner, layer)
-        plans += _predictor(planner, predictors, layer) if predictors else []
+        plans += planner.attention(layer, architecture.naming)
+        plans += planner.ffn(layer, architecture.naming, "down" + ROWS)
+        plans += _predictor(planner, predictors.layers[layer], layer) if predictors else []
     return plans
 
 
-def _ffn(planner: Planner, layer: int) -> list[TensorPlan]:
-    transposed = ("ffn_down_t", (planner.spec.d_ff, planner.spec.d_model))
-    plans = planner.linear(layer, "ffn_gate") if planner.spec.family.gated else []
-    return (
-        plans + planner.linear(layer, "ffn_up") + planner.linear(layer, "ffn_down", np.transpose, transposed)
-    )
-
-
-def _predictor(planner: Planner, predictors: PredictorBundle, layer: int) -> list[TensorPlan]:
-    kind, predictor = planner.types.predictor, predictors.layers[layer]
-    return [
-        planner.floats(f"blk.{layer}.fc1", predictor.fc1.shape, kind, lambda: predictor.fc1),
-        planner.floats(f"blk.{layer}.fc2", predictor.fc2.shape, kind, lambda: predictor.fc2),
-    ]
+def _predictor(planner: Planner, predictor: LayerPredictor, layer: int) -> list[TensorPlan]:
+    return [planner.predictor("fc1", layer, predictor.fc1), planner.predictor("fc2", layer, predictor.fc2)]
 
 
 def sparse_predictors(file: GGUFFile, fingerprint: str) -> PredictorBundle | None:
@@ -99,7 +89,7 @@ def sparse_predictors(file: GGUFFile, fingerprint: str) -> PredictorBundle | Non
     """
     n_layers = sum(name.endswith(".fc1.weight") for name in file.tensors)
     layers = [
-        LayerPredictor(_matrix(file, f"blk.{n}.fc1.weight"), _matrix(file, f"blk.{n}.fc2.weight"), threshold)
+        LayerPredictor(_matrix(file, "fc1", n), _matrix(file, "fc2", n), threshold)
         for n, threshold in enumerate(predictor_thresholds(file, n_layers))
     ]
     training = {"converted_from": file.path.name}
@@ -139,7 +129,8 @@ def hot_sets(file: GGUFFile, n_layers: int) -> list[np.ndarray]:
     return np.split(neurons, np.cumsum(counts)[:-1])
 
 
-def _matrix(file: GGUFFile, name: str) -> np.ndarray:
+def _matrix(file: GGUFFile, slot: str, layer: int) -> np.ndarray:
+    name = f"{GGUF[slot].format(layer)}.weight"
     tensor = file.tensors.get(name)
     if tensor is None or len(tensor.shape) != 2:
         raise FormatError("missing tensor" if tensor is None else "not a matrix", where=file.path, field=name)
@@ -152,7 +143,7 @@ def runs_in_powerinfer(spec: ModelSpec, type_name: str) -> bool:
     It wants one of its architectures and its ReLU, head_dim · n_heads = d_model, F16 or Q4_0, and has neither
     sliding windows nor Llama 3's rope scaling.
     """
-    architecture, biased = architecture_of(spec), bool(spec.biases) and spec.family.gated
+    architecture, biased = architecture_of(spec), bool(spec.biases) and spec.structure.gated
     known = architecture in ("llama", "bamboo", "opt", "falcon") and not biased
     plain = not any(spec.activation_thresholds) and (spec.activation == "drelu") == (architecture == "bamboo")
     positions = not any(spec.windows) and not (spec.rope and spec.rope.kind == "llama3")

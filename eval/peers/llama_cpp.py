@@ -23,8 +23,9 @@ from hotcold.errors import HotcoldError, InputError, UnsupportedError
 from hotcold.files.gguf_split import open_gguf
 from hotcold.files.quantize import FLOATS
 from hotcold.model.limits import check_tokens
+from hotcold.model.tensors import GGUF
 from hotcold.progress import log
-from hotcold.runtime.shape import check_positions
+from hotcold.runtime.context import check_positions
 
 __all__ = ["LlamaCpp", "without_amx"]
 
@@ -145,7 +146,8 @@ class LlamaCpp:
         parameters.n_batch = parameters.n_ubatch = _BATCH
         parameters.n_threads = parameters.n_threads_batch = self.n_threads
         try:  # llama.cpp itself would abort the process at the first token beyond its positions
-            check_positions(open_gguf(self.path), "position_embd.weight", 0, self.n_ctx)
+            if learned := open_gguf(self.path).tensors.get(f"{GGUF['positions']}.weight"):
+                check_positions(learned.shape[0], self.n_ctx, self.path)
         except HotcoldError:
             self._lib.llama_model_free(model)
             raise

@@ -5,11 +5,10 @@ from __future__ import annotations
 import math
 
 from hotcold.files.gguf import GGUFFile, Tensor
+from hotcold.model.weights import KEPT
 from hotcold.progress import log
 
-__all__ = ["KEPT", "kept_bytes", "log_converted"]
-
-KEPT = ("F32", "F16", "BF16", "Q8_0", "Q4_0")  # numbered as in csrc/layout.h
+__all__ = ["kept_bytes", "log_converted"]
 
 
 def kept_bytes(tensor: Tensor) -> int:

@@ -9,10 +9,11 @@ import numpy as np
 
 from hotcold.errors import UnsupportedError
 from hotcold.files.gguf import GGUFFile
+from hotcold.model.tensors import ROWS
+from hotcold.model.weights import KEPT, FileWeights
 from hotcold.runtime.cpu import _cpu
-from hotcold.runtime.cpu.load import Source, load_layers, new_model
+from hotcold.runtime.cpu.load import load_layers, new_model
 from hotcold.runtime.placement.plan import Placement
-from hotcold.runtime.shape import ModelShape, activation_thresholds
 
 __all__ = ["MAX_BLOCK", "CpuSide"]
 
@@ -25,24 +26,21 @@ class CpuSide:
 
     def __init__(self, file: GGUFFile, placement: Placement, mode: str, n_threads: int, n_ctx: int) -> None:
         """Pack these weights. Raises what loading the CPU engine raises."""
-        shape = ModelShape.read(file)
-        whole = [i for i, layer in enumerate(placement.layers) if not layer.on_device]
-        self.first = whole[0] if whole else shape.n_layers
-        self.n_layers, self.d_model = shape.n_layers, shape.d_model
+        weights = FileWeights.read(file)
+        spec, whole = weights.spec, [i for i, layer in enumerate(placement.layers) if not layer.on_device]
+        self.first = whole[0] if whole else spec.n_layers
+        self.n_layers, self.d_model = spec.n_layers, spec.d_model
         self.n_cold = [layer.d_ff - len(layer.hot) if layer.on_device else 0 for layer in placement.layers]
-        source = Source(file)
         try:
             # The cache is that of layers that are here as a whole.
-            model = new_model(file, shape, mode, n_threads, n_ctx if whole else 1)
-            load_layers(model, source, file, shape, mode, whole)
+            model = new_model(spec, [file], mode, n_threads, n_ctx if whole else 1)
+            load_layers(model, weights, mode, whole)
             for i, layer in enumerate(placement.layers):
                 if self.n_cold[i]:
-                    _load_cold(model, source, shape, i, layer.cold)
-            for i, threshold in enumerate(activation_thresholds(file, shape.n_layers)):
-                model.set_activation_threshold(i, threshold)
+                    _load_cold(model, weights, i, layer.cold)
         except ValueError as error:
             raise UnsupportedError(str(error), where=file.path) from error
-        self._model, self.converted = model, source.converted
+        self._model, self.converted = model, weights.converted
 
     @property
     def any_layers(self) -> bool:
@@ -80,18 +78,15 @@ class CpuSide:
         self._model.audit = on
 
 
-def _load_cold(model: _cpu.Model, source: Source, shape: ModelShape, layer: int, cold: np.ndarray) -> None:
-    """The rows of neurons; without gates, up's are in the gate's place, as they decide, and have a bias."""
-    block = f"blk.{layer}"
-
-    def rows(name: str) -> tuple[np.ndarray, int]:
-        kind, data = source.packable(f"{block}.{name}.weight", shape.d_ff, shape.d_model)
-        return np.ascontiguousarray(data.reshape(shape.d_ff, -1)[cold]).reshape(-1), kind
-
-    up, down, name = rows("ffn_up"), rows("ffn_down_t"), f"{block}.ffn_up.bias"
-    gate, up = (rows("ffn_gate"), up) if shape.form.gated else (up, (None, 0))
-    bias = source.vector(name, shape.d_ff)[cold] if name in source and not shape.form.gated else None
-    _cpu.parts.set_neurons(model, layer, len(cold), *gate, *up, *down, bias)
+def _load_cold(model: _cpu.Model, weights: FileWeights, layer: int, cold: np.ndarray) -> None:
+    """The rows of neurons."""
+    slots = ("gate", "up" if weights.spec.structure.gated else None, "down" + ROWS)
+    rows: list[object] = []
+    for slot in slots:
+        matrix = weights.packed(slot, layer).take(cold) if slot else None
+        rows += [matrix.data, KEPT.index(matrix.type)] if matrix else [None, 0]
+    bias = weights.vector("gate", layer, "bias")
+    _cpu.parts.set_neurons(model, layer, len(cold), *rows, None if bias is None else bias[cold])
 
 
 def _token_masks(wanted: np.ndarray) -> np.ndarray:

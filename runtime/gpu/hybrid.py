@@ -18,6 +18,8 @@ from torch import Tensor
 from hotcold.cpus import thread_count
 from hotcold.errors import MismatchError
 from hotcold.files.gguf import GGUFFile
+from hotcold.model.spec import ModelSpec
+from hotcold.model.weights import EMBEDDING, head_name
 from hotcold.runtime.gpu.cpu_side import MAX_BLOCK, CpuSide
 from hotcold.runtime.gpu.device import on, open_devices
 from hotcold.runtime.gpu.engine import GpuEngine, file_and_mode
@@ -25,10 +27,8 @@ from hotcold.runtime.gpu.hybrid_stage import HybridStage
 from hotcold.runtime.gpu.layers import MAX_TOKENS
 from hotcold.runtime.gpu.telemetry import Telemetry
 from hotcold.runtime.gpu.weights import host_embedding, read_weights
-from hotcold.runtime.head import EMBEDDING, head_name
 from hotcold.runtime.placement.plan import Placement
 from hotcold.runtime.placement.problem import part_bytes
-from hotcold.runtime.shape import ModelShape
 from hotcold.runtime.stats import Stats
 
 __all__ = ["HybridEngine"]
@@ -73,7 +73,7 @@ class HybridEngine(GpuEngine):
         n_threads = thread_count(self._threads)
         self._cpu = CpuSide(file, self.placement, self.mode, n_threads, self.n_ctx)
         # One row of it is read per token: device memory is for what every token reads as a whole.
-        self._embedding = None if head_name(file) == EMBEDDING else host_embedding(file, self.shape)
+        self._embedding = None if head_name(file) == EMBEDDING else host_embedding(file)
         self._open_stages(file, self.placement.spans)
         # Decoding a quantized matrix for a dense product would take memory that the plan has no room for.
         layers = [layer for stage in self._stages for layer in stage.weights.layers]
@@ -167,7 +167,7 @@ class HybridEngine(GpuEngine):
         return torch.from_numpy(there)
 
 
-def _check_placement(placement: Placement, shape: ModelShape, mode: str, n_devices: int) -> None:
+def _check_placement(placement: Placement, shape: ModelSpec, mode: str, n_devices: int) -> None:
     got = (len(placement.layers), placement.layers[0].d_ff)
     if got != (shape.n_layers, shape.d_ff):
         raise MismatchError("a plan for another model", got=got, expected=(shape.n_layers, shape.d_ff))

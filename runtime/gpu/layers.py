@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from hotcold.model.spec import NEVER_ZERO, ModelSpec
 from hotcold.runtime.gpu.weights import DeviceLayer, DeviceNorm, DeviceWeights
-from hotcold.runtime.shape import NEVER_ZERO, ModelShape
 from hotcold.runtime.triton.rows import FLOAT, Rows
 
 __all__ = ["Cache", "Layers", "plus"]
@@ -26,7 +26,7 @@ _SMALLEST_BUCKET = 256
 class Cache:
     """Keys and values of the device layers, float16 [layers, n_kv_heads, n_ctx, head_dim], in place."""
 
-    def __init__(self, shape: ModelShape, n_layers: int, n_ctx: int, device: torch.device) -> None:
+    def __init__(self, shape: ModelSpec, n_layers: int, n_ctx: int, device: torch.device) -> None:
         size = (n_layers, shape.n_kv_heads, n_ctx, shape.head_dim)
         self.keys = torch.zeros(size, dtype=torch.float16, device=device)
         self.values = torch.zeros(size, dtype=torch.float16, device=device)
@@ -54,10 +54,12 @@ class Layers:
         # Keys are kept in half precision; a CPU has no fast product of halves.
         self._product_type = torch.float16 if device.type == "cuda" else torch.float32
         frequencies = np.asarray(self.shape.rope_frequencies, np.float64)
-        if self.shape.form.positions:  # learned, and in the residual stream already: nothing turns
+        if (
+            self.shape.structure.learned_positions
+        ):  # learned, and in the residual stream already: nothing turns
             frequencies = np.zeros(self.shape.head_dim // 2)
         angle = torch.arange(n_ctx, dtype=torch.float64)[:, None] * torch.from_numpy(frequencies)
-        scale = self.shape.rope_scale
+        scale = self.shape.rope.attention_factor if self.shape.rope else 1.0
         self._cos, self._sin = ((scale * part).float().to(device) for part in (angle.cos(), angle.sin()))
 
     def norm(self, x: Tensor, by: DeviceNorm) -> Tensor:

@@ -101,7 +101,7 @@ class Stage:
         """
         layers, layer = self._layers, self.weights.layers[i]
         added = layers.attention(i, h, positions, seen)
-        if self.weights.shape.form.parallel:
+        if self.weights.shape.structure.parallel:
             one_norm = layer.ffn_norm is layer.attn_norm
             return x + added, x, h if one_norm else layers.norm(x, layer.ffn_norm)
         x, h = layers.add_norm(x, added, layer.ffn_norm)

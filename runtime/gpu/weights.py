@@ -11,10 +11,10 @@ from torch import Tensor
 
 from hotcold.errors import UnsupportedError
 from hotcold.files.gguf import GGUFFile
-from hotcold.model.forms import Form
-from hotcold.runtime.gpu.reader import Reader
-from hotcold.runtime.head import EMBEDDING, head_name
-from hotcold.runtime.shape import NEVER_ZERO, ModelShape, activation_thresholds, read_predictors
+from hotcold.model.spec import NEVER_ZERO, ModelSpec
+from hotcold.model.tensors import PROJECTIONS, ROWS
+from hotcold.model.weights import EMBEDDING, FileWeights, Packed, head_name
+from hotcold.runtime.predictors import Predictor, read_predictors
 from hotcold.runtime.triton.reference import PLAIN_RELU
 from hotcold.runtime.triton.rows import Rows, joined
 
@@ -84,7 +84,7 @@ class DeviceLayer:
 class DeviceWeights:
     """What of a model is on one device: consecutive layers, the embedding before the first, the head last."""
 
-    shape: ModelShape
+    shape: ModelSpec
     device: torch.device
     first: int  # number of the first of `layers` in the model
     layers: list[DeviceLayer]
@@ -129,45 +129,43 @@ def read_weights(
     The embedding is for the first layer. Raises FormatError, ShapeError or UnsupportedError for a file
     that this backend cannot run.
     """
-    shape, reader = ModelShape.read(file), Reader(file, device)
-    d, vocab = shape.d_model, shape.n_vocab
-    dense_file = "blk.0.ffn_down_t.weight" not in reader
-    _check_supported(file, shape, dense_file)
-    which = range(shape.n_layers) if which is None else which
-    orders = [None] * len(which) if hot is None else [_order(chosen, shape.d_ff) for chosen in hot]
-    counts = [shape.d_ff] * len(which) if hot is None else [len(chosen) for chosen in hot]
-    embedding = reader.rows(EMBEDDING, vocab, d) if with_embedding and not which.start else None
-    positions = _read_positions(reader, shape) if not which.start and shape.form.positions else None
+    weights = FileWeights.read(file)
+    spec, reader = weights.spec, _Reader(weights, device)
+    _check_supported(weights)
+    which = range(spec.n_layers) if which is None else which
+    orders = [None] * len(which) if hot is None else [_order(chosen, spec.d_ff) for chosen in hot]
+    counts = [spec.d_ff] * len(which) if hot is None else [len(chosen) for chosen in hot]
+    embedding = reader.rows("embedding") if with_embedding and not which.start else None
+    positions = None
+    if spec.structure.learned_positions and not which.start:
+        positions = reader.rows("positions")
     head = None
     if with_head:
-        name = head_name(file)
-        shared = embedding if name == EMBEDDING else None
-        head = shared or reader.rows(name, vocab, d)
-    predictors = read_predictors(file, shape) if with_predictors else None
-    firing = activation_thresholds(file, shape.n_layers)
+        head = (
+            (embedding or reader.rows("embedding")) if head_name(file) == EMBEDDING else reader.rows("head")
+        )
+    predictors = read_predictors(weights) if with_predictors else None
     layers = [
-        _read_layer(reader, shape, i, order, count, predictors, firing[i])
+        _read_layer(reader, i, order, count, predictors and predictors[i])
         for i, order, count in zip(which, orders, counts, strict=True)
     ]
-    output_norm = _norm(reader, "output_norm", d, shape.form)
-    reader.check_all_known(which, shape.form)
     return DeviceWeights(
-        shape,
-        device,
-        which.start,
-        layers,
-        embedding,
-        positions,
-        head,
-        output_norm,
-        dense_file,
-        reader.converted,
+        shape=spec,
+        device=device,
+        first=which.start,
+        layers=layers,
+        embedding=embedding,
+        positions=positions,
+        head=head,
+        output_norm=reader.norm("output_norm"),
+        dense_file=not weights.by_neuron,
+        converted=weights.converted,
     )
 
 
-def host_embedding(file: GGUFFile, shape: ModelShape) -> Rows:
+def host_embedding(file: GGUFFile) -> Rows:
     """The embedding in main memory. Raises as `read_weights` does."""
-    return Reader(file, torch.device("cpu")).rows(EMBEDDING, shape.n_vocab, shape.d_model)
+    return _Reader(FileWeights.read(file), torch.device("cpu")).rows("embedding")
 
 
 def _order(hot: np.ndarray, d_ff: int) -> np.ndarray:
@@ -175,139 +173,104 @@ def _order(hot: np.ndarray, d_ff: int) -> np.ndarray:
     return np.concatenate([hot, np.setdiff1d(np.arange(d_ff, dtype=hot.dtype), hot)])
 
 
-def _check_supported(file: GGUFFile, shape: ModelShape, dense_file: bool) -> None:
+def _check_supported(weights: FileWeights) -> None:
     """Refuse what a file may say of a model, though none is like that, and the steps have no word for."""
+    spec = weights.spec
+    never_zero = spec.activation in NEVER_ZERO and weights.by_neuron
     refused = {
-        "dReLU needs a gate": shape.activation == "drelu" and not shape.form.gated,
-        "SiLU and GELU models run in dense mode only": shape.activation in NEVER_ZERO and not dense_file,
-        "heads of an odd width have no halves to turn": shape.head_dim % 2,
+        "dReLU needs a gate": spec.activation == "drelu" and not spec.structure.gated,
+        "SiLU and GELU models run in dense mode only": never_zero,
+        "heads of an odd width have no halves to turn": spec.head_dim % 2,
     }
     for what, is_so in refused.items():
         if is_so:
-            raise UnsupportedError(what, where=file.path)
+            raise UnsupportedError(what, where=weights.path)
 
 
-def _read_positions(reader: Reader, shape: ModelShape) -> Rows:
-    """Learned ones, from that of position 0 on."""
-    name, first = f"{shape.form.positions}.weight", shape.form.first_position
-    n = reader.file.tensors[name].shape[0] if name in reader else 0
-    return reader.rows(name, n, shape.d_model, np.arange(first, n))
+class _Reader:
+    """Slots of a model as tensors on a device. What a quantized type is decoded to is the operators' business."""
+
+    def __init__(self, weights: FileWeights, device: torch.device) -> None:
+        self.weights, self.device = weights, device
+
+    def rows(self, slot: str, layer: int = 0, order: np.ndarray | None = None) -> Rows:
+        """A matrix, or its rows `order`."""
+        return _rows(self.weights.packed(slot, layer), order).to(self.device)
+
+    def bias(self, slot: str, layer: int, order: np.ndarray | None = None) -> Tensor | None:
+        """A vector that may be missing, or its elements `order`."""
+        values = self.weights.vector(slot, layer, "bias")
+        if values is None:
+            return None
+        return torch.tensor(values if order is None else values[order], device=self.device)
+
+    def norm(self, slot: str, layer: int = 0) -> DeviceNorm:
+        """One of the norms."""
+        weight = torch.tensor(self.weights.vector(slot, layer), device=self.device)
+        return DeviceNorm(weight, self.bias(slot, layer))
+
+
+def _rows(matrix: Packed, order: np.ndarray | None = None) -> Rows:
+    rows = Rows.from_gguf(matrix.type, matrix.data, matrix.width)
+    for index in (matrix.order, order):
+        rows = rows if index is None else rows.take(torch.from_numpy(index.astype(np.int64)))
+    return rows
 
 
 def _read_layer(
-    reader: Reader,
-    shape: ModelShape,
-    i: int,
-    order: np.ndarray | None,
-    n_hot: int,
-    predictors: list | None,
-    firing: float,
+    reader: _Reader, i: int, order: np.ndarray | None, n_hot: int, predictor: Predictor | None
 ) -> DeviceLayer:
-    block = f"blk.{i}"
+    spec = reader.weights.spec
     return DeviceLayer(
-        **_read_norms(reader, shape, block),
-        **_read_attention(reader, shape, block),
-        window=shape.windows[i],
-        ffn=_read_ffn(reader, shape, block, order, n_hot) if n_hot else None,
-        down_bias=None
-        if shape.form.gated
-        else reader.bias(f"{_down_name(reader, block)}.bias", shape.d_model),
-        predictor=_read_predictor(reader, shape, i, order, predictors[i]) if predictors else None,
-        firing=max(firing, PLAIN_RELU),
+        **_read_norms(reader, i),
+        **_read_qkv(reader, i),
+        o=reader.rows("o", i),
+        o_bias=reader.bias("o", i),
+        window=spec.windows[i],
+        ffn=_read_ffn(reader, i, order, n_hot) if n_hot else None,
+        down_bias=reader.bias("down", i),
+        predictor=_read_predictor(reader, order, predictor) if predictor else None,
+        firing=max(spec.activation_thresholds[i], PLAIN_RELU),
         n_hot=n_hot,
     )
 
 
-def _norm(reader: Reader, name: str, n: int, form: Form) -> DeviceNorm:
-    bias = reader.vector(f"{name}.bias", n) if form.layer_norm else None
-    return DeviceNorm(reader.vector(f"{name}.weight", n), bias)
-
-
-def _read_norms(reader: Reader, shape: ModelShape, block: str) -> dict[str, DeviceNorm]:
-    """Those before attention and FFN. Falcon's may be one; where they are two, `attn_norm` is the FFN's."""
-    form, d = shape.form, shape.d_model
-    norm = _norm(reader, f"{block}.attn_norm", d, form)
-    if not form.parallel:
-        return {"attn_norm": norm, "ffn_norm": _norm(reader, f"{block}.ffn_norm", d, form)}
-    own = f"{block}.attn_norm_2"
+def _read_norms(reader: _Reader, i: int) -> dict[str, DeviceNorm | None]:
+    """Those before attention and FFN, which may be one, and of q's and k's heads."""
+    structure, attn_norm = reader.weights.spec.structure, reader.norm("attn_norm", i)
+    is_one = structure.parallel and not reader.weights.spec.two_norms
     return {
-        "attn_norm": _norm(reader, own, d, form) if f"{own}.weight" in reader else norm,
-        "ffn_norm": norm,
+        "attn_norm": attn_norm,
+        "ffn_norm": attn_norm if is_one else reader.norm("ffn_norm", i),
+        **{slot: reader.norm(slot, i) if structure.head_norm else None for slot in ("q_norm", "k_norm")},
     }
 
 
-def _read_attention(reader: Reader, shape: ModelShape, block: str) -> dict[str, object]:
-    """The projections with their biases, and the norms of q's and k's heads."""
-    qkv, qkv_bias = _read_qkv(reader, shape, block)
-    norms = {
-        f"{slot}_norm": _norm(reader, f"{block}.attn_{slot}_norm", shape.head_dim, shape.form)
-        if shape.form.head_norm
-        else None
-        for slot in ("q", "k")
-    }
-    return norms | {
-        "qkv": qkv,
-        "qkv_bias": qkv_bias,
-        "o": reader.rows(f"{block}.attn_output.weight", shape.d_model, shape.n_heads * shape.head_dim),
-        "o_bias": reader.bias(f"{block}.attn_output.bias", shape.d_model),
-    }
-
-
-def _read_qkv(reader: Reader, shape: ModelShape, block: str) -> tuple[tuple[Rows, ...], Tensor | None]:
+def _read_qkv(reader: _Reader, i: int) -> dict[str, object]:
     """The rows of q, k and v, one matrix where their types allow it, joined in main memory; their biases."""
-    if shape.form.fused_qkv:
-        name, n = f"{block}.attn_qkv", (shape.n_heads + 2 * shape.n_kv_heads) * shape.head_dim
-        return (reader.rows(f"{name}.weight", n, shape.d_model),), reader.bias(f"{name}.bias", n)
-    rows, biases = [], []
-    for slot, n_heads in (("q", shape.n_heads), ("k", shape.n_kv_heads), ("v", shape.n_kv_heads)):
-        name, n = f"{block}.attn_{slot}", n_heads * shape.head_dim
-        order = _halves(n_heads, shape) if shape.form.interleaved and slot != "v" else None
-        rows.append(reader.host_rows(f"{name}.weight", n, shape.d_model, order))
-        biases.append(reader.bias(f"{name}.bias", n, order))
-    has_bias = any(bias is not None for bias in biases)
-    whole = [
-        torch.zeros(part.n, device=reader.device) if bias is None else bias
-        for part, bias in zip(rows, biases, strict=True)
-    ]
-    return tuple(part.to(reader.device) for part in joined(rows)), torch.cat(whole) if has_bias else None
+    rows = joined([_rows(reader.weights.packed(slot, i)) for slot in PROJECTIONS[:3]])
+    biases = [reader.bias(slot, i) for slot in PROJECTIONS[:3]]
+    known = [bias for bias in biases if bias is not None]
+    return {
+        "qkv": tuple(part.to(reader.device) for part in rows),
+        "qkv_bias": torch.cat(known) if known else None,
+    }
 
 
-def _halves(n_heads: int, shape: ModelShape) -> np.ndarray:
-    """Rows of an interleaved q or k matrix in the order that puts each head's pairs half a head apart."""
-    head = np.concatenate([np.arange(0, shape.head_dim, 2), np.arange(1, shape.head_dim, 2)])
-    return (np.arange(n_heads)[:, None] * shape.head_dim + head).reshape(-1)
+def _read_ffn(reader: _Reader, i: int, order: np.ndarray | None, n_hot: int) -> DeviceFfn:
+    down = reader.weights.held("down")
+    kept = order[:n_hot] if down.endswith(ROWS) and order is not None else None
+    up = reader.rows("up", i, kept) if reader.weights.spec.structure.gated else None
+    return DeviceFfn(
+        reader.rows("gate", i, kept), up, reader.rows(down, i, kept), reader.bias("gate", i, kept)
+    )
 
 
-def _read_ffn(
-    reader: Reader, shape: ModelShape, block: str, order: np.ndarray | None, n_hot: int
-) -> DeviceFfn:
-    d, d_ff = shape.d_model, shape.d_ff
-    down = _down_name(reader, block)
-    by_neuron, suffix = down.endswith("_t"), "_exps" if down.endswith("_exps") else ""
-    kept = order[:n_hot] if by_neuron and order is not None else None
-    down_rows = reader.rows(f"{down}.weight", *((d_ff, d) if by_neuron else (d, d_ff)), kept)
-    up = reader.rows(f"{block}.ffn_up{suffix}.weight", d_ff, d, kept)
-    if shape.form.gated:
-        return DeviceFfn(reader.rows(f"{block}.ffn_gate{suffix}.weight", d_ff, d, kept), up, down_rows)
-    return DeviceFfn(up, None, down_rows, reader.bias(f"{block}.ffn_up.bias", d_ff, kept))
-
-
-def _down_name(reader: Reader, block: str) -> str:
-    """Rows by neuron, the matrix of a mixture's only expert, or an ordinary one."""
-    names = (f"{block}.ffn_down{kind}" for kind in ("_t", "_exps"))
-    return next((name for name in names if f"{name}.weight" in reader), f"{block}.ffn_down")
-
-
-def _read_predictor(
-    reader: Reader, shape: ModelShape, i: int, order: np.ndarray | None, known: object
-) -> DevicePredictor:
-    if f"blk.{i}.fc1.weight" not in reader:
-        raise UnsupportedError("no predictors in this file", where=reader.file.path, fix="use --mode exact")
-    rank = reader.file.tensors[f"blk.{i}.fc1.weight"].shape[0]
-    always = known.hot if order is None else known.hot[order]
+def _read_predictor(reader: _Reader, order: np.ndarray | None, predictor: Predictor) -> DevicePredictor:
+    always = predictor.hot if order is None else predictor.hot[order]
     return DevicePredictor(
-        fc1=reader.rows(f"blk.{i}.fc1.weight", rank, shape.d_model),
-        fc2=reader.rows(f"blk.{i}.fc2.weight", shape.d_ff, rank, order),
-        threshold=known.threshold,
+        fc1=_rows(predictor.fc1()).to(reader.device),
+        fc2=_rows(predictor.fc2(), order).to(reader.device),
+        threshold=predictor.threshold,
         always=torch.from_numpy(always).to(reader.device),
     )

@@ -8,17 +8,23 @@ from dataclasses import replace
 import numpy as np
 
 from hotcold.files.gguf import GGUFFile
+from hotcold.model.spec import ModelSpec
+from hotcold.model.weights import EMBEDDING, FileWeights, head_name
 from hotcold.runtime.cpu.kept_types import kept_bytes
-from hotcold.runtime.head import EMBEDDING, head_name
 from hotcold.runtime.placement.devices import Fixed, fill
 from hotcold.runtime.placement.plan import Costs, LayerLoad, Placement, Problem
-from hotcold.runtime.shape import ModelShape
 from hotcold.runtime.sizes import format_bytes
 
 __all__ = ["make_problem", "part_bytes", "plan_table", "whole_model"]
 
-_FFN = ("ffn_gate", "ffn_up", "ffn_down")
-_ROUTER = "ffn_gate_inp"
+_PARTS = dict.fromkeys("qkvo", "attention") | {
+    "fc1": "predictor",
+    "fc2": "predictor",
+    "gate": "gate",
+    "up": "up",
+}
+_PARTS |= {"down": "down", "down_rows": "down"}
+_FFN = ("gate", "up", "down")
 _ACTIVATIONS = 64 << 20  # what a block of tokens needs beside the weights
 _KV_BYTES = 2
 
@@ -33,12 +39,13 @@ def make_problem(
     costs: Costs,
 ) -> Problem:
     """The model of `file` as placement sees it. Without `frequencies`, every neuron is as frequent as any."""
-    shape = ModelShape.read(file)
+    weights = FileWeights.read(file)
+    shape = weights.spec
     if frequencies is None or mode == "dense":
         frequencies = [np.ones(shape.d_ff, np.float32)] * shape.n_layers
-    by_layer = [_layer_bytes(file, i, mode) for i in range(shape.n_layers)]
+    by_layer = _layer_bytes(weights, mode)
     cache = _cache_bytes(shape, n_ctx)
-    always = _gate_share(file) if mode == "exact" else 0.0
+    always = _gate_share(weights) if mode == "exact" else 0.0
     layers = [
         LayerLoad(frequency, -(-ffn // shape.d_ff), frame + cache, frame, always)
         for frequency, (ffn, frame) in zip(frequencies, by_layer, strict=True)
@@ -55,21 +62,23 @@ def whole_model(file: GGUFFile, mode: str, n_ctx: int, budgets: Sequence[int]) -
 
     Raises UnsupportedError where not even embedding and head fit.
     """
-    shape = ModelShape.read(file)
-    cache = _cache_bytes(shape, n_ctx)
-    sizes = [sum(_layer_bytes(file, i, mode)) + cache for i in range(shape.n_layers)]
-    return fill(sizes, _fixed(file, shape, n_ctx, head_name(file)), budgets)[0]
+    weights = FileWeights.read(file)
+    cache = _cache_bytes(weights.spec, n_ctx)
+    sizes = [sum(sizes) + cache for sizes in _layer_bytes(weights, mode)]
+    return fill(sizes, _fixed(file, weights.spec, n_ctx, head_name(file)), budgets)[0]
 
 
-def _cache_bytes(shape: ModelShape, n_ctx: int) -> int:
+def _cache_bytes(shape: ModelSpec, n_ctx: int) -> int:
     """A layer's keys and values."""
     return 2 * _KV_BYTES * shape.n_kv_heads * shape.head_dim * n_ctx
 
 
-def _fixed(file: GGUFFile, shape: ModelShape, n_ctx: int, head: str) -> Fixed:
+def _fixed(file: GGUFFile, shape: ModelSpec, n_ctx: int, head: str) -> Fixed:
     embedding = _bytes_of(file, EMBEDDING)
     tied = embedding if head == EMBEDDING else 0
-    positions = _bytes_of(file, f"{shape.form.positions}.weight")
+    positions = (
+        kept_bytes(FileWeights.read(file).tensor("positions")) if shape.structure.learned_positions else 0
+    )
     norm, logits = 4 * shape.d_model, 4 * shape.n_vocab
     tables = 2 * 4 * n_ctx * (shape.head_dim // 2)
     return Fixed(embedding + positions, _bytes_of(file, head) + norm + logits, tables + _ACTIVATIONS, tied)
@@ -80,23 +89,19 @@ def _bytes_of(file: GGUFFile, name: str) -> int:
     return kept_bytes(file.tensors[name]) if name in file.tensors else 0
 
 
-def _gate_share(file: GGUFFile) -> float:
+def _gate_share(weights: FileWeights) -> float:
     """Of a neuron's bytes, those that tell whether it fires."""
-    gate = _bytes_of(file, "blk.0.ffn_gate.weight") or _bytes_of(file, "blk.0.ffn_up.weight")
-    return gate / max(_layer_bytes(file, 0, "exact")[0], 1)
+    return kept_bytes(weights.tensor("gate")) / max(_layer_bytes(weights, "exact")[0][0], 1)
 
 
-def _layer_bytes(file: GGUFFile, layer: int, mode: str) -> tuple[int, int]:
-    """Bytes of a layer's neurons, and of all its other tensors that this mode reads."""
-    ffn = frame = 0
-    for name, tensor in file.tensors.items():
-        if not name.startswith(f"blk.{layer}.") or _ROUTER in name:
-            continue
-        if any(f".{part}" in name for part in _FFN) and not name.endswith("bias"):
-            ffn += kept_bytes(tensor)
-        elif mode == "predicted" or not name.endswith(("fc1.weight", "fc2.weight")):
-            frame += kept_bytes(tensor)
-    return ffn, frame
+def _layer_bytes(weights: FileWeights, mode: str) -> list[tuple[int, int]]:
+    """Of each layer, bytes of its neurons, and of all its other tensors that this mode reads."""
+    sizes = np.zeros((weights.spec.n_layers, 2), np.int64)
+    for name, (slot, layer, part) in weights.stored_names(with_predictors=mode == "predicted").items():
+        if name.startswith("blk."):
+            of_frame = _PARTS.get(slot) not in _FFN or part == "bias"
+            sizes[layer, int(of_frame)] += kept_bytes(weights.file.tensors[name])
+    return [(ffn, frame) for ffn, frame in sizes.tolist()]
 
 
 def part_bytes(file: GGUFFile) -> dict[str, int]:
@@ -104,18 +109,14 @@ def part_bytes(file: GGUFFile) -> dict[str, int]:
 
     Without gates, what decides whether a neuron fires is in their place.
     """
-    form = ModelShape.read(file).form
-    kinds = {"attn_": "attention", "fc": "predictor", "ffn_gate": "gate", "ffn_up": "up", "ffn_down": "down"}
-    sizes = dict.fromkeys([*kinds.values(), "head", "other"], 0)
-    head = head_name(file)
+    sizes = dict.fromkeys(["attention", "predictor", *_FFN, "head", "other"], 0)
+    head, slots = head_name(file), FileWeights.read(file).stored_names(with_predictors=True)
     for name, tensor in file.tensors.items():
-        if name in (EMBEDDING, f"{form.positions}.weight", "output.weight") and name != head:
+        slot, _, part = slots.get(name, ("", 0, ""))
+        if slot in ("embedding", "positions", "head") and name != head:
             continue  # of embeddings a row is read, of a copy nothing
-        part = next((kind for start, kind in kinds.items() if f".{start}" in name), "other")
-        part = "gate" if part == "up" and not form.gated else part
-        is_vector = len(tensor.shape) == 1 or _ROUTER in name
-        part = "head" if name == head else "other" if is_vector else part
-        sizes[part] += kept_bytes(tensor)
+        kind = "head" if name == head else _PARTS.get(slot, "other") if part == "weight" else "other"
+        sizes[kind] += kept_bytes(tensor)
     return sizes
 
 

@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hotcold.errors import FormatError, HotcoldError, UnsupportedError
-from hotcold.model.forms import hyper_parameters
-from hotcold.model.spec import ModelSpec, interleave_rope, split_rope
+from hotcold.model.metadata import hyper_parameters
+from hotcold.model.spec import ModelSpec
+from hotcold.model.tensors import interleave_rope, split_rope
 
 LLAMA = {
     "model_type": "llama", "num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 128,

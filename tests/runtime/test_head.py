@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from hotcold.files.gguf import GGUFFile
+from hotcold.model.spec import ModelSpec
+from hotcold.model.weights import EMBEDDING, head_name
 from hotcold.runtime.bundle_files import file_of_role
 from hotcold.runtime.gpu.weights import read_weights
-from hotcold.runtime.head import EMBEDDING, head_name
 from hotcold.runtime.placement import problem as plan
 from hotcold.runtime.placement.plan import Costs
 from hotcold.runtime.placement.problem import part_bytes
-from hotcold.runtime.shape import ModelShape
 
 HEAD = "output.weight"
 
@@ -60,5 +60,5 @@ def test_only_a_hybrid_model_leaves_its_embedding_in_main_memory(make_bundle):
     file = GGUFFile(file_of_role(make_bundle(tied=False).path, "sparse"))
     costs, size = Costs(1e9, 1e8, 1e-5, 2e-6), file.tensors[EMBEDDING].data.nbytes
     hybrid = plan.make_problem(file, None, mode="exact", n_ctx=8, budgets=[1 << 30], costs=costs).fixed
-    alone = plan._fixed(file, ModelShape.read(file), 8, head_name(file))
+    alone = plan._fixed(file, ModelSpec.from_gguf(file), 8, head_name(file))
     assert alone.first - hybrid.first == size and alone.last == hybrid.last >= size

@@ -28,12 +28,11 @@ from hotcold.model.huggingface import HFCheckpoint
 from hotcold.model.spec import ModelSpec
 from hotcold.model.tokenizer.files import tokenizer_metadata
 from hotcold.model.tokenizer.gguf import build_tokenizer
-from hotcold.model.weights import check_weights
+from hotcold.model.weights import FileWeights, check_weights
 from hotcold.predictor.bundle import PredictorBundle
 from hotcold.predictor.traces.reader import Traces
 from hotcold.runtime.engine import Engine
 from hotcold.runtime.generation.vocabulary import Vocabulary
-from hotcold.runtime.shape import ModelShape, activation_thresholds
 from hotcold.text import documents
 
 Step = Callable[[Path], None]
@@ -75,8 +74,7 @@ def read_model(folder: Path) -> None:
     """What the runtime and the exporter make of the metadata."""
     file = GGUFFile(folder / "m.gguf")
     with suppress(HotcoldError):
-        shape = ModelShape.read(file)
-        activation_thresholds(file, shape.n_layers)
+        FileWeights.read(file)
     source = GGUFCheckpoint(folder / "m.gguf")
     for name in source.names():
         source.load(name)

@@ -5,8 +5,9 @@ import pytest
 import torch
 
 from hotcold.files.gguf import GGUFFile
+from hotcold.model.weights import KEPT
 from hotcold.runtime.bundle_files import file_of_role
-from hotcold.runtime.cpu.kept_types import KEPT, kept_bytes
+from hotcold.runtime.cpu.kept_types import kept_bytes
 from hotcold.runtime.engine import Engine
 from hotcold.runtime.gpu.engine import GpuEngine
 from hotcold.runtime.gpu.weights import read_weights
