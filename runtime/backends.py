@@ -102,9 +102,9 @@ def open_engine(
     """
     options = options or BackendOptions()
     if options.backend == "cpu":
-        from hotcold.runtime.engine import Engine
+        from hotcold.runtime.cpu.engine import CpuEngine
 
-        return Engine.load(bundle, mode, n_threads, n_ctx, options.input_sparsity)
+        return CpuEngine.load(bundle, mode, n_threads, n_ctx, options.input_sparsity)
     if options.backend == "gpu":
         from hotcold.runtime.gpu.engine import GpuEngine
 

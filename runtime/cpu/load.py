@@ -110,7 +110,7 @@ def load_model(
     by_input = None if attention is None else _attention_rows(attention, file)
     check_context(file, shape, n_ctx)
     try:
-        model = new_model(file, shape, mode, n_threads, n_ctx, isa, attention)
+        model = new_model(file, shape, mode, n_threads, isa, attention)
         _load(model, source, file, shape, mode, by_input)
         model.check()
     except ValueError as error:
@@ -126,7 +126,6 @@ def new_model(
     shape: ModelShape,
     mode: str,
     n_threads: int,
-    n_ctx: int,
     isa: str | None = None,
     attention: GGUFFile | None = None,
 ) -> _cpu.Model:
@@ -140,7 +139,6 @@ def new_model(
         n_kv_heads=shape.n_kv_heads,
         head_dim=shape.head_dim,
         n_vocab=shape.n_vocab,
-        n_ctx=n_ctx,
         norm_eps=shape.norm_eps,
         activation=ACTIVATIONS[shape.activation],
         mode=MODES[mode],

@@ -29,6 +29,8 @@ class Team {
   Team& operator=(const Team&) = delete;
 
   int size() const { return size_; }
+  // Whether this process was forked from the one that made the team, and so has none of its threads.
+  bool forked() const;
   // Runs work(thread) on every thread of the team, the caller being thread 0; returns when all have finished.
   void run(const std::function<void(int)>& work);
   // Inside run(): waits until every thread has come here.
@@ -54,6 +56,7 @@ class Team {
   void change(std::atomic<uint32_t>& word, uint32_t value);
 
   const int size_;
+  const uint32_t process_;   // where the team was made, see forked()
   cpu_set_t cpus_;           // that the process may use
   std::vector<int> places_;  // one of them per thread where there are just as many, else none
   bool crowded_;             // more threads than CPUs: whoever is waited for needs this one
