@@ -17,6 +17,7 @@ from __future__ import annotations
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Sequence as Many
+from typing import Self
 
 import numpy as np
 
@@ -110,7 +111,7 @@ class Engine(Sequence):
         self._first = self._open(weakref.proxy(self), self.n_ctx)
 
     @abstractmethod
-    def _open(self, engine: Engine, n_ctx: int) -> Sequence:
+    def _open(self, engine: Self, n_ctx: int) -> Sequence:
         """A sequence of `engine`, which is this one or a weak reference to it."""
 
     @abstractmethod

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import threading
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -16,10 +17,12 @@ __all__ = ["Turns", "busy", "forked"]
 
 
 class Turns:
-    """The turns of one engine's sequences, in the process that loaded it."""
+    """The turns of one engine's sequences, in the process that loaded it, and in the order of callers: a lock
+    would go to whoever runs, and a loop that decodes would keep it from the others."""
 
     def __init__(self) -> None:
-        self._turn, self._process = threading.Lock(), os.getpid()
+        self._process, self._moved = os.getpid(), threading.Condition()
+        self._line: deque[threading.Lock] = deque()
 
     @contextmanager
     def take(self, held: threading.Lock) -> Iterator[None]:
@@ -29,10 +32,15 @@ class Turns:
             raise forked()
         if not held.acquire(blocking=False):
             raise busy()
+        self._line.append(held)
         try:
-            with self._turn:
-                yield
-        finally:
+            with self._moved:
+                self._moved.wait_for(lambda: self._line[0] is held)
+            yield
+        finally:  # also for who was interrupted while waiting
+            with self._moved:
+                self._line.remove(held)
+                self._moved.notify_all()
             held.release()
 
 

@@ -96,7 +96,7 @@ class CpuEngine(Engine):
         """Name of the kernels in use."""
         return self.model.isa
 
-    def _open(self, engine: Engine, n_ctx: int) -> CpuSequence:
+    def _open(self, engine: Self, n_ctx: int) -> CpuSequence:
         return CpuSequence(engine, n_ctx)
 
     def _check_context(self, n_ctx: int) -> None:

@@ -112,7 +112,7 @@ class GpuEngine(Engine):
         """Types of weights that became F16."""
         return set().union(*(weights.converted for weights in self.parts))
 
-    def _open(self, engine: Engine, n_ctx: int) -> GpuSequence:
+    def _open(self, engine: Self, n_ctx: int) -> GpuSequence:
         return GpuSequence(engine, n_ctx)
 
     def _check_context(self, n_ctx: int) -> None:

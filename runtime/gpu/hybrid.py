@@ -15,7 +15,6 @@ import torch
 from hotcold.cpus import thread_count
 from hotcold.errors import MismatchError
 from hotcold.files.gguf import GGUFFile
-from hotcold.runtime.engine import Engine
 from hotcold.runtime.gpu.cpu_share import MAX_BLOCK
 from hotcold.runtime.gpu.cpu_side import CpuSide
 from hotcold.runtime.gpu.device import open_devices
@@ -86,7 +85,7 @@ class HybridEngine(GpuEngine):
     def _converted(self) -> set[str]:
         return super()._converted() | self.cpu.converted
 
-    def _open(self, engine: Engine, n_ctx: int) -> HybridSequence:
+    def _open(self, engine: Self, n_ctx: int) -> HybridSequence:
         return HybridSequence(engine, n_ctx)
 
     def measured(self) -> Telemetry:

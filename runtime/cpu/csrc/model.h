@@ -8,7 +8,6 @@
 // copy, which is cheaper than handing it over.
 #pragma once
 #include <memory>
-#include <mutex>
 #include <vector>
 
 #include "arena.h"
@@ -116,9 +115,9 @@ class Model {
   float rope_scale = 1;               // of sine and cosine (YaRN's attention factor)
   double input_sparsity = 0;          // share of the attention matrices' inputs that are left out, where they are held by input
 
-  // What sequences compute with, each while it holds `turn`.
+  // What sequences compute with, one after the other.
   mutable Team team;
-  mutable std::mutex turn;
+  mutable Turns turns;
   // The memory that they work in, with room for the scores of `positions` of a cache.
   Buffers& buffers(int positions) const;
 

@@ -4,6 +4,7 @@
 #pragma once
 #include <atomic>
 #include <exception>
+#include <mutex>
 #include <vector>
 
 #include "block.h"
@@ -76,9 +77,9 @@ class Sequence {
   };
   // And on what all sequences of the model compute with.
   struct Use {
-    explicit Use(Sequence& s) : hold(s), turn(s.model.turn) {}
+    explicit Use(Sequence& s) : hold(s), turn(s.model.turns) {}
     Hold hold;
-    std::lock_guard<std::mutex> turn;
+    std::lock_guard<Turns> turn;
   };
 
   void cache();  // takes the memory for keys and values

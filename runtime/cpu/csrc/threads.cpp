@@ -90,6 +90,25 @@ class Seat {
 
 }  // namespace
 
+void Turns::lock() {
+  std::unique_lock<std::mutex> hold(mutex_);
+  const uint64_t own = begun_++;
+  next_turn_.wait(hold, [&] { return ended_ == own; });
+}
+
+void Turns::unlock() {
+  {
+    const std::lock_guard<std::mutex> hold(mutex_);
+    ++ended_;
+  }
+  next_turn_.notify_all();
+}
+
+int Turns::callers() {
+  const std::lock_guard<std::mutex> hold(mutex_);
+  return int(begun_ - ended_);
+}
+
 Team::Team(int threads)
     : size_(threads), process_(forks.load(std::memory_order_relaxed)), cpus_(own_cpus()), places_(places(cpus_, threads)), crowded_(threads > std::max(1, CPU_COUNT(&cpus_))), parts_(threads) {
   for (int t = 1; t < threads; ++t) threads_.emplace_back([this, t] { serve(t); });

@@ -4,8 +4,10 @@
 #include <sched.h>
 
 #include <atomic>
+#include <condition_variable>
 #include <cstdint>
 #include <functional>
+#include <mutex>
 #include <thread>
 #include <vector>
 
@@ -20,6 +22,21 @@ inline Range split(int n, int thread, int threads, int unit = 1) {
   const int first = int(units * thread / threads) * unit, last = int(units * (thread + 1) / threads) * unit;
   return {first < n ? first : n, last < n ? last : n};
 }
+
+// A lock that goes to callers in the order in which they came. A mutex goes to whoever runs, so that a thread which decodes in
+// a loop would keep it from the others.
+class Turns {
+ public:
+  void lock();
+  void unlock();
+  // Callers that have it or wait for it.
+  int callers();
+
+ private:
+  std::mutex mutex_;
+  std::condition_variable next_turn_;
+  uint64_t begun_ = 0, ended_ = 0;
+};
 
 class Team {
  public:

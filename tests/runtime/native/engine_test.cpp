@@ -428,6 +428,27 @@ void test_threads() {
     }
 }
 
+// A caller that comes back at once waits for those who have come meanwhile.
+void test_turns() {
+  Turns turns;
+  std::string order;
+  turns.lock();
+  std::vector<std::thread> others;
+  for (int i = 0; i < 3; ++i) {
+    others.emplace_back([&, i] {
+      const std::lock_guard<Turns> turn(turns);
+      order += char('a' + i);
+    });
+    while (turns.callers() < 2 + i) std::this_thread::yield();
+  }
+  turns.unlock();
+  turns.lock();
+  order += 'z';
+  turns.unlock();
+  for (std::thread& t : others) t.join();
+  expect(order == "abcz", "turns in the order of callers: " + order);
+}
+
 // A forked process has none of the threads: calls say so, and nothing waits for them.
 void test_fork() {
   const std::vector<int32_t> tokens = random_tokens();
@@ -518,6 +539,7 @@ int main() {
   test_inputs();
   test_sequences();
   test_threads();
+  test_turns();
   test_fork();
   std::printf("%d failed\n", failures);
   return failures ? 1 : 0;
