@@ -132,7 +132,7 @@ def _measure(args: argparse.Namespace, plan: Plan, scratch: Path) -> Report:
 
     from hotcold.eval import machine, sides
     from hotcold.eval.bench import bench, segments
-    from hotcold.runtime.engine import check_input_sparsity
+    from hotcold.runtime.cpu.engine import check_input_sparsity
 
     check_input_sparsity(args.input_sparsity)
     modes = sides.checked_modes(args.modes) if args.modes else []

@@ -128,9 +128,9 @@ def open_side(
     checked_modes(mode, (*MODES, LLAMA_CPP))
     if mode == LLAMA_CPP:
         return open_llama_cpp(str(ModelPath(bundle).file_for("dense")), n_threads=n_threads, n_ctx=n_ctx)
-    from hotcold.runtime.engine import Engine
+    from hotcold.runtime.cpu.engine import CpuEngine
 
-    return EngineSide(Engine.load(bundle, mode, n_threads, n_ctx, input_sparsity))
+    return EngineSide(CpuEngine.load(bundle, mode, n_threads, n_ctx, input_sparsity))
 
 
 def open_llama_cpp(model: str, *, n_threads: int, n_ctx: int) -> Peer:

@@ -97,11 +97,11 @@ def _fit(model: ModelPath) -> bool:
 
 
 def _open(model: ModelPath, modes: Sequence[str], n_threads: int | None) -> dict[str, Engine]:
-    from hotcold.runtime.engine import Engine
+    from hotcold.runtime.cpu.engine import CpuEngine
 
     log(f"auto mode: measuring {', '.join(modes)} of {model.name}, once on this machine")
     n_ctx = _PROMPT + _TOKENS
-    return {mode: Engine(model.file_for(mode), mode, n_threads, n_ctx) for mode in modes}
+    return {mode: CpuEngine(model.file_for(mode), mode, n_threads, n_ctx) for mode in modes}
 
 
 def _race(engines: dict[str, Engine]) -> dict[str, float]:

@@ -26,6 +26,7 @@ __all__ = [
     "BackendOptions",
     "add_backend_arguments",
     "add_input_sparsity",
+    "load_bundle",
     "make_placement",
     "open_engine",
 ]
@@ -92,6 +93,28 @@ def add_input_sparsity(group: argparse._ActionsContainer) -> None:
     )  # fmt: skip
 
 
+def load_bundle(
+    path: str | Path,
+    mode: str = "auto",
+    *,
+    n_ctx: int = 2048,
+    n_threads: int | None = None,
+    backend: str = "cpu",
+    device: str = "cuda",
+    vram_budget: str = "auto",
+    input_sparsity: float = 0.0,
+) -> Engine:
+    """Load a bundle's folder, or a GGUF file, to run it.
+
+    `mode` is `dense`, `exact`, `predicted`, or `auto`: the fastest that the model offers, measured once.
+    `n_ctx` is how many tokens a sequence holds unless it asks for another number. `n_threads` is at most the
+    number of CPUs, which is the default. `backend` is `cpu`, `gpu` or `hybrid`; it and the rest are the
+    command line's options of these names. Raises the classes of `hotcold.errors`.
+    """
+    options = BackendOptions(backend, device, vram_budget, input_sparsity=input_sparsity)
+    return open_engine(path, mode, n_threads, n_ctx, options)
+
+
 def open_engine(
     bundle: str | Path, mode: str, n_threads: int | None, n_ctx: int, options: BackendOptions | None = None
 ) -> Engine:
@@ -102,9 +125,9 @@ def open_engine(
     """
     options = options or BackendOptions()
     if options.backend == "cpu":
-        from hotcold.runtime.engine import Engine
+        from hotcold.runtime.cpu.engine import CpuEngine
 
-        return Engine.load(bundle, mode, n_threads, n_ctx, options.input_sparsity)
+        return CpuEngine.load(bundle, mode, n_threads, n_ctx, options.input_sparsity)
     if options.backend == "gpu":
         from hotcold.runtime.gpu.engine import GpuEngine
 

@@ -1,140 +1,81 @@
-"""The native CPU engine behind a small Python face: load a bundle, feed tokens, read logits and counts.
+"""What every engine promises, whatever it computes on.
 
-One call into C++ per token or block of tokens, with the GIL released; this file only checks, chooses the mode
-and accounts for what was read.
+A model is loaded once, into an `Engine`; its weights never change. What one text has of its own, the keys and
+values of its tokens, its position and its counts, is a `Sequence`, and an engine has as many as there is
+memory for:
+
+    engine = load_bundle("bundle")
+    first, second = engine.sequence(), engine.sequence(n_ctx=512)
+
+Each gives what it would give alone, in whatever order they are called. They may be called from several
+threads: calls wait for each other, and two at once on one sequence are an error. A process forked after
+loading can use neither engine nor sequences; `multiprocessing` with `spawn` can load its own.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Sequence
-from pathlib import Path
+import weakref
+from abc import ABC, abstractmethod
+from collections.abc import Sequence as Many
 from typing import Self
 
 import numpy as np
 
-from hotcold.cpus import thread_count
-from hotcold.errors import InputError, UnsupportedError
-from hotcold.files.gguf_split import open_gguf
-from hotcold.model.limits import check_tokens
-from hotcold.runtime.bundle_files import ModelPath
-from hotcold.runtime.cpu import _cpu
-from hotcold.runtime.cpu.load import load_model
+from hotcold.errors import InputError
 from hotcold.runtime.stats import Stats
 
-__all__ = ["Engine", "check_input_sparsity"]
+__all__ = ["Engine", "Sequence", "Stats", "check_context_size"]
 
 _MOST_TOKENS = (1 << 31) - 1  # the native engine counts in 32 bits
 
 
-class Engine:
-    """One sequence of tokens through a model on the CPU."""
+class Sequence(ABC):
+    """One text: tokens appended so far, logits of the next one, and what it took to compute them.
 
-    def __init__(
-        self,
-        path: str | Path,
-        mode: str,
-        n_threads: int | None = None,
-        n_ctx: int = 2048,
-        *,
-        attention: str | Path | None = None,
-        input_sparsity: float = 0.0,
-    ) -> None:
-        """Pack the GGUF file `path` for `mode` (`dense`, `exact` or `predicted`).
+    It keeps its engine alive. Its cache is its own, and freed with it. `mode` is `dense`, `exact` or
+    `predicted`, `n_ctx` the most tokens that it holds, `n_vocab` how many logits there are. Methods raise
+    UnsupportedError if another thread is using the sequence, and in a forked process.
+    """
 
-        `input_sparsity` is the share of their inputs, the smallest ones, that the attention matrices leave
-        out for each token but the first (after TEAL, arXiv 2408.14690); `attention` is then the file that
-        `hotcold export --attention-rows` wrote.
-        `n_threads` is at most the number of CPUs that this process may use, which is the default. The kernels
-        are the best that the CPU runs, or those that the environment variable HOTCOLD_CPU_ISA names. Raises
-        InputError, FormatError, UnsupportedError.
-        """
-        if not 1 <= n_ctx <= _MOST_TOKENS:
-            expected = f"1 to {_MOST_TOKENS} tokens"
-            raise InputError("no such size of a context", got=n_ctx, expected=expected, fix="change -c")
-        check_input_sparsity(input_sparsity)
-        if input_sparsity and attention is None:
-            raise _no_rows(path)
-        self.mode, self.n_ctx, self.input_sparsity = mode, n_ctx, input_sparsity
-        self.n_threads = thread_count(n_threads)
-        rows = None if attention is None else open_gguf(attention)
-        self._model, self._shape = load_model(open_gguf(path), mode, self.n_threads, n_ctx, _isa(), rows)
-        self._model.input_sparsity = input_sparsity
-        self.n_vocab = self._shape.n_vocab
-
-    @classmethod
-    def load(
-        cls,
-        bundle: str | Path,
-        mode: str = "auto",
-        n_threads: int | None = None,
-        n_ctx: int = 2048,
-        input_sparsity: float = 0.0,
-    ) -> Self:
-        """Open a bundle folder, or one GGUF file.
-
-        `dense` reads the file that stock llama.cpp runs, `exact` and `predicted` the one by neurons; `auto`
-        is the fastest on this machine of those that the model offers, measured once and remembered.
-        `input_sparsity` takes a bundle that has the attention matrices by input. Raises InputError for a mode
-        that the model does not offer, and what the constructor raises.
-        """
-        check_input_sparsity(input_sparsity)
-        model = ModelPath(bundle)
-        attention = model.attention_rows() if input_sparsity else None
-        if input_sparsity and attention is None:
-            raise _no_rows(bundle)
-        if mode == "auto":
-            from hotcold.runtime.auto_mode import choose_mode
-
-            mode = choose_mode(model, n_threads)
-        path = model.file_for(mode)
-        return cls(path, mode, n_threads, n_ctx, attention=attention, input_sparsity=input_sparsity)
+    mode: str
+    n_ctx: int
+    n_vocab: int
 
     @property
-    def isa(self) -> str:
-        """Name of the kernels in use."""
-        return self._model.isa
-
-    @property
+    @abstractmethod
     def position(self) -> int:
         """Number of tokens in the cache."""
-        return self._model.position
 
     @property
+    @abstractmethod
     def audit(self) -> bool:
         """Predicted mode: also compute the gates that were left out, to count the misses. Costs speed."""
-        return self._model.audit
 
     @audit.setter
-    def audit(self, on: bool) -> None:
-        self._model.audit = on
+    @abstractmethod
+    def audit(self, on: bool) -> None: ...
 
-    def reset(self) -> None:
-        """Forget all tokens."""
-        self._model.position = 0
-
-    def prefill(self, ids: Sequence[int] | np.ndarray, all_logits: bool = False) -> np.ndarray:
+    @abstractmethod
+    def prefill(self, ids: Many[int] | np.ndarray, all_logits: bool = False) -> np.ndarray:
         """Append tokens; logits after the last one, float32 [n_vocab], or after each, [len(ids), n_vocab]."""
-        tokens = np.ascontiguousarray(ids, np.int32)
-        check_tokens(tokens, self.position, self.n_ctx, self.n_vocab)
-        return self._model.forward(tokens, all_logits)
 
     def decode(self, token: int) -> np.ndarray:
         """Append one token; logits of the next one, float32 [n_vocab]."""
         return self.prefill([token])
 
-    def reset_stats(self) -> None:
-        """Start counting anew."""
-        self._model.reset_stats()
+    @abstractmethod
+    def reset(self) -> None:
+        """Forget all tokens; counts stay."""
 
+    @abstractmethod
     def stats(self) -> Stats:
         """What was computed since `reset_stats()`."""
-        counts = self._model.stats()
-        fired, predicted, missed = (
-            np.asarray(counts[name], np.int64) for name in ("fired", "predicted", "missed")
-        )
-        return Stats(counts["tokens"], self._shape.d_ff, fired, predicted, missed, audit=self.audit)
 
+    @abstractmethod
+    def reset_stats(self) -> None:
+        """Start counting anew."""
+
+    @abstractmethod
     def bytes_per_token(self, position: int | None = None) -> dict[str, float]:
         """Bytes that one decoded token needs, by part, at a cache position (default: the present one).
 
@@ -142,37 +83,71 @@ class Engine:
         `reset_stats()` needed, without padding to cache lines: inputs that were not left out, gate rows of
         predicted neurons, up and down rows of fired ones.
         """
-        sizes, shape, stats = self._model.sizes(), self._shape, self.stats()
-        all_neurons = max(stats.tokens, 1) * shape.n_layers * shape.d_ff
-        fired = stats.fired.sum() / all_neurons if self.mode != "dense" else 1.0
-        predicted = stats.predicted.sum() / all_neurons if self.mode == "predicted" else 1.0
-        position = self.position if position is None else position
-        return {
-            "attention": sizes["attention"] + self._model.stats()["input_bytes"] / max(stats.tokens, 1),
-            "predictor": float(sizes["predictor"]),
-            "ffn": float(predicted * sizes["gate"] + fired * (sizes["up"] + sizes["down"])),
-            "head": float(sizes["head"]),
-            "kv": float(2 * 2 * shape.n_layers * shape.n_kv_heads * shape.head_dim * position),
-            "other": float(4 * shape.d_model * (2 * shape.n_layers + 1)),
-        }
 
 
-def check_input_sparsity(share: float) -> None:
-    """Raise InputError unless it is a share of inputs that can be left out."""
-    if not 0 <= share < 1:
-        raise InputError("no such share of inputs", got=share, expected="0 to 1, less than 1")
+class Engine(Sequence):
+    """A loaded model. For those who need only one text it is a sequence itself: its first.
+
+    `n_threads` is how many threads of the CPU compute.
+    """
+
+    n_threads: int
+    _first: Sequence
+
+    def sequence(self, n_ctx: int | None = None) -> Sequence:
+        """A new text of this model, of at most `n_ctx` tokens (default: the engine's `n_ctx`).
+
+        Raises InputError for more context than the model has positions for, UnsupportedError where a GPU has
+        no memory for it.
+        """
+        n_ctx = self.n_ctx if n_ctx is None else n_ctx
+        check_context_size(n_ctx)
+        if n_ctx > self.n_ctx:
+            self._check_context(n_ctx)
+        return self._open(self, n_ctx)
+
+    def _open_first(self) -> None:
+        # It must not keep alive what keeps it alive: weights are freed when the engine is dropped.
+        self._first = self._open(weakref.proxy(self), self.n_ctx)
+
+    @abstractmethod
+    def _open(self, engine: Self, n_ctx: int) -> Sequence:
+        """A sequence of `engine`, which is this one or a weak reference to it."""
+
+    @abstractmethod
+    def _check_context(self, n_ctx: int) -> None:
+        """Raise InputError for more context than the model has positions for."""
+
+    @property
+    def position(self) -> int:
+        return self._first.position
+
+    @property
+    def audit(self) -> bool:
+        return self._first.audit
+
+    @audit.setter
+    def audit(self, on: bool) -> None:
+        self._first.audit = on
+
+    def prefill(self, ids: Many[int] | np.ndarray, all_logits: bool = False) -> np.ndarray:
+        return self._first.prefill(ids, all_logits)
+
+    def reset(self) -> None:
+        self._first.reset()
+
+    def stats(self) -> Stats:
+        return self._first.stats()
+
+    def reset_stats(self) -> None:
+        self._first.reset_stats()
+
+    def bytes_per_token(self, position: int | None = None) -> dict[str, float]:
+        return self._first.bytes_per_token(position)
 
 
-def _no_rows(path: str | Path) -> InputError:
-    what = "to leave inputs out takes a bundle with the attention matrices by input"
-    return InputError(what, where=path, fix="`hotcold export --attention-rows` writes one")
-
-
-def _isa() -> str | None:
-    name = os.environ.get("HOTCOLD_CPU_ISA")
-    known = _cpu.available_isas()
-    if name and name not in known:
-        raise UnsupportedError(
-            "HOTCOLD_CPU_ISA names kernels that this CPU does not run", got=name, expected=", ".join(known)
-        )
-    return name
+def check_context_size(n_ctx: int) -> None:
+    """Raise InputError unless so many tokens can be counted."""
+    if not 1 <= n_ctx <= _MOST_TOKENS:
+        expected = f"1 to {_MOST_TOKENS} tokens"
+        raise InputError("no such size of a context", got=n_ctx, expected=expected, fix="change -c")

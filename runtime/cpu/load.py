@@ -45,7 +45,7 @@ def load_model(
     check_context(file, weights.spec, n_ctx)
     files = [part for part in (weights, by_input) if part is not None]
     try:
-        model = new_model(weights.spec, [part.file for part in files], mode, n_threads, n_ctx, isa)
+        model = new_model(weights.spec, [part.file for part in files], mode, n_threads, isa)
         _load_ends(model, weights)
         load_layers(model, weights, mode, range(weights.spec.n_layers), by_input)
         model.check()
@@ -57,7 +57,7 @@ def load_model(
 
 
 def new_model(
-    spec: ModelSpec, files: Sequence[GGUFFile], mode: str, n_threads: int, n_ctx: int, isa: str | None = None
+    spec: ModelSpec, files: Sequence[GGUFFile], mode: str, n_threads: int, isa: str | None = None
 ) -> _cpu.Model:
     """A model without weights, with room for those of the files. ValueError for what the engine cannot be."""
     tensors = [tensor for file in files for tensor in file.tensors.values()]
@@ -69,7 +69,6 @@ def new_model(
         n_kv_heads=spec.n_kv_heads,
         head_dim=spec.head_dim,
         n_vocab=spec.n_vocab,
-        n_ctx=n_ctx,
         norm_eps=spec.norm_eps,
         activation=ACTIVATIONS[spec.activation],
         mode=MODES[mode],

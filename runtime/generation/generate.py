@@ -3,26 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterator, Sequence
-from typing import Literal, Protocol
+from collections.abc import Collection, Iterator
+from collections.abc import Sequence as Many
+from typing import Literal
 
 import numpy as np
 
 from hotcold.errors import InputError
+from hotcold.runtime.engine import Sequence
 from hotcold.runtime.generation.sampling import Sampler
 
 __all__ = ["Generation"]
-
-
-class _Engine(Protocol):
-    """The part of `hotcold.runtime.engine.Engine` that generation needs."""
-
-    n_ctx: int
-
-    @property
-    def position(self) -> int: ...
-    def prefill(self, ids: Sequence[int]) -> np.ndarray: ...
-    def decode(self, token: int) -> np.ndarray: ...
 
 
 class Generation:
@@ -34,15 +25,15 @@ class Generation:
 
     def __init__(
         self,
-        engine: _Engine,
-        prompt: Sequence[int],
+        sequence: Sequence,
+        prompt: Many[int],
         sampler: Sampler,
         *,
         n_predict: int = -1,
         stop_ids: Collection[int] = (),
     ) -> None:
         """`n_predict` -1: until a stop id or the end of the context. Raises InputError on a bad prompt."""
-        room = engine.n_ctx - engine.position
+        room = sequence.n_ctx - sequence.position
         if not prompt:
             raise InputError("the prompt is empty")
         if len(prompt) >= room:
@@ -50,7 +41,7 @@ class Generation:
             raise InputError(
                 "the prompt fills the context", got=len(prompt), expected=f"less than {room}", fix=fix
             )
-        self._engine, self._sampler, self._stop_ids = engine, sampler, stop_ids
+        self._sequence, self._sampler, self._stop_ids = sequence, sampler, stop_ids
         self._history, self._n_predict = list(prompt), n_predict
         self.n_prompt, self.n_generated, self.n_decoded = len(prompt), 0, 0
         self.prompt_seconds = self.decode_seconds = 0.0
@@ -58,7 +49,7 @@ class Generation:
 
     def __iter__(self) -> Iterator[int]:
         started = time.perf_counter()
-        logits = self._engine.prefill(self._history)
+        logits = self._sequence.prefill(self._history)
         self.prompt_seconds = time.perf_counter() - started
         while self.n_generated != self._n_predict:
             token = self._sampler.sample(logits, self._history)
@@ -68,7 +59,7 @@ class Generation:
             self._history.append(token)
             self.n_generated += 1
             yield token
-            if self._engine.position == self._engine.n_ctx:
+            if self._sequence.position == self._sequence.n_ctx:
                 self.stopped_by = "context"
                 return
             if self.n_generated != self._n_predict:
@@ -77,7 +68,7 @@ class Generation:
 
     def _decode(self, token: int) -> np.ndarray:
         started = time.perf_counter()
-        logits = self._engine.decode(token)
+        logits = self._sequence.decode(token)
         self.decode_seconds += time.perf_counter() - started
         self.n_decoded += 1
         return logits

@@ -6,44 +6,41 @@ the CPU engine, after the others. In `dense` mode layers are on one side or the 
 
 from __future__ import annotations
 
-import time
-from collections.abc import Sequence
+from collections.abc import Sequence as Many
 from pathlib import Path
 from typing import Self
 
-import numpy as np
 import torch
-from torch import Tensor
 
 from hotcold.cpus import thread_count
 from hotcold.errors import MismatchError
 from hotcold.files.gguf import GGUFFile
 from hotcold.model.spec import ModelSpec
 from hotcold.model.weights import EMBEDDING, head_name
-from hotcold.runtime.gpu.cpu_side import MAX_BLOCK, CpuSide
-from hotcold.runtime.gpu.device import on, open_devices
+from hotcold.runtime.gpu.cpu_share import MAX_BLOCK
+from hotcold.runtime.gpu.cpu_side import CpuSide
+from hotcold.runtime.gpu.device import open_devices
 from hotcold.runtime.gpu.engine import GpuEngine, file_and_mode
-from hotcold.runtime.gpu.hybrid_stage import HybridStage
+from hotcold.runtime.gpu.hybrid_sequence import HybridSequence
 from hotcold.runtime.gpu.layers import MAX_TOKENS
 from hotcold.runtime.gpu.telemetry import Telemetry
-from hotcold.runtime.gpu.weights import host_embedding, read_weights
+from hotcold.runtime.gpu.weights import DeviceWeights, host_embedding, read_weights
 from hotcold.runtime.placement.plan import Placement
 from hotcold.runtime.placement.problem import part_bytes
-from hotcold.runtime.stats import Stats
 
 __all__ = ["HybridEngine"]
 
 
 class HybridEngine(GpuEngine):
-    """One sequence of tokens through a model on devices and the CPU; the contract is the CPU engine's."""
+    """A model on devices and the CPU."""
 
-    _stages: list[HybridStage]
+    _first: HybridSequence
 
     def __init__(
         self,
         path: str | Path,
         mode: str,
-        devices: Sequence[torch.device],
+        devices: Many[torch.device],
         placement: Placement,
         n_threads: int | None = None,
         n_ctx: int = 2048,
@@ -69,102 +66,31 @@ class HybridEngine(GpuEngine):
 
     def _load(self, file: GGUFFile) -> None:
         _check_placement(self.placement, self.shape, self.mode, len(self.devices))
-        self._sizes = part_bytes(file)
+        self.sizes = part_bytes(file)
         n_threads = thread_count(self._threads)
-        self._cpu = CpuSide(file, self.placement, self.mode, n_threads, self.n_ctx)
+        self.cpu = CpuSide(file, self.placement, self.mode, n_threads)
         # One row of it is read per token: device memory is for what every token reads as a whole.
-        self._embedding = None if head_name(file) == EMBEDDING else host_embedding(file)
-        self._open_stages(file, self.placement.spans)
+        self.embedding = None if head_name(file) == EMBEDDING else host_embedding(file)
+        self._read_parts(file, self.placement.spans)
         # Decoding a quantized matrix for a dense product would take memory that the plan has no room for.
-        layers = [layer for stage in self._stages for layer in stage.weights.layers]
+        layers = [layer for weights in self.parts for layer in weights.layers]
         quantized = any(not layer.o.data.is_floating_point() for layer in layers)
-        self._block = MAX_TOKENS if quantized else MAX_BLOCK
+        self.block = MAX_TOKENS if quantized else MAX_BLOCK
 
-    def _open_stage(self, file: GGUFFile, device: torch.device, layers: range, last: bool) -> HybridStage:
+    def _read_part(self, file: GGUFFile, device: torch.device, layers: range, last: bool) -> DeviceWeights:
         hot, predicted = [self.placement.layers[i].hot for i in layers], self.mode == "predicted"
-        parts = {"with_embedding": self._embedding is None, "with_head": last}
-        weights = read_weights(file, device, layers, hot, with_predictors=predicted, **parts)
-        return HybridStage(weights, self.mode, self.n_ctx, self._cpu)
+        parts = {"with_embedding": self.embedding is None, "with_head": last}
+        return read_weights(file, device, layers, hot, with_predictors=predicted, **parts)
 
     def _converted(self) -> set[str]:
-        return super()._converted() | self._cpu.converted
+        return super()._converted() | self.cpu.converted
 
-    def _given(self, ids: np.ndarray) -> Tensor:
-        """Tokens, or the residual stream before the first layer, float32 [n, d_model], in main memory."""
-        tokens = super()._given(ids)
-        return tokens if self._embedding is None else self._embedding.take(tokens).dequantize()
-
-    # ---- counts
-
-    def reset_stats(self) -> None:
-        """Start counting anew, telemetry too."""
-        super().reset_stats()
-        self._cpu.reset_stats()
-        self.telemetry = Telemetry()
-        for stage in self._stages:
-            stage.telemetry = self.telemetry
-
-    def stats(self) -> Stats:
-        """What was computed since `reset_stats()`, on both sides."""
-        counts, on_devices = self._cpu.stats(), self._device_counts()
-        counts[:, : on_devices.shape[1]] += on_devices
-        fired, predicted, missed = counts
-        return Stats(self._tokens, self.shape.d_ff, fired, predicted, missed, audit=self.audit)
-
-    def bytes_per_token(self, position: int | None = None) -> dict[str, float]:
-        """Bytes that one decoded token reads of both memories, by part; as `Engine.bytes_per_token`."""
-        sizes, shape = self._sizes, self.shape
-        predicted, fired = self._read_shares()
-        position = self.position if position is None else position
-        return {
-            "attention": float(sizes["attention"]),
-            "predictor": float(sizes["predictor"] if self.mode == "predicted" else 0),
-            "ffn": float(predicted * sizes["gate"] + fired * (sizes["up"] + sizes["down"])),
-            "head": float(sizes["head"]),
-            "kv": float(2 * 2 * shape.n_layers * shape.n_kv_heads * shape.head_dim * position),
-            "other": float(sizes["other"]),
-        }
+    def _open(self, engine: Self, n_ctx: int) -> HybridSequence:
+        return HybridSequence(engine, n_ctx)
 
     def measured(self) -> Telemetry:
-        """The telemetry, with the counts that are kept on the device."""
-        self.telemetry.hot_fired = int(self._device_counts()[0].sum())
-        self.telemetry.cold_fired = int(self._cpu.stats()[0, : self._cpu.first].sum())
-        return self.telemetry
-
-    def prefill(self, ids: Sequence[int] | np.ndarray, all_logits: bool = False) -> np.ndarray:
-        """Append tokens; logits after the last one, float32 [n_vocab], or after each, [len(ids), n_vocab]."""
-        start = time.perf_counter()
-        self._cpu.set_audit(self.audit)
-        logits = super().prefill(ids, all_logits)
-        self.telemetry.tokens = self._tokens
-        self.telemetry.total_s += time.perf_counter() - start
-        return logits
-
-    def _decode(self, ids: np.ndarray) -> Tensor:
-        start, position = time.perf_counter(), self.position
-        x, last = super()._decode(ids), self._stages[-1]
-        if self._cpu.any_layers:
-            x = self._cpu_layers(x, position)
-            with on(last.device):
-                x = last.logits_of_one(x)
-        for stage in self._stages:
-            with on(stage.device):
-                stage.finish()
-        self.telemetry.decoded += 1
-        self.telemetry.decode_s += time.perf_counter() - start
-        return x
-
-    def _after_stages(self, x: Tensor) -> Tensor:
-        return self._cpu_layers(x, self.position) if self._cpu.any_layers else x
-
-    def _cpu_layers(self, x: Tensor, position: int) -> Tensor:
-        """x [tokens, d_model] after the layers that are on the CPU as a whole; it is there."""
-        there = x.cpu().numpy().copy()
-        start = time.perf_counter()
-        self._cpu.run_layers(there, position)
-        if len(x) == 1:
-            self.telemetry.cpu_layers_s += time.perf_counter() - start
-        return torch.from_numpy(there)
+        """The first sequence's telemetry."""
+        return self._first.measured()
 
 
 def _check_placement(placement: Placement, shape: ModelSpec, mode: str, n_devices: int) -> None:

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hotcold.runtime.gpu.cpu_side import CpuSide
+from hotcold.runtime.gpu.cpu_share import CpuShare
 from hotcold.runtime.gpu.layers import plus
 from hotcold.runtime.gpu.stage import Stage
 from hotcold.runtime.gpu.staging import Staging
@@ -42,7 +42,7 @@ class _Buffers:
 class HybridStage(Stage):
     """Layers on a device, of whose neurons `cpu` has the others. Times and counts go to `telemetry`."""
 
-    def __init__(self, weights: DeviceWeights, mode: str, n_ctx: int, cpu: CpuSide) -> None:
+    def __init__(self, weights: DeviceWeights, mode: str, n_ctx: int, cpu: CpuShare) -> None:
         """Allocate as a stage does, and the hand-overs' buffers."""
         self._cpu, self.telemetry = cpu, Telemetry()
         super().__init__(weights, mode, n_ctx)

@@ -1,4 +1,4 @@
-"""Consecutive layers of a model on one device: what a token and a block of a prompt do there.
+"""Consecutive layers of a model on one device: what a token and a block of a prompt of one sequence do there.
 
 A model on one device is one stage, on several devices it is one for each, and the residual stream is handed
 on. A decoded token is one CUDA graph: nothing in it waits for the host, and the number of active neurons
@@ -34,10 +34,6 @@ class Stage:
         shape, device = weights.shape, weights.device
         self._layers = Layers(weights, n_ctx, device, operators(device))
         self._ops, self._clip = self._layers.ops, shape.activation == "drelu"
-        if device.type == "cuda":
-            from hotcold.runtime.gpu.tune import tune_weights
-
-            tune_weights(weights, mode, self._ops, device)
         self._graphs = Graphs(device)
         # 16 bytes apart, as Triton compiles a kernel anew for another alignment.
         self._counts = torch.zeros(3, len(weights.layers), 2, dtype=torch.int64, device=device)[..., 0]

@@ -22,7 +22,7 @@ from hotcold.model import checkpoint
 from hotcold.model.gguf_checkpoint import GGUFCheckpoint
 from hotcold.model.huggingface import HFCheckpoint
 from hotcold.model.rope import Rope
-from hotcold.runtime.engine import Engine
+from hotcold.runtime.cpu.engine import CpuEngine as Engine
 
 ARCHES = {"llama": gguf.MODEL_ARCH.LLAMA, "qwen2": gguf.MODEL_ARCH.QWEN2, "qwen3": gguf.MODEL_ARCH.QWEN3}
 LLAMA3_1 = {

@@ -26,7 +26,7 @@ from hotcold.model.ffn_modules import as_transformers
 from hotcold.model.huggingface import HFCheckpoint
 from hotcold.model.spec import ModelSpec
 from hotcold.model.weights import check_weights
-from hotcold.runtime.engine import Engine
+from hotcold.runtime.cpu.engine import CpuEngine as Engine
 
 Tensors = dict[str, np.ndarray]
 CHANGES = ("removed", "renamed", "reshaped", "added")

@@ -12,7 +12,7 @@ import pytest
 from hotcold.runtime import auto_mode
 from hotcold.runtime.auto_mode import choose_mode
 from hotcold.runtime.bundle_files import ModelPath
-from hotcold.runtime.engine import Engine
+from hotcold.runtime.cpu.engine import CpuEngine as Engine
 
 
 @pytest.fixture(autouse=True)
@@ -107,7 +107,7 @@ def test_modes_that_do_not_fit_together_are_measured_one_by_one(bundle, monkeypa
 
 def test_processes_at_once_agree(bundle, records):
     code = (
-        "import sys; from hotcold.runtime.engine import Engine\n"
+        "import sys; from hotcold.runtime.cpu.engine import CpuEngine as Engine\n"
         "print(Engine.load(sys.argv[1], n_threads=1).mode)"
     )
     command = [sys.executable, "-c", code, str(bundle.path)]

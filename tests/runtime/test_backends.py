@@ -15,7 +15,7 @@ from hotcold.files.gguf import GGUFFile
 from hotcold.predictor.bundle import LayerPredictor, PredictorBundle
 from hotcold.runtime.backends import BackendOptions, make_placement, open_engine
 from hotcold.runtime.bundle_files import file_of_role
-from hotcold.runtime.engine import Engine
+from hotcold.runtime.cpu.engine import CpuEngine as Engine
 from hotcold.runtime.gpu.device import open_device, parse_budgets
 from hotcold.runtime.placement.file import gpuidx_path, load_placement, save_placement
 from hotcold.runtime.placement.plan import Costs, PlacedLayer, Placement

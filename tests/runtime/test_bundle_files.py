@@ -8,7 +8,7 @@ import pytest
 
 from hotcold.errors import FormatError, InputError
 from hotcold.runtime.bundle_files import ModelPath, file_of_role, find_model
-from hotcold.runtime.engine import Engine
+from hotcold.runtime.cpu.engine import CpuEngine as Engine
 
 
 def test_the_first_role_that_is_there(bundle, make_bundle):

@@ -8,7 +8,7 @@ import pytest
 
 from hotcold import cli
 from hotcold.runtime import command
-from hotcold.runtime.engine import Engine
+from hotcold.runtime.cpu.engine import CpuEngine as Engine
 
 
 def hotcold_run(bundle, *arguments, mode="predicted"):

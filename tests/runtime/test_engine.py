@@ -14,7 +14,7 @@ from stored_rows import relative_error
 from hotcold.errors import FormatError, InputError, ShapeError, UnsupportedError
 from hotcold.runtime.cpu import _cpu
 from hotcold.runtime.cpu import load as bundle_load
-from hotcold.runtime.engine import Engine
+from hotcold.runtime.cpu.engine import CpuEngine as Engine
 from hotcold.runtime.reference import ReferenceEngine
 
 MODES = ["dense", "exact", "predicted"]
@@ -222,7 +222,7 @@ def test_rows_of_unpredicted_neurons_are_not_used(make_bundle, tmp_path, nan_all
         for part in ("up", "down_t"):
             _edit_rows(path, f"blk.{layer}.ffn_{part}.weight", cold, np.nan)
     engine = Engine.load(folder, "predicted", 2)
-    engine._model.position = 1  # position 0 is computed in full
+    engine._first._native.position = 1  # position 0 is computed in full
     assert np.isfinite(engine.prefill(IDS[:n], all_logits=True)).all()
     engine.reset()
     assert np.isnan(engine.prefill(IDS[:n], all_logits=True)).any()

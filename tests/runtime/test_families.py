@@ -24,7 +24,7 @@ from hotcold.model import checkpoint
 from hotcold.model.gguf_checkpoint import GGUFCheckpoint
 from hotcold.model.huggingface import HFCheckpoint
 from hotcold.model.spec import ModelSpec
-from hotcold.runtime.engine import Engine
+from hotcold.runtime.cpu.engine import CpuEngine as Engine
 from hotcold.runtime.reference import ReferenceEngine
 
 

@@ -18,7 +18,7 @@ from hotcold.files.gguf import GGUFFile
 from hotcold.files.quantize import dequantize
 from hotcold.runtime.backends import BackendOptions
 from hotcold.runtime.cpu import _cpu
-from hotcold.runtime.engine import Engine
+from hotcold.runtime.cpu.engine import CpuEngine as Engine
 from hotcold.runtime.reference import ReferenceEngine
 
 ops = _cpu.ops

@@ -17,7 +17,7 @@ from hotcold import cache, cli
 from hotcold.convert.bundle.verify import verify_bundle
 from hotcold.errors import InputError, UnsupportedError
 from hotcold.runtime.bundle_files import find_model
-from hotcold.runtime.engine import Engine
+from hotcold.runtime.cpu.engine import CpuEngine as Engine
 from hotcold.runtime.model_cache import limit
 
 RUN = "import sys; from hotcold.cli import main; sys.exit(main())"

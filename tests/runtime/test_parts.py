@@ -17,7 +17,7 @@ TYPES = {"F32": 0, "F16": 1, "Q8_0": 3, "Q4_0": 4}
 
 def model(threads: int = 2, kind: str = "F32") -> _cpu.Model:
     made = _cpu.Model(
-        n_layers=2, d_model=D, d_ff=D_FF, n_heads=4, n_kv_heads=4, head_dim=16, n_vocab=32, n_ctx=8,
+        n_layers=2, d_model=D, d_ff=D_FF, n_heads=4, n_kv_heads=4, head_dim=16, n_vocab=32,
         norm_eps=1e-5, activation=1, mode=2, threads=threads, weight_bytes=1 << 22,
     )  # fmt: skip
     parts: list[object] = []
@@ -26,6 +26,10 @@ def model(threads: int = 2, kind: str = "F32") -> _cpu.Model:
         parts += [packed.view(np.uint8).reshape(-1), TYPES[kind]]
     _cpu.parts.set_neurons(made, 1, N, *parts)
     return made
+
+
+def sequence(threads: int = 2, kind: str = "F32") -> _cpu.Sequence:
+    return _cpu.Sequence(model(threads, kind), 8)
 
 
 def expected(x: np.ndarray, wanted: np.ndarray) -> np.ndarray:
@@ -45,7 +49,7 @@ def test_listed_neurons(kind, threads, tokens, share):
         0, np.uint64
     )
     y = np.full((tokens, D), np.nan, np.float32)
-    fired = _cpu.parts.run_neurons(model(threads, kind), 1, x, index, masks, y)
+    fired = _cpu.parts.run_neurons(sequence(threads, kind), 1, x, index, masks, y)
     truth = expected(x, wanted)
     assert np.linalg.norm(y - truth) <= LIMITS[kind] * max(np.linalg.norm(truth), 1e-9)
     if kind == "F32":
@@ -70,16 +74,16 @@ NO_MASKS, X, Y = np.empty(0, np.uint64), np.zeros((1, D), np.float32), np.zeros(
 )
 def test_refused(layer, x, index, masks, message):
     with pytest.raises(ValueError, match=message):
-        _cpu.parts.run_neurons(model(), layer, x, np.array(index, np.int32), masks, Y.copy())
+        _cpu.parts.run_neurons(sequence(), layer, x, np.array(index, np.int32), masks, Y.copy())
 
 
 def test_layers_that_were_not_loaded():
     with pytest.raises(ValueError, match="a layer that was not loaded"):
-        _cpu.parts.run_layers(model(), X.copy(), 0, 1, 0)
+        _cpu.parts.run_layers(sequence(), X.copy(), 0, 1, 0)
     with pytest.raises(ValueError, match="no such layers"):
-        _cpu.parts.run_layers(model(), X.copy(), 1, 3, 0)
+        _cpu.parts.run_layers(sequence(), X.copy(), 1, 3, 0)
     with pytest.raises(ValueError, match="the context is full"):
-        _cpu.parts.run_layers(model(), X.copy(), 1, 2, 8)
+        _cpu.parts.run_layers(sequence(), X.copy(), 1, 2, 8)
 
 
 def test_rows_of_another_size():

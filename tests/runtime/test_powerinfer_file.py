@@ -17,7 +17,7 @@ from gguf import GGMLQuantizationType, quants
 from hotcold.cli import main
 from hotcold.errors import FormatError, ShapeError, UnsupportedError
 from hotcold.predictor.bundle import PredictorBundle
-from hotcold.runtime.engine import Engine
+from hotcold.runtime.cpu.engine import CpuEngine as Engine
 from hotcold.runtime.gpu.engine import GpuEngine
 from hotcold.runtime.reference import ReferenceEngine
 

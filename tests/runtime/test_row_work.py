@@ -32,7 +32,7 @@ def listed_neurons(n, activity, rng):
 
 def make_model(isa, threads, d_model, n, activation, gated):
     return _cpu.Model(
-        n_layers=1, d_model=d_model, d_ff=n, n_heads=2, n_kv_heads=1, head_dim=16, n_vocab=32, n_ctx=16,
+        n_layers=1, d_model=d_model, d_ff=n, n_heads=2, n_kv_heads=1, head_dim=16, n_vocab=32,
         norm_eps=1e-5, activation=activation, mode=2, threads=threads, weight_bytes=64 << 20, isa=isa,
         gated=gated,
     )  # fmt: skip
@@ -104,7 +104,9 @@ def check(isa, kind, shape, activity, threads, tokens, activation=RELU, threshol
     weights = np.uint64(1) << np.arange(tokens, dtype=np.uint64)
     masks = (wanted[:, index].T * weights).sum(1, dtype=np.uint64)
     y = np.empty_like(x)
-    fired = _cpu.parts.run_neurons(model, 0, x, index, masks if tokens > 1 else np.empty(0, np.uint64), y)
+    fired = _cpu.parts.run_neurons(
+        _cpu.Sequence(model, 1), 0, x, index, masks if tokens > 1 else np.empty(0, np.uint64), y
+    )
 
     assert fired == fires.sum()
     size = np.sqrt(np.mean(expected**2))

@@ -17,7 +17,7 @@ from hotcold.errors import FormatError, HotcoldError
 from hotcold.files.gguf import GGUFFile
 from hotcold.model import checkpoint
 from hotcold.model.gguf_checkpoint import GGUFCheckpoint
-from hotcold.runtime.engine import Engine
+from hotcold.runtime.cpu.engine import CpuEngine as Engine
 
 CHANGES = ("removed", "renamed", "cut", "added")
 # Without these a file is another model, which llama.cpp and transformers run: a head is tied then, positions

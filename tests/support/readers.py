@@ -31,7 +31,7 @@ from hotcold.model.tokenizer.gguf import build_tokenizer
 from hotcold.model.weights import FileWeights, check_weights
 from hotcold.predictor.bundle import PredictorBundle
 from hotcold.predictor.traces.reader import Traces
-from hotcold.runtime.engine import Engine
+from hotcold.runtime.cpu.engine import CpuEngine as Engine
 from hotcold.runtime.generation.vocabulary import Vocabulary
 from hotcold.text import documents
 

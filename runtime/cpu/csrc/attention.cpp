@@ -16,11 +16,11 @@ void prefetch_run(Prefetches& prefetches, const uint16_t* run, int n) {
 
 uint16_t* Pass::keys(int l, int kv_head) const {
   const size_t tile_floats = size_t(c().head_dim) * kLanes;
-  return b.keys.get() + (size_t(l) * c().n_kv_heads + kv_head) * Model::Buffers::tiles(c()) * tile_floats;
+  return seq.keys_.get() + (size_t(l) * c().n_kv_heads + kv_head) * seq.tiles() * tile_floats;
 }
 
 uint16_t* Pass::values(int l, int kv_head) const {
-  return b.values.get() + (size_t(l) * c().n_kv_heads + kv_head) * c().n_ctx * c().head_dim;
+  return seq.values_.get() + (size_t(l) * c().n_kv_heads + kv_head) * seq.n_ctx * c().head_dim;
 }
 
 void Pass::attention(int thread, int l) {
@@ -131,7 +131,7 @@ void Pass::prefetch_keys(int thread, int l) const {
 // One token: the tiles of all key-value heads are shared out evenly, and where a head is shared by threads its parts are
 // merged by their maxima. Whoever has a head's last tile stores the new key and value first, so that nobody waits.
 void Pass::attend_one(int thread, int l) {
-  const int kv_heads = c().n_kv_heads, group = c().n_heads / kv_heads, dim = c().head_dim, stride = round_up(c().n_ctx, kLanes);
+  const int kv_heads = c().n_kv_heads, group = c().n_heads / kv_heads, dim = c().head_dim, stride = round_up(seq.n_ctx, kLanes);
   ThreadScratch& mine = *b.scratch[thread];
   Prefetches cache;
   const int from = first_seen(l, position), skipped = from / kLanes, tiles = position / kLanes + 1 - skipped;
@@ -192,7 +192,7 @@ void Pass::attend_block(int thread, int l) {
 }
 
 void Pass::attend_tokens(int thread, int l, int first_token, int last_token, int kv) {
-  const int group = c().n_heads / c().n_kv_heads, dim = c().head_dim, stride = round_up(c().n_ctx, kLanes);
+  const int group = c().n_heads / c().n_kv_heads, dim = c().head_dim, stride = round_up(seq.n_ctx, kLanes);
   ThreadScratch& mine = *b.scratch[thread];
   Prefetches none;
   const int rows = (last_token - first_token) * group;

@@ -13,6 +13,7 @@
 #include "bandwidth.h"
 #include "bind_ops.h"
 #include "bind_parts.h"
+#include "bind_sequence.h"
 #include "model.h"
 
 namespace nb = nanobind;
@@ -41,25 +42,8 @@ std::vector<float> to_vector(const Floats& a, size_t expected, const std::string
   return {a.data(), a.data() + a.size()};
 }
 
-// Logits given to Python. A fresh array of a whole vocabulary would be mapped, zeroed and unmapped for every token, at
-// 3 % of its time, so arrays that Python has dropped are used again. Under the GIL, on both ends.
-std::vector<std::vector<float>*> free_logits;
-
-nb::ndarray<nb::numpy, float> logits_array(std::vector<size_t> shape) {
-  const size_t n = std::accumulate(shape.begin(), shape.end(), size_t(1), std::multiplies<>());
-  const auto found = std::find_if(free_logits.begin(), free_logits.end(), [n](auto* v) { return v->size() == n; });
-  std::vector<float>* data = found != free_logits.end() ? *found : new std::vector<float>(n);
-  if (found != free_logits.end()) free_logits.erase(found);
-  nb::capsule owner(data, [](void* p) noexcept {
-    auto* used = static_cast<std::vector<float>*>(p);
-    if (free_logits.size() < 4 && used->size() < (1u << 20)) free_logits.push_back(used);
-    else delete used;
-  });
-  return nb::ndarray<nb::numpy, float>(data->data(), shape.size(), shape.data(), owner);
-}
-
 void check(const Config& c, int threads) {
-  require(c.n_layers > 0 && c.d_model > 0 && c.d_ff > 0 && c.n_vocab > 0 && c.n_ctx > 0, "sizes must be positive");
+  require(c.n_layers > 0 && c.d_model > 0 && c.d_ff > 0 && c.n_vocab > 0, "sizes must be positive");
   require(c.n_kv_heads > 0 && c.n_heads % c.n_kv_heads == 0, "heads must be a multiple of key-value heads");
   require(c.n_heads / c.n_kv_heads <= kMaxGroup, "at most 128 query heads per key-value head");
   require(c.head_dim % kLanes == 0 && c.head_dim <= 512, "head_dim must be a multiple of 16, at most 512");
@@ -182,10 +166,7 @@ void check_complete(const Model& m) {
   check_panel(m.embedding, c.n_vocab, c.d_model, "embedding");
   check_panel(m.head, c.n_vocab, c.d_model, "head");
   check_norm(m, m.output_norm, "output_norm");
-  if (m.positions.data) {
-    check_panel(m.positions, m.positions.rows, c.d_model, "positions");
-    require(c.n_ctx <= m.positions.rows, "the model has learned positions for " + std::to_string(m.positions.rows) + " tokens only");
-  }
+  if (m.positions.data) check_panel(m.positions, m.positions.rows, c.d_model, "positions");
   require(int(m.rope_frequency.size()) * 2 <= c.head_dim, "more rope frequencies than pairs in a head");
   for (const Layer& l : m.layers) {
     require(!l.qkv_inputs.data == !l.o_inputs.data, "qkv and o: only one of them is held by input");
@@ -210,36 +191,6 @@ void check_complete(const Model& m) {
       check_panel(l.fc2, c.d_ff, l.fc1.rows, "fc2");
     }
   }
-}
-
-nb::ndarray<nb::numpy, float> forward(Model& m, Ints tokens, bool all_logits) {
-  require(tokens.size() > 0, "no tokens");
-  require(m.position + tokens.size() <= size_t(m.config.n_ctx), "the context is full");
-  for (size_t i = 0; i < tokens.size(); ++i)
-    require(tokens.data()[i] >= 0 && tokens.data()[i] < m.config.n_vocab, "token id out of range");
-  const size_t vocab = m.config.n_vocab;
-  auto logits = all_logits ? logits_array({tokens.size(), vocab}) : logits_array({vocab});
-  {
-    nb::gil_scoped_release release;
-    m.forward(tokens.data(), int(tokens.size()), all_logits, logits.data());
-  }
-  return logits;
-}
-
-nb::dict stats(Model& m) {
-  std::vector<int64_t> fired, predicted, missed;
-  for (const LayerStats& s : m.stats()) {
-    fired.push_back(s.fired);
-    predicted.push_back(s.predicted);
-    missed.push_back(s.missed);
-  }
-  nb::dict d;
-  d["tokens"] = m.tokens_run;
-  d["fired"] = fired;
-  d["predicted"] = predicted;
-  d["missed"] = missed;
-  d["input_bytes"] = m.input_bytes();
-  return d;
 }
 
 // Packed bytes of each part, from which bytes per token follow.
@@ -284,15 +235,15 @@ NB_MODULE(_cpu, m) {
   nb::class_<Model>(m, "Model")
       .def("__init__",
            [](Model* self, int n_layers, int d_model, int d_ff, int n_heads, int n_kv_heads, int head_dim, int n_vocab,
-              int n_ctx, float norm_eps, int activation, int mode, int threads, size_t weight_bytes,
+              float norm_eps, int activation, int mode, int threads, size_t weight_bytes,
               std::optional<std::string> isa, bool layer_norm, bool parallel, bool gated) {
-             const Config c{n_layers, d_model,  d_ff,       n_heads,  n_kv_heads, head_dim, n_vocab, n_ctx, norm_eps,
+             const Config c{n_layers, d_model,  d_ff,       n_heads,  n_kv_heads, head_dim, n_vocab, norm_eps,
                             Activation(activation), Mode(mode), layer_norm, parallel, gated};
              check(c, threads);
              new (self) Model(c, threads, weight_bytes, kernels(isa ? isa->c_str() : nullptr));
            },
            nb::kw_only(), "n_layers"_a, "d_model"_a, "d_ff"_a, "n_heads"_a, "n_kv_heads"_a, "head_dim"_a, "n_vocab"_a,
-           "n_ctx"_a, "norm_eps"_a, "activation"_a, "mode"_a, "threads"_a, "weight_bytes"_a, "isa"_a = nb::none(),
+           "norm_eps"_a, "activation"_a, "mode"_a, "threads"_a, "weight_bytes"_a, "isa"_a = nb::none(),
            "layer_norm"_a = false, "parallel"_a = false, "gated"_a = true)
       .def("set_panel", &set_panel, "layer"_a, "slot"_a, "type"_a, "data"_a, "rows"_a, "cols"_a, "order"_a = nb::none())
       .def("set_input_rows", &set_input_rows, "layer"_a, "slot"_a, "types"_a, "data"_a)
@@ -312,12 +263,7 @@ NB_MODULE(_cpu, m) {
         layer_of(m, l).hot.assign(hot.data(), hot.data() + hot.size());
       })
       .def("check", &check_complete)
-      .def("forward", &forward, "tokens"_a, "all_logits"_a = false)
-      .def("stats", &stats)
-      .def("reset_stats", &Model::reset_stats)
       .def("sizes", &sizes)
-      .def_rw("audit", &Model::audit)
-      .def_rw("position", &Model::position)
       .def_prop_rw("input_sparsity", [](const Model& m) { return m.input_sparsity; }, [](Model& m, double share) {
         require(share >= 0 && share < 1, "input_sparsity: 0 to 1");
         m.input_sparsity = share;
@@ -340,5 +286,6 @@ NB_MODULE(_cpu, m) {
         "n_threads"_a, "n_bytes"_a = size_t(1) << 30, "repetitions"_a = 5, "prefetching"_a = false,
         "Best read bandwidth of several passes, GB/s: plain loads, or prefetching for memory ahead of them.");
   bind_ops(m);
+  bind_sequence(m);
   bind_parts(m);
 }

@@ -119,10 +119,11 @@ std::vector<nb::ndarray<nb::numpy, float>> multiply_inputs(const std::string& is
     parts.push_back({Type(types[p]), w[p].data(), outputs[p]});
     bytes += (down_bytes(Type(types[p]), outputs[p]) + 64) * inputs;
   }
-  const Config c{1, inputs, kLanes, 1, 1, kLanes, 1, 1, 1e-5f, Activation::Relu, Mode::Dense};
+  const Config c{1, inputs, kLanes, 1, 1, kLanes, 1, 1e-5f, Activation::Relu, Mode::Dense};
   Model m(c, threads, bytes, kernels(isa.c_str()));
   const InputRows rows = m.add_input_rows(inputs, parts);
   Model::Buffers buffers(c, threads, 1, rows.width());
+  Sequence sequence(m, 1);
   ActsBuffer acts(inputs, tokens, false);
   for (int t = 0; t < tokens; ++t) std::copy_n(x.data() + size_t(t) * inputs, inputs, acts.acts.f + size_t(t) * acts.acts.width);
   std::vector<nb::ndarray<nb::numpy, float>> results;
@@ -131,7 +132,7 @@ std::vector<nb::ndarray<nb::numpy, float>> multiply_inputs(const std::string& is
     results.push_back(array({size_t(tokens), size_t(n)}));
     out.push_back({results.back().data(), n});
   }
-  Pass pass{m, buffers, nullptr, tokens, 1, 0};
+  Pass pass{m, buffers, sequence, nullptr, tokens, 1, 0};
   m.team.run([&](int thread) { pass.multiply_inputs(thread, rows, acts.acts, out.data()); });
   return results;
 }

@@ -7,7 +7,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "model.h"
+#include "sequence.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -42,19 +42,21 @@ void set_neurons(Model& m, int l, int n, Bytes gate, int gate_type, std::optiona
   layer.n_neurons = n;
 }
 
-void run_layers(Model& m, MatrixOut x, int first, int last, int position) {
+void run_layers(Sequence& s, MatrixOut x, int first, int last, int position) {
+  const Model& m = s.model;
   require(int(x.shape(1)) == m.config.d_model && x.shape(0) > 0, "x must be [tokens, d_model]");
   require(first >= 0 && first < last && last <= m.config.n_layers, "no such layers");
-  require(position >= 0 && position + int(x.shape(0)) <= m.config.n_ctx, "the context is full");
+  require(position >= 0 && position + int(x.shape(0)) <= s.n_ctx, "the context is full");
   for (int l = first; l < last; ++l) {
     const Layer& layer = m.layers[l];
     require(layer.q.data && layer.o.data && (layer.down.data || layer.bundles), "a layer that was not loaded");
   }
   nb::gil_scoped_release release;
-  m.run_layers(x.data(), int(x.shape(0)), first, last, position);
+  s.run_layers(x.data(), int(x.shape(0)), first, last, position);
 }
 
-int64_t run_neurons(Model& m, int l, Matrix normed, Ints index, Masks tokens, MatrixOut y) {
+int64_t run_neurons(Sequence& s, int l, Matrix normed, Ints index, Masks tokens, MatrixOut y) {
+  const Model& m = s.model;
   require(l >= 0 && l < m.config.n_layers && m.layers[l].n_neurons > 0, "no neurons of this layer");
   const int n = int(normed.shape(0)), count = int(index.size()), last = m.layers[l].n_neurons;
   require(n > 0 && n <= kMaxBlock && int(normed.shape(1)) == m.config.d_model, "normed must be [1 to 64 tokens, d_model]");
@@ -64,7 +66,7 @@ int64_t run_neurons(Model& m, int l, Matrix normed, Ints index, Masks tokens, Ma
     require(index.data()[i] >= 0 && index.data()[i] < last && (i == 0 || index.data()[i] > index.data()[i - 1]),
             "neurons must ascend and be of the layer");
   nb::gil_scoped_release release;
-  return m.run_neurons(l, normed.data(), n, index.data(), tokens.data(), count, y.data());
+  return s.run_neurons(l, normed.data(), n, index.data(), tokens.data(), count, y.data());
 }
 
 }  // namespace
@@ -74,8 +76,8 @@ void bind_parts(nb::module_& m) {
   parts.def("set_neurons", &set_neurons, "model"_a, "layer"_a, "n"_a, "gate"_a, "gate_type"_a, "up"_a.none(), "up_type"_a,
             "down"_a, "down_type"_a, "bias"_a.none() = nb::none(),
             "Holds `n` neurons of a layer, numbered from 0. Without gates, what decides is in their place, plus `bias`.");
-  parts.def("run_layers", &run_layers, "model"_a, "x"_a, "first"_a, "last"_a, "position"_a,
+  parts.def("run_layers", &run_layers, "sequence"_a, "x"_a, "first"_a, "last"_a, "position"_a,
             "Layers [first, last) on the residual stream x, in place.");
-  parts.def("run_neurons", &run_neurons, "model"_a, "layer"_a, "normed"_a, "index"_a, "tokens"_a, "y"_a,
+  parts.def("run_neurons", &run_neurons, "sequence"_a, "layer"_a, "normed"_a, "index"_a, "tokens"_a, "y"_a,
             "y = what the listed neurons add; `tokens` has bit t where token t wants a neuron. Returns how many fired.");
 }

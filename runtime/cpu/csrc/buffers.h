@@ -1,45 +1,13 @@
-// Working memory of a model, allocated once.
+// Working memory of a model, which all of its sequences compute in, one after the other.
 #pragma once
 #include <algorithm>
-#include <cstdlib>
-#include <cstring>
 #include <memory>
-#include <new>
-#include <utility>
 #include <vector>
 
-#include "arena.h"
+#include "block.h"
 #include "model.h"
 
 namespace hotcold {
-
-// 64-byte aligned, zeroed storage.
-template <class T>
-class Block {
- public:
-  Block() = default;
-  explicit Block(size_t n) {
-    const size_t alignment = n * sizeof(T) < kHugePage ? 64 : kHugePage;
-    bytes_ = (n * sizeof(T) + kSlack + alignment - 1) / alignment * alignment;
-    p_ = static_cast<T*>(std::aligned_alloc(alignment, bytes_));
-    if (!p_) throw std::bad_alloc();
-    if (alignment == kHugePage) advise_huge_pages(p_, bytes_);
-    std::memset(p_, 0, bytes_);
-  }
-  Block(Block&& o) noexcept : bytes_(o.bytes_), p_(std::exchange(o.p_, nullptr)) {}
-  Block& operator=(Block&& o) noexcept {
-    std::swap(p_, o.p_);
-    std::swap(bytes_, o.bytes_);
-    return *this;
-  }
-  ~Block() { std::free(p_); }
-  T* get() const { return p_; }
-  T& operator[](size_t i) const { return p_[i]; }
-
- private:
-  size_t bytes_ = 0;
-  T* p_ = nullptr;
-};
 
 // Acts with their storage.
 struct ActsBuffer {
@@ -94,8 +62,7 @@ static_assert(kMaxOutputs % (kLanes * kBlock) == 0);
 struct ThreadScratch {
   // `input_width`: outputs of matrices that are held by input, 0 where none are.
   ThreadScratch(const Config& c, int tokens, int input_width)
-      : scores(size_t(query_rows(c)) * round_up(c.n_ctx, kLanes)),
-        queries(size_t(query_rows(c)) * c.head_dim),
+      : queries(size_t(query_rows(c)) * c.head_dim),
         attended(size_t(query_rows(c)) * c.head_dim),
         partial(size_t(c.n_heads) * c.head_dim),
         partial_max(c.n_heads),
@@ -104,19 +71,17 @@ struct ThreadScratch {
         list(c.d_ff),
         sums(input_width ? std::max(input_width, kMaxOutputs * tokens) : 0),
         inputs(input_width ? std::max(c.d_model, c.n_heads * c.head_dim) : 0),
-        queues(tokens),
-        stats(c.n_layers) {}
+        queues(tokens) {}
   static int query_rows(const Config& c) { return c.n_heads / c.n_kv_heads * tokens_side_by_side(c); }
 
-  Block<float> scores, queries, attended, partial, partial_max, partial_sum;
+  Block<float> scores;  // of queries, as long as the longest context so far
+  Block<float> queries, attended, partial, partial_max, partial_sum;
   Block<float> y;  // [tokens, round_up(d_model, 128)], this thread's share of the FFN output
   Block<int32_t> list;
   int listed = 0;
   Block<float> sums;      // this thread's part of what inputs add up to
   Block<int32_t> inputs;  // those that count, ascending
-  int64_t input_bytes = 0;
   std::vector<DownQueue> queues;
-  std::vector<LayerStats> stats;
   // Apart from what is above: the owner writes this while other threads read that.
   alignas(64) Prefetches prefetches;
   alignas(64) char pad[64];
@@ -136,9 +101,7 @@ struct Model::Buffers {
         logits(size_t(round_up(c.n_vocab, kLanes)) * kMaxBlock),
         masks(c.d_ff + kLanes),
         cosine(size_t(c.head_dim / 2) * kMaxBlock),
-        sine(size_t(c.head_dim / 2) * kMaxBlock),
-        keys(size_t(c.n_layers) * c.n_kv_heads * tiles(c) * c.head_dim * kLanes),
-        values(size_t(c.n_layers) * c.n_kv_heads * c.n_ctx * c.head_dim) {
+        sine(size_t(c.head_dim / 2) * kMaxBlock) {
     streams.reserve(threads);
     streams.emplace_back(c, rank, kMaxBlock);
     for (int t = 1; t < threads; ++t) streams.emplace_back(c, rank, 1);
@@ -147,7 +110,13 @@ struct Model::Buffers {
     if (!c.gated) std::fill_n(up.get(), size_t(ff_stride(c)) * kMaxBlock, 1.0f);
   }
   static int ff_stride(const Config& c) { return round_up(c.d_ff, 64); }
-  static int tiles(const Config& c) { return round_up(c.n_ctx, kLanes) / kLanes; }
+  // Makes room for the scores of `positions`; not while a pass is under way.
+  void reserve_scores(const Config& c, int positions) {
+    if (positions <= positions_) return;
+    const size_t size = size_t(ThreadScratch::query_rows(c)) * round_up(positions, kLanes);
+    for (auto& s : scratch) s->scores = Block<float>(size);
+    positions_ = positions;
+  }
 
   std::vector<Stream> streams;
   std::vector<std::unique_ptr<ThreadScratch>> scratch;
@@ -155,8 +124,9 @@ struct Model::Buffers {
   Block<float> q, kk, v, out, attention, gate, up, hidden, logits;
   Block<uint64_t> masks;  // per neuron: bits of the tokens it is computed for
   Block<float> cosine, sine;
-  Block<uint16_t> keys;    // [layer][kv head][tile][dim][16]
-  Block<uint16_t> values;  // [layer][kv head][position][dim]
+
+ private:
+  int positions_ = 0;  // that there are scores for
 };
 
 }  // namespace hotcold

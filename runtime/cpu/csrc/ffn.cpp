@@ -30,7 +30,7 @@ void Pass::ffn(int thread, int l) {
   else list_predicted(thread, l);
   m.team.barrier();
   ffn_rows(thread, l);
-  if (m.audit && c().mode == Mode::Predicted) count_missed(thread, l);
+  if (seq.audit() && c().mode == Mode::Predicted) count_missed(thread, l);
   prefetch(thread, after(l));
   m.team.barrier();
   const int stride = round_up(c().d_model, 128);
@@ -55,7 +55,7 @@ void Pass::ffn_dense(int thread, int l) {
   if (c().gated) m.k.panel(layer.up.type, layer.up.data, c().d_model, first, last, s.norm.acts, n, b.up.get(), stride);
   add_gate_bias(layer, first, last);
   const float threshold = firing_threshold(layer);
-  LayerStats& stats = b.scratch[thread]->stats[l];
+  LayerStats& stats = counts(thread).layers[l];
   prefetch(thread, layer.down);
   int64_t fired = 0;
   for (int t = 0; t < n; ++t) {
@@ -93,7 +93,7 @@ void Pass::list_group(ThreadScratch& s, int first, const float* scores, int stri
   const uint32_t valid = first + kLanes <= c().d_ff ? 0xFFFF : (1u << (c().d_ff - first)) - 1;
   if (n == 1) {
     uint32_t on = (m.k.at_least(scores, threshold) | always | always_first) & valid;
-    if (m.audit)
+    if (seq.audit())
       for (int i = 0; i < kLanes; ++i) b.masks[first + i] = on >> i & 1;
     for (; on; on &= on - 1) s.list[s.listed++] = first + std::countr_zero(on);
     return;
@@ -114,7 +114,7 @@ void Pass::list_fired(int thread, int l) {
   list_neurons(thread, l, layer.gate, stream(thread).norm.acts, firing_threshold(layer));
   const Range groups = split(round_up(c().d_ff, kLanes) / kLanes, thread, threads());
   const int mine = std::min(groups.last * kLanes, c().d_ff) - std::min(groups.first * kLanes, c().d_ff);
-  b.scratch[thread]->stats[l].predicted += int64_t(n) * mine;  // no neuron is left out unseen
+  counts(thread).layers[l].predicted += int64_t(n) * mine;  // no neuron is left out unseen
 }
 
 void Pass::list_predicted(int thread, int l) {
@@ -150,10 +150,10 @@ void Pass::list_neurons(int thread, int l, const Panel& panel, const Acts& acts,
 }
 
 void Pass::ffn_rows(int thread, int l) {
-  const LayerStats counts = work_rows(m, b, thread, m.layers[l], stream(thread).norm.acts, n);
-  LayerStats& stats = b.scratch[thread]->stats[l];
-  stats.fired += counts.fired;
-  stats.predicted += counts.predicted;
+  const LayerStats found = work_rows(m, b, thread, m.layers[l], stream(thread).norm.acts, n);
+  LayerStats& stats = counts(thread).layers[l];
+  stats.fired += found.fired;
+  stats.predicted += found.predicted;
 }
 
 // Computes the gates that the predictor left out, only to count those that would have fired.
@@ -169,7 +169,7 @@ void Pass::count_missed(int thread, int l) {
     const uint8_t* row = layer.bundle(neuron) + layer.gate_row.at;
     m.k.row_dot(layer.gate_row.type, &row, 1, stream(thread).norm.acts, tokens, count, gate, none);
     const float bias = layer.gate_bias.empty() ? 0 : layer.gate_bias[neuron];
-    for (int j = 0; j < count; ++j) b.scratch[thread]->stats[l].missed += gate[j] + bias >= firing_threshold(layer);
+    for (int j = 0; j < count; ++j) counts(thread).layers[l].missed += gate[j] + bias >= firing_threshold(layer);
   }
 }
 

@@ -58,7 +58,7 @@ void Pass::multiply_inputs_one(int thread, const InputRows& rows, const Acts& ac
     kept[count] = i;
     count += acts.f[i] != 0;
   }
-  if (thread == 0) s.input_bytes += int64_t(count) * rows.bytes;
+  if (thread == 0) counts(thread).input_bytes += int64_t(count) * rows.bytes;
   const Range mine = split(count, thread, threads());
   const auto prefetch_group = [&](int first) {
     for (int i = first; i < std::min(first + kSide, mine.last); ++i) s.prefetches.add(rows.row(kept[i]), rows.bytes);
@@ -93,7 +93,7 @@ void Pass::multiply_inputs_block(int thread, const InputRows& rows, const Acts& 
   ThreadScratch& s = *b.scratch[thread];
   for (int t = thread; t < n; t += threads()) {
     const float* x = acts.f + size_t(t) * acts.width;
-    s.input_bytes += int64_t(rows.inputs - std::count(x, x + rows.inputs, 0.0f)) * rows.bytes;
+    counts(thread).input_bytes += int64_t(rows.inputs - std::count(x, x + rows.inputs, 0.0f)) * rows.bytes;
   }
   int pieces = 0;
   for (const InputRows::Part& part : rows.parts) pieces += pieces_of(part);

@@ -1,15 +1,13 @@
 #include "model.h"
 
 #include <algorithm>
-#include <cstring>
 
 #include "buffers.h"
-#include "pass.h"
 
 namespace hotcold {
 
 Model::Model(const Config& c, int threads, size_t weight_bytes, const Kernels& kernels)
-    : config(c), k(kernels), team(threads), layers(c.n_layers), arena_(weight_bytes), total_(c.n_layers) {}
+    : config(c), k(kernels), layers(c.n_layers), team(threads), arena_(weight_bytes) {}
 
 Model::~Model() = default;
 
@@ -68,7 +66,7 @@ void Model::add_neurons(Layer& layer, int rows, const uint8_t* gate, Type gate_t
   layer.bundles = data;
 }
 
-Model::Buffers& Model::buffers() {
+Model::Buffers& Model::buffers(int positions) const {
   if (!buffers_) {
     int rank = 1, width = 0;
     for (const Layer& l : layers) {
@@ -77,53 +75,8 @@ Model::Buffers& Model::buffers() {
     }
     buffers_ = std::make_unique<Buffers>(config, team.size(), rank, width);
   }
+  buffers_->reserve_scores(config, positions);
   return *buffers_;
-}
-
-void Model::forward(const int32_t* tokens, int n, bool all_logits, float* logits) {
-  buffers();
-  for (int done = 0; done < n;) {
-    const int block = std::min(kMaxBlock, n - done);
-    const int wanted = all_logits ? block : done + block == n ? 1 : 0;
-    Pass pass{*this, *buffers_, tokens + done, block, position, wanted};
-    pass.prepare();
-    team.run([&](int thread) { pass.run(thread); });
-    const size_t stride = round_up(config.n_vocab, kLanes);
-    for (int i = 0; i < wanted; ++i)
-      std::memcpy(logits + size_t(all_logits ? done + i : 0) * config.n_vocab, &buffers_->logits[i * stride],
-                  config.n_vocab * sizeof(float));
-    done += block;
-    position += block;
-    tokens_run += block;
-  }
-}
-
-const std::vector<LayerStats>& Model::stats() {
-  std::fill(total_.begin(), total_.end(), LayerStats{});
-  if (!buffers_) return total_;
-  for (const auto& scratch : buffers_->scratch)
-    for (int l = 0; l < config.n_layers; ++l) {
-      total_[l].fired += scratch->stats[l].fired;
-      total_[l].predicted += scratch->stats[l].predicted;
-      total_[l].missed += scratch->stats[l].missed;
-    }
-  return total_;
-}
-
-int64_t Model::input_bytes() const {
-  int64_t bytes = 0;
-  if (buffers_)
-    for (const auto& scratch : buffers_->scratch) bytes += scratch->input_bytes;
-  return bytes;
-}
-
-void Model::reset_stats() {
-  tokens_run = 0;
-  if (!buffers_) return;
-  for (auto& scratch : buffers_->scratch) {
-    std::fill(scratch->stats.begin(), scratch->stats.end(), LayerStats{});
-    scratch->input_bytes = 0;
-  }
 }
 
 }  // namespace hotcold

@@ -1,4 +1,7 @@
-// A decoder-only model bound to its packed weights, and the steps that a block of tokens goes through.
+// A decoder-only model bound to its packed weights, and the team of threads that computes with them.
+//
+// It knows no text: what a text has of its own is in sequence.h. Once a sequence is made of it, nothing here changes but the
+// memory that is worked in, by one sequence at a time.
 //
 // Every thread of the team runs the same function; what it owns is a contiguous share of rows, heads or neurons. With
 // one token, what all threads need (norms, quantized activations, the residual stream) is computed by each on its own
@@ -20,7 +23,7 @@ constexpr int kMaxGroup = 128;  // query heads per key-value head
 constexpr int kMaxBlock = 64;  // tokens per pass over the weights; one bit each in a neuron's token mask
 
 struct Config {
-  int n_layers, d_model, d_ff, n_heads, n_kv_heads, head_dim, n_vocab, n_ctx;
+  int n_layers, d_model, d_ff, n_heads, n_kv_heads, head_dim, n_vocab;
   float norm_eps;
   Activation activation;
   Mode mode;
@@ -95,10 +98,6 @@ struct Layer {
   const RowKind& after_gate() const { return up_row.bytes ? up_row : down_row; }
 };
 
-struct LayerStats {
-  int64_t fired = 0, predicted = 0, missed = 0;
-};
-
 class Model {
  public:
   struct Buffers;  // buffers.h
@@ -108,7 +107,6 @@ class Model {
 
   const Config config;
   const Kernels& k;
-  Team team;
   std::vector<Layer> layers;
   Panel embedding, head;
   Panel positions;  // learned positions [n_positions, d_model], or none
@@ -116,7 +114,12 @@ class Model {
   std::vector<float> rope_frequency;  // [rope_dim / 2], radians per position
   float rope_scale = 1;               // of sine and cosine (YaRN's attention factor)
   double input_sparsity = 0;          // share of the attention matrices' inputs that are left out, where they are held by input
-  bool audit = false;                 // predicted mode: also count what the predictor missed
+
+  // What sequences compute with, one after the other.
+  mutable Team team;
+  mutable Turns turns;
+  // The memory that they work in, with room for the scores of `positions` of a cache.
+  Buffers& buffers(int positions) const;
 
   // Packs a GGUF matrix [rows, cols] on all threads; `order` as in pack_panel.
   Panel add_panel(Type type, const uint8_t* src, int rows, int cols, const int32_t* order);
@@ -126,32 +129,14 @@ class Model {
   void add_bundles(Layer& layer, const uint8_t* gate, Type gate_type, const uint8_t* up, Type up_type,
                    const uint8_t* down, Type down_type);
 
-  // Runs tokens [0, n) at the end of the cache. Logits of the last one, or of all, go to `logits` [.., n_vocab].
-  void forward(const int32_t* tokens, int n, bool all_logits, float* logits);
-  int position = 0;
-
-  // ---- parts of a model whose other parts are computed elsewhere (parts.cpp)
   // Packs the rows of `n` neurons of a layer, numbered from 0; the layer's other neurons are not held.
   void add_neurons(Layer& layer, int n, const uint8_t* gate, Type gate_type, const uint8_t* up, Type up_type,
                    const uint8_t* down, Type down_type);
-  // Layers [first, last) on the residual stream x [n, d_model], in place, of tokens at `first_position`.
-  void run_layers(float* x, int n, int first, int last, int first_position);
-  // y [n, d_model] = act(gate) * up over `count` neurons of layer l, through down. `normed` [n, d_model] is the FFN's
-  // input; `tokens` says for n > 1 which tokens a neuron is wanted for. n is at most kMaxBlock. Returns how many fired.
-  int64_t run_neurons(int l, const float* normed, int n, const int32_t* index, const uint64_t* tokens, int count, float* y);
-
-  const std::vector<LayerStats>& stats();
-  int64_t input_bytes() const;  // read, or needed, of matrices held by input
-  void reset_stats();
-  int64_t tokens_run = 0;
   size_t weight_bytes() const { return arena_.used(); }
 
  private:
-  Buffers& buffers();
-
   Arena arena_;
-  std::unique_ptr<Buffers> buffers_;
-  std::vector<LayerStats> total_;
+  mutable std::unique_ptr<Buffers> buffers_;
 };
 
 }  // namespace hotcold

@@ -1,6 +1,7 @@
 // Parts of a model: some layers, or some neurons of a layer, for an engine that computes the rest on another device.
 #include <algorithm>
 #include <cstring>
+#include <stdexcept>
 
 #include "pass.h"
 
@@ -45,26 +46,30 @@ void Pass::run_neurons(int thread, int l, const float* normed, const Neurons& ne
     }
 }
 
-void Model::run_layers(float* x, int n, int first, int last, int first_position) {
+void Sequence::run_layers(float* x, int n, int first, int last, int first_position) {
+  const Use use(*this);
+  if (first_position < 0 || first_position + n > n_ctx) throw std::invalid_argument("the context is full");
+  Model::Buffers& b = model.buffers(n_ctx);
+  cache();
   for (int done = 0; done < n; done += kMaxBlock) {
     const int block = std::min(kMaxBlock, n - done);
-    Pass pass{*this, buffers(), nullptr, block, first_position + done, 0};
+    Pass pass{model, b, *this, nullptr, block, first_position + done, 0};
     pass.prepare();
-    team.run([&](int thread) { pass.run_layers(thread, first, last, x + size_t(done) * config.d_model); });
+    model.team.run([&](int thread) { pass.run_layers(thread, first, last, x + size_t(done) * model.config.d_model); });
   }
 }
 
-int64_t Model::run_neurons(int l, const float* normed, int n, const int32_t* index, const uint64_t* tokens, int count,
-                           float* y) {
-  Buffers& b = buffers();
+int64_t Sequence::run_neurons(int l, const float* normed, int n, const int32_t* index, const uint64_t* tokens, int count,
+                              float* y) {
+  const Use use(*this);
   const auto fired = [&] {
     int64_t sum = 0;
-    for (const auto& scratch : b.scratch) sum += scratch->stats[l].fired;
+    for (const Counts& c : counts_) sum += c.layers[l].fired;
     return sum;
   };
   const int64_t before = fired();
-  Pass pass{*this, b, nullptr, n, 0, 0};
-  team.run([&](int thread) { pass.run_neurons(thread, l, normed, {index, tokens, count}, y); });
+  Pass pass{model, model.buffers(0), *this, nullptr, n, 0, 0};
+  model.team.run([&](int thread) { pass.run_neurons(thread, l, normed, {index, tokens, count}, y); });
   return fired() - before;
 }
 

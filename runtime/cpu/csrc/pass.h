@@ -1,7 +1,7 @@
 // One block of tokens through all layers. run() is executed by every thread of the team.
 #pragma once
 #include "buffers.h"
-#include "model.h"
+#include "sequence.h"
 
 namespace hotcold {
 
@@ -16,8 +16,9 @@ struct Neurons {
 void leave_out_smallest(const Kernels& k, float* x, int n, double share);
 
 struct Pass {
-  Model& m;
+  const Model& m;
   Model::Buffers& b;
+  Sequence& seq;
   const int32_t* tokens;
   int n;         // tokens of the block, at most kMaxBlock
   int position;  // of the first token
@@ -54,6 +55,7 @@ struct Pass {
   // multiplied: said before a barrier, at which memory would be idle. `unit`: groups of rows that one thread multiplies.
   void prefetch(int thread, const Panel& panel, int unit = 1) const;
   Prefetches& prefetches(int thread) const { return b.scratch[thread]->prefetches; }
+  Counts& counts(int thread) const { return seq.counts_[thread]; }
 
   // Sets the smallest inputs of token t to zero, the model's share of them, unless it is the first of the context.
   void leave_out_inputs(const Acts& acts, int t);

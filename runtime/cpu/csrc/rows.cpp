@@ -38,7 +38,7 @@ class Share {
 
 // What both kinds of work share: where rows are, and the walk over chunks.
 struct RowWork {
-  Model& m;
+  const Model& m;
   Model::Buffers& b;
   const Layer& layer;
   const Acts& norm;
@@ -248,7 +248,7 @@ class Several : RowWork {
 
 }  // namespace
 
-LayerStats work_rows(Model& m, Model::Buffers& b, int thread, const Layer& layer, const Acts& norm, int n) {
+LayerStats work_rows(const Model& m, Model::Buffers& b, int thread, const Layer& layer, const Acts& norm, int n) {
   ThreadScratch& s = *b.scratch[thread];
   s.prefetches.clear();
   std::memset(s.y.get(), 0, sizeof(float) * round_up(m.config.d_model, 128) * n);

@@ -5,6 +5,7 @@
 #include <cfloat>
 
 #include "buffers.h"
+#include "sequence.h"
 
 namespace hotcold {
 
@@ -19,6 +20,6 @@ inline int set_bits(uint64_t mask, int* out) {
 
 // This thread's even share of the neurons that all threads listed, for the n tokens of `norm`, into its y. Returns how many
 // were computed, and how many of them fired.
-LayerStats work_rows(Model& m, Model::Buffers& b, int thread, const Layer& layer, const Acts& norm, int n);
+LayerStats work_rows(const Model& m, Model::Buffers& b, int thread, const Layer& layer, const Acts& norm, int n);
 
 }  // namespace hotcold

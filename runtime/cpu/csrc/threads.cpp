@@ -1,6 +1,7 @@
 #include "threads.h"
 
 #include <linux/futex.h>
+#include <pthread.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -24,6 +25,10 @@ inline void pause() {
   asm volatile("yield");
 #endif
 }
+
+// How many forks lie between this process and the one that this code was loaded in.
+std::atomic<uint32_t> forks{0};
+[[maybe_unused]] const int watched = pthread_atfork(nullptr, nullptr, [] { forks.fetch_add(1, std::memory_order_relaxed); });
 
 // Whether `ready` came true in time.
 template <class Ready>
@@ -85,12 +90,37 @@ class Seat {
 
 }  // namespace
 
+void Turns::lock() {
+  std::unique_lock<std::mutex> hold(mutex_);
+  const uint64_t own = begun_++;
+  next_turn_.wait(hold, [&] { return ended_ == own; });
+}
+
+void Turns::unlock() {
+  {
+    const std::lock_guard<std::mutex> hold(mutex_);
+    ++ended_;
+  }
+  next_turn_.notify_all();
+}
+
+int Turns::callers() {
+  const std::lock_guard<std::mutex> hold(mutex_);
+  return int(begun_ - ended_);
+}
+
 Team::Team(int threads)
-    : size_(threads), cpus_(own_cpus()), places_(places(cpus_, threads)), crowded_(threads > std::max(1, CPU_COUNT(&cpus_))), parts_(threads) {
+    : size_(threads), process_(forks.load(std::memory_order_relaxed)), cpus_(own_cpus()), places_(places(cpus_, threads)), crowded_(threads > std::max(1, CPU_COUNT(&cpus_))), parts_(threads) {
   for (int t = 1; t < threads; ++t) threads_.emplace_back([this, t] { serve(t); });
 }
 
+bool Team::forked() const { return forks.load(std::memory_order_relaxed) != process_; }
+
 Team::~Team() {
+  if (forked()) {  // nobody to stop, and std::thread would wait for them, or end the process
+    new std::vector<std::thread>(std::move(threads_));
+    return;
+  }
   stop_.store(true);
   change(region_, region_.load() + 1);
   for (std::thread& t : threads_) t.join();

@@ -4,8 +4,10 @@
 #include <sched.h>
 
 #include <atomic>
+#include <condition_variable>
 #include <cstdint>
 #include <functional>
+#include <mutex>
 #include <thread>
 #include <vector>
 
@@ -21,6 +23,21 @@ inline Range split(int n, int thread, int threads, int unit = 1) {
   return {first < n ? first : n, last < n ? last : n};
 }
 
+// A lock that goes to callers in the order in which they came. A mutex goes to whoever runs, so that a thread which decodes in
+// a loop would keep it from the others.
+class Turns {
+ public:
+  void lock();
+  void unlock();
+  // Callers that have it or wait for it.
+  int callers();
+
+ private:
+  std::mutex mutex_;
+  std::condition_variable next_turn_;
+  uint64_t begun_ = 0, ended_ = 0;
+};
+
 class Team {
  public:
   explicit Team(int threads);
@@ -29,6 +46,8 @@ class Team {
   Team& operator=(const Team&) = delete;
 
   int size() const { return size_; }
+  // Whether this process was forked from the one that made the team, and so has none of its threads.
+  bool forked() const;
   // Runs work(thread) on every thread of the team, the caller being thread 0; returns when all have finished.
   void run(const std::function<void(int)>& work);
   // Inside run(): waits until every thread has come here.
@@ -54,6 +73,7 @@ class Team {
   void change(std::atomic<uint32_t>& word, uint32_t value);
 
   const int size_;
+  const uint32_t process_;   // where the team was made, see forked()
   cpu_set_t cpus_;           // that the process may use
   std::vector<int> places_;  // one of them per thread where there are just as many, else none
   bool crowded_;             // more threads than CPUs: whoever is waited for needs this one

@@ -13,7 +13,7 @@ from hotcold.eval.peers import offloading
 from hotcold.eval.peers.offloading import Accelerate, layout_of
 from hotcold.files.gguf import GGUFFile
 from hotcold.model import checkpoint
-from hotcold.runtime.engine import Engine
+from hotcold.runtime.cpu.engine import CpuEngine as Engine
 
 IDS = np.array([5, 77, 123, 9, 200, 42, 42, 7, 250, 11, 19, 201], dtype=np.int32)
 

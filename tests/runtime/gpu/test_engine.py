@@ -13,7 +13,7 @@ from stored_rows import relative_error
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hotcold.errors import InputError, UnsupportedError
-from hotcold.runtime.engine import Engine
+from hotcold.runtime.cpu.engine import CpuEngine as Engine
 from hotcold.runtime.gpu import engine as gpu_engine
 from hotcold.runtime.gpu import stage as gpu_stage
 from hotcold.runtime.gpu.engine import GpuEngine
@@ -53,7 +53,7 @@ def test_q_k_and_v_of_different_types(make_bundle):
     """They stay apart, and give what they give as one matrix."""
     path = make_bundle(quant="F16").path
     together, apart = (GpuEngine.load(path, "exact", "cpu") for _ in range(2))
-    weights = apart._stages[0].weights
+    weights = apart._first._stages[0].weights
     layers, shape = weights.layers, weights.shape
     ends = np.cumsum([0, shape.n_heads, shape.n_kv_heads, shape.n_kv_heads]) * shape.head_dim
     for i, layer in enumerate(layers):
@@ -99,7 +99,7 @@ def test_silu_runs_dense(make_bundle):
 
 def test_prompts_longer_than_a_block(bundle, monkeypatch):
     whole = GpuEngine.load(bundle.path, "predicted", "cpu").prefill(IDS, all_logits=True)
-    monkeypatch.setattr(GpuEngine, "_block", 16)
+    monkeypatch.setattr(GpuEngine, "block", 16)
     parts = GpuEngine.load(bundle.path, "predicted", "cpu").prefill(IDS, all_logits=True)
     assert relative_error(parts, whole) < 1e-5
 
@@ -138,7 +138,7 @@ def test_a_layer_is_few_launches(bundle, monkeypatch, mode, most):
     device = GpuEngine.load(bundle.path, mode, "cpu", n_ctx=16)
     device.prefill(IDS[:1])
     with torch.inference_mode(), Launches() as launches:
-        device._stages[0]._one_token(16)
+        device._first._stages[0]._one_token(16)
     assert len(launches.names) <= 2 * most + 5, launches.names
 
 

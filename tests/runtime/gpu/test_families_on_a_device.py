@@ -12,7 +12,7 @@ from tiny_families import D_FF, FAMILIES, IDS, SPARSE
 from hotcold.errors import InputError, UnsupportedError
 from hotcold.files.gguf import GGUFFile
 from hotcold.runtime.backends import BackendOptions, open_engine
-from hotcold.runtime.engine import Engine
+from hotcold.runtime.cpu.engine import CpuEngine as Engine
 from hotcold.runtime.gpu import engine as gpu_engine
 from hotcold.runtime.gpu import stage
 from hotcold.runtime.gpu.engine import GpuEngine
@@ -64,7 +64,7 @@ def test_learned_positions_are_on_the_first_device(make_bundle_of, monkeypatch):
     one = GpuEngine.load(make_bundle_of("opt"), "predicted", "cpu", n_ctx=64)
     monkeypatch.setattr(gpu_engine, "whole_model", lambda *_: [0, 1])
     two = GpuEngine.load(make_bundle_of("opt"), "predicted", "cpu,cpu", n_ctx=64)
-    assert [stage.weights.positions is None for stage in two._stages] == [False, True]
+    assert [stage.weights.positions is None for stage in two._first._stages] == [False, True]
     assert greedy(two, 20, IDS) == greedy(one, 20, IDS)
 
 
@@ -204,7 +204,7 @@ def test_both_sides_through_the_triton_kernels(name, make_bundle_of, monkeypatch
 def test_plans_without_gates(name, make_bundle_of):
     bundle, options = make_bundle_of(name), BackendOptions("hybrid", device="cpu", vram_budget="1G")
     hybrid = open_engine(bundle, "predicted", 1, 64, options)
-    taken = sum(stage.weights.nbytes for stage in hybrid._stages)
+    taken = sum(stage.weights.nbytes for stage in hybrid._first._stages)
     assert taken <= hybrid.placement.bytes_on(0) <= 1 << 30
 
 

@@ -9,7 +9,7 @@ from decoding import greedy
 from stored_rows import relative_error
 
 from hotcold.errors import MismatchError
-from hotcold.runtime.engine import Engine
+from hotcold.runtime.cpu.engine import CpuEngine as Engine
 from hotcold.runtime.gpu.hybrid import HybridEngine
 from hotcold.runtime.placement.plan import PlacedLayer, Placement
 from hotcold.runtime.reference import ReferenceEngine
@@ -52,7 +52,7 @@ def test_the_cpu_engines_tokens(bundle, mode, name):
 def test_an_embedding_that_is_not_the_head_stays_in_main_memory(make_bundle, mode, name):
     path = make_bundle(tied=False).path
     hybrid = HybridEngine.load(path, PLANS[name], mode, "cpu", 2, n_ctx=64)
-    weights = hybrid._stages[0].weights
+    weights = hybrid._first._stages[0].weights
     assert weights.embedding is None and weights.head is not None
     assert greedy(hybrid, 40, IDS) == greedy(Engine.load(path, mode, 2, n_ctx=64), 40, IDS)
 
@@ -102,7 +102,7 @@ def test_recorded_steps_of_a_token(make_bundle, monkeypatch, layers, handovers, 
     keys: list[object] = []
     hybrid = HybridEngine.load(make_bundle(n_layers=5).path, plan(*layers), "predicted", "cpu", 1, n_ctx=64)
     hybrid.prefill(IDS[:3])
-    monkeypatch.setattr(hybrid._stages[0]._graphs, "run", lambda key, step: (keys.append(key), step()))
+    monkeypatch.setattr(hybrid._first._stages[0]._graphs, "run", lambda key, step: (keys.append(key), step()))
     hybrid.decode(7)
     assert len(keys) == len(set(keys)) == 2 * handovers + extra
 

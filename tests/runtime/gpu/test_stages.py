@@ -12,7 +12,7 @@ from decoding import greedy
 
 from hotcold.errors import FormatError, InputError, MismatchError, UnsupportedError
 from hotcold.files.gguf import GGUFFile
-from hotcold.runtime.engine import Engine
+from hotcold.runtime.cpu.engine import CpuEngine as Engine
 from hotcold.runtime.gpu import device as gpu_device
 from hotcold.runtime.gpu import engine as gpu_engine
 from hotcold.runtime.gpu.device import open_devices, parse_budgets
@@ -44,7 +44,7 @@ def room_for(path, mode: str, *layers: int) -> str:
 
 
 def layers_of(engine) -> list[range]:
-    weights = [stage.weights for stage in engine._stages]
+    weights = [stage.weights for stage in engine._first._stages]
     return [range(w.first, w.first + len(w.layers)) for w in weights]
 
 
@@ -67,10 +67,10 @@ def test_the_tokens_of_one_device(deep, mode):
 
 def test_embedding_first_head_last(deep):
     engine = GpuEngine.load(deep, "exact", "cpu,cpu", N_CTX, room_for(deep, "exact", 3, 2))
-    first, last = (stage.weights for stage in engine._stages)
+    first, last = (stage.weights for stage in engine._first._stages)
     assert first.embedding is not None and first.head is None
     assert last.embedding is None and last.head is not None
-    assert first.nbytes + last.nbytes > GpuEngine.load(deep, "exact", "cpu")._stages[0].weights.nbytes
+    assert first.nbytes + last.nbytes > GpuEngine.load(deep, "exact", "cpu")._first._stages[0].weights.nbytes
 
 
 def test_a_device_that_is_not_needed_is_not_used(deep):
@@ -94,9 +94,9 @@ def test_the_second_device_is_given_nothing_of_the_first(deep, mode):
     devices = [torch.device("cpu"), torch.device("meta")]
     engine = GpuEngine(file, mode, devices, N_CTX, room_for(deep, mode, 3, 2))
     with torch.inference_mode():
-        assert engine._prompt(IDS[:20], 3).device.type == "meta"
+        assert engine._first._prompt(IDS[:20], 3).device.type == "meta"
         if mode == "dense":  # in other modes torch in place of the kernels looks at values
-            assert engine._decode(IDS[:1]).shape == (1, engine.n_vocab)
+            assert engine._first._decode(IDS[:1]).shape == (1, engine.n_vocab)
 
 
 def test_a_missing_tensor_is_named(deep, monkeypatch):
@@ -134,7 +134,7 @@ def plan(*layers: PlacedLayer) -> Placement:
 def test_hybrid_on_several_devices(deep, mode, name):
     hybrid = HybridEngine.load(deep, plan(*PLANS[name]), mode, "cpu,cpu,cpu", 2, n_ctx=N_CTX)
     engine = Engine.load(deep, mode, 2, n_ctx=N_CTX)
-    assert len(hybrid._stages) == len({layer.device for layer in PLANS[name] if layer.on_device})
+    assert len(hybrid._first._stages) == len({layer.device for layer in PLANS[name] if layer.on_device})
     for each in (hybrid, engine):
         each.audit = mode == "predicted"
         each.prefill(IDS[:20])

@@ -12,7 +12,7 @@ import pytest
 from stored_rows import relative_error
 from tiny_families import D_FF, IDS
 
-from hotcold.runtime.engine import Engine
+from hotcold.runtime.cpu.engine import CpuEngine as Engine
 from hotcold.runtime.gpu.engine import GpuEngine
 from hotcold.runtime.gpu.hybrid import HybridEngine
 from hotcold.runtime.placement.plan import PlacedLayer, Placement

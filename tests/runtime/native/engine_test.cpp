@@ -1,17 +1,23 @@
 // The engine without Python, for the sanitizers: random models of every type and mode on 1 to 4 threads, in blocks and
-// token by token, every ISA that the machine runs against plain C++; and the thread team on its own, started and stopped many times.
+// token by token, every ISA that the machine runs against plain C++; sequences in turns, from one thread and from several, and
+// after a fork; and the thread team on its own, started and stopped many times.
 // Prints one line per case; exits with 1 if any fails.
+#include <sys/wait.h>
+#include <unistd.h>
+
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <random>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "half.h"
-#include "model.h"
+#include "sequence.h"
 
 using namespace hotcold;
 
@@ -105,7 +111,7 @@ void add_parts(Model& m, const Weights& w) {
 }
 
 std::unique_ptr<Model> make(const Weights& w, Mode mode, int threads, const Kernels& k, float threshold, bool llama = true) {
-  Config c{kLayers, shape.d_model, shape.d_ff, shape.heads, shape.kv_heads, shape.dim, kVocab, kContext, 1e-5f, Activation::Relu, mode};
+  Config c{kLayers, shape.d_model, shape.d_ff, shape.heads, shape.kv_heads, shape.dim, kVocab, 1e-5f, Activation::Relu, mode};
   c.layer_norm = c.parallel = !llama;
   c.gated = llama;
   auto m = std::make_unique<Model>(c, threads, size_t(8) << 20, k);
@@ -138,11 +144,17 @@ std::unique_ptr<Model> make(const Weights& w, Mode mode, int threads, const Kern
   return m;
 }
 
-std::vector<float> run(Model& m, const std::vector<int32_t>& tokens, bool by_token) {
+std::vector<float> run(Sequence& s, const std::vector<int32_t>& tokens, bool by_token) {
   std::vector<float> logits(tokens.size() * kVocab);
-  if (!by_token) m.forward(tokens.data(), int(tokens.size()), true, logits.data());
-  else for (size_t i = 0; i < tokens.size(); ++i) m.forward(&tokens[i], 1, false, &logits[i * kVocab]);
+  if (!by_token) s.forward(tokens.data(), int(tokens.size()), true, logits.data());
+  else for (size_t i = 0; i < tokens.size(); ++i) s.forward(&tokens[i], 1, false, &logits[i * kVocab]);
   return logits;
+}
+
+std::vector<float> run(const Model& m, const std::vector<int32_t>& tokens, bool by_token, bool audit = false) {
+  Sequence s(m, kContext);
+  s.set_audit(audit);
+  return run(s, tokens, by_token);
 }
 
 double error(const std::vector<float>& got, const std::vector<float>& expected) {
@@ -170,18 +182,19 @@ void test_models() {
         for (int threads : {1, 3})
           for (bool by_token : {false, true}) {
             const auto m = make(w, mode, threads, kernels(*isa), threshold);
-            m->audit = mode == Mode::Predicted && threads == 3;
-            const double e = error(run(*m, by_token ? few : tokens, by_token), expected);
+            const bool audit = mode == Mode::Predicted && threads == 3;
+            const double e = error(run(*m, by_token ? few : tokens, by_token, audit), expected);
             expect(e < (is_quantized(type) ? 0.05 : 1e-3),
                    std::string(types[int(type)]) + " " + modes[int(mode)] + " " + *isa + " threads " + std::to_string(threads) +
                        (by_token ? " by token" : " block") + ": " + std::to_string(e));
           }
       }
     const auto none = make(w, Mode::Predicted, 2, kernels(), 1e9f);
-    run(*none, tokens, false);
+    Sequence cold(*none, kContext);
+    run(cold, tokens, false);
     const int64_t hot = 2 * (shape.d_ff / kLanes) + 1;  // 0x0101 in every full group; the last group has 8 neurons
     const int64_t after_first = int64_t(tokens.size()) - 1;
-    expect(none->stats()[0].predicted == shape.d_ff + hot * after_first, "position 0 in full, then hot neurons only");
+    expect(cold.stats().layers[0].predicted == shape.d_ff + hot * after_first, "position 0 in full, then hot neurons only");
   }
 }
 
@@ -230,8 +243,7 @@ void test_structures() {
       for (int threads : {1, 3})
         for (bool by_token : {false, true}) {
           const auto m = make(w, mode, threads, kernels(), -1e9f, false);
-          m->audit = mode == Mode::Predicted;
-          const double e = error(run(*m, tokens, by_token), expected);
+          const double e = error(run(*m, tokens, by_token, mode == Mode::Predicted), expected);
           expect(e < (is_quantized(type) ? 0.05 : 1e-3), "LayerNorm, biases, window, mode " + std::to_string(int(mode)) +
                                                               " threads " + std::to_string(threads) +
                                                               (by_token ? " by token: " : " block: ") + std::to_string(e));
@@ -278,19 +290,20 @@ void test_parts() {
     for (int n : {1, tokens}) {
       const auto m = make(w, Mode::Predicted, threads, kernels(), -1e9f), one = make(w, Mode::Predicted, 1, kernels(), -1e9f);
       m->layers[0].n_neurons = one->layers[0].n_neurons = shape.d_ff;
+      Sequence parts(*m, kContext), whole(*one, kContext);
       const std::string what = " threads " + std::to_string(threads) + " tokens " + std::to_string(n);
       std::vector<float> together(size_t(n) * shape.d_model), first = together, second = together;
-      const int64_t fired = one->run_neurons(0, input.data(), n, all.data(), every.data(), shape.d_ff, together.data());
-      const int64_t halves = m->run_neurons(0, input.data(), n, even.data(), every.data(), shape.d_ff / 2, first.data()) +
-                             m->run_neurons(0, input.data(), n, odd.data(), every.data(), shape.d_ff / 2, second.data());
+      const int64_t fired = whole.run_neurons(0, input.data(), n, all.data(), every.data(), shape.d_ff, together.data());
+      const int64_t halves = parts.run_neurons(0, input.data(), n, even.data(), every.data(), shape.d_ff / 2, first.data()) +
+                             parts.run_neurons(0, input.data(), n, odd.data(), every.data(), shape.d_ff / 2, second.data());
       for (size_t i = 0; i < first.size(); ++i) first[i] += second[i];
       expect(halves == fired && error(first, together) < 1e-5, "neurons in two parts" + what);
-      m->run_neurons(0, input.data(), n, all.data(), every.data(), 0, first.data());
+      parts.run_neurons(0, input.data(), n, all.data(), every.data(), 0, first.data());
       expect(std::all_of(first.begin(), first.end(), [](float v) { return v == 0; }), "no neurons" + what);
 
       std::vector<float> x(input.begin(), input.begin() + size_t(n) * shape.d_model), y = x;
-      one->run_layers(x.data(), n, 0, kLayers, 0);
-      for (int l = 0; l < kLayers; ++l) m->run_layers(y.data(), n, l, l + 1, 0);
+      whole.run_layers(x.data(), n, 0, kLayers, 0);
+      for (int l = 0; l < kLayers; ++l) parts.run_layers(y.data(), n, l, l + 1, 0);
       expect(error(y, x) < 1e-4, "layers one by one" + what);
     }
 }
@@ -326,6 +339,144 @@ void test_inputs() {
                        std::to_string(threads) + (by_token ? " by token: " : " block: ") + std::to_string(e));
           }
       }
+  }
+}
+
+// A model of each mode, with inputs left out and without, and of the structure that Llama lacks.
+std::vector<std::unique_ptr<Model>> models(int threads) {
+  std::vector<std::unique_ptr<Model>> made;
+  const Weights w(Type::Q4_0);
+  const int q = shape.heads * shape.dim, kv = shape.kv_heads * shape.dim;
+  const auto transposed = [&](int outputs) { return random_matrix(Type::Q4_0, shape.d_model, outputs); };
+  for (Mode mode : {Mode::Dense, Mode::Exact, Mode::Predicted})
+    for (bool llama : {true, false})
+      for (bool by_input : {false, true}) {
+        auto m = make(w, mode, threads, kernels(), 0.0f, llama);
+        for (Layer& l : m->layers) {
+          if (!by_input) continue;
+          l.q = l.k = l.v = l.o = {};
+          l.qkv_inputs = m->add_input_rows(shape.d_model, {{Type::Q4_0, transposed(q).data(), q}, {Type::Q4_0, transposed(kv).data(), kv}, {Type::Q4_0, transposed(kv).data(), kv}});
+          l.o_inputs = m->add_input_rows(q, {{Type::Q4_0, random_matrix(Type::Q4_0, q, shape.d_model).data(), shape.d_model}});
+        }
+        m->input_sparsity = by_input ? 0.4 : 0;
+        made.push_back(std::move(m));
+      }
+  return made;
+}
+
+bool same_counts(Sequence& a, Sequence& b) {
+  const Sequence::Stats x = a.stats(), y = b.stats();
+  bool same = x.tokens == y.tokens && x.input_bytes == y.input_bytes;
+  for (int l = 0; l < kLayers; ++l)
+    same = same && x.layers[l].fired == y.layers[l].fired && x.layers[l].predicted == y.layers[l].predicted && x.layers[l].missed == y.layers[l].missed;
+  return same;
+}
+
+// Sequences of other lengths and contexts, token by token in turns: bit for bit what each gives alone.
+void test_sequences() {
+  const std::vector<int32_t> a = random_tokens(), b = random_tokens(), block(b.begin(), b.begin() + 30);
+  for (int threads : {1, 3})
+    for (const auto& m : models(threads)) {
+      Sequence alone_a(*m, 80), alone_b(*m, kContext), one(*m, 80), other(*m, kContext);
+      alone_b.set_audit(true);
+      other.set_audit(true);
+      const std::vector<float> expected_a = run(alone_a, a, true), first_b = run(alone_b, block, false), expected_b = run(alone_b, b, true);
+      std::vector<float> got_a(expected_a.size()), got_b(expected_b.size()), got_first(first_b.size());
+      for (size_t i = 0; i < a.size(); ++i) {
+        one.forward(&a[i], 1, false, &got_a[i * kVocab]);
+        if (i == 0) got_first = run(other, block, false);
+        other.forward(&b[i], 1, false, &got_b[i * kVocab]);
+      }
+      expect(got_a == expected_a && got_b == expected_b && got_first == first_b && same_counts(one, alone_a) && same_counts(other, alone_b),
+             "two sequences in turns, mode " + std::to_string(int(m->config.mode)) + (m->config.gated ? "" : " without gates") +
+                 (m->input_sparsity ? " inputs left out" : "") + " threads " + std::to_string(threads));
+    }
+}
+
+// Threads with a sequence each get what they would alone; of those that share one, each call is whole or refused.
+void test_threads() {
+  const std::vector<int32_t> tokens = random_tokens();
+  for (int threads : {1, 3})
+    for (const auto& m : models(threads)) {
+      constexpr int kCallers = 3, kCalls = 20;
+      const std::vector<int32_t> few(tokens.begin(), tokens.begin() + 25);
+      const std::vector<float> expected = run(*m, few, true);
+      std::vector<int> same(kCallers);
+      std::atomic<int> refused{0}, running{kCallers};
+      Sequence shared(*m, kContext);
+      std::vector<std::thread> callers;
+      for (int c = 0; c < kCallers; ++c)
+        callers.emplace_back([&, c] {
+          Sequence own(*m, kContext - c);
+          same[c] = run(own, few, true) == expected;
+          for (--running; running > 0;) std::this_thread::yield();  // so that calls do meet
+          std::vector<float> logits(kVocab);
+          for (int calls = 0; calls < kCalls;) try {
+              shared.forward(&few[0], 1, false, logits.data());
+              ++calls;
+              shared.stats();
+            } catch (const Busy&) {
+              ++refused;
+              std::this_thread::yield();
+            }
+        });
+      for (std::thread& t : callers) t.join();
+      const std::string what = " mode " + std::to_string(int(m->config.mode)) + " threads " + std::to_string(threads);
+      expect(std::count(same.begin(), same.end(), 1) == kCallers, "a sequence per thread," + what);
+      expect(shared.position() == kCallers * kCalls && shared.stats().tokens == kCallers * kCalls && refused > 0,
+             "one sequence for all threads," + what + ": " + std::to_string(refused) + " refused");
+    }
+}
+
+// A caller that comes back at once waits for those who have come meanwhile.
+void test_turns() {
+  Turns turns;
+  std::string order;
+  turns.lock();
+  std::vector<std::thread> others;
+  for (int i = 0; i < 3; ++i) {
+    others.emplace_back([&, i] {
+      const std::lock_guard<Turns> turn(turns);
+      order += char('a' + i);
+    });
+    while (turns.callers() < 2 + i) std::this_thread::yield();
+  }
+  turns.unlock();
+  turns.lock();
+  order += 'z';
+  turns.unlock();
+  for (std::thread& t : others) t.join();
+  expect(order == "abcz", "turns in the order of callers: " + order);
+}
+
+// A forked process has none of the threads: calls say so, and nothing waits for them.
+void test_fork() {
+  const std::vector<int32_t> tokens = random_tokens();
+  const Weights w(Type::F32);
+  for (int threads : {1, 3}) {
+    auto m = make(w, Mode::Exact, threads, kernels(), 0);
+    auto s = std::make_unique<Sequence>(*m, kContext);
+    const std::vector<float> expected = run(*s, tokens, false);
+    std::fflush(stdout);
+    const pid_t child = fork();
+    if (child == 0) {
+      alarm(20);
+      int refused = 0;
+      for (int i = 0; i < 2; ++i) try {
+          if (i) s->stats();
+          else run(*s, tokens, false);
+        } catch (const Forked&) {
+          ++refused;
+        }
+      s.reset();
+      m.reset();
+      _exit(refused == 2 ? 0 : 1);
+    }
+    int status = -1;
+    waitpid(child, &status, 0);
+    expect(WIFEXITED(status) && WEXITSTATUS(status) == 0, "refused after a fork, threads " + std::to_string(threads));
+    s->set_position(0);
+    expect(run(*s, tokens, false) == expected, "and as before where it was forked from, threads " + std::to_string(threads));
   }
 }
 
@@ -386,6 +537,10 @@ int main() {
   test_structures();
   test_parts();
   test_inputs();
+  test_sequences();
+  test_threads();
+  test_turns();
+  test_fork();
   std::printf("%d failed\n", failures);
   return failures ? 1 : 0;
 }

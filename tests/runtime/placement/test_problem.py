@@ -7,8 +7,8 @@ import torch
 from hotcold.files.gguf import GGUFFile
 from hotcold.model.weights import KEPT
 from hotcold.runtime.bundle_files import file_of_role
+from hotcold.runtime.cpu.engine import CpuEngine as Engine
 from hotcold.runtime.cpu.kept_types import kept_bytes
-from hotcold.runtime.engine import Engine
 from hotcold.runtime.gpu.engine import GpuEngine
 from hotcold.runtime.gpu.weights import read_weights
 from hotcold.runtime.placement.plan import Costs
