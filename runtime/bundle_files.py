@@ -18,12 +18,13 @@ from hotcold.files.gguf import GGUFFile
 from hotcold.files.gguf_split import gguf_sha256, open_gguf
 from hotcold.files.quantize import type_of
 from hotcold.identify import identify
+from hotcold.predictor.kinds.table import FC1
 
 __all__ = ["MODES", "QUANT", "ModelPath", "file_of_role", "find_model"]
 
 MODES = ("dense", "exact", "predicted")  # what can be computed; `auto` is one of them
 QUANT = "q8_0"  # of checkpoints that are run
-_PREDICTORS, _NEURON_ROWS = "blk.0.fc1.weight", "blk.0.ffn_down_t.weight"
+_PREDICTORS, _NEURON_ROWS = f"blk.0.{FC1}", "blk.0.ffn_down_t.weight"
 
 
 def find_model(name: str | Path, quant: str | None = None) -> Path:

@@ -22,8 +22,10 @@ from hotcold.files.gguf import GGUFFile
 from hotcold.files.gguf_split import open_gguf
 from hotcold.files.quantize import dequantize
 from hotcold.model.limits import check_tokens
+from hotcold.predictor.kinds.table import BIAS, FC1, FC2, Kind
 from hotcold.runtime.bundle_files import file_of_role
-from hotcold.runtime.shape import ModelShape, activation_thresholds, check_context, read_predictors
+from hotcold.runtime.predictors import read_predictors
+from hotcold.runtime.shape import ModelShape, activation_thresholds, check_context
 from hotcold.runtime.stats import Stats
 
 __all__ = ["ReferenceEngine"]
@@ -60,16 +62,20 @@ class _Weights:
 
 @dataclass(frozen=True, slots=True)
 class _Predictor:
-    """A neuron is computed iff hot or `fc2 · relu(fc1 · x) >= threshold`; x: residual before the norm."""
+    """A neuron is computed iff it is hot or its score, as the kind tells, reaches the threshold."""
 
+    kind: Kind
     fc1: Tensor  # [rank, d_model]
     fc2: Tensor  # [d_ff, rank]
+    bias: Tensor | None  # [d_ff]
     threshold: float
     hot: Tensor  # bool [d_ff]
 
-    def __call__(self, x: Tensor) -> Tensor:
-        logits = torch.relu(x @ self.fc1.T) @ self.fc2.T
-        return self.hot | (logits >= self.threshold)
+    def __call__(self, x: Tensor, h: Tensor) -> Tensor:
+        """bool [tokens, d_ff] for the residual stream x before the norm, and h after it."""
+        hidden = (h if self.kind.normed else x) @ self.fc1.T
+        scores = (torch.relu(hidden) if self.kind.relu else hidden) @ self.fc2.T
+        return self.hot | (scores + (0 if self.bias is None else self.bias) >= self.threshold)
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,12 +173,14 @@ def _read_ffn(weights: _Weights, shape: ModelShape, block: str) -> dict[str, obj
 
 def _predictors(file: GGUFFile, weights: _Weights, shape: ModelShape) -> list[_Predictor | None]:
     """None for every layer of a dense file."""
-    if "blk.0.fc1.weight" not in weights:
+    if f"blk.0.{FC1}" not in weights:
         return [None] * shape.n_layers
     return [
         _Predictor(
-            fc1=weights(f"blk.{i}.fc1.weight"),
-            fc2=weights(f"blk.{i}.fc2.weight"),
+            kind=predictor.kind,
+            fc1=weights(f"blk.{i}.{FC1}"),
+            fc2=weights(f"blk.{i}.{FC2}"),
+            bias=weights(f"blk.{i}.{BIAS}") if predictor.kind.bias else None,
             threshold=predictor.threshold,
             hot=torch.from_numpy(predictor.hot),
         )
@@ -346,7 +354,7 @@ class ReferenceEngine:
         a = _gated(shape.activation, gate, up, layer.activation_threshold)  # [tokens, d_ff]
         computed = torch.ones_like(a, dtype=torch.bool)
         if self.mode == "predicted":
-            computed = layer.predictor(x)
+            computed = layer.predictor(x, h)
             # The first token of a context becomes the attention sink of all others (arXiv 2402.17762):
             # a neuron missed there costs every later token, so it is computed in full.
             computed[positions == 0] = True

@@ -18,11 +18,10 @@ from hotcold.runtime.layer_tensors import check_layers_alike
 __all__ = [
     "NEVER_ZERO",
     "ModelShape",
-    "Predictor",
     "activation_thresholds",
     "check_context",
     "check_positions",
-    "read_predictors",
+    "per_layer",
 ]
 
 _MAX_LAYERS = 1 << 12  # lists are made of that length before any weight is looked at
@@ -142,7 +141,8 @@ def _activation(file: GGUFFile, form: Form) -> str:
     return name
 
 
-def _per_layer(file: GGUFFile, field: str, n_layers: int, default: float) -> list[Any]:
+def per_layer(file: GGUFFile, field: str, n_layers: int, default: float) -> list[Any]:
+    """The numbers of a metadata array, or the default for each layer; FormatError for too few, or NaN."""
     values = file.find(field, np.ndarray)
     if values is None:
         return [default] * n_layers
@@ -157,36 +157,4 @@ def _per_layer(file: GGUFFile, field: str, n_layers: int, default: float) -> lis
 
 def activation_thresholds(file: GGUFFile, n_layers: int) -> list[float]:
     """FATReLU thresholds per layer; 0 is plain ReLU."""
-    return _per_layer(file, "hotcold.activation_thresholds", n_layers, 0.0)
-
-
-@dataclass(frozen=True, slots=True)
-class Predictor:
-    """What the metadata says of one layer's predictor: the threshold on raw logits, and the hot neurons."""
-
-    threshold: float
-    hot: np.ndarray  # bool [d_ff]: always computed
-
-
-def read_predictors(file: GGUFFile, shape: ModelShape) -> list[Predictor]:
-    """One per layer. PowerInfer's own files have one threshold for all layers and no hot neurons."""
-    n, one_for_all = shape.n_layers, file.find("powerinfer.sparse_threshold", float, 0.0)
-    thresholds = _per_layer(file, "hotcold.predictor.thresholds", n, one_for_all)
-    counts = _per_layer(file, "hotcold.hot.counts", n, 0)
-    neurons = _hot_neurons(file, counts, shape.d_ff)
-    predictors = []
-    for threshold, indices in zip(thresholds, np.split(neurons, np.cumsum(counts)), strict=False):
-        hot = np.zeros(shape.d_ff, bool)
-        hot[indices] = True
-        predictors.append(Predictor(threshold, hot))
-    return predictors
-
-
-def _hot_neurons(file: GGUFFile, counts: list[Any], d_ff: int) -> np.ndarray:
-    """The indices of all layers; FormatError unless they are as many as `counts` says, and below d_ff."""
-    neurons = file.find("hotcold.hot.neurons", np.ndarray, np.empty(0, np.int32))
-    whole = neurons.dtype.kind in "iu" and all(type(n) is int and n >= 0 for n in counts)
-    neurons = neurons[: sum(counts)] if whole and neurons.ndim == 1 else neurons
-    if not whole or len(neurons) != sum(counts) or (neurons < 0).any() or (neurons >= d_ff).any():
-        raise FormatError("hot neurons do not fit the model", where=file.path, field="hotcold.hot.neurons")
-    return neurons
+    return per_layer(file, "hotcold.activation_thresholds", n_layers, 0.0)

@@ -42,12 +42,16 @@ def measure(chunks: Iterable[tuple[np.ndarray, np.ndarray]], threshold: float) -
         hits += np.count_nonzero(predicted & active)
         fired, chosen = fired + np.count_nonzero(active), chosen + np.count_nonzero(predicted)
         neurons += active.size
-    return LayerMetrics(
-        recall=hits / fired if fired else 1.0,
-        precision=hits / chosen if chosen else 1.0,
-        predicted_sparsity=1 - chosen / neurons,
-        true_sparsity=1 - fired / neurons,
-    )
+    recall, precision = _recall_and_precision(hits, fired - hits, chosen - hits)
+    return LayerMetrics(recall, precision, float(1 - chosen / neurons), float(1 - fired / neurons))
+
+
+def _recall_and_precision(hits: int, misses: int, false_alarms: int) -> tuple[float, float]:
+    """scikit-learn's, of one sample for each of these outcomes, which weighs as many as there were."""
+    from sklearn.metrics import precision_score, recall_score
+
+    outcomes = {"y_true": [1, 1, 0], "y_pred": [1, 0, 1], "sample_weight": [hits, misses, false_alarms]}
+    return tuple(float(score(**outcomes, zero_division=1.0)) for score in (recall_score, precision_score))
 
 
 def mean_metrics(layers: list[LayerMetrics]) -> LayerMetrics:

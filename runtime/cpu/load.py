@@ -21,10 +21,12 @@ from hotcold.files.quantize import as_f16, dequantize
 from hotcold.files.stored import check_stored
 from hotcold.files.tensor_check import misshapen_tensor, missing_tensor, unexpected_tensors
 from hotcold.finite import check_weight
+from hotcold.predictor.kinds.table import BIAS, FC1, FC2
 from hotcold.runtime.cpu import _cpu
 from hotcold.runtime.cpu.kept_types import KEPT, kept_bytes, log_converted
 from hotcold.runtime.head import EMBEDDING, head_name
-from hotcold.runtime.shape import ModelShape, activation_thresholds, check_context, read_predictors
+from hotcold.runtime.predictors import read_predictors
+from hotcold.runtime.shape import ModelShape, activation_thresholds, check_context
 
 __all__ = ["MODES", "Source", "load_layers", "load_model", "new_model"]
 
@@ -170,7 +172,7 @@ def _load(
         model.set_panel(0, "head", *source.packable("output.weight", vocab, d), vocab, d)
     _load_norm(model, source, shape, 0, "output_norm", "output_norm")
     load_layers(model, source, file, shape, mode, range(shape.n_layers), by_input)
-    unread = ("fc1.weight", "fc2.weight", "ffn_gate_inp.weight", "rope_freqs.weight")
+    unread = (FC1, FC2, BIAS, "ffn_gate_inp.weight", "rope_freqs.weight")
     if by_input is not None:
         unread += tuple(f"{name}.weight" for name in (*PROJECTIONS, "attn_qkv"))
         by_input.check_all_read(())
@@ -323,22 +325,14 @@ def _load_ffn(model: _cpu.Model, source: Source, shape: ModelShape, layer: int, 
 def _load_predictors(
     model: _cpu.Model, source: Source, file: GGUFFile, shape: ModelShape, layers: Sequence[int]
 ) -> None:
-    if "blk.0.fc1.weight" not in source:
-        raise UnsupportedError("no predictors in this file", where=file.path, fix="use --mode exact")
-    predictors = read_predictors(file, shape)
+    predictors, d, d_ff = read_predictors(file, shape), shape.d_model, shape.d_ff
     for layer in layers:
-        predictor = predictors[layer]
-        rank = file.tensors[f"blk.{layer}.fc1.weight"].shape[0] if f"blk.{layer}.fc1.weight" in source else 0
-        model.set_panel(
-            layer,
-            "fc1",
-            *source.packable(f"blk.{layer}.fc1.weight", rank, shape.d_model),
-            rank,
-            shape.d_model,
-        )
-        model.set_panel(
-            layer, "fc2", *source.packable(f"blk.{layer}.fc2.weight", shape.d_ff, rank), shape.d_ff, rank
-        )
-        model.set_predictor_threshold(layer, predictor.threshold)
-        bits = np.packbits(np.pad(predictor.hot, (0, -shape.d_ff % 16)), bitorder="little")
+        predictor, block = predictors[layer], f"blk.{layer}"
+        kind, rank = predictor.kind, predictor.rank
+        model.set_panel(layer, "fc1", *source.packable(f"{block}.{FC1}", rank, d), rank, d)
+        model.set_panel(layer, "fc2", *source.packable(f"{block}.{FC2}", d_ff, rank), d_ff, rank)
+        if kind.bias:
+            model.set_vector(layer, "fc2_bias", source.vector(f"{block}.{BIAS}", d_ff))
+        model.set_predictor(layer, threshold=predictor.threshold, relu=kind.relu, normed=kind.normed)
+        bits = np.packbits(np.pad(predictor.hot, (0, -d_ff % 16)), bitorder="little")
         model.set_hot(layer, bits.view("<u2").astype(np.uint16))

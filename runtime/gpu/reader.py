@@ -14,6 +14,7 @@ from hotcold.files.stored import check_stored
 from hotcold.files.tensor_check import misshapen_tensor, missing_tensor
 from hotcold.finite import check_weight
 from hotcold.model.forms import Form
+from hotcold.predictor.kinds.table import BIAS, FC1, FC2
 from hotcold.runtime.cpu.kept_types import KEPT
 from hotcold.runtime.triton.rows import Rows
 
@@ -31,17 +32,15 @@ class Reader:
     def __contains__(self, name: str) -> bool:
         return name in self.file.tensors
 
-    def vector(self, name: str, n: int) -> Tensor:
-        """float32 [n]."""
+    def vector(self, name: str, n: int, order: np.ndarray | None = None) -> Tensor:
+        """float32 [n], or its values `order`."""
         values = check_weight(dequantize(self._tensor(name, (n,))).reshape(n), name, self.file.path)
+        values = values if order is None else values[order]
         return torch.tensor(values, dtype=torch.float32, device=self.device)
 
     def bias(self, name: str, n: int, order: np.ndarray | None = None) -> Tensor | None:
         """A vector that may be missing."""
-        if name not in self:
-            return None
-        values = self.vector(name, n)
-        return values if order is None else values[torch.from_numpy(order).to(self.device)]
+        return self.vector(name, n, order) if name in self else None
 
     def rows(self, name: str, n: int, width: int, order: np.ndarray | None = None) -> Rows:
         """The matrix [n, width], or its rows `order`. A leading dimension of one expert is dropped."""
@@ -71,11 +70,13 @@ class Reader:
 
     def check_all_known(self, layers: range, form: Form) -> None:
         """A tensor of a kind not read here (a bias, a norm of heads) means another function."""
-        parts = ("fc1.weight", "fc2.weight", "ffn_gate", "ffn_up", "ffn_down")  # may be left to the CPU
+        parts = (FC1, FC2, "ffn_gate", "ffn_up", "ffn_down")  # may be left to the CPU
         outer = ("token_embd.weight", "output.weight", "rope_freqs.weight", f"{form.positions}.weight")
 
         def known(name: str) -> bool:
             of_cold_neurons = not form.gated and name.endswith(".ffn_up.bias")
+            if name.endswith(f".{BIAS}"):
+                return True
             return any(part in name for part in parts) and (not name.endswith(".bias") or of_cold_neurons)
 
         left = sorted(

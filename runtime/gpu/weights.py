@@ -12,9 +12,11 @@ from torch import Tensor
 from hotcold.errors import UnsupportedError
 from hotcold.files.gguf import GGUFFile
 from hotcold.model.forms import Form
+from hotcold.predictor.kinds.table import BIAS, FC1, FC2
 from hotcold.runtime.gpu.reader import Reader
 from hotcold.runtime.head import EMBEDDING, head_name
-from hotcold.runtime.shape import NEVER_ZERO, ModelShape, activation_thresholds, read_predictors
+from hotcold.runtime.predictors import Predictor, read_predictors
+from hotcold.runtime.shape import NEVER_ZERO, ModelShape, activation_thresholds
 from hotcold.runtime.triton.reference import PLAIN_RELU
 from hotcold.runtime.triton.rows import Rows, joined
 
@@ -39,12 +41,27 @@ class DeviceNorm:
 
 @dataclass(frozen=True, slots=True)
 class DevicePredictor:
-    """fc2's rows and `always` stand in the layer's order of neurons: hot ones first, then cold ones."""
+    """fc2's rows, the bias and `always` stand in the layer's order of neurons: hot ones first, then cold ones.
+
+    What the scores are: `hotcold.predictor.kinds.table.Kind`.
+    """
 
     fc1: Rows  # [rank, d_model]
     fc2: Rows  # [d_ff, rank]
+    bias: Tensor | None  # [d_ff]
+    relu: bool
+    normed: bool
     threshold: float
     always: Tensor  # bool [d_ff]
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes that every predicted token reads of it."""
+        return self.fc1.nbytes + self.fc2.nbytes + (0 if self.bias is None else self.bias.nbytes)
+
+    def input(self, x: Tensor, h: Tensor) -> Tensor:
+        """What it reads, of the residual stream x and its norm h."""
+        return h if self.normed else x
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,7 +217,7 @@ def _read_layer(
     i: int,
     order: np.ndarray | None,
     n_hot: int,
-    predictors: list | None,
+    predictors: list[Predictor] | None,
     firing: float,
 ) -> DeviceLayer:
     block = f"blk.{i}"
@@ -299,15 +316,15 @@ def _down_name(reader: Reader, block: str) -> str:
 
 
 def _read_predictor(
-    reader: Reader, shape: ModelShape, i: int, order: np.ndarray | None, known: object
+    reader: Reader, shape: ModelShape, i: int, order: np.ndarray | None, known: Predictor
 ) -> DevicePredictor:
-    if f"blk.{i}.fc1.weight" not in reader:
-        raise UnsupportedError("no predictors in this file", where=reader.file.path, fix="use --mode exact")
-    rank = reader.file.tensors[f"blk.{i}.fc1.weight"].shape[0]
     always = known.hot if order is None else known.hot[order]
     return DevicePredictor(
-        fc1=reader.rows(f"blk.{i}.fc1.weight", rank, shape.d_model),
-        fc2=reader.rows(f"blk.{i}.fc2.weight", shape.d_ff, rank, order),
+        fc1=reader.rows(f"blk.{i}.{FC1}", known.rank, shape.d_model),
+        fc2=reader.rows(f"blk.{i}.{FC2}", shape.d_ff, known.rank, order),
+        bias=reader.vector(f"blk.{i}.{BIAS}", shape.d_ff, order) if known.kind.bias else None,
+        relu=known.kind.relu,
+        normed=known.kind.normed,
         threshold=known.threshold,
         always=torch.from_numpy(always).to(reader.device),
     )

@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from hotcold.files.gguf import GGUFFile
+from hotcold.predictor.kinds.table import BIAS, FC1, FC2
 from hotcold.runtime.cpu.kept_types import kept_bytes
 from hotcold.runtime.head import EMBEDDING, head_name
 from hotcold.runtime.placement.devices import Fixed, fill
@@ -94,7 +95,7 @@ def _layer_bytes(file: GGUFFile, layer: int, mode: str) -> tuple[int, int]:
             continue
         if any(f".{part}" in name for part in _FFN) and not name.endswith("bias"):
             ffn += kept_bytes(tensor)
-        elif mode == "predicted" or not name.endswith(("fc1.weight", "fc2.weight")):
+        elif mode == "predicted" or not name.endswith((FC1, FC2, BIAS)):
             frame += kept_bytes(tensor)
     return ffn, frame
 
@@ -113,7 +114,7 @@ def part_bytes(file: GGUFFile) -> dict[str, int]:
             continue  # of embeddings a row is read, of a copy nothing
         part = next((kind for start, kind in kinds.items() if f".{start}" in name), "other")
         part = "gate" if part == "up" and not form.gated else part
-        is_vector = len(tensor.shape) == 1 or _ROUTER in name
+        is_vector = (len(tensor.shape) == 1 and part != "predictor") or _ROUTER in name
         part = "head" if name == head else "other" if is_vector else part
         sizes[part] += kept_bytes(tensor)
     return sizes
