@@ -42,16 +42,19 @@ def measure(chunks: Iterable[tuple[np.ndarray, np.ndarray]], threshold: float) -
         hits += np.count_nonzero(predicted & active)
         fired, chosen = fired + np.count_nonzero(active), chosen + np.count_nonzero(predicted)
         neurons += active.size
-    recall, precision = _recall_and_precision(hits, fired - hits, chosen - hits)
+    outcomes = [hits, fired - hits, chosen - hits, neurons - fired - chosen + hits]
+    recall, precision = _recall_and_precision(outcomes)
     return LayerMetrics(recall, precision, float(1 - chosen / neurons), float(1 - fired / neurons))
 
 
-def _recall_and_precision(hits: int, misses: int, false_alarms: int) -> tuple[float, float]:
-    """scikit-learn's, of one sample for each of these outcomes, which weighs as many as there were."""
-    from sklearn.metrics import precision_score, recall_score
+def _recall_and_precision(outcomes: list[int]) -> tuple[float, float]:
+    """scikit-learn's, of one sample for each outcome (hit, miss, false alarm, rightly left out) by its count."""
+    from sklearn.metrics import precision_recall_fscore_support
 
-    outcomes = {"y_true": [1, 1, 0], "y_pred": [1, 0, 1], "sample_weight": [hits, misses, false_alarms]}
-    return tuple(float(score(**outcomes, zero_division=1.0)) for score in (recall_score, precision_score))
+    precision, recall, _, _ = precision_recall_fscore_support(
+        [1, 1, 0, 0], [1, 0, 1, 0], sample_weight=outcomes, average="binary", zero_division=1.0
+    )
+    return float(recall), float(precision)
 
 
 def mean_metrics(layers: list[LayerMetrics]) -> LayerMetrics:

@@ -145,7 +145,8 @@ class Layers:
     def predictions(self, layer: DeviceLayer, x: Tensor, h: Tensor, positions: Tensor) -> Tensor:
         """bool [tokens, d_ff], in the layer's order: the neurons to compute for each token.
 
-        x is the residual stream and h its norm. The first token of a context becomes the attention sink of all others (arXiv 2402.17762): all of it.
+        x is the residual stream and h its norm. The first token of a context becomes the attention sink of
+        all others (arXiv 2402.17762): all of it.
         """
         predictor = layer.predictor
         hidden = self.dot(predictor.input(x, h), predictor.fc1)

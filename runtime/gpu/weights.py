@@ -41,7 +41,7 @@ class DeviceNorm:
 
 @dataclass(frozen=True, slots=True)
 class DevicePredictor:
-    """fc2's rows, the bias and `always` stand in the layer's order of neurons: hot ones first, then cold ones.
+    """fc2's rows, bias and `always` stand in the layer's order of neurons: hot ones first, then cold ones.
 
     What the scores are: `hotcold.predictor.kinds.table.Kind`.
     """

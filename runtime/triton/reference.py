@@ -89,7 +89,7 @@ def predict(
     relu: bool = True,
     bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The list of neurons with fc2 · relu(fc1 · x) + bias >= threshold; without `relu`, fc2 · fc1 · x + bias."""
+    """The list of neurons with fc2 · act(fc1 · x) + bias >= threshold; act is nothing without `relu`."""
     return select(dot_rows(dot_rows(x, fc1, relu=relu), fc2, bias), threshold, always, counter)
 
 
