@@ -48,7 +48,7 @@ def measure(chunks: Iterable[tuple[np.ndarray, np.ndarray]], threshold: float) -
 
 
 def _recall_and_precision(outcomes: list[int]) -> tuple[float, float]:
-    """scikit-learn's, of one sample for each outcome (hit, miss, false alarm, rightly left out) by its count."""
+    """scikit-learn's, of one sample per outcome (hit, miss, false alarm, rightly left out) by its count."""
     from sklearn.metrics import precision_recall_fscore_support
 
     precision, recall, _, _ = precision_recall_fscore_support(
