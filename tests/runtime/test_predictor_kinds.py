@@ -148,7 +148,7 @@ def test_a_bias_that_is_missing_and_a_kind_that_is_unknown(make, monkeypatch, en
         else:
             engine.load(path, "predicted", *arguments)
 
-    with pytest.raises(FormatError, match="blk.1.fc2.bias: missing tensor"):
+    with pytest.raises(FormatError, match=r"blk\.1\.fc2\.bias: missing tensor"):
         load(lambda file: file.tensors.pop("blk.1.fc2.bias"))
     with pytest.raises(UnsupportedError, match=r"unknown kind of predictor \(got svdp"):
         load(lambda file: file.metadata.update({"hotcold.predictor.kind": "svdp"}))
