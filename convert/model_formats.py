@@ -18,7 +18,7 @@ from hotcold.convert.bundle.attention_rows import ROLE
 from hotcold.convert.bundle.export import ExportOptions, copy_file, export_bundle, export_file
 from hotcold.convert.bundle.manifest import Manifest
 from hotcold.convert.gguf.parts import Model, Options, Parts
-from hotcold.convert.powerinfer.model import hot_sets, sparse_predictors
+from hotcold.convert.powerinfer.model import check_in_powerinfer, hot_sets, sparse_predictors
 from hotcold.errors import FormatError, InputError
 from hotcold.files.gguf import GGUFFile
 from hotcold.files.gguf_split import gguf_sha256, open_gguf
@@ -98,6 +98,8 @@ def write_bundle(parts: Parts, out: Path, options: Options) -> None:
 def write_sparse(parts: Parts, out: Path, options: Options) -> None:
     """Write PowerInfer's file, for `exact` mode alone where no source has predictors."""
     model, own = parts.need_model(), parts.bundle is not None and parts.firing is None
+    if parts.bundle is not None:
+        check_in_powerinfer(parts.bundle)
     own = own and parts.bundle is model.predictors and options.hot_frequency is None
     if own and _copied(model, "powerinfer", out, options):
         return

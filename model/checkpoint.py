@@ -48,6 +48,7 @@ __all__ = [
     "load_config",
     "load_model",
     "load_tokenizer",
+    "open_checkpoint",
     "resolve",
     "save",
     "save_tokenizer",
@@ -168,12 +169,13 @@ def load_model(model: str, dtype: str = "float32") -> PreTrainedModel:
     torch_dtype = getattr(torch, dtype, None)
     if not isinstance(torch_dtype, torch.dtype) or not torch_dtype.is_floating_point:
         raise InputError("unknown dtype", where="dtype", got=dtype, expected="float32 | float16 | bfloat16")
-    loaded = _load(_source(path), torch_dtype)
+    loaded = _load(open_checkpoint(path), torch_dtype)
     loaded.config._name_or_path = ""
     return loaded.eval()
 
 
-def _source(path: Path) -> WeightSource:
+def open_checkpoint(path: Path) -> WeightSource:
+    """The tensors of an HF directory or a GGUF file, under transformers' names."""
     from hotcold.model.gguf_checkpoint import GGUFCheckpoint
     from hotcold.model.huggingface import HFCheckpoint
 
@@ -183,7 +185,7 @@ def _source(path: Path) -> WeightSource:
 def load_config(model: str) -> dict[str, Any]:
     """What `config.json` says of a model, or would say of one that lies in a GGUF file."""
     path = resolve(model)
-    return read_json(path / "config.json") if path.is_dir() else _source(path).config
+    return read_json(path / "config.json") if path.is_dir() else open_checkpoint(path).config
 
 
 def _load(source: WeightSource, dtype: torch.dtype) -> PreTrainedModel:

@@ -45,7 +45,8 @@ __all__ = [
 
 KEPT = ("F32", "F16", "BF16", "Q8_0", "Q4_0")  # types that engines compute with, numbered as in csrc/layout.h
 EMBEDDING, _HEAD = (f"{GGUF[slot]}.weight" for slot in ("embedding", "head"))
-_PASSED_OVER = ("router", "fc1", "fc2")  # of one expert, and of predictors: no part of the function
+_PREDICTOR = (("fc1", "weight"), ("fc2", "weight"), ("fc2", "bias"))
+_PASSED_OVER = (("router", "weight"), *_PREDICTOR)  # a router with one expert: no part of the function
 _ONE = "_exps.weight"  # of a mixture, of which it must be the only expert
 _GLANCE = 4096  # elements of a stored array
 
@@ -192,18 +193,22 @@ class FileWeights(Weights):
 
     def stored_names(self, *, with_predictors: bool = False) -> dict[str, tuple[str, int, str]]:
         """The model's tensors that the file has, with the slot, layer and part of each."""
-        more = [(slot, layer) for layer in range(self.spec.n_layers) for slot in ("fc1", "fc2")]
-        names = {
-            self._name(slot, layer, part): (slot, layer, part)
-            for slot, layer in self.slots() + more * with_predictors
-            for part in parts_of(self.spec, slot)
-        }
+        all_parts = [
+            (slot, layer, part) for slot, layer in self.slots() for part in parts_of(self.spec, slot)
+        ]
+        if with_predictors:
+            all_parts += [(slot, i, part) for i in range(self.spec.n_layers) for slot, part in _PREDICTOR]
+        names = {self._name(*one): one for one in all_parts}
         return {name: found for name, found in names.items() if name in self.file.tensors}
 
     def weight_names(self) -> set[str]:
         """The names of all tensors but a router's, those of predictors, and rope factors."""
-        over = {GGUF[slot].format(layer) for slot in _PASSED_OVER for layer in range(self.spec.n_layers)}
-        return self.file.tensors.keys() - {f"{name}.weight" for name in (*over, GGUF["rope_factors"])}
+        over = {
+            f"{GGUF[slot].format(layer)}.{part}"
+            for slot, part in _PASSED_OVER
+            for layer in range(self.spec.n_layers)
+        }
+        return self.file.tensors.keys() - {*over, f"{GGUF['rope_factors']}.weight"}
 
     def has(self, slot: str, layer: int = 0) -> bool:
         """Whether the file holds a slot that a model may lack."""

@@ -17,32 +17,32 @@ from hotcold.errors import FormatError, InputError
 from hotcold.files.safetensors import SafetensorsFile
 from hotcold.predictor.card import model_card
 from hotcold.predictor.hub import downloaded, pushed
+from hotcold.predictor.kinds.table import BIAS, FC1, FC2, KINDS, LOWRANK_MLP, Kind, Weights, kind_named
 from hotcold.predictor.parsing import check_header, from_fields, parse_json
 from hotcold.predictor.training.metrics import LayerMetrics
 
-__all__ = ["FILES", "LayerPredictor", "PredictorBundle", "raw_logits"]
+__all__ = ["FILES", "FREQUENCY", "LayerPredictor", "PredictorBundle"]
 
 FILES = ("config.json", "model.safetensors", "README.md")
-_FORMAT, _VERSION = "hotcold-predictor", 1
-
-
-def raw_logits(fc1: np.ndarray, fc2: np.ndarray, x: np.ndarray) -> np.ndarray:
-    """`fc2 · relu(fc1 · x)` float32 [tokens, d_ff] of the residual stream x [tokens, d_model]."""
-    return np.maximum(x.astype(np.float32) @ fc1.T, 0) @ fc2.T
+FREQUENCY = "firing_frequency"
+_FORMAT, _VERSION = "hotcold-predictor", 2
 
 
 @dataclass(frozen=True, slots=True)
 class LayerPredictor:
-    """The predictor of one layer. A neuron is predicted active iff `fc2 · relu(fc1 · x) >= threshold`.
+    """The predictor of one layer. A neuron is predicted active iff its score reaches the threshold.
 
-    What hotcold has not trained itself may lack the last two: they are None where nobody has measured them.
+    What hotcold has not trained itself may lack frequency and metrics: they are None where nobody has
+    measured them.
     """
 
     fc1: np.ndarray  # float32 [rank, d_model]
     fc2: np.ndarray  # float32 [d_ff, rank]
-    threshold: float  # on raw logits
+    threshold: float  # on raw scores
     firing_frequency: np.ndarray | None = None  # float32 [d_ff], share of training tokens it fired on
     metrics: LayerMetrics | None = None  # on test tokens, which chose nothing
+    bias: np.ndarray | None = None  # float32 [d_ff], in kinds that have it
+    kind: Kind = KINDS[LOWRANK_MLP]
 
     @property
     def rank(self) -> int:
@@ -50,19 +50,25 @@ class LayerPredictor:
         return self.fc1.shape[0]
 
     def logits(self, x: np.ndarray) -> np.ndarray:
-        """Raw logits float32 [tokens, d_ff] of the residual stream x [tokens, d_model]."""
-        return raw_logits(self.fc1, self.fc2, x)
+        """Raw scores float32 [tokens, d_ff] of x [tokens, d_model], which is what the kind reads."""
+        return self.kind.scores(Weights(self.fc1, self.fc2, self.bias), x)
+
+    def weights(self) -> dict[str, np.ndarray]:
+        """Its matrices, and the bias if there is one, by name."""
+        arrays = {FC1: self.fc1, FC2: self.fc2, BIAS: self.bias}
+        return {name: array for name, array in arrays.items() if array is not None}
 
     def tensors(self, prefix: str = "") -> dict[str, np.ndarray]:
         """Its arrays by name."""
-        arrays = {"fc1.weight": self.fc1, "fc2.weight": self.fc2, "firing_frequency": self.firing_frequency}
-        return {prefix + name: array for name, array in arrays.items() if array is not None}
+        frequency = {} if self.firing_frequency is None else {FREQUENCY: self.firing_frequency}
+        return {prefix + name: array for name, array in (self.weights() | frequency).items()}
 
 
 @dataclass(frozen=True, slots=True)
 class _Config:
     """`config.json`, checked."""
 
+    kind: str
     model_fingerprint: str
     n_layers: int
     d_model: int
@@ -81,13 +87,18 @@ class _Config:
 
 @dataclass(slots=True)
 class PredictorBundle:
-    """One predictor per FFN layer, of the model with this fingerprint."""
+    """One predictor per FFN layer, all of one kind, of the model with this fingerprint."""
 
     model_fingerprint: str
     layers: list[LayerPredictor]
     target_recall: float = 0.0  # 0: the thresholds were not chosen for one
     training: dict[str, Any] = field(default_factory=dict)  # how they were made, for people
     path: Path | None = field(default=None, compare=False)  # where they come from, for messages
+
+    @property
+    def kind(self) -> Kind:
+        """What they compute."""
+        return self.layers[0].kind
 
     @property
     def n_layers(self) -> int:
@@ -111,7 +122,7 @@ class PredictorBundle:
 
     @property
     def thresholds(self) -> list[float]:
-        """Threshold of each layer, on raw logits."""
+        """Threshold of each layer, on raw scores."""
         return [layer.threshold for layer in self.layers]
 
     @property
@@ -123,7 +134,8 @@ class PredictorBundle:
     def config(self) -> dict[str, Any]:
         """The content of `config.json`."""
         return {
-            "format": _FORMAT, "version": _VERSION, "model_fingerprint": self.model_fingerprint,
+            "format": _FORMAT, "version": _VERSION, "kind": self.kind.name,
+            "model_fingerprint": self.model_fingerprint,
             "n_layers": self.n_layers, "d_model": self.d_model, "d_ff": self.d_ff,
             "ranks": self.ranks, "thresholds": self.thresholds, "target_recall": self.target_recall,
             "metrics": [metrics.to_json() for metrics in self.metrics], "training": self.training,
@@ -198,8 +210,13 @@ def read_config(folder: Path) -> _Config:
 
 def parse_config(values: dict[str, Any], path: Path) -> _Config:
     """Check the content of a `config.json`, which is in the file `path`; FormatError names what is wrong."""
-    check_header(values, path, _FORMAT, _VERSION)
+    version = check_header(values, path, _FORMAT, 1, _VERSION)
+    if version == 1:
+        if "kind" in values:
+            raise FormatError("version 1 has no such field", where=path, field="kind", got=values["kind"])
+        values["kind"] = LOWRANK_MLP
     config = from_fields(_Config, {"training": {}} | values, path)
+    kind_named(config.kind, path)
     for name in ("n_layers", "d_model", "d_ff"):
         if getattr(config, name) < 1:
             raise FormatError("must be positive", where=path, field=name, got=getattr(config, name))
@@ -226,10 +243,12 @@ def _check_list(values: list[Any], length: int, kind: type, path: Path, name: st
 def _layer(
     config: _Config, number: int, tensors: SafetensorsFile, metrics: LayerMetrics | None
 ) -> LayerPredictor:
-    rank, prefix = config.ranks[number], f"layers.{number}."
-    fc1 = tensors.floats(prefix + "fc1.weight", (rank, config.d_model))
-    fc2 = tensors.floats(prefix + "fc2.weight", (config.d_ff, rank))
+    kind, prefix = KINDS[config.kind], f"layers.{number}."
+    shapes = kind.shapes(config.ranks[number], config.d_model, config.d_ff)
+    found = {name: tensors.floats(prefix + name, shape) for name, shape in shapes.items()}
     frequency = None
-    if prefix + "firing_frequency" in tensors:
-        frequency = tensors.floats(prefix + "firing_frequency", (config.d_ff,))
-    return LayerPredictor(fc1, fc2, config.thresholds[number], frequency, metrics)
+    if prefix + FREQUENCY in tensors:
+        frequency = tensors.floats(prefix + FREQUENCY, (config.d_ff,))
+    return LayerPredictor(
+        found[FC1], found[FC2], config.thresholds[number], frequency, metrics, found.get(BIAS), kind
+    )

@@ -21,9 +21,10 @@ tags:
 ---
 # Activation predictors
 
-For each FFN layer a two-layer network that tells, from the residual stream before the FFN norm, which neurons
-will fire: neuron `j` is predicted active iff `(fc2 · relu(fc1 · x))[j] >= threshold`.
+For each FFN layer two thin matrices that tell, from {input}, which neurons will fire: neuron `j` is predicted
+active iff `({formula})[j] >= threshold`.
 
+- kind: `{kind}`
 - model: {model}, fingerprint `{fingerprint}`
 - {n_layers} layers, d_model {d_model}, d_ff {d_ff}
 {quality}
@@ -58,7 +59,10 @@ _ORIGIN = """\
 
 def model_card(bundle: PredictorBundle) -> str:
     """Markdown with the front matter that the Hugging Face hub reads."""
+    kind, residual = bundle.kind, "the residual stream before the FFN norm"
     return _CARD.format(
+        kind=kind.name, formula=kind.formula,
+        input="the FFN's input after its norm" if kind.normed else residual,
         model=bundle.training.get("model", "unknown"), fingerprint=bundle.model_fingerprint,
         n_layers=bundle.n_layers, d_model=bundle.d_model, d_ff=bundle.d_ff,
         quality=_measured(bundle) if bundle.metrics else _unmeasured(bundle),

@@ -29,11 +29,14 @@ def from_fields(cls: type[T], values: Mapping[str, Any], path: Path, prefix: str
     return cls(**values)
 
 
-def check_header(values: dict[str, Any], path: Path, format: str, version: int) -> None:
-    """Take `format` and `version` out of `values`; FormatError unless they are these."""
-    for name, expected in (("format", format), ("version", version)):
-        if (got := values.pop(name, None)) != expected:
+def check_header(values: dict[str, Any], path: Path, format: str, *versions: int) -> int:
+    """Take `format` and `version` out of `values`, and return the latter; FormatError for any others."""
+    for name, known in (("format", (format,)), ("version", versions)):
+        got = values.pop(name, None)
+        if got not in known or type(got) is bool:
+            expected = " or ".join(map(str, known))
             raise FormatError("not of this format", where=path, field=name, got=repr(got), expected=expected)
+    return got
 
 
 def read_tensors(data: bytes, path: Path) -> dict[str, np.ndarray]:

@@ -1,4 +1,4 @@
-"""What a GGUF file says of its predictors: weights, the threshold on raw logits, and the hot neurons, per layer."""
+"""What a GGUF file says of its predictors, per layer: kind, weights, threshold on raw scores, hot neurons."""
 
 from __future__ import annotations
 
@@ -9,8 +9,12 @@ import numpy as np
 
 from hotcold.errors import FormatError, UnsupportedError
 from hotcold.files.gguf import GGUFFile
+from hotcold.files.quantize import dequantize
+from hotcold.files.tensor_check import misshapen_tensor
+from hotcold.finite import check_weight
 from hotcold.model.metadata import per_layer
 from hotcold.model.weights import FileWeights, Packed
+from hotcold.predictor.kinds.table import Kind, kind_of_file
 
 __all__ = ["Predictor", "read_predictors"]
 
@@ -19,6 +23,7 @@ __all__ = ["Predictor", "read_predictors"]
 class Predictor:
     """One layer's."""
 
+    kind: Kind
     weights: FileWeights
     layer: int
     threshold: float
@@ -37,14 +42,24 @@ class Predictor:
         """[d_ff, rank]. Raises FormatError or ShapeError."""
         return self.weights.packed("fc2", self.layer, (self.weights.spec.d_ff, self.rank))
 
+    def bias(self) -> np.ndarray | None:
+        """float32 [d_ff]; None in kinds without. Raises FormatError or ShapeError."""
+        if not self.kind.bias:
+            return None
+        tensor, shape = self.weights.tensor("fc2", self.layer, "bias"), (self.weights.spec.d_ff,)
+        if tensor.shape != shape:
+            raise misshapen_tensor(tensor.name, self.weights.path, tensor.shape, shape)
+        return check_weight(dequantize(tensor), tensor.name, self.weights.path).reshape(-1)
+
 
 def read_predictors(weights: FileWeights) -> list[Predictor]:
     """One per layer. PowerInfer's own files have one threshold for all layers and no hot neurons.
 
-    Raises UnsupportedError for a file without predictors.
+    Raises UnsupportedError for a file without predictors, or with those of an unknown kind.
     """
     if not weights.has("fc1"):
         raise UnsupportedError("no predictors in this file", where=weights.path, fix="use --mode exact")
+    kind = kind_of_file(weights.file)
     file, n, d_ff = weights.file, weights.spec.n_layers, weights.spec.d_ff
     one_for_all = file.find("powerinfer.sparse_threshold", float, 0.0)
     thresholds = per_layer(file, "hotcold.predictor.thresholds", n, one_for_all)
@@ -54,7 +69,7 @@ def read_predictors(weights: FileWeights) -> list[Predictor]:
     for layer, indices in enumerate(np.split(neurons, np.cumsum(counts))[:n]):
         hot = np.zeros(d_ff, bool)
         hot[indices] = True
-        predictors.append(Predictor(weights, layer, thresholds[layer], hot))
+        predictors.append(Predictor(kind, weights, layer, thresholds[layer], hot))
     return predictors
 
 

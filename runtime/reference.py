@@ -25,6 +25,7 @@ from hotcold.model.limits import check_tokens
 from hotcold.model.spec import ModelSpec
 from hotcold.model.tensors import PROJECTIONS
 from hotcold.model.weights import FileWeights, Packed
+from hotcold.predictor.kinds.table import Kind
 from hotcold.runtime.bundle_files import file_of_role
 from hotcold.runtime.context import check_context
 from hotcold.runtime.predictors import read_predictors
@@ -37,16 +38,20 @@ MODES = ("auto", "dense", "exact", "predicted")
 
 @dataclass(frozen=True, slots=True)
 class _Predictor:
-    """A neuron is computed iff hot or `fc2 · relu(fc1 · x) >= threshold`; x: residual before the norm."""
+    """A neuron is computed iff it is hot or its score, as the kind tells, reaches the threshold."""
 
+    kind: Kind
     fc1: Tensor  # [rank, d_model]
     fc2: Tensor  # [d_ff, rank]
+    bias: Tensor | None  # [d_ff]
     threshold: float
     hot: Tensor  # bool [d_ff]
 
-    def __call__(self, x: Tensor) -> Tensor:
-        logits = torch.relu(x @ self.fc1.T) @ self.fc2.T
-        return self.hot | (logits >= self.threshold)
+    def __call__(self, x: Tensor, h: Tensor) -> Tensor:
+        """bool [tokens, d_ff] for the residual stream x before the norm, and h after it."""
+        hidden = (h if self.kind.normed else x) @ self.fc1.T
+        scores = (torch.relu(hidden) if self.kind.relu else hidden) @ self.fc2.T
+        return self.hot | (scores + (0 if self.bias is None else self.bias) >= self.threshold)
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +115,14 @@ def _predictors(weights: FileWeights) -> list[_Predictor | None]:
     if not weights.has("fc1"):
         return [None] * weights.spec.n_layers
     return [
-        _Predictor(*map(_unpacked, (one.fc1(), one.fc2())), one.threshold, torch.from_numpy(one.hot))
+        _Predictor(
+            kind=one.kind,
+            fc1=_unpacked(one.fc1()),
+            fc2=_unpacked(one.fc2()),
+            bias=None if (bias := one.bias()) is None else torch.from_numpy(bias),
+            threshold=one.threshold,
+            hot=torch.from_numpy(one.hot),
+        )
         for one in read_predictors(weights)
     ]
 
@@ -286,7 +298,7 @@ class ReferenceEngine:
         a = _gated(shape.activation, gate, up, layer.activation_threshold)  # [tokens, d_ff]
         computed = torch.ones_like(a, dtype=torch.bool)
         if self.mode == "predicted":
-            computed = layer.predictor(x)
+            computed = layer.predictor(x, h)
             # The first token of a context becomes the attention sink of all others (arXiv 2402.17762):
             # a neuron missed there costs every later token, so it is computed in full.
             computed[positions == 0] = True

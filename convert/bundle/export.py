@@ -56,7 +56,7 @@ def export_bundle(
         raise InputError("a bundle's name is a plain file name", where="name", got=repr(name))
     check_replaceable(out, "bundle", [folder] if folder else [])
     model, layouts = _planned(source, name, fingerprint, folder, predictors, options or ExportOptions())
-    for line in _limits(model, layouts, has_predictors=predictors is not None):
+    for line in _limits(model, layouts, predictors):
         log(line)
     with storage.atomic_directory(out, "bundle") as target:
         manifest = _write(model, layouts, predictors, target, source.quantized_types)
@@ -81,7 +81,7 @@ def export_file(
         raise _never_zero("there is no file by neurons", model.spec)
     for layout in layouts:
         if layout.role == role:
-            for line in _limits(model, [layout], has_predictors=predictors is not None):
+            for line in _limits(model, [layout], predictors):
                 log(line)
             write_gguf(out, layout.metadata, layout.plans, magic=layout.magic)
 
@@ -119,7 +119,7 @@ def _never_zero(so: str, spec: ModelSpec) -> UnsupportedError:
     return UnsupportedError(what, got=spec.activation, expected=expected, fix="sparsify it first")
 
 
-def _limits(model: ModelFiles, layouts: list[GGUFLayout], *, has_predictors: bool) -> list[str]:
+def _limits(model: ModelFiles, layouts: list[GGUFLayout], predictors: PredictorBundle | None) -> list[str]:
     """What other programs cannot do with these files."""
     spec, lines = model.spec, []
     files = {layout.role: layout.file for layout in layouts}
@@ -127,9 +127,11 @@ def _limits(model: ModelFiles, layouts: list[GGUFLayout], *, has_predictors: boo
         what = f"llama.cpp will compute another function, with {' and '.join(found)}"
         measure = "`hotcold perplexity --mode llama.cpp --reference dense` says how far off that is"
         lines.append(f"{files['dense']}: {what}; {measure}")
-    if "sparse" in files and not has_predictors:
+    if "sparse" in files and predictors is None:
         what = "no predictors: for hotcold's exact mode; PowerInfer itself cannot run it"
         lines.append(f"{files['sparse']}: {what}")
+    elif "sparse" in files and not predictors.kind.in_powerinfer:
+        lines.append(f"{files['sparse']}: PowerInfer itself knows no {predictors.kind.name} predictors")
     elif "sparse" in files and not runs_in_powerinfer(spec, model.options.types().body):
         lines.append(f"{files['sparse']}: PowerInfer itself runs only its own ReLU models in f16 or q4_0")
     return lines

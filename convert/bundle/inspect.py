@@ -18,6 +18,7 @@ from hotcold.files.gguf import GGUFFile
 from hotcold.files.gguf_split import open_gguf
 from hotcold.identify import identify
 from hotcold.predictor.bundle import PredictorBundle
+from hotcold.predictor.kinds.table import kind_of_file
 
 __all__ = ["describe", "render"]
 
@@ -55,6 +56,7 @@ def _describe_gguf(file: GGUFFile) -> dict[str, Any]:
             {"name": t.name, "shape": list(t.shape), "type": t.type, "bytes": t.data.nbytes}
             for t in file.tensors.values()
         ],
+        **({"predictor_kind": kind_of_file(file).name} if layers else {}),
         "layers": layers,
         "hot_neurons": [hot.tolist() for hot in hot_sets(file, len(layers))] if layers else [],
     }
@@ -90,7 +92,8 @@ def _describe_predictors(path: Path) -> dict[str, Any]:
         | (layer.metrics.to_json() if layer.metrics else {})
         for number, layer in enumerate(predictors.layers)
     ]
-    return {"kind": "predictors"} | predictors.config() | {"layers": table, "hot_neurons": hot}
+    kind = {"kind": "predictors", "predictor_kind": predictors.kind.name}
+    return predictors.config() | kind | {"layers": table, "hot_neurons": hot}
 
 
 def _describe_bundle(path: Path) -> dict[str, Any]:
@@ -101,6 +104,7 @@ def _describe_bundle(path: Path) -> dict[str, Any]:
         described["layers"] = _layers_of(file)
         if manifest.of_role("predictor"):
             learned = _describe_predictors(path / "predictors")["layers"]
+            described["predictor_kind"] = kind_of_file(file).name
             described["layers"] = [a | b for a, b in zip(learned, described["layers"], strict=True)]
         described["hot_neurons"] = [hot.tolist() for hot in hot_sets(file, len(described["layers"]))]
     return described

@@ -52,9 +52,13 @@ class Planner:
             self.fallbacks.append(f"{name}: {why}, written as {fitting}")
         return planned(f"{name}.weight", shape, fitting, load)
 
-    def predictor(self, slot: str, layer: int, values: np.ndarray) -> TensorPlan:
-        """Plan a matrix of a layer's predictor."""
-        return self.floats(GGUF[slot].format(layer), values.shape, self.types.predictor, lambda: values)
+    def predictor(self, name: str, layer: int, values: np.ndarray) -> TensorPlan:
+        """Plan a matrix of a layer's predictor (`fc1.weight`), or a vector (`fc2.bias`), which is F32."""
+        slot, _, part = name.partition(".")
+        name = GGUF[slot].format(layer)
+        if part == "bias":
+            return planned(f"{name}.bias", values.shape, "F32", lambda: values)
+        return self.floats(name, values.shape, self.types.predictor, lambda: values)
 
     def tensor(self, naming: Naming, slots: Sequence[str], layer: int = 0) -> list[TensorPlan]:
         """Plan the tensor that holds these slots, and its bias, if it has one. Vectors are F32."""

@@ -15,18 +15,20 @@ import numpy as np
 
 from hotcold.convert.bundle.tensor_plans import Planner
 from hotcold.convert.gguf.write import TensorPlan
-from hotcold.errors import FormatError
+from hotcold.errors import FormatError, UnsupportedError
 from hotcold.files.gguf import GGUFFile
 from hotcold.files.quantize import dequantize
 from hotcold.model.families import ARCHITECTURES
 from hotcold.model.metadata import hyper_parameters
 from hotcold.model.spec import ModelSpec
-from hotcold.model.tensors import GGUF, ROWS
+from hotcold.model.tensors import ROWS
 from hotcold.predictor.bundle import LayerPredictor, PredictorBundle
+from hotcold.predictor.kinds.table import BIAS, FC1, FC2, KIND_KEY, KINDS, kind_of_file
 
 __all__ = [
     "MAGIC",
     "architecture_of",
+    "check_in_powerinfer",
     "hot_sets",
     "predictor_thresholds",
     "runs_in_powerinfer",
@@ -48,16 +50,20 @@ def architecture_of(spec: ModelSpec) -> str:
 def sparse_metadata(
     spec: ModelSpec, predictors: PredictorBundle | None, hot: list[np.ndarray]
 ) -> dict[str, Any]:
-    """Architecture, hyper-parameters, predictor thresholds and hot neurons (`hot[layer]`: ascending indices).
+    """Architecture, hyper-parameters, predictors and hot neurons (`hot[layer]`: ascending indices).
 
-    PowerInfer knows one threshold for all layers; the least one keeps every neuron that ours keep.
+    PowerInfer knows one threshold for all layers; the least one keeps every neuron that ours keep. It knows
+    one kind of predictor too, which is what is meant where the metadata does not name one.
     """
     architecture = architecture_of(spec)
     model = {"general.architecture": architecture, **hyper_parameters(spec, architecture)}
     if predictors is None:
         return model
+    if predictors.kind.in_powerinfer:
+        model["powerinfer.sparse_threshold"] = np.float32(min(predictors.thresholds))
+    else:
+        model[KIND_KEY] = predictors.kind.name
     return model | {
-        "powerinfer.sparse_threshold": np.float32(min(predictors.thresholds)),
         "hotcold.predictor.thresholds": np.asarray(predictors.thresholds, np.float32),
         "hotcold.predictor.ranks": np.asarray(predictors.ranks, np.uint32),
         "hotcold.hot.counts": np.asarray([len(indices) for indices in hot], np.uint32),
@@ -78,22 +84,33 @@ def sparse_plans(planner: Planner, predictors: PredictorBundle | None) -> list[T
 
 
 def _predictor(planner: Planner, predictor: LayerPredictor, layer: int) -> list[TensorPlan]:
-    return [planner.predictor("fc1", layer, predictor.fc1), planner.predictor("fc2", layer, predictor.fc2)]
+    return [planner.predictor(name, layer, values) for name, values in predictor.weights().items()]
 
 
 def sparse_predictors(file: GGUFFile, fingerprint: str) -> PredictorBundle | None:
     """The predictors of a sparse file, decoded to float32; None where it has none.
 
     A file of PowerInfer's converter has one threshold for all layers, or none at all, which is 0. Raises
-    FormatError where a layer's predictor, or its threshold, is missing.
+    FormatError where a layer's predictor, or its threshold, is missing; UnsupportedError for an unknown kind.
     """
-    n_layers = sum(name.endswith(".fc1.weight") for name in file.tensors)
-    layers = [
-        LayerPredictor(_matrix(file, "fc1", n), _matrix(file, "fc2", n), threshold)
-        for n, threshold in enumerate(predictor_thresholds(file, n_layers))
-    ]
+    n_layers, kind = sum(name.endswith(f".{FC1}") for name in file.tensors), kind_of_file(file)
+
+    def layer(number: int, threshold: float) -> LayerPredictor:
+        fc1, fc2 = (_floats(file, f"blk.{number}.{name}", 2) for name in (FC1, FC2))
+        bias = _floats(file, f"blk.{number}.{BIAS}", 1) if kind.bias else None
+        return LayerPredictor(fc1, fc2, threshold, bias=bias, kind=kind)
+
+    layers = [layer(*entry) for entry in enumerate(predictor_thresholds(file, n_layers))]
     training = {"converted_from": file.path.name}
     return PredictorBundle(fingerprint, layers, training=training, path=file.path) if layers else None
+
+
+def check_in_powerinfer(predictors: PredictorBundle) -> None:
+    """UnsupportedError for predictors that PowerInfer's files cannot hold."""
+    if not predictors.kind.in_powerinfer:
+        what, fix = "PowerInfer knows no such predictors", "train them with --kind, or convert to a bundle"
+        known = " | ".join(kind.name for kind in KINDS.values() if kind.in_powerinfer)
+        raise UnsupportedError(what, where=predictors.path, got=predictors.kind.name, expected=known, fix=fix)
 
 
 def predictor_thresholds(file: GGUFFile, n_layers: int) -> list[float]:
@@ -129,11 +146,11 @@ def hot_sets(file: GGUFFile, n_layers: int) -> list[np.ndarray]:
     return np.split(neurons, np.cumsum(counts)[:-1])
 
 
-def _matrix(file: GGUFFile, slot: str, layer: int) -> np.ndarray:
-    name = f"{GGUF[slot].format(layer)}.weight"
+def _floats(file: GGUFFile, name: str, n_dimensions: int) -> np.ndarray:
     tensor = file.tensors.get(name)
-    if tensor is None or len(tensor.shape) != 2:
-        raise FormatError("missing tensor" if tensor is None else "not a matrix", where=file.path, field=name)
+    if tensor is None or len(tensor.shape) != n_dimensions:
+        what = "not a matrix" if n_dimensions == 2 else "not a vector"
+        raise FormatError("missing tensor" if tensor is None else what, where=file.path, field=name)
     return dequantize(tensor)
 
 

@@ -17,16 +17,18 @@ from typing import Any
 import numpy as np
 
 from hotcold import storage
+from hotcold.convert.powerinfer.model import check_in_powerinfer
 from hotcold.convert.powerinfer.pickles import read_pickles
 from hotcold.errors import FormatError, InputError, MismatchError, ShapeError
 from hotcold.files.json import read_json
 from hotcold.files.safetensors import SafetensorsFile
 from hotcold.predictor.bundle import LayerPredictor, PredictorBundle, parse_config
+from hotcold.predictor.kinds.table import FC1, FC2
 from hotcold.progress import Progress
 
 __all__ = ["layer_pairs", "numbered_files", "read_model_pt", "tensor_file", "write_model_pt"]
 
-_KEYS = ("fc1.weight", "fc2.weight")
+_KEYS = (FC1, FC2)
 
 
 def read_model_pt(
@@ -114,8 +116,8 @@ def _restore(bundle: PredictorBundle, values: Any, path: Path) -> None:
     if not isinstance(values, dict):
         raise FormatError("not an object", where=path, field="hotcold")
     config = parse_config(dict(values), path)
-    shape = (bundle.n_layers, bundle.d_model, bundle.d_ff, bundle.ranks)
-    if (config.n_layers, config.d_model, config.d_ff, config.ranks) != shape:
+    shape = (bundle.kind.name, bundle.n_layers, bundle.d_model, bundle.d_ff, bundle.ranks)
+    if (config.kind, config.n_layers, config.d_model, config.d_ff, config.ranks) != shape:
         raise MismatchError("hotcold's part is of other files than those beside it", where=path)
     if bundle.model_fingerprint not in ("", config.model_fingerprint):
         raise MismatchError(
@@ -132,14 +134,15 @@ def _restore(bundle: PredictorBundle, values: Any, path: Path) -> None:
 
 
 def write_model_pt(bundle: PredictorBundle, out: str | Path) -> None:
-    """Write the directory, which appears as a whole. StorageError where the disk does not take it."""
+    """Write the directory, which appears as a whole. StorageError where the disk does not take it,
+    UnsupportedError for predictors that PowerInfer does not know."""
+    check_in_powerinfer(bundle)
     with (
         storage.atomic_directory(out, "model-pt") as folder,
         Progress("model_N.pt", bundle.n_layers, "layer") as progress,
     ):
         for number, layer in enumerate(bundle.layers):
-            pair = {"fc1.weight": layer.fc1, "fc2.weight": layer.fc2}
-            storage.write_bytes(folder / f"model_{number}.pt", tensor_file(pair))
+            storage.write_bytes(folder / f"model_{number}.pt", tensor_file(layer.weights()))
             progress.advance(1)
         config = {"sparse_threshold": min(bundle.thresholds), "hotcold": bundle.config()}
         storage.write_json(folder / "config.json", config)

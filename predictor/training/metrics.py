@@ -42,12 +42,19 @@ def measure(chunks: Iterable[tuple[np.ndarray, np.ndarray]], threshold: float) -
         hits += np.count_nonzero(predicted & active)
         fired, chosen = fired + np.count_nonzero(active), chosen + np.count_nonzero(predicted)
         neurons += active.size
-    return LayerMetrics(
-        recall=hits / fired if fired else 1.0,
-        precision=hits / chosen if chosen else 1.0,
-        predicted_sparsity=1 - chosen / neurons,
-        true_sparsity=1 - fired / neurons,
+    outcomes = [hits, fired - hits, chosen - hits, neurons - fired - chosen + hits]
+    recall, precision = _recall_and_precision(outcomes)
+    return LayerMetrics(recall, precision, float(1 - chosen / neurons), float(1 - fired / neurons))
+
+
+def _recall_and_precision(outcomes: list[int]) -> tuple[float, float]:
+    """scikit-learn's, of one sample per outcome (hit, miss, false alarm, rightly left out) by its count."""
+    from sklearn.metrics import precision_recall_fscore_support
+
+    precision, recall, _, _ = precision_recall_fscore_support(
+        [1, 1, 0, 0], [1, 0, 1, 0], sample_weight=outcomes, average="binary", zero_division=1.0
     )
+    return float(recall), float(precision)
 
 
 def mean_metrics(layers: list[LayerMetrics]) -> LayerMetrics:

@@ -184,6 +184,9 @@ def _load_predictors(model: _cpu.Model, weights: FileWeights, layers: Sequence[i
         predictor = predictors[layer]
         _set_panel(model, layer, "fc1", predictor.fc1())
         _set_panel(model, layer, "fc2", predictor.fc2())
-        model.set_predictor_threshold(layer, predictor.threshold)
+        if (bias := predictor.bias()) is not None:
+            model.set_vector(layer, "fc2_bias", bias)
+        kind = predictor.kind
+        model.set_predictor(layer, threshold=predictor.threshold, relu=kind.relu, normed=kind.normed)
         bits = np.packbits(np.pad(predictor.hot, (0, -len(predictor.hot) % 16)), bitorder="little")
         model.set_hot(layer, bits.view("<u2").astype(np.uint16))

@@ -104,7 +104,8 @@ class HybridStage(Stage):
         stream, x, h = self._attended(i, x, h, self._position, seen)
         if self.mode == "predicted":
             dot, predictor = self._ops.dot_rows, layer.predictor
-            one.scores.copy_(dot(dot(x, predictor.fc1, relu=True), predictor.fc2))
+            hidden = dot(predictor.input(x, h), predictor.fc1, relu=predictor.relu)
+            one.scores.copy_(dot(hidden, predictor.fc2, predictor.bias))
             wanted = ((one.scores >= predictor.threshold) | predictor.always)[:, layer.n_hot :]
         one.attended.copy_(stream)  # x may be it: read before
         one.normed.copy_(h)
@@ -154,7 +155,7 @@ class HybridStage(Stage):
     def _ffn_of_many(self, i: int, layer: DeviceLayer, x: Tensor, h: Tensor, positions: Tensor) -> Tensor:
         """Both sides on a block of tokens: the device's products are under way while the CPU works."""
         n_cold, number = self._n_cold[i], self.weights.first + i
-        computed = self._layers.predictions(layer, x, positions) if self.mode == "predicted" else None
+        computed = self._layers.predictions(layer, x, h, positions) if self.mode == "predicted" else None
         hot = None if computed is None else computed[:, : layer.n_hot]
         y = (
             plus(torch.zeros_like(x), layer.down_bias)

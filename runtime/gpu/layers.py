@@ -144,14 +144,16 @@ class Layers:
             )
         return out[0].float().unflatten(1, (-1, tokens)).permute(2, 0, 1, 3).reshape(tokens, -1)
 
-    def predictions(self, layer: DeviceLayer, x: Tensor, positions: Tensor) -> Tensor:
+    def predictions(self, layer: DeviceLayer, x: Tensor, h: Tensor, positions: Tensor) -> Tensor:
         """bool [tokens, d_ff], in the layer's order: the neurons to compute for each token.
 
-        The first token of a context becomes the attention sink of all others (arXiv 2402.17762): all of it.
+        x is the residual stream and h its norm. The first token of a context becomes the attention sink of
+        all others (arXiv 2402.17762): all of it.
         """
         predictor = layer.predictor
-        logits = self.dot(self.dot(x, predictor.fc1).relu(), predictor.fc2)
-        return (logits >= predictor.threshold) | predictor.always | (positions == 0)[:, None]
+        hidden = self.dot(predictor.input(x, h), predictor.fc1)
+        scores = self.dot(hidden.relu() if predictor.relu else hidden, predictor.fc2, predictor.bias)
+        return (scores >= predictor.threshold) | predictor.always | (positions == 0)[:, None]
 
 
 def plus(x: Tensor, bias: Tensor | None) -> Tensor:

@@ -128,8 +128,9 @@ class Stage:
         else:
             gate, predictor = ffn.gate, layer.predictor
             index, count = ops.predict(
-                x, predictor.fc1, predictor.fc2, predictor.threshold, predictor.always, self._counts[1, i]
-            )
+                predictor.input(x, h), predictor.fc1, predictor.fc2, predictor.threshold, predictor.always,
+                self._counts[1, i], relu=predictor.relu, bias=predictor.bias,
+            )  # fmt: skip
         return self._listed(i, layer, gate, h, index, count)
 
     def _listed(
@@ -162,7 +163,8 @@ class Stage:
     def _ffn_of_many(self, i: int, layer: DeviceLayer, x: Tensor, h: Tensor, positions: Tensor) -> Tensor:
         """The FFN with all gates and ups computed, and what the mode leaves out masked."""
         predicted = self.mode == "predicted"
-        return self._masked(i, layer, h, self._layers.predictions(layer, x, positions) if predicted else None)
+        computed = self._layers.predictions(layer, x, h, positions) if predicted else None
+        return self._masked(i, layer, h, computed)
 
     def _masked(self, i: int, layer: DeviceLayer, h: Tensor, computed: Tensor | None) -> Tensor:
         """The neurons on the device, all of them or those that are `computed`, bool [tokens, n]."""

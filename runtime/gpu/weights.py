@@ -39,12 +39,27 @@ class DeviceNorm:
 
 @dataclass(frozen=True, slots=True)
 class DevicePredictor:
-    """fc2's rows and `always` stand in the layer's order of neurons: hot ones first, then cold ones."""
+    """fc2's rows, bias and `always` stand in the layer's order of neurons: hot ones first, then cold ones.
+
+    What the scores are: `hotcold.predictor.kinds.table.Kind`.
+    """
 
     fc1: Rows  # [rank, d_model]
     fc2: Rows  # [d_ff, rank]
+    bias: Tensor | None  # [d_ff]
+    relu: bool
+    normed: bool
     threshold: float
     always: Tensor  # bool [d_ff]
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes that every predicted token reads of it."""
+        return self.fc1.nbytes + self.fc2.nbytes + (0 if self.bias is None else self.bias.nbytes)
+
+    def input(self, x: Tensor, h: Tensor) -> Tensor:
+        """What it reads, of the residual stream x and its norm h."""
+        return h if self.normed else x
 
 
 @dataclass(frozen=True, slots=True)
@@ -267,10 +282,15 @@ def _read_ffn(reader: _Reader, i: int, order: np.ndarray | None, n_hot: int) -> 
 
 
 def _read_predictor(reader: _Reader, order: np.ndarray | None, predictor: Predictor) -> DevicePredictor:
-    always = predictor.hot if order is None else predictor.hot[order]
+    always, bias = predictor.hot if order is None else predictor.hot[order], predictor.bias()
     return DevicePredictor(
         fc1=_rows(predictor.fc1()).to(reader.device),
         fc2=_rows(predictor.fc2(), order).to(reader.device),
+        bias=None
+        if bias is None
+        else torch.tensor(bias if order is None else bias[order], device=reader.device),
+        relu=predictor.kind.relu,
+        normed=predictor.kind.normed,
         threshold=predictor.threshold,
         always=torch.from_numpy(always).to(reader.device),
     )

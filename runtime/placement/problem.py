@@ -115,7 +115,13 @@ def part_bytes(file: GGUFFile) -> dict[str, int]:
         slot, _, part = slots.get(name, ("", 0, ""))
         if slot in ("embedding", "positions", "head") and name != head:
             continue  # of embeddings a row is read, of a copy nothing
-        kind = "head" if name == head else _PARTS.get(slot, "other") if part == "weight" else "other"
+        kind = (
+            "head"
+            if name == head
+            else _PARTS.get(slot, "other")
+            if part == "weight" or slot == "fc2"
+            else "other"
+        )
         sizes[kind] += kept_bytes(tensor)
     return sizes
 

@@ -226,9 +226,11 @@ def predict(
     threshold: float,
     always: Tensor | None = None,
     counter: Tensor | None = None,
+    relu: bool = True,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See reference.predict."""
-    return select(dot_rows(dot_rows(x, fc1, relu=True), fc2), threshold, always, counter)
+    return select(dot_rows(dot_rows(x, fc1, relu=relu), fc2, bias), threshold, always, counter)
 
 
 def ffn_listed(

@@ -86,9 +86,11 @@ def predict(
     threshold: float,
     always: Tensor | None = None,
     counter: Tensor | None = None,
+    relu: bool = True,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The list of neurons with fc2 · relu(fc1 · x) >= threshold, on raw logits; x is not normed."""
-    return select(dot_rows(dot_rows(x, fc1, relu=True), fc2), threshold, always, counter)
+    """The list of neurons with fc2 · act(fc1 · x) + bias >= threshold; act is nothing without `relu`."""
+    return select(dot_rows(dot_rows(x, fc1, relu=relu), fc2, bias), threshold, always, counter)
 
 
 def ffn_listed(

@@ -17,6 +17,7 @@ from hotcold.convert.powerinfer.gpu_index import GpuIndex
 from hotcold.files.gguf import GGUFFile
 from hotcold.files.safetensors import SafetensorsFile
 from hotcold.predictor.bundle import LayerPredictor, PredictorBundle
+from hotcold.predictor.kinds import table
 from hotcold.predictor.traces.reader import TraceRun, Traces, tokens_digest
 from hotcold.predictor.traces.writer import TraceWriter
 from hotcold.predictor.training.metrics import LayerMetrics
@@ -63,11 +64,12 @@ def bundles(draw: st.DrawFn) -> PredictorBundle:
     d_model, d_ff = draw(st.integers(1, 5)), draw(st.integers(1, 9))
     metrics = st.builds(LayerMetrics, SHARE, SHARE, SHARE, SHARE)
     threshold = st.floats(allow_nan=False)
-    layers = []
+    layers, kind = [], draw(st.sampled_from([*table.KINDS.values()]))
     for _ in range(draw(st.integers(1, 3))):
         rank = draw(st.integers(1, 4))
         parts = (draw(arrays(rank, d_model)), draw(arrays(d_ff, rank)))
-        layers.append(LayerPredictor(*parts, draw(threshold), draw(arrays(d_ff)), draw(metrics)))
+        bias = draw(arrays(d_ff)) if kind.bias else None
+        layers.append(LayerPredictor(*parts, draw(threshold), draw(arrays(d_ff)), draw(metrics), bias, kind))
     training = draw(st.dictionaries(TEXT, st.one_of(TEXT, st.integers(), SHARE), max_size=3))
     return PredictorBundle(draw(HEX), layers, draw(SHARE), training)
 
@@ -78,7 +80,7 @@ def test_predictor_bundles(bundle):
     with folder() as out:
         bundle.save(Path(out, "p"))
         again = PredictorBundle.load(Path(out, "p"))
-        assert again.config() == bundle.config()
+        assert again.config() == bundle.config() and again.kind is bundle.kind
         for ours, theirs in zip(again.layers, bundle.layers, strict=True):
             for name, array in theirs.tensors().items():
                 np.testing.assert_array_equal(ours.tensors()[name], array)

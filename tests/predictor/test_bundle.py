@@ -8,12 +8,14 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import handmade
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
 from hotcold.errors import FormatError, HotcoldError, InputError
 from hotcold.predictor.bundle import LayerPredictor, PredictorBundle
+from hotcold.predictor.kinds.table import KINDS
 from hotcold.predictor.training.metrics import LayerMetrics
 
 
@@ -59,6 +61,47 @@ def test_a_bundle_of_before_there_were_three_parts_is_read_and_says_what_its_met
         "threshold and metrics from 2000 tokens of other documents"
         in (tmp_path / "old/README.md").read_text()
     )
+
+
+def test_version_1_is_the_kind_that_there_was(tmp_path: Path) -> None:
+    """A bundle as versions before wrote it, made by hand; saved again it is of version 2, and the same."""
+    handmade.predictors(tmp_path)
+    old = PredictorBundle.load(tmp_path)
+    assert old.kind is KINDS["lowrank-mlp"] and [layer.bias for layer in old.layers] == [None, None]
+    x = np.array([[1.0, -2.0, 0.5, 3.0]], np.float32)
+    fc1, fc2 = (
+        np.frombuffer(handmade.predictor_tensors()[f"layers.0.{n}.weight"][2], "<f4") for n in ("fc1", "fc2")
+    )
+    expected = fc2.reshape(6, 2) @ np.maximum(fc1.reshape(2, 4) @ x[0], 0)
+    np.testing.assert_allclose(old.layers[0].logits(x)[0], expected, rtol=1e-6)
+    old.save(tmp_path / "new")
+    config = json.loads((tmp_path / "new/config.json").read_text())
+    before = json.loads((tmp_path / "config.json").read_text())
+    assert config == before | {"version": 2, "kind": "lowrank-mlp", "training": {}}
+    assert (
+        load_file(tmp_path / "new/model.safetensors").keys()
+        == load_file(tmp_path / "model.safetensors").keys()
+    )
+
+
+def test_version_2_names_its_kind(tmp_path: Path) -> None:
+    handmade.svd_predictors(tmp_path)
+    made = PredictorBundle.load(tmp_path)
+    assert made.kind is KINDS["svd"]
+    fc1, fc2, bias = (
+        np.frombuffer(handmade.svd_tensors()[f"layers.1.{name}"][2], "<f4")
+        for name in ("fc1.weight", "fc2.weight", "fc2.bias")
+    )
+    x = np.array([[1.0, -2.0, 0.5, 3.0], [-1.0, 2.0, -0.5, -3.0]], np.float32)
+    expected = [fc2 * (fc1 @ token) + bias for token in x]
+    np.testing.assert_allclose(made.layers[1].logits(x), expected, rtol=1e-6)
+    made.save(tmp_path / "again")
+    again = PredictorBundle.load(tmp_path / "again")
+    assert again.config() == made.config() == json.loads((tmp_path / "config.json").read_text())
+    for one, other in zip(made.layers, again.layers, strict=True):
+        assert {n: a.tobytes() for n, a in one.tensors().items()} == {
+            n: a.tobytes() for n, a in other.tensors().items()
+        }
 
 
 def test_the_files_are_those_of_the_contract(saved: Path) -> None:

@@ -179,21 +179,22 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+_ALL_THE_WAY = [
+    "llama-3-rope", "prosparse", "bamboo", "qwen2", "qwen3", "opt", "falcon-7b-relu", "falcon-40b-relu",
+    "minicpm-s",
+]  # fmt: skip
+
+
 @pytest.mark.parametrize(
-    "name",
+    ("name", "kind"),
     [
-        "llama-3-rope",
-        "prosparse",
-        "bamboo",
-        "qwen2",
-        "qwen3",
-        "opt",
-        "falcon-7b-relu",
-        "falcon-40b-relu",
-        "minicpm-s",
+        *((name, "lowrank-mlp") for name in _ALL_THE_WAY),
+        ("prosparse", "svd"),
+        ("bamboo", "svd"),
+        ("opt", "svd"),
     ],
 )
-def test_the_commands_from_traces_to_perplexity(name, make_family, bundle, text_file, tmp_path, capsys):
+def test_the_commands_from_traces_to_perplexity(name, kind, make_family, bundle, text_file, tmp_path, capsys):
     """collect-traces → train-predictors → export → perplexity: what the predictors cost stays small."""
     model = tmp_path / "model"
     write_model(model, FAMILIES[name])
@@ -202,7 +203,8 @@ def test_the_commands_from_traces_to_perplexity(name, make_family, bundle, text_
     commands = [
         ["collect-traces", "--model", paths["model"], "--text", str(text_file), "--tokens", "1500",
          "--window", "32", "--out", paths["traces"], "-t", "1"],
-        ["train-predictors", "--traces", paths["traces"], "--out", paths["predictors"], "--epochs", "2"],
+        ["train-predictors", "--traces", paths["traces"], "--out", paths["predictors"], "--kind", kind,
+         *(["--model", paths["model"]] if kind == "svd" else ["--epochs", "2"])],
         ["export", "--model", paths["model"], "--predictors", paths["predictors"], "--out", paths["bundle"],
          "--quant", "f16"],
         ["perplexity", "--bundle", paths["bundle"], "--mode", "exact,predicted", "--reference", "dense",

@@ -75,6 +75,21 @@ def predictor_tensors() -> dict:
     return tensors
 
 
+def svd_config() -> dict:
+    """Version 2, which names the kind: here one with a bias."""
+    return predictor_config() | {"version": 2, "kind": "svd", "training": {"damping": 0.01}}
+
+
+def svd_tensors() -> dict:
+    bias = ("F32", [6], floats(6))
+    return predictor_tensors() | {f"layers.{layer}.fc2.bias": bias for layer in range(2)}
+
+
+def svd_predictors(folder: Path) -> None:
+    (folder / "config.json").write_bytes(as_json(svd_config()))
+    (folder / "model.safetensors").write_bytes(safetensors(svd_tensors()))
+
+
 def predictors(folder: Path) -> None:
     (folder / "config.json").write_bytes(as_json(predictor_config()))
     (folder / "model.safetensors").write_bytes(safetensors(predictor_tensors()))

@@ -95,7 +95,7 @@ LONG = b'{"n_layers": ' + b"9" * 5000 + b"}"
 TWICE = b'{"n_layers": 1, "n_layers": 2}'
 ST, CK, MA, PR, TR, SH = "safetensors", "checkpoint", "manifest", "predictors", "traces", "trace shard"
 SP, GI, VO, TK, MO, BU = "split", "gpuidx", "gguf vocabulary", "tokenizer", "gguf model", "bundle"
-EN, AT = "engine", "attention"
+EN, AT, SV = "engine", "attention", "svd"
 T, CFG, INDEX, PART = "t.safetensors", "config.json", "model.safetensors.index.json", "model-1.safetensors"
 MAN, RUN, TOK, LINES, MODEL = (
     "manifest.json",
@@ -262,7 +262,24 @@ CASES: dict[str, Case] = {
     "bundle: no architecture": Case(BU, put("m.gguf", gguf()), Fm, "general.architecture: missing metadata"),
     "predictors: config cut": Case(PR, put(CFG, b"{"), Fm, "config.json, content: is not JSON"),
     "predictors: a key twice": Case(PR, put(CFG, TWICE), Fm, "content: duplicate key"),
-    "predictors: version 2": Case(PR, keys(CFG, version=2), Fm, "config.json, version: not of this format"),
+    "predictors: version 3": Case(PR, keys(CFG, version=3), Fm, "config.json, version: not of this format"),
+    "predictors: version 2 without kind": Case(PR, keys(CFG, version=2), Fm, "config.json, kind: wrong or"),
+    "predictors: kind in version 1": Case(PR, keys(CFG, kind="svd"), Fm, "kind: version 1 has no such field"),
+    "svd: unknown kind": Case(SV, keys(CFG, kind="svdp"), Un, "unknown kind of predictor (got svdp"),
+    "svd: kind a list": Case(SV, keys(CFG, kind=["svd"]), Fm, "config.json, kind: wrong or missing"),
+    "svd: another kind": Case(SV, keys(CFG, version=1), Fm, "kind: version 1 has no such field"),
+    "svd: bias missing": Case(
+        SV,
+        put(MODEL, tensors(handmade.svd_tensors, layers__1__fc2__bias=None)),
+        Fm,
+        "1.fc2.bias: missing",
+    ),
+    "svd: bias of 5": Case(
+        SV,
+        put(MODEL, tensors(handmade.svd_tensors, layers__0__fc2__bias=("F32", [5], bytes(20)))),
+        Fm,
+        "layers.0.fc2.bias: wrong shape or dtype",
+    ),
     "predictors: layers -1": Case(PR, keys(CFG, n_layers=-1), Fm, "config.json, n_layers: must be positive"),
     "predictors: layers 2^40": Case(PR, keys(CFG, n_layers=1 << 40), Fm, "config.json, ranks: wrong length"),
     "predictors: threshold NaN": Case(PR, keys(CFG, thresholds=[float("nan"), 0.0]), Fm, "thresholds[0]"),

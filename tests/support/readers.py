@@ -194,6 +194,7 @@ READERS: dict[str, Reader] = {
     "manifest": Reader(handmade.bundle, ("manifest.json",), read_bundle, sign_bundle),
     "bundle": Reader(handmade.bundle, ("config.json", "m.gguf"), read_bundle, sign_bundle_files),
     "predictors": Reader(handmade.predictors, ("config.json", "model.safetensors"), read_predictor_bundle),
+    "svd": Reader(handmade.svd_predictors, ("config.json", "model.safetensors"), read_predictor_bundle),
     "traces": Reader(handmade.traces, ("run.json", "tokens.safetensors", "manifest.jsonl"), read_traces),
     "trace shard": Reader(handmade.traces, (SHARD,), read_traces, handmade.trace_manifest),
     "tokenizer": Reader(handmade.tokenizer, ("tokenizer.json", "tokenizer_config.json"), read_tokenizer),

@@ -128,6 +128,7 @@ VectorSlot vector_slot(Model& m, int l, const std::string& slot) {
   if (slot == "q_norm") return {&y.q_norm, dim};
   if (slot == "k_norm") return {&y.k_norm, dim};
   if (slot == "gate_bias") return {&y.gate_bias, m.config.d_ff};
+  if (slot == "fc2_bias") return {&y.fc2_bias, m.config.d_ff};
   if (slot == "down_bias") return {&y.down_bias, d};
   throw std::invalid_argument("no vector '" + slot + "'");
 }
@@ -135,7 +136,7 @@ VectorSlot vector_slot(Model& m, int l, const std::string& slot) {
 void set_vector(Model& m, int l, const std::string& slot, Floats data) {
   const VectorSlot place = vector_slot(m, l, slot);
   *place.values = to_vector(data, place.size, slot);
-  if (slot == "gate_bias") place.values->resize(round_up(place.size, kLanes));
+  if (slot == "gate_bias" || slot == "fc2_bias") place.values->resize(round_up(place.size, kLanes));
 }
 
 void set_bundles(Model& m, int l, std::optional<Bytes> gate, int gate_type, std::optional<Bytes> up, int up_type, Bytes down,
@@ -198,7 +199,7 @@ nb::dict sizes(const Model& m) {
   size_t attention = 0, predictor = 0, gates = 0, ups = 0, downs = 0;
   for (const Layer& l : m.layers) {
     attention += l.q.bytes() + l.k.bytes() + l.v.bytes() + l.o.bytes();
-    predictor += l.fc1.bytes() + l.fc2.bytes();
+    predictor += l.fc1.bytes() + l.fc2.bytes() + l.fc2_bias.size() * sizeof(float);
     gates += l.gate.bytes() + m.config.d_ff * l.gate_row.bytes;
     ups += l.up.bytes() + m.config.d_ff * l.up_row.bytes;
     downs += l.down.bytes() + m.config.d_ff * l.down_row.bytes;
@@ -257,7 +258,12 @@ NB_MODULE(_cpu, m) {
       }, "frequencies"_a, "scale"_a = 1.0f)
       .def("set_window", [](Model& m, int l, int window) { layer_of(m, l).window = std::max(window, 0); })
       .def("set_activation_threshold", [](Model& m, int l, float t) { layer_of(m, l).activation_threshold = t; })
-      .def("set_predictor_threshold", [](Model& m, int l, float t) { layer_of(m, l).predictor_threshold = t; })
+      .def("set_predictor", [](Model& m, int l, float threshold, bool relu, bool normed) {
+        Layer& layer = layer_of(m, l);
+        layer.predictor_threshold = threshold;
+        layer.predictor_relu = relu;
+        layer.predictor_normed = normed;
+      }, "layer"_a, "threshold"_a, "relu"_a, "normed"_a)
       .def("set_hot", [](Model& m, int l, Masks hot) {
         require(int(hot.size()) == round_up(m.config.d_ff, kLanes) / kLanes, "one mask per 16 neurons");
         layer_of(m, l).hot.assign(hot.data(), hot.data() + hot.size());

@@ -1,6 +1,7 @@
 // The feed-forward layers: dense, or over the rows of the neurons that fire.
 #include <algorithm>
 #include <bit>
+#include <cfloat>
 #include <cmath>
 
 #include "pass.h"
@@ -23,7 +24,7 @@ void Pass::ffn(int thread, int l) {
   each_token(thread, [&](int t) {
     norm_token(thread, t, layer.ffn_norm, t);
     if (c().mode != Mode::Dense) m.k.arrange(norm, t, prefetches(thread));
-    if (c().mode == Mode::Predicted) m.k.quantize(x, t, 0, x.blocks(), prefetches(thread));
+    if (c().mode == Mode::Predicted && !layer.predictor_normed) m.k.quantize(x, t, 0, x.blocks(), prefetches(thread));
   });
   if (c().mode == Mode::Dense) return ffn_dense(thread, l);
   if (c().mode == Mode::Exact) list_fired(thread, l);
@@ -53,7 +54,7 @@ void Pass::ffn_dense(int thread, int l) {
   const int first = blocks.first * per_block, last = std::min(blocks.last * per_block, groups);
   m.k.panel(layer.gate.type, layer.gate.data, c().d_model, first, last, s.norm.acts, n, b.gate.get(), stride);
   if (c().gated) m.k.panel(layer.up.type, layer.up.data, c().d_model, first, last, s.norm.acts, n, b.up.get(), stride);
-  add_gate_bias(layer, first, last);
+  add_bias(layer.gate_bias, first, last);
   const float threshold = firing_threshold(layer);
   LayerStats& stats = counts(thread).layers[l];
   prefetch(thread, layer.down);
@@ -79,11 +80,11 @@ void Pass::ffn_dense(int thread, int l) {
   add_to_stream(thread, b.out.get(), out_stride, layer.down_bias);
 }
 
-// Adds the bias to the gates of the row groups [first, last), all tokens.
-void Pass::add_gate_bias(const Layer& layer, int first, int last) {
-  if (layer.gate_bias.empty()) return;
+// Adds a bias to the gates or scores of the row groups [first, last), all tokens.
+void Pass::add_bias(const std::vector<float>& bias, int first, int last) {
+  if (bias.empty()) return;
   const int from = first * kLanes, count = (last - first) * kLanes;
-  for (int t = 0; t < n; ++t) m.k.add(&b.gate[size_t(t) * Model::Buffers::ff_stride(c()) + from], &layer.gate_bias[from], count);
+  for (int t = 0; t < n; ++t) m.k.add(&b.gate[size_t(t) * Model::Buffers::ff_stride(c()) + from], &bias[from], count);
 }
 
 // Lists the neurons of one group of 16 whose score reaches the threshold for any token, and for which. `always` and, for
@@ -122,11 +123,12 @@ void Pass::list_predicted(int thread, int l) {
   Stream& st = stream(thread);
   const Acts& hidden = st.hidden.acts;
   const int rank = layer.fc1.rows, hidden_stride = round_up(rank, kLanes);
-  multiply(thread, layer.fc1, st.x.acts, b.hidden.get(), hidden_stride);
+  multiply(thread, layer.fc1, layer.predictor_normed ? st.norm.acts : st.x.acts, b.hidden.get(), hidden_stride);
   prefetch(thread, layer.fc2);
   m.team.barrier();
+  const float least = layer.predictor_relu ? 0.0f : -FLT_MAX;
   each_token(thread, [&](int t) {
-    for (int i = 0; i < rank; ++i) hidden.f[size_t(t) * hidden.width + i] = std::max(b.hidden[size_t(t) * hidden_stride + i], 0.0f);
+    for (int i = 0; i < rank; ++i) hidden.f[size_t(t) * hidden.width + i] = std::max(b.hidden[size_t(t) * hidden_stride + i], least);
     m.k.quantize(hidden, t, 0, hidden.blocks(), prefetches(thread));
   });
   list_neurons(thread, l, layer.fc2, hidden, layer.predictor_threshold);
@@ -144,7 +146,7 @@ void Pass::list_neurons(int thread, int l, const Panel& panel, const Acts& acts,
   const Range groups = split(round_up(c().d_ff, kLanes) / kLanes, thread, threads());
   s.listed = 0;
   m.k.panel(panel.type, panel.data, panel.cols, groups.first, groups.last, acts, n, b.gate.get(), stride);
-  if (!predicted) add_gate_bias(layer, groups.first, groups.last);
+  add_bias(predicted ? layer.fc2_bias : layer.gate_bias, groups.first, groups.last);
   for (int g = groups.first; g < groups.last; ++g)
     list_group(s, g * kLanes, &b.gate[g * kLanes], stride, threshold, predicted && !layer.hot.empty() ? layer.hot[g] : 0, sink);
 }

@@ -89,7 +89,10 @@ struct Layer {
   RowKind gate_row, up_row, down_row;
   std::vector<float> gate_bias;    // [round_up(d_ff, 16)], or [n_neurons]; empty: none
   std::vector<float> down_bias;
-  Panel fc1, fc2;                  // predictor
+  Panel fc1, fc2;                  // predictor: fc2 · act(fc1 · x) + bias
+  std::vector<float> fc2_bias;     // [round_up(d_ff, 16)]; empty: none
+  bool predictor_relu = true;      // between the two, else nothing
+  bool predictor_normed = false;   // x is the FFN's input, else the residual stream before its norm
   std::vector<uint16_t> hot;       // per 16 neurons: bits of those that are always computed
   float predictor_threshold = 0, activation_threshold = 0;
 

@@ -87,7 +87,7 @@ struct Pass {
   void ffn(int thread, int l);
   const Panel& after(int l) const;
   void ffn_dense(int thread, int l);
-  void add_gate_bias(const Layer& layer, int first, int last);
+  void add_bias(const std::vector<float>& bias, int first, int last);
   void list_fired(int thread, int l);
   void list_neurons(int thread, int l, const Panel& scores, const Acts& acts, float threshold);
   void list_predicted(int thread, int l);

@@ -15,20 +15,21 @@ from hypothesis import strategies as st
 
 from hotcold.cli import main
 from hotcold.errors import FormatError, InputError
-from hotcold.predictor.bundle import PredictorBundle, raw_logits
-from hotcold.predictor.traces.reader import Traces
-from hotcold.predictor.training import train as train_module
-from hotcold.predictor.training import train_bundle as train_bundle_module
-from hotcold.predictor.training.metrics import measure
-from hotcold.predictor.training.network import (
+from hotcold.predictor.bundle import PredictorBundle
+from hotcold.predictor.kinds.lowrank_mlp import (
     PredictorNetwork,
     class_weighted_bce,
     class_weighted_bce_gradient,
-    default_rank,
     negative_weight,
 )
+from hotcold.predictor.kinds.table import Kind, Weights
+from hotcold.predictor.traces.reader import Traces
+from hotcold.predictor.training import data as data_module
+from hotcold.predictor.training import train as train_module
+from hotcold.predictor.training import train_bundle as train_bundle_module
+from hotcold.predictor.training.metrics import measure
 from hotcold.predictor.training.thresholds import threshold_for_recall
-from hotcold.predictor.training.train import LayerData, TrainOptions, train_layer
+from hotcold.predictor.training.train import LayerData, TrainOptions, default_rank, train_layer
 from hotcold.predictor.training.train_bundle import train_bundle
 from hotcold.text import PARTS
 
@@ -92,13 +93,16 @@ def test_logits_are_never_held_together(planted: LayerData, monkeypatch: pytest.
     """Chunks of seven tokens give what one chunk of all gives, and no more than seven are asked for."""
     whole, sizes = _train(planted, epochs=1), []
 
-    def counting(fc1: np.ndarray, fc2: np.ndarray, x: np.ndarray) -> np.ndarray:
-        sizes.append(len(x))
-        return raw_logits(fc1, fc2, x)
+    scores = Kind.scores
 
-    monkeypatch.setattr(train_module, "_EVAL_TOKENS", 7)
-    monkeypatch.setattr(train_module, "raw_logits", counting)
-    cut = train_module._calibrated(whole.fc1, whole.fc2, whole.firing_frequency, planted, 0.97)
+    def counting(kind: Kind, weights: Weights, x: np.ndarray) -> np.ndarray:
+        sizes.append(len(x))
+        return scores(kind, weights, x)
+
+    monkeypatch.setattr(data_module, "_TOKENS", 7)
+    monkeypatch.setattr(Kind, "scores", counting)
+    weights = Weights(whole.fc1, whole.fc2)
+    cut = train_module._calibrated(whole.kind, weights, whole.firing_frequency, planted, 0.97)
     assert max(sizes) == 7
     assert cut.threshold == pytest.approx(whole.threshold, rel=1e-4)
     for name, share in whole.metrics.to_json().items():
@@ -167,7 +171,7 @@ def test_stops_early_and_keeps_the_best_epoch() -> None:
     active = torch.from_numpy(data.labels(data.rows("calibrate"))).float()
     rms = torch.from_numpy(x[200:300]).float().square().mean(dim=1, keepdim=True).sqrt()
     scale = torch.from_numpy(x[:200]).float().square().mean(dim=1).sqrt().median()
-    logits = torch.from_numpy(raw_logits(layer.fc1, layer.fc2, x[200:300])) / rms * scale
+    logits = torch.from_numpy(layer.logits(x[200:300])) / rms * scale
     negative = negative_weight(float(layer.firing_frequency.mean()), 0.9)
     assert float(class_weighted_bce(logits, active, negative)) == pytest.approx(losses[best], rel=1e-4)
 

@@ -192,15 +192,17 @@ def test_select_lists_in_order(rng, tokens, n, always):
     assert counter.tolist() == [10, 20 + int(count)]
 
 
+@pytest.mark.parametrize("linear", [False, True], ids=["relu, no bias", "linear, bias"])
 @pytest.mark.parametrize("kind", TYPES)
-def test_predictor(rng, kind):
+def test_predictor(rng, kind, linear):
     fc1, fc2 = rows(rng, 32, 64, kind), rows(rng, 70, 32, kind)
-    x = tensor(rng.standard_normal((1, 64)))
-    logits = torch.relu(x @ fc1.dequantize().T) @ fc2.dequantize().T
+    x, bias = tensor(rng.standard_normal((1, 64))), tensor(rng.standard_normal(70) * 9) if linear else None
+    hidden = x @ fc1.dequantize().T
+    logits = (hidden if linear else torch.relu(hidden)) @ fc2.dequantize().T + (bias if linear else 0)
     threshold = float(logits.quantile(0.8))
     always = torch.zeros(70, dtype=torch.bool, device=DEVICE)
     always[3] = True
-    index, count = ops.predict(x, fc1, fc2, threshold, always)
+    index, count = ops.predict(x, fc1, fc2, threshold, always, relu=not linear, bias=bias)
     listed = set(index[: int(count)].tolist())
     certain = set(((logits[0] > threshold + 1e-3) | always).nonzero()[:, 0].tolist())
     possible = set(((logits[0] > threshold - 1e-3) | always).nonzero()[:, 0].tolist())
