@@ -85,7 +85,8 @@ struct Weights {
   }
 };
 
-// What a Llama lacks: LayerNorm, biases, learned positions, norms of heads, a window, a parallel FFN without a gate.
+// What a Llama lacks: LayerNorm, biases, learned positions, norms of heads, a window, a parallel FFN without a gate; and
+// predictors of another kind.
 void add_parts(Model& m, const Weights& w) {
   std::normal_distribution<float> normal(0, 0.3f);
   std::mt19937 same(11);  // the same parts for every engine that is compared
@@ -106,6 +107,9 @@ void add_parts(Model& m, const Weights& w) {
     fill(l.down_bias, shape.d_model);
     l.q_norm.assign(shape.dim, 1.1f);
     l.k_norm.assign(shape.dim, 0.9f);
+    l.predictor_relu = false;
+    l.predictor_normed = true;
+    l.fc2_bias.assign(round_up(shape.d_ff, kLanes), 0.5f);
   }
   m.layers[0].window = 9;
 }
