@@ -1,4 +1,4 @@
-"""What a GGUF file says of its predictors: weights, the threshold on raw logits, and the hot neurons, per layer."""
+"""What a GGUF file says of its predictors, per layer: weights, threshold on raw logits, hot neurons."""
 
 from __future__ import annotations
 

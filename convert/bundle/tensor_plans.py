@@ -12,7 +12,7 @@ from hotcold.convert.gguf.write import TensorPlan, planned
 from hotcold.files.quantize import row_type
 from hotcold.model.families import Architecture
 from hotcold.model.spec import ModelSpec
-from hotcold.model.tensors import ALL, GGUF, PROJECTIONS, Naming, Shape, parts_of, place, rows_of, shape_of
+from hotcold.model.tensors import ALL, PROJECTIONS, Naming, Shape, parts_of, place, rows_of, shape_of
 from hotcold.model.weights import CheckpointWeights
 
 __all__ = ["Planner", "TensorTypes"]
@@ -52,9 +52,10 @@ class Planner:
             self.fallbacks.append(f"{name}: {why}, written as {fitting}")
         return planned(f"{name}.weight", shape, fitting, load)
 
-    def predictor(self, slot: str, layer: int, values: np.ndarray) -> TensorPlan:
+    def predictor(self, naming: Naming, slot: str, layer: int, values: np.ndarray) -> TensorPlan:
         """Plan a matrix of a layer's predictor."""
-        return self.floats(GGUF[slot].format(layer), values.shape, self.types.predictor, lambda: values)
+        name = naming.names[slot].format(layer)
+        return self.floats(name, values.shape, self.types.predictor, lambda: values)
 
     def tensor(self, naming: Naming, slots: Sequence[str], layer: int = 0) -> list[TensorPlan]:
         """Plan the tensor that holds these slots, and its bias, if it has one. Vectors are F32."""

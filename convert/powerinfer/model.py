@@ -18,10 +18,10 @@ from hotcold.convert.gguf.write import TensorPlan
 from hotcold.errors import FormatError
 from hotcold.files.gguf import GGUFFile
 from hotcold.files.quantize import dequantize
-from hotcold.model.families import ARCHITECTURES
+from hotcold.model.families import ARCHITECTURES, names_in
 from hotcold.model.metadata import hyper_parameters
 from hotcold.model.spec import ModelSpec
-from hotcold.model.tensors import GGUF, ROWS
+from hotcold.model.tensors import ROWS, Naming
 from hotcold.predictor.bundle import LayerPredictor, PredictorBundle
 
 __all__ = [
@@ -73,12 +73,15 @@ def sparse_plans(planner: Planner, predictors: PredictorBundle | None) -> list[T
     for layer in range(planner.spec.n_layers):
         plans += planner.attention(layer, architecture.naming)
         plans += planner.ffn(layer, architecture.naming, "down" + ROWS)
-        plans += _predictor(planner, predictors.layers[layer], layer) if predictors else []
+        plans += (
+            _predictor(planner, architecture.naming, predictors.layers[layer], layer) if predictors else []
+        )
     return plans
 
 
-def _predictor(planner: Planner, predictor: LayerPredictor, layer: int) -> list[TensorPlan]:
-    return [planner.predictor("fc1", layer, predictor.fc1), planner.predictor("fc2", layer, predictor.fc2)]
+def _predictor(planner: Planner, naming: Naming, predictor: LayerPredictor, layer: int) -> list[TensorPlan]:
+    slots = {"fc1": predictor.fc1, "fc2": predictor.fc2}
+    return [planner.predictor(naming, slot, layer, values) for slot, values in slots.items()]
 
 
 def sparse_predictors(file: GGUFFile, fingerprint: str) -> PredictorBundle | None:
@@ -87,7 +90,8 @@ def sparse_predictors(file: GGUFFile, fingerprint: str) -> PredictorBundle | Non
     A file of PowerInfer's converter has one threshold for all layers, or none at all, which is 0. Raises
     FormatError where a layer's predictor, or its threshold, is missing.
     """
-    n_layers = sum(name.endswith(".fc1.weight") for name in file.tensors)
+    last = names_in(file)["fc1"].partition("{}")[2]
+    n_layers = sum(name.endswith(f"{last}.weight") for name in file.tensors)
     layers = [
         LayerPredictor(_matrix(file, "fc1", n), _matrix(file, "fc2", n), threshold)
         for n, threshold in enumerate(predictor_thresholds(file, n_layers))
@@ -130,7 +134,7 @@ def hot_sets(file: GGUFFile, n_layers: int) -> list[np.ndarray]:
 
 
 def _matrix(file: GGUFFile, slot: str, layer: int) -> np.ndarray:
-    name = f"{GGUF[slot].format(layer)}.weight"
+    name = f"{names_in(file)[slot].format(layer)}.weight"
     tensor = file.tensors.get(name)
     if tensor is None or len(tensor.shape) != 2:
         raise FormatError("missing tensor" if tensor is None else "not a matrix", where=file.path, field=name)

@@ -19,7 +19,7 @@ from hotcold.cpus import thread_count
 from hotcold.errors import MismatchError
 from hotcold.files.gguf import GGUFFile
 from hotcold.model.spec import ModelSpec
-from hotcold.model.weights import EMBEDDING, head_name
+from hotcold.model.weights import FileWeights
 from hotcold.runtime.gpu.cpu_side import MAX_BLOCK, CpuSide
 from hotcold.runtime.gpu.device import on, open_devices
 from hotcold.runtime.gpu.engine import GpuEngine, file_and_mode
@@ -73,7 +73,7 @@ class HybridEngine(GpuEngine):
         n_threads = thread_count(self._threads)
         self._cpu = CpuSide(file, self.placement, self.mode, n_threads, self.n_ctx)
         # One row of it is read per token: device memory is for what every token reads as a whole.
-        self._embedding = None if head_name(file) == EMBEDDING else host_embedding(file)
+        self._embedding = None if FileWeights.read(file).head_is_embedding() else host_embedding(file)
         self._open_stages(file, self.placement.spans)
         # Decoding a quantized matrix for a dense product would take memory that the plan has no room for.
         layers = [layer for stage in self._stages for layer in stage.weights.layers]
