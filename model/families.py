@@ -58,6 +58,7 @@ class Family:
     dense: str = "llama"
     sparse: str = "llama"
     refused: Mapping[str, object] = field(default_factory=dict)  # settings that must have this value
+    act: str = "act_fn"  # the attribute of transformers' FFN that holds the activation
 
 
 _GGUF, _INTERLEAVED = Naming(GGUF), Naming(GGUF, interleaved=True)
@@ -154,6 +155,7 @@ FAMILIES: dict[str, Family] = {
         Naming(_OPT, first_position=2), _OPT_BLOCKS,
         keys={"intermediate_size": "ffn_dim", "hidden_act": "activation_function"},
         biases={"": (*_ATTENTION, "gate", "down")}, tied=True, activation="relu", dense="gpt2", sparse="opt",
+        act="activation_fn",
         refused={"do_layer_norm_before": True, "_remove_final_layer_norm": False,
                  "layer_norm_elementwise_affine": True, "enable_bias": True},
     ),
@@ -161,7 +163,7 @@ FAMILIES: dict[str, Family] = {
         Naming(_FALCON, fused="heads"), _FALCON_BLOCKS,
         keys={"intermediate_size": "ffn_hidden_size", "hidden_act": "activation",
               "rms_norm_eps": "layer_norm_epsilon", "num_key_value_heads": "num_kv_heads"},
-        tied=True, activation="gelu", dense="falcon", sparse="falcon",
+        tied=True, activation="gelu", dense="falcon", sparse="falcon", act="act",
         refused={"alibi": False, "parallel_attn": True, "bias": False},
     ),
 }  # fmt: skip

@@ -14,9 +14,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 if TYPE_CHECKING:
+    import numpy as np
+
     from hotcold.model.spec import ModelSpec
 
 __all__ = [
@@ -133,6 +133,8 @@ def place(
 
 def rows_of(spec: ModelSpec, naming: Naming, slot: str) -> slice | np.ndarray:
     """Which rows of that tensor they are: a slot's row i is row `rows[i]` of the tensor."""
+    import numpy as np  # not above: the table of families is imported with `hotcold`
+
     if slot == "positions":
         return slice(naming.first_position, None)
     if slot not in _HEADS:
@@ -151,6 +153,8 @@ def rows_of(spec: ModelSpec, naming: Naming, slot: str) -> slice | np.ndarray:
 
 def _rows_of_heads(spec: ModelSpec, slot: str) -> np.ndarray:
     """Falcon: the queries of a key-value head, then its key and its value, head after head."""
+    import numpy as np
+
     group = spec.n_heads // spec.n_kv_heads
     rows = np.arange(spec.n_kv_heads * (group + 2) * spec.head_dim)
     heads = rows.reshape(spec.n_kv_heads, group + 2, spec.head_dim)
