@@ -23,9 +23,9 @@ from hotcold.errors import FormatError, InputError
 from hotcold.files.gguf import GGUFFile
 from hotcold.files.gguf_split import gguf_sha256, open_gguf
 from hotcold.files.quantize import QUANTS
+from hotcold.model.families import names_in
 from hotcold.model.gguf_checkpoint import GGUFCheckpoint
 from hotcold.model.huggingface import HFCheckpoint
-from hotcold.model.tensors import GGUF
 from hotcold.predictor.bundle import PredictorBundle
 from hotcold.progress import log
 
@@ -38,9 +38,6 @@ __all__ = [
     "write_dense",
     "write_sparse",
 ]
-
-_FFN = [GGUF[slot].format(0) + end for slot in ("gate", "up", "down") for end in ("", "_exps")]
-_FFN.append(f"{GGUF['down'].format(0)}_t")
 
 
 def read_bundle(path: Path, parts: Parts, options: Options, stack: ExitStack) -> None:
@@ -142,21 +139,20 @@ def _copied(model: Model, format: str, out: Path, options: Options) -> bool:
 def _export_options(model: Model, options: Options) -> ExportOptions:
     """What is not wished otherwise stays as the source has it."""
     default = ExportOptions()
-    body = options.quant or _type_of(model.file, GGUF["up"].format(0)) or "f16"
-    head = options.head_quant or options.quant or _type_of(model.file, GGUF["embedding"]) or body
-    predictor = (
-        options.predictor_quant or _type_of(model.file, GGUF["fc2"].format(0)) or default.predictor_quant
-    )
+    body = options.quant or _type_of(model.file, "up") or "f16"
+    head = options.head_quant or options.quant or _type_of(model.file, "embedding") or body
+    predictor = options.predictor_quant or _type_of(model.file, "fc2") or default.predictor_quant
     frequency = default.hot_frequency if options.hot_frequency is None else options.hot_frequency
     return ExportOptions(body, head, predictor, frequency, options.attention_rows or model.attention_rows)
 
 
-def _type_of(file: GGUFFile | None, name: str) -> str | None:
+def _type_of(file: GGUFFile | None, slot: str) -> str | None:
     """The quantization of a matrix: the nearest better one if hotcold does not write its own."""
     kinds = {kind: quant for quant, kind in QUANTS.items()}
     for suffix in (".weight", "_exps.weight"):
-        if file is not None and f"{name}{suffix}" in file.tensors:
-            return kinds.get(file.tensors[f"{name}{suffix}"].type, "q8_0")
+        name = "" if file is None else names_in(file)[slot].format(0) + suffix
+        if file is not None and name in file.tensors:
+            return kinds.get(file.tensors[name].type, "q8_0")
     return None
 
 
@@ -165,7 +161,9 @@ def bytes_per_neuron(model: Model) -> int:
     if model.file is None:
         fix = "give the GGUF file as a source"
         raise InputError("the size of a neuron depends on its type", fix=fix)
-    names = {f"{name}.weight" for name in _FFN}
+    slots, names = ("gate", "up", "down"), names_in(model.file)
+    ends = ("", "_exps", "_t")
+    names = {f"{names[slot].format(0)}{end}.weight" for slot in slots if slot in names for end in ends}
     total = sum(tensor.data.nbytes for name, tensor in model.file.tensors.items() if name in names)
     architecture = model.file.require("general.architecture", str)
     return total // model.file.require(f"{architecture}.feed_forward_length", int)

@@ -1,17 +1,22 @@
-"""The families of models: one row per `model_type` of transformers, and one per `general.architecture` of GGUF.
+"""The families of models: one row per `model_type` of transformers, and one per `general.architecture` of
+GGUF.
 
-A family that is new in its names alone is a row here, and nothing else. What differs between two checkpoints of
-a family stands in their `config.json` or metadata and is read by `ModelSpec`.
+A family that is new in its names alone is a row here, and nothing else. What differs between two checkpoints
+of a family stands in their `config.json` or metadata and is read by `ModelSpec`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 from hotcold.model.tensors import FALCON_GGUF, GGUF, UNGATED_GGUF, Naming
 
-__all__ = ["ARCHITECTURES", "FAMILIES", "Architecture", "Family", "Structure"]
+if TYPE_CHECKING:
+    from hotcold.files.gguf import GGUFFile
+
+__all__ = ["ARCHITECTURES", "FAMILIES", "Architecture", "Family", "Structure", "names_in"]
 
 _ATTENTION = ("q", "k", "v", "o")
 
@@ -20,8 +25,9 @@ _ATTENTION = ("q", "k", "v", "o")
 class Structure:
     """How the blocks of a model are put together.
 
-    `layer_norm`: LayerNorms with biases, not RMSNorms. `gated`: FFNs have gates. `parallel`: attention and FFN read
-    the same input. `head_norm`: each head of q and k is normed. `learned_positions`: not rotary ones.
+    `layer_norm`: LayerNorms with biases, not RMSNorms. `gated`: FFNs have gates. `parallel`: attention and
+    FFN read the same input. `head_norm`: each head of q and k is normed. `learned_positions`: not rotary
+    ones.
     """
 
     layer_norm: bool = False
@@ -35,9 +41,10 @@ class Structure:
 class Family:
     """One `model_type`.
 
-    `keys`: Llama's names of settings to this family's. `biases`: which slots have one, by the flag in `config.json`
-    that turns it on (`""`: always). `window`: which layers a sliding window is for (`all`, `chosen` by the config,
-    or none). `dense`, `sparse`: the `general.architecture` of the two GGUF files, with the model's own FFN.
+    `keys`: Llama's names of settings to this family's. `biases`: which slots have one, by the flag in
+    `config.json` that turns it on (`""`: always). `window`: which layers a sliding window is for (`all`,
+    `chosen` by the config, or none). `dense`, `sparse`: the `general.architecture` of the two GGUF files,
+    with the model's own FFN.
     """
 
     naming: Naming
@@ -51,19 +58,24 @@ class Family:
     dense: str = "llama"
     sparse: str = "llama"
     refused: Mapping[str, object] = field(default_factory=dict)  # settings that must have this value
+    act: str = "act_fn"  # the attribute of transformers' FFN that holds the activation
+
+
+_GGUF, _INTERLEAVED = Naming(GGUF), Naming(GGUF, interleaved=True)
 
 
 @dataclass(frozen=True, slots=True)
 class Architecture:
     """One `general.architecture`, which fixes what a file does not say.
 
-    `activation` is what llama.cpp or PowerInfer computes with it. `experts`: the FFN is written as a mixture's only
-    expert. `rope_factors`: the tensor of that slot is known. `default_eps`: the norm's epsilon in files that do not
-    say it, as those of PowerInfer's OPT converter. `model_type` is the family of a model in such a file.
+    `activation` is what llama.cpp or PowerInfer computes with it. `experts`: the FFN is written as a
+    mixture's only expert. `rope_factors`: the tensor of that slot is known. `default_eps`: the norm's epsilon
+    in files that do not say it, as those of PowerInfer's OPT converter. `model_type` is the family of a model
+    in such a file.
     """
 
     structure: Structure = Structure()
-    naming: Naming = Naming(GGUF)
+    naming: Naming = _GGUF
     activation: str = "silu"
     experts: bool = False
     rope_factors: bool = False
@@ -143,6 +155,7 @@ FAMILIES: dict[str, Family] = {
         Naming(_OPT, first_position=2), _OPT_BLOCKS,
         keys={"intermediate_size": "ffn_dim", "hidden_act": "activation_function"},
         biases={"": (*_ATTENTION, "gate", "down")}, tied=True, activation="relu", dense="gpt2", sparse="opt",
+        act="activation_fn",
         refused={"do_layer_norm_before": True, "_remove_final_layer_norm": False,
                  "layer_norm_elementwise_affine": True, "enable_bias": True},
     ),
@@ -150,12 +163,10 @@ FAMILIES: dict[str, Family] = {
         Naming(_FALCON, fused="heads"), _FALCON_BLOCKS,
         keys={"intermediate_size": "ffn_hidden_size", "hidden_act": "activation",
               "rms_norm_eps": "layer_norm_epsilon", "num_key_value_heads": "num_kv_heads"},
-        tied=True, activation="gelu", dense="falcon", sparse="falcon",
+        tied=True, activation="gelu", dense="falcon", sparse="falcon", act="act",
         refused={"alibi": False, "parallel_attn": True, "bias": False},
     ),
 }  # fmt: skip
-
-_INTERLEAVED = Naming(GGUF, interleaved=True)
 
 ARCHITECTURES: dict[str, Architecture] = {
     "llama": Architecture(naming=_INTERLEAVED, rope_factors=True),
@@ -171,3 +182,9 @@ ARCHITECTURES: dict[str, Architecture] = {
         default_eps=1e-5, model_type="opt",
     ),
 }  # fmt: skip
+
+
+def names_in(file: GGUFFile) -> Mapping[str, str]:
+    """What a file calls its slots: the usual names where its architecture is not known."""
+    name = file.find("general.architecture", str)
+    return ARCHITECTURES[name].naming.names if name in ARCHITECTURES else GGUF

@@ -17,6 +17,7 @@ from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 from hotcold.errors import FormatError, UnsupportedError
+from hotcold.model.families import FAMILIES, Family
 
 if TYPE_CHECKING:
     from torch import nn
@@ -38,30 +39,40 @@ __all__ = [
 class _Modules:
     """Paths: `layers` from the model, the others from a layer; `act` is an attribute of `mlp`."""
 
-    layers: str = "model.layers"
-    norm: str = "post_attention_layernorm"
-    gate: str | None = "mlp.gate_proj"
-    up: str = "mlp.up_proj"
-    down: str = "mlp.down_proj"
-    mlp: str = "mlp"
-    act: str = "act_fn"
-    key: str = "hidden_act"  # of the config
-    positions: str | None = None  # of the config: how many are learned
+    layers: str
+    norm: str
+    gate: str | None
+    up: str
+    down: str
+    mlp: str
+    act: str
+    key: str  # of the config
+    positions: str | None  # of the config: how many are learned
 
 
-_OPT = _Modules(
-    layers="model.decoder.layers", norm="final_layer_norm", gate=None, up="fc1", down="fc2", mlp="",
-    act="activation_fn", key="activation_function", positions="max_position_embeddings",
-)  # fmt: skip
-_FALCON = _Modules(
-    layers="transformer.h", norm="input_layernorm", gate=None, up="mlp.dense_h_to_4h",
-    down="mlp.dense_4h_to_h", act="act", key="activation",
-)  # fmt: skip
-_FAMILIES = dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "granite"), _Modules())
-_FAMILIES |= {"opt": _OPT, "falcon": _FALCON}
+def _modules(family: Family) -> _Modules:
+    """By the names of its tensors."""
+    paths = {slot: name.partition(".{}.") for slot, name in family.naming.names.items()}
+    inside = {slot: path for slot, (_, _, path) in paths.items() if path}
+    gated, learned = family.structure.gated, family.structure.learned_positions
+    return _Modules(
+        layers=paths["down"][0],
+        norm=inside.get("norm", inside["ffn_norm"]),
+        gate=inside["gate"] if gated else None,
+        up=inside["up" if gated else "gate"],
+        down=inside["down"],
+        mlp=inside["down"].rpartition(".")[0],
+        act=family.act,
+        key=family.keys.get("hidden_act", "hidden_act"),
+        positions="max_position_embeddings" if learned else None,
+    )
+
+
+_REMOTE = ("minicpm", "bamboo")  # model types that transformers lacks: see `as_transformers`
+_FAMILIES = {name: _modules(family) for name, family in FAMILIES.items() if name not in _REMOTE}
 
 GATED = tuple(name for name, modules in _FAMILIES.items() if modules.gate)
-MODEL_TYPES = (*_FAMILIES, "minicpm", "bamboo")
+MODEL_TYPES = (*_FAMILIES, *_REMOTE)
 
 
 @dataclass(frozen=True, slots=True)

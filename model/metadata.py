@@ -13,13 +13,12 @@ from hotcold.files.tensor_check import misshapen_tensor, missing_tensor
 from hotcold.model.families import ARCHITECTURES, Architecture
 from hotcold.model.rope_factors import ROPE_FACTORS, check_pairs, read_rope
 from hotcold.model.spec import ACTIVATIONS, MAX_LAYERS, LayerSpec, ModelSpec
-from hotcold.model.tensors import GGUF, PROJECTIONS, Naming
+from hotcold.model.tensors import PROJECTIONS, Naming
 
 __all__ = ["hyper_parameters", "per_layer", "read_spec"]
 
-_EMBEDDING, _HEAD = (f"{GGUF[slot]}.weight" for slot in ("embedding", "head"))
 _WINDOWS = "hotcold.attention.windows"  # u32[L]: positions that the queries of a layer see, 0: all
-_LAYER = re.compile(r"blk\.(\d{1,6})\.")
+_THRESHOLDS = "hotcold.activation_thresholds"  # f32[L]: of FATReLU; 0 is plain ReLU
 _MAX_HEADS, _MAX_HEAD = 1 << 10, 1 << 12  # frequencies are made before any weight is looked at
 _SIZES = ("attention.value_length", "rope.dimension_count")  # that of a head, wherever they are said
 
@@ -31,7 +30,7 @@ def read_spec(file: GGUFFile) -> ModelSpec:
         known = ", ".join(ARCHITECTURES)
         raise UnsupportedError("unknown model architecture", where=file.path, got=name, expected=known)
     architecture = ARCHITECTURES[name]
-    n_layers, n_vocab = _n_layers(file, name), _n_vocab(file, name)
+    n_layers, n_vocab = _n_layers(file, name, architecture.naming), _n_vocab(file, name, architecture.naming)
     d_model = file.count(f"{name}.embedding_length")
     n_heads = file.count(f"{name}.attention.head_count", most=_MAX_HEADS)
     learned = architecture.structure.learned_positions
@@ -48,33 +47,37 @@ def read_spec(file: GGUFFile) -> ModelSpec:
         n_vocab=n_vocab,
         norm_eps=_norm_eps(file, name, architecture),
         rope=None if learned else read_rope(file, name, head_dim),
-        tied=_is_tied(file, name),
+        tied=_is_tied(file, name, architecture.naming),
         activation=_activation(file, architecture),
-        activation_thresholds=tuple(per_layer(file, "hotcold.activation_thresholds", n_layers, 0.0)),
+        activation_thresholds=tuple(per_layer(file, _THRESHOLDS, n_layers, 0.0)),
         biases=_biases(file, architecture, n_layers),
         two_norms=architecture.structure.parallel
         and _any_layer(file, architecture.naming, ("attn_norm",), n_layers, ("weight", "bias")),
     )
 
 
-def _n_layers(file: GGUFFile, name: str) -> int:
+def _n_layers(file: GGUFFile, name: str, naming: Naming) -> int:
     """A claim of a million layers must not cost more than the tensors that are there."""
     n_layers = file.count(key := f"{name}.block_count")
-    found = len({match[1] for tensor in file.tensors if (match := _LAYER.match(tensor))})
+    if _THRESHOLDS in file.metadata:
+        per_layer(file, _THRESHOLDS, n_layers, 0.0)
+    layer = re.compile(re.escape(naming.names["down"].partition("{}")[0]) + r"(\d{1,6})\.")
+    found = len({match[1] for tensor in file.tensors if (match := layer.match(tensor))})
     if n_layers != found or n_layers > MAX_LAYERS:
         what = "not the layers of this file"
         raise FormatError(what, where=file.path, field=key, got=n_layers, expected=found)
     return n_layers
 
 
-def _n_vocab(file: GGUFFile, name: str) -> int:
+def _n_vocab(file: GGUFFile, name: str, naming: Naming) -> int:
     """The rows of the embedding. FormatError where it has none, ShapeError where it is said to be another."""
-    embedding = file.tensors.get(_EMBEDDING)
+    tensor = f"{naming.names['embedding']}.weight"
+    embedding = file.tensors.get(tensor)
     if embedding is None or len(embedding.shape) != 2:
-        raise missing_tensor(_EMBEDDING, file.path)
+        raise missing_tensor(tensor, file.path)
     rows, width = embedding.shape
     if (said := file.find(f"{name}.vocab_size", int, rows)) != rows:
-        raise misshapen_tensor(_EMBEDDING, file.path, embedding.shape, (said, width))
+        raise misshapen_tensor(tensor, file.path, embedding.shape, (said, width))
     return rows
 
 
@@ -137,19 +140,22 @@ def _norm_eps(file: GGUFFile, name: str, architecture: Architecture) -> float:
     return float(value)
 
 
-def _is_tied(file: GGUFFile, name: str) -> bool:
+def _is_tied(file: GGUFFile, name: str, naming: Naming) -> bool:
     """Whether a file has no head of its own; FormatError in PowerInfer's form, which has one but for OPT."""
-    if _HEAD in file.tensors:
+    head = f"{naming.names['head']}.weight"
+    if head in file.tensors:
         return False
     if file.magic == "PWRI" and name != "opt":
-        raise missing_tensor(_HEAD, file.path)
+        raise missing_tensor(head, file.path)
     return True
 
 
 def _activation(file: GGUFFile, architecture: Architecture) -> str:
     """What the file says, else what llama.cpp does, or PowerInfer, whose files by neurons are ReLU models."""
     implied = architecture.activation
-    by_neuron = file.magic == "PWRI" or f"{GGUF['down'].format(0)}_t.weight" in file.tensors
+    by_neuron = (
+        file.magic == "PWRI" or f"{architecture.naming.names['down'].format(0)}_t.weight" in file.tensors
+    )
     if by_neuron and implied != "drelu":
         implied = "relu"
     name = file.find("hotcold.activation", str, implied)

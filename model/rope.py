@@ -31,8 +31,8 @@ class Rope:
 
     `kind` is `default`, `linear`, `yarn` or `llama3`; `factor` stretches the context of `original_ctx`
     tokens. `low` and `high` are YaRN's beta_slow and beta_fast or Llama 3's low_freq_factor and
-    high_freq_factor; `attention_factor` multiplies sine and cosine. `divisors` [head_dim / 2], if any, are what a
-    GGUF file divides the frequencies by besides.
+    high_freq_factor; `attention_factor` multiplies sine and cosine. `divisors` [head_dim / 2], if any, are
+    what a GGUF file divides the frequencies by besides.
     """
 
     base: float = 10000.0

@@ -1,4 +1,4 @@
-"""What a model is: sizes, layers, positions, activation, biases, scales, from `config.json` or from GGUF metadata."""
+"""What a model is: sizes, layers, positions, activation, scales, from `config.json` or from GGUF metadata."""
 
 from __future__ import annotations
 
@@ -59,8 +59,8 @@ class ModelSpec:
     """One model, checked, in hotcold's terms.
 
     `activation_thresholds` holds one t per layer: a gate fires iff it is positive and reaches t (0 for a
-    plain ReLU). `rope` is None where positions are learned; `n_ctx` is 0 where a file does not say it. `biases`
-    are slots of `hotcold.model.tensors`.
+    plain ReLU). `rope` is None where positions are learned; `n_ctx` is 0 where a file does not say it.
+    `biases` are slots of `hotcold.model.tensors`.
     """
 
     model_type: str
@@ -93,7 +93,7 @@ class ModelSpec:
 
     @property
     def d_ff(self) -> int:
-        """Neurons per layer. UnsupportedError where the layers have other FFNs than one of the same width each."""
+        """Neurons per layer. UnsupportedError where the layers' FFNs differ."""
         self.check_layers()
         return self.layers[0].d_ff
 
@@ -131,8 +131,8 @@ class ModelSpec:
 
     @classmethod
     def from_gguf(cls, file: GGUFFile) -> ModelSpec:
-        """Read a GGUF file's metadata. FormatError or ShapeError for what cannot be, UnsupportedError for unknown
-        architectures, activations and scalings."""
+        """Read a GGUF file's metadata. FormatError or ShapeError for what cannot be, UnsupportedError for
+        unknown architectures, activations and scalings."""
         from hotcold.model.metadata import read_spec
 
         return read_spec(file)

@@ -1,9 +1,9 @@
 """What a model's tensors are called and how their rows lie in a file: the only place that knows.
 
-A slot is what a tensor is for: `q`, `attn_norm`, `gate`, … All of hotcold asks for slots. A `Naming` says where
-a format has them. Whatever it does, the rows of a slot are the outputs of its matrix, q, k and v are apart, and
-the rotary pairs of q and k are half a head apart. `down_rows` is `down` by input, one row per neuron, and so is
-any other slot that ends in `_rows`.
+A slot is what a tensor is for: `q`, `attn_norm`, `gate`, … All of hotcold asks for slots. A `Naming` says
+where a format has them. Whatever it does, the rows of a slot are the outputs of its matrix, q, k and v are
+apart, and the rotary pairs of q and k are half a head apart. `down_rows` is `down` by input, one row per
+neuron, and so is any other slot that ends in `_rows`.
 
 Without gates an FFN is `act(x W + b)`: its first matrix decides which neurons fire, so it is the slot `gate`.
 """
@@ -14,9 +14,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 if TYPE_CHECKING:
+    import numpy as np
+
     from hotcold.model.spec import ModelSpec
 
 __all__ = [
@@ -64,10 +64,10 @@ FALCON_GGUF["attn_norm"] = "blk.{}.attn_norm_2"
 class Naming:
     """Where a format has a model's tensors.
 
-    `names`: slots to names, without `.weight` and `.bias`, those inside a layer with `{}` for its number; `norm` is
-    the one norm of a parallel block. `interleaved`: the rotary pairs of q and k are neighbors. `fused`: q, k and v
-    are rows of `qkv`, first those of q (`parts`), or for each key-value head its queries, key and value (`heads`).
-    `first_position` is the row of the learned position 0.
+    `names`: slots to names, without `.weight` and `.bias`, those inside a layer with `{}` for its number;
+    `norm` is the one norm of a parallel block. `interleaved`: the rotary pairs of q and k are neighbors.
+    `fused`: q, k and v are rows of `qkv`, first those of q (`parts`), or for each key-value head its queries,
+    key and value (`heads`). `first_position` is the row of the learned position 0.
     """
 
     names: Mapping[str, str]
@@ -77,7 +77,7 @@ class Naming:
 
 
 def slots_of(spec: ModelSpec) -> Iterator[tuple[str, int]]:
-    """Every slot of a model with its layer, which is 0 outside of them. A head that is the embedding is none."""
+    """Every slot of a model with its layer, 0 outside of them. A head that is the embedding is none."""
     yield from (("embedding", 0), ("output_norm", 0))
     if spec.structure.learned_positions:
         yield "positions", 0
@@ -91,7 +91,7 @@ def slots_of(spec: ModelSpec) -> Iterator[tuple[str, int]]:
 
 
 def parts_of(spec: ModelSpec, slot: str) -> tuple[str, ...]:
-    """`weight`, and `bias` where the model has one; attention's lie beside the matrices that are by output."""
+    """`weight`, and `bias` where the model has one; those of attention lie beside its matrices by output."""
     slot = "down" if slot == "down" + ROWS else slot
     has_bias = slot in spec.biases or (spec.structure.layer_norm and slot.endswith("norm"))
     return ("weight", "bias") if has_bias else ("weight",)
@@ -133,6 +133,8 @@ def place(
 
 def rows_of(spec: ModelSpec, naming: Naming, slot: str) -> slice | np.ndarray:
     """Which rows of that tensor they are: a slot's row i is row `rows[i]` of the tensor."""
+    import numpy as np  # not above: the table of families is imported with `hotcold`
+
     if slot == "positions":
         return slice(naming.first_position, None)
     if slot not in _HEADS:
@@ -151,6 +153,8 @@ def rows_of(spec: ModelSpec, naming: Naming, slot: str) -> slice | np.ndarray:
 
 def _rows_of_heads(spec: ModelSpec, slot: str) -> np.ndarray:
     """Falcon: the queries of a key-value head, then its key and its value, head after head."""
+    import numpy as np
+
     group = spec.n_heads // spec.n_kv_heads
     rows = np.arange(spec.n_kv_heads * (group + 2) * spec.head_dim)
     heads = rows.reshape(spec.n_kv_heads, group + 2, spec.head_dim)

@@ -1,9 +1,10 @@
-"""The weights of a model, slot by slot, whatever they lie in: the one loader of GGUF files and of checkpoints.
+"""The weights of a model, slot by slot, whatever they lie in: the one loader of GGUF files and of
+checkpoints.
 
-`hotcold.model.tensors` says what the slots are, and where a format has them. Who loads a model asks for a slot as
-float32, or packed: as bytes of a type that it computes with. It knows no name, no family and no order of rows.
-The constants that Granite and MiniCPM multiply by are folded into the weights of their checkpoints, so that every
-program that runs a Llama runs them.
+`hotcold.model.tensors` says what the slots are, and where a format has them. Who loads a model asks for a
+slot as float32, or packed: as bytes of a type that it computes with. It knows no name, no family and no order
+of rows. The constants that Granite and MiniCPM multiply by are folded into the weights of their checkpoints,
+so that every program that runs a Llama runs them.
 """
 
 from __future__ import annotations
@@ -22,12 +23,11 @@ from hotcold.files.quantize import as_f16, dequantize
 from hotcold.files.stored import check_stored
 from hotcold.files.tensor_check import check_tensors, misshapen_tensor, missing_tensor
 from hotcold.finite import check_weight
-from hotcold.model.families import ARCHITECTURES
+from hotcold.model.families import ARCHITECTURES, names_in
 from hotcold.model.huggingface import WeightSource, shapes_of
 from hotcold.model.spec import ModelSpec
 from hotcold.model.tensors import (
     ALL,
-    GGUF,
     ROWS,
     Naming,
     Shape,
@@ -40,11 +40,16 @@ from hotcold.model.tensors import (
 )
 
 __all__ = [
-    "EMBEDDING", "KEPT", "CheckpointWeights", "FileWeights", "Packed", "Weights", "check_weights", "head_name",
-]  # fmt: skip
+    "KEPT",
+    "CheckpointWeights",
+    "FileWeights",
+    "Packed",
+    "Weights",
+    "check_weights",
+    "end_names",
+]
 
 KEPT = ("F32", "F16", "BF16", "Q8_0", "Q4_0")  # types that engines compute with, numbered as in csrc/layout.h
-EMBEDDING, _HEAD = (f"{GGUF[slot]}.weight" for slot in ("embedding", "head"))
 _PREDICTOR = (("fc1", "weight"), ("fc2", "weight"), ("fc2", "bias"))
 _PASSED_OVER = (("router", "weight"), *_PREDICTOR)  # a router with one expert: no part of the function
 _ONE = "_exps.weight"  # of a mixture, of which it must be the only expert
@@ -53,7 +58,7 @@ _GLANCE = 4096  # elements of a stored array
 
 @dataclass(frozen=True, slots=True)
 class Packed:
-    """A matrix [n, width] as uint8 `data` of a ggml type; row i is its row `order[i]`, or i where that is None."""
+    """A matrix [n, width] as uint8 `data` of a ggml type; row i is its row `order[i]`, if there is one."""
 
     type: str
     data: np.ndarray
@@ -69,7 +74,7 @@ class Packed:
 
 
 class Weights(ABC):
-    """The weights of one model. `converted` are the types that became F16, as engines do not compute with them."""
+    """The weights of one model. `converted`: types that became F16, as no engine computes with them."""
 
     def __init__(self, spec: ModelSpec, naming: Naming, path: Path | None) -> None:
         self.spec, self.naming, self.path = spec, naming, path
@@ -95,7 +100,7 @@ class Weights(ABC):
             )
 
     def floats(self, slot: str, layer: int = 0, part: str = "weight") -> np.ndarray:
-        """A slot as float32, by input or by output as it is asked for; FormatError unless all of it is finite."""
+        """A slot as float32, by input or output as asked for; FormatError unless all of it is finite."""
         if (held := self.held(slot)) != slot:
             values = self.floats(held, layer, part)
             return values.T if slot.endswith(ROWS) != held.endswith(ROWS) and part == "weight" else values
@@ -171,10 +176,11 @@ class FileWeights(Weights):
 
     @classmethod
     def read(cls, file: GGUFFile) -> Self:
-        """The weights of a whole file. Raises as `ModelSpec.from_gguf`, and for tensors that are not the model's.
+        """The weights of a whole file. Raises as `ModelSpec.from_gguf`, and for tensors that are not the
+        model's.
 
-        An unused tensor (a bias, a norm) means another function than the one that is computed, and so does one
-        that some layers have and some have not.
+        An unused tensor (a bias, a norm) means another function than the one that is computed, and so does
+        one that some layers have and some have not.
         """
         spec = ModelSpec.from_gguf(file)
         spec.check_layers(file.path)
@@ -203,12 +209,9 @@ class FileWeights(Weights):
 
     def weight_names(self) -> set[str]:
         """The names of all tensors but a router's, those of predictors, and rope factors."""
-        over = {
-            f"{GGUF[slot].format(layer)}.{part}"
-            for slot, part in _PASSED_OVER
-            for layer in range(self.spec.n_layers)
-        }
-        return self.file.tensors.keys() - {*over, f"{GGUF['rope_factors']}.weight"}
+        names, layers = self.naming.names, range(self.spec.n_layers)
+        over = {f"{names[slot].format(layer)}.{part}" for slot, part in _PASSED_OVER for layer in layers}
+        return self.file.tensors.keys() - {*over, f"{names['rope_factors']}.weight"}
 
     def has(self, slot: str, layer: int = 0) -> bool:
         """Whether the file holds a slot that a model may lack."""
@@ -226,6 +229,11 @@ class FileWeights(Weights):
         if slot.removesuffix(ROWS) == "down":
             return "down" + ROWS * self.by_neuron
         return "embedding" if slot == "head" and self.spec.tied else slot
+
+    def head_is_embedding(self) -> bool:
+        """Whether one matrix is enough for both."""
+        embedding, head = end_names(self.file)
+        return head == embedding
 
     def release(self) -> None:
         """Let go of the pages that were read."""
@@ -247,14 +255,15 @@ def check_weights(source: WeightSource, spec: ModelSpec) -> None:
     check_tensors(shapes_of_model(spec, spec.family.naming), shapes_of(source), source.path)
 
 
-def head_name(file: GGUFFile) -> str:
-    """The tensor that the logits come from: the embedding where a file has no head, or a copy of it."""
-    head, embedding = file.tensors.get(_HEAD), file.tensors.get(EMBEDDING)
-    if head is None:
-        return EMBEDDING
-    if embedding is None or (head.type, head.data.size) != (embedding.type, embedding.data.size):
-        return _HEAD
-    one, other = (np.asarray(tensor.data).reshape(-1) for tensor in (head, embedding))
+def end_names(file: GGUFFile) -> tuple[str, str]:
+    """The embedding's tensor, and that of the logits: the same where a file has no head, or a copy."""
+    embedding, head = (f"{names_in(file)[slot]}.weight" for slot in ("embedding", "head"))
+    one, other = file.tensors.get(embedding), file.tensors.get(head)
+    if other is None:
+        return embedding, embedding
+    if one is None or (one.type, one.data.size) != (other.type, other.data.size):
+        return embedding, head
+    a, b = (np.asarray(tensor.data).reshape(-1) for tensor in (one, other))
     # Two matrices differ from the first bytes on, so that hundreds of megabytes need not be read.
-    same = np.array_equal(one[:_GLANCE], other[:_GLANCE]) and np.array_equal(one, other)
-    return EMBEDDING if same else _HEAD
+    same = np.array_equal(a[:_GLANCE], b[:_GLANCE]) and np.array_equal(a, b)
+    return embedding, embedding if same else head

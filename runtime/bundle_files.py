@@ -18,13 +18,12 @@ from hotcold.files.gguf import GGUFFile
 from hotcold.files.gguf_split import gguf_sha256, open_gguf
 from hotcold.files.quantize import type_of
 from hotcold.identify import identify
-from hotcold.model.tensors import GGUF
+from hotcold.model.families import names_in
 
 __all__ = ["MODES", "QUANT", "ModelPath", "file_of_role", "find_model"]
 
 MODES = ("dense", "exact", "predicted")  # what can be computed; `auto` is one of them
 QUANT = "q8_0"  # of checkpoints that are run
-_PREDICTORS, _NEURON_ROWS = f"{GGUF['fc1'].format(0)}.weight", f"{GGUF['down'].format(0)}_t.weight"
 
 
 def find_model(name: str | Path, quant: str | None = None) -> Path:
@@ -112,9 +111,10 @@ class ModelPath:
 
 
 def _modes_of(file: GGUFFile) -> list[str]:
-    if _NEURON_ROWS not in file.tensors:
+    names = names_in(file)
+    if f"{names['down'].format(0)}_t.weight" not in file.tensors:
         return ["dense"]
-    return ["exact", "predicted"] if _PREDICTORS in file.tensors else ["exact"]
+    return ["exact", "predicted"] if f"{names['fc1'].format(0)}.weight" in file.tensors else ["exact"]
 
 
 def _refuse(path: Path, mode: str, offered: Sequence[str]) -> NoReturn:

@@ -3,8 +3,8 @@
 It computes every neuron and then masks those that a mode would have skipped, so that each formula stands
 here as it does in docs/architecture.md. All engine tests compare with it; nothing in it is meant to be fast.
 
-Two GGUF layouts exist and both are read, by `hotcold.model.weights`: PowerInfer's, by neurons and with predictors,
-and the dense one of stock llama.cpp.
+Two GGUF layouts exist and both are read, by `hotcold.model.weights`: PowerInfer's, by neurons and with
+predictors, and the dense one of stock llama.cpp.
 """
 
 from __future__ import annotations
@@ -166,7 +166,7 @@ def _gated(activation: str, gate: Tensor, up: Tensor | float, threshold: float) 
 
 
 def _rope(x: Tensor, positions: Tensor, shape: ModelSpec) -> Tensor:
-    """Rotate pairs (i, i + head_dim/2) of x [tokens, heads, head_dim]; pair i turns by position · frequency i."""
+    """Rotate pairs (i, i + head_dim/2) of x [tokens, heads, head_dim] by position · frequency i."""
     frequency = torch.from_numpy(shape.rope_frequencies).double()
     angle = (positions[:, None] * frequency).float()[:, None, :]  # [tokens, 1, half]
     scale = shape.rope.attention_factor

@@ -38,7 +38,7 @@ def attention_rows_plans(planner: Planner) -> list[TensorPlan]:
 
 
 def attention_rows(file: GGUFFile, model: FileWeights) -> FileWeights:
-    """The matrices of such a file; MismatchError unless it is of this model, and other errors as `FileWeights.read`."""
+    """The matrices of such a file; MismatchError unless it is of this model, else as `FileWeights.read`."""
     key = "hotcold.model_fingerprint"
     got, expected = file.find(key, str), model.file.find(key, str)
     if got != expected:

@@ -12,7 +12,7 @@ from hotcold.convert.gguf.write import TensorPlan, planned
 from hotcold.files.quantize import row_type
 from hotcold.model.families import Architecture
 from hotcold.model.spec import ModelSpec
-from hotcold.model.tensors import ALL, GGUF, PROJECTIONS, Naming, Shape, parts_of, place, rows_of, shape_of
+from hotcold.model.tensors import ALL, PROJECTIONS, Naming, Shape, parts_of, place, rows_of, shape_of
 from hotcold.model.weights import CheckpointWeights
 
 __all__ = ["Planner", "TensorTypes"]
@@ -52,10 +52,10 @@ class Planner:
             self.fallbacks.append(f"{name}: {why}, written as {fitting}")
         return planned(f"{name}.weight", shape, fitting, load)
 
-    def predictor(self, name: str, layer: int, values: np.ndarray) -> TensorPlan:
+    def predictor(self, naming: Naming, name: str, layer: int, values: np.ndarray) -> TensorPlan:
         """Plan a matrix of a layer's predictor (`fc1.weight`), or a vector (`fc2.bias`), which is F32."""
         slot, _, part = name.partition(".")
-        name = GGUF[slot].format(layer)
+        name = naming.names[slot].format(layer)
         if part == "bias":
             return planned(f"{name}.bias", values.shape, "F32", lambda: values)
         return self.floats(name, values.shape, self.types.predictor, lambda: values)

@@ -18,12 +18,12 @@ from hotcold.convert.gguf.write import TensorPlan
 from hotcold.errors import FormatError, UnsupportedError
 from hotcold.files.gguf import GGUFFile
 from hotcold.files.quantize import dequantize
-from hotcold.model.families import ARCHITECTURES
+from hotcold.model.families import ARCHITECTURES, names_in
 from hotcold.model.metadata import hyper_parameters
 from hotcold.model.spec import ModelSpec
-from hotcold.model.tensors import ROWS
+from hotcold.model.tensors import ROWS, Naming
 from hotcold.predictor.bundle import LayerPredictor, PredictorBundle
-from hotcold.predictor.kinds.table import BIAS, FC1, FC2, KIND_KEY, KINDS, kind_of_file
+from hotcold.predictor.kinds.table import KIND_KEY, KINDS, kind_of_file
 
 __all__ = [
     "MAGIC",
@@ -79,12 +79,14 @@ def sparse_plans(planner: Planner, predictors: PredictorBundle | None) -> list[T
     for layer in range(planner.spec.n_layers):
         plans += planner.attention(layer, architecture.naming)
         plans += planner.ffn(layer, architecture.naming, "down" + ROWS)
-        plans += _predictor(planner, predictors.layers[layer], layer) if predictors else []
+        plans += (
+            _predictor(planner, architecture.naming, predictors.layers[layer], layer) if predictors else []
+        )
     return plans
 
 
-def _predictor(planner: Planner, predictor: LayerPredictor, layer: int) -> list[TensorPlan]:
-    return [planner.predictor(name, layer, values) for name, values in predictor.weights().items()]
+def _predictor(planner: Planner, naming: Naming, predictor: LayerPredictor, layer: int) -> list[TensorPlan]:
+    return [planner.predictor(naming, name, layer, values) for name, values in predictor.weights().items()]
 
 
 def sparse_predictors(file: GGUFFile, fingerprint: str) -> PredictorBundle | None:
@@ -93,11 +95,12 @@ def sparse_predictors(file: GGUFFile, fingerprint: str) -> PredictorBundle | Non
     A file of PowerInfer's converter has one threshold for all layers, or none at all, which is 0. Raises
     FormatError where a layer's predictor, or its threshold, is missing; UnsupportedError for an unknown kind.
     """
-    n_layers, kind = sum(name.endswith(f".{FC1}") for name in file.tensors), kind_of_file(file)
+    last, kind = names_in(file)["fc1"].partition("{}")[2], kind_of_file(file)
+    n_layers = sum(name.endswith(f"{last}.weight") for name in file.tensors)
 
     def layer(number: int, threshold: float) -> LayerPredictor:
-        fc1, fc2 = (_floats(file, f"blk.{number}.{name}", 2) for name in (FC1, FC2))
-        bias = _floats(file, f"blk.{number}.{BIAS}", 1) if kind.bias else None
+        fc1, fc2 = (_floats(file, slot, number, "weight", 2) for slot in ("fc1", "fc2"))
+        bias = _floats(file, "fc2", number, "bias", 1) if kind.bias else None
         return LayerPredictor(fc1, fc2, threshold, bias=bias, kind=kind)
 
     layers = [layer(*entry) for entry in enumerate(predictor_thresholds(file, n_layers))]
@@ -146,7 +149,8 @@ def hot_sets(file: GGUFFile, n_layers: int) -> list[np.ndarray]:
     return np.split(neurons, np.cumsum(counts)[:-1])
 
 
-def _floats(file: GGUFFile, name: str, n_dimensions: int) -> np.ndarray:
+def _floats(file: GGUFFile, slot: str, layer: int, part: str, n_dimensions: int) -> np.ndarray:
+    name = f"{names_in(file)[slot].format(layer)}.{part}"
     tensor = file.tensors.get(name)
     if tensor is None or len(tensor.shape) != n_dimensions:
         what = "not a matrix" if n_dimensions == 2 else "not a vector"

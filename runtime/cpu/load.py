@@ -15,7 +15,7 @@ from hotcold.errors import UnsupportedError
 from hotcold.files.gguf import GGUFFile
 from hotcold.model.spec import ModelSpec
 from hotcold.model.tensors import PROJECTIONS, ROWS, parts_of
-from hotcold.model.weights import EMBEDDING, KEPT, FileWeights, Packed, head_name
+from hotcold.model.weights import KEPT, FileWeights, Packed
 from hotcold.runtime.context import check_context
 from hotcold.runtime.cpu import _cpu
 from hotcold.runtime.cpu.kept_types import kept_bytes, log_converted
@@ -121,7 +121,7 @@ def _load_vectors(model: _cpu.Model, weights: FileWeights, layer: int, slots: Se
 def _load_ends(model: _cpu.Model, weights: FileWeights) -> None:
     """Embedding and head, of which one copy in memory is enough, and the norm between."""
     _set_panel(model, 0, "embedding", weights.packed("embedding"))
-    if head_name(weights.file) == EMBEDDING:
+    if weights.head_is_embedding():
         model.tie_head()
     else:
         _set_panel(model, 0, "head", weights.packed("head"))

@@ -16,7 +16,7 @@ from hotcold.cpus import thread_count
 from hotcold.errors import MismatchError
 from hotcold.files.gguf import GGUFFile
 from hotcold.model.spec import ModelSpec
-from hotcold.model.weights import EMBEDDING, head_name
+from hotcold.model.weights import FileWeights
 from hotcold.runtime.gpu.cpu_share import MAX_BLOCK
 from hotcold.runtime.gpu.cpu_side import CpuSide
 from hotcold.runtime.gpu.device import open_devices
@@ -70,7 +70,7 @@ class HybridEngine(GpuEngine):
         n_threads = thread_count(self._threads)
         self.cpu = CpuSide(file, self.placement, self.mode, n_threads)
         # One row of it is read per token: device memory is for what every token reads as a whole.
-        self.embedding = None if head_name(file) == EMBEDDING else host_embedding(file)
+        self.embedding = None if FileWeights.read(file).head_is_embedding() else host_embedding(file)
         self._read_parts(file, self.placement.spans)
         # Decoding a quantized matrix for a dense product would take memory that the plan has no room for.
         layers = [layer for weights in self.parts for layer in weights.layers]

@@ -13,7 +13,7 @@ from hotcold.errors import UnsupportedError
 from hotcold.files.gguf import GGUFFile
 from hotcold.model.spec import NEVER_ZERO, ModelSpec
 from hotcold.model.tensors import PROJECTIONS, ROWS
-from hotcold.model.weights import EMBEDDING, FileWeights, Packed, head_name
+from hotcold.model.weights import FileWeights, Packed
 from hotcold.runtime.predictors import Predictor, read_predictors
 from hotcold.runtime.triton.reference import PLAIN_RELU
 from hotcold.runtime.triton.rows import Rows, joined
@@ -156,9 +156,7 @@ def read_weights(
         positions = reader.rows("positions")
     head = None
     if with_head:
-        head = (
-            (embedding or reader.rows("embedding")) if head_name(file) == EMBEDDING else reader.rows("head")
-        )
+        head = (embedding or reader.rows("embedding")) if weights.head_is_embedding() else reader.rows("head")
     predictors = read_predictors(weights) if with_predictors else None
     layers = [
         _read_layer(reader, i, order, count, predictors and predictors[i])
@@ -203,7 +201,7 @@ def _check_supported(weights: FileWeights) -> None:
 
 
 class _Reader:
-    """Slots of a model as tensors on a device. What a quantized type is decoded to is the operators' business."""
+    """Slots as tensors on a device. What a quantized type is decoded to is the operators' business."""
 
     def __init__(self, weights: FileWeights, device: torch.device) -> None:
         self.weights, self.device = weights, device

@@ -9,7 +9,8 @@ import numpy as np
 
 from hotcold.files.gguf import GGUFFile
 from hotcold.model.spec import ModelSpec
-from hotcold.model.weights import EMBEDDING, FileWeights, head_name
+from hotcold.model.tensors import ROWS
+from hotcold.model.weights import FileWeights, end_names
 from hotcold.runtime.cpu.kept_types import kept_bytes
 from hotcold.runtime.placement.devices import Fixed, fill
 from hotcold.runtime.placement.plan import Costs, LayerLoad, Placement, Problem
@@ -50,10 +51,10 @@ def make_problem(
         LayerLoad(frequency, -(-ffn // shape.d_ff), frame + cache, frame, always)
         for frequency, (ffn, frame) in zip(frequencies, by_layer, strict=True)
     ]
-    head = head_name(file)
+    embedding, head = end_names(file)
     fixed = _fixed(file, shape, n_ctx, head)
-    if head != EMBEDDING:  # the hybrid engine then has the embedding in main memory
-        fixed = replace(fixed, first=fixed.first - _bytes_of(file, EMBEDDING))
+    if head != embedding:  # the hybrid engine then has the embedding in main memory
+        fixed = replace(fixed, first=fixed.first - _bytes_of(file, embedding))
     return Problem(layers, fixed, _bytes_of(file, head), tuple(budgets), costs)
 
 
@@ -65,7 +66,7 @@ def whole_model(file: GGUFFile, mode: str, n_ctx: int, budgets: Sequence[int]) -
     weights = FileWeights.read(file)
     cache = _cache_bytes(weights.spec, n_ctx)
     sizes = [sum(sizes) + cache for sizes in _layer_bytes(weights, mode)]
-    return fill(sizes, _fixed(file, weights.spec, n_ctx, head_name(file)), budgets)[0]
+    return fill(sizes, _fixed(file, weights.spec, n_ctx, end_names(file)[1]), budgets)[0]
 
 
 def _cache_bytes(shape: ModelSpec, n_ctx: int) -> int:
@@ -74,8 +75,9 @@ def _cache_bytes(shape: ModelSpec, n_ctx: int) -> int:
 
 
 def _fixed(file: GGUFFile, shape: ModelSpec, n_ctx: int, head: str) -> Fixed:
-    embedding = _bytes_of(file, EMBEDDING)
-    tied = embedding if head == EMBEDDING else 0
+    name, _ = end_names(file)
+    embedding = _bytes_of(file, name)
+    tied = embedding if head == name else 0
     positions = (
         kept_bytes(FileWeights.read(file).tensor("positions")) if shape.structure.learned_positions else 0
     )
@@ -98,7 +100,7 @@ def _layer_bytes(weights: FileWeights, mode: str) -> list[tuple[int, int]]:
     """Of each layer, bytes of its neurons, and of all its other tensors that this mode reads."""
     sizes = np.zeros((weights.spec.n_layers, 2), np.int64)
     for name, (slot, layer, part) in weights.stored_names(with_predictors=mode == "predicted").items():
-        if name.startswith("blk."):
+        if "{}" in weights.naming.names[slot.removesuffix(ROWS)]:
             of_frame = _PARTS.get(slot) not in _FFN or part == "bias"
             sizes[layer, int(of_frame)] += kept_bytes(weights.file.tensors[name])
     return [(ffn, frame) for ffn, frame in sizes.tolist()]
@@ -110,7 +112,7 @@ def part_bytes(file: GGUFFile) -> dict[str, int]:
     Without gates, what decides whether a neuron fires is in their place.
     """
     sizes = dict.fromkeys(["attention", "predictor", *_FFN, "head", "other"], 0)
-    head, slots = head_name(file), FileWeights.read(file).stored_names(with_predictors=True)
+    (_, head), slots = end_names(file), FileWeights.read(file).stored_names(with_predictors=True)
     for name, tensor in file.tensors.items():
         slot, _, part = slots.get(name, ("", 0, ""))
         if slot in ("embedding", "positions", "head") and name != head:

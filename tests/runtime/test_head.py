@@ -10,14 +10,18 @@ import torch
 
 from hotcold.files.gguf import GGUFFile
 from hotcold.model.spec import ModelSpec
-from hotcold.model.weights import EMBEDDING, head_name
+from hotcold.model.weights import end_names
 from hotcold.runtime.bundle_files import file_of_role
 from hotcold.runtime.gpu.weights import read_weights
 from hotcold.runtime.placement import problem as plan
 from hotcold.runtime.placement.plan import Costs
 from hotcold.runtime.placement.problem import part_bytes
 
-HEAD = "output.weight"
+EMBEDDING, HEAD = "token_embd.weight", "output.weight"
+
+
+def head_name(file):
+    return end_names(file)[1]
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from stored_rows import ACTIVITY, TYPES, interleave, poison, relative_error, stored
+from stored_rows import ACTIVITY, TYPES, poison, relative_error, stored
 
 from hotcold import storage
 from hotcold.convert.bundle.manifest import Manifest
@@ -116,11 +116,8 @@ def reference_of(bundle, mode, share):
     reference.cache_dtype, reference.input_sparsity = torch.float16, share
     rows = GGUFFile(bundle.path / "tiny.attention.gguf").tensors
     names = {"q": "attn_q", "k": "attn_k", "v": "attn_v", "o": "attn_output"}
-    heads = {"q": 4, "k": 2} if mode != "dense" or bundle.recipe.activation == "silu" else {}
     for i, layer in enumerate(reference._layers):
         weights = {slot: dequantize(rows[f"blk.{i}.{name}_t.weight"]).T for slot, name in names.items()}
-        for slot, n in heads.items():  # the file's order of rotary pairs
-            weights[slot] = interleave(weights[slot], n)
         linear = {
             slot: replace(getattr(layer, slot), weight=torch.from_numpy(np.array(weight)))
             for slot, weight in weights.items()
