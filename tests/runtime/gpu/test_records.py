@@ -99,6 +99,16 @@ def decoded(engine: GpuEngine) -> tuple[np.ndarray, np.ndarray]:
     return np.stack(logits), np.stack([stats.fired, stats.predicted])
 
 
+def decoded_in_turns(engine: GpuEngine) -> tuple[np.ndarray, np.ndarray]:
+    """Logits of two sequences' tokens, one of each at a time, and the counts of both."""
+    sequences = engine.sequence(), engine.sequence(8)
+    logits = [sequence.prefill(IDS[:2] + i) for i, sequence in enumerate(sequences)]
+    for token in IDS[2:]:
+        logits += [sequence.decode(token + i) for i, sequence in enumerate(sequences)]
+    stats = [sequence.stats() for sequence in sequences]
+    return np.stack(logits), np.stack([(s.fired, s.predicted) for s in stats])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("mode", "layers"), [
     ("dense", None),
@@ -112,6 +122,12 @@ def test_a_replay_does_what_the_step_does(make_bundle, monkeypatch, mode, layers
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("layers", [None, (SOME, NONE, ON_CPU)])
+def test_sequences_replay_steps_of_their_own(make_bundle, monkeypatch, layers):
+    check_replays(make_bundle(n_layers=3).path, monkeypatch, "predicted", layers, decoded_in_turns)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("layers", [(SOME, NONE), (NONE, NONE)])
 @pytest.mark.parametrize("name", ["opt", "falcon-7b-relu"])
 def test_replays_without_gates(make_bundle_of, monkeypatch, name, layers):
@@ -119,13 +135,13 @@ def test_replays_without_gates(make_bundle_of, monkeypatch, name, layers):
     check_replays(make_bundle_of(name), monkeypatch, "predicted", wide)
 
 
-def check_replays(path, monkeypatch, mode, layers):
+def check_replays(path, monkeypatch, mode, layers, decode=decoded):
     monkeypatch.setattr(gpu_stage, "operators", lambda device: ops)
 
     def run() -> tuple[np.ndarray, np.ndarray]:
         if layers is None:
-            return decoded(GpuEngine.load(path, mode, "cpu", n_ctx=16))
-        return decoded(HybridEngine.load(path, Placement(layers, (1 << 30,)), mode, "cpu", 1, n_ctx=16))
+            return decode(GpuEngine.load(path, mode, "cpu", n_ctx=16))
+        return decode(HybridEngine.load(path, Placement(layers, (1 << 30,)), mode, "cpu", 1, n_ctx=16))
 
     expected = run()
     monkeypatch.setattr(gpu_stage, "Graphs", Replayed)
