@@ -22,7 +22,7 @@ from hotcold.runtime.gpu.engine import GpuEngine
 from hotcold.runtime.gpu.graphs import Graphs
 from hotcold.runtime.gpu.hybrid import HybridEngine
 from hotcold.runtime.placement.plan import PlacedLayer, Placement
-from hotcold.runtime.triton import ops
+from hotcold.runtime.triton import ops, reference
 
 IDS = np.random.default_rng(5).integers(3, 300, 5)
 D_FF = 96
@@ -100,11 +100,13 @@ def decoded(engine: GpuEngine) -> tuple[np.ndarray, np.ndarray]:
 
 
 def decoded_in_turns(engine: GpuEngine) -> tuple[np.ndarray, np.ndarray]:
-    """Logits of two sequences' tokens, one of each at a time, and the counts of both."""
-    sequences = engine.sequence(), engine.sequence(8)
-    logits = [sequence.prefill(IDS[:2] + i) for i, sequence in enumerate(sequences)]
-    for token in IDS[2:]:
-        logits += [sequence.decode(token + i) for i, sequence in enumerate(sequences)]
+    """The same of two sequences, one token of each at a time."""
+    logits, sequences = [], (engine.sequence(), engine.sequence(8))
+    for _ in range(2):
+        for sequence in sequences:
+            sequence.reset()
+        logits += [sequence.prefill(IDS[:2] + i) for i, sequence in enumerate(sequences)]
+        logits += [sequence.decode(token + i) for token in IDS[2:] for i, sequence in enumerate(sequences)]
     stats = [sequence.stats() for sequence in sequences]
     return np.stack(logits), np.stack([(s.fired, s.predicted) for s in stats])
 
@@ -121,10 +123,9 @@ def test_a_replay_does_what_the_step_does(make_bundle, monkeypatch, mode, layers
     check_replays(make_bundle(n_layers=3).path, monkeypatch, mode, layers)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("layers", [None, (SOME, NONE, ON_CPU)])
-def test_sequences_replay_steps_of_their_own(make_bundle, monkeypatch, layers):
-    check_replays(make_bundle(n_layers=3).path, monkeypatch, "predicted", layers, decoded_in_turns)
+def test_sequences_replay_steps_of_their_own(bundle, monkeypatch):
+    """In dense mode plain torch can be recorded too, which is not slow."""
+    check_replays(bundle.path, monkeypatch, "dense", None, decoded_in_turns, reference)
 
 
 @pytest.mark.slow
@@ -135,8 +136,8 @@ def test_replays_without_gates(make_bundle_of, monkeypatch, name, layers):
     check_replays(make_bundle_of(name), monkeypatch, "predicted", wide)
 
 
-def check_replays(path, monkeypatch, mode, layers, decode=decoded):
-    monkeypatch.setattr(gpu_stage, "operators", lambda device: ops)
+def check_replays(path, monkeypatch, mode, layers, decode=decoded, operators=ops):
+    monkeypatch.setattr(gpu_stage, "operators", lambda device: operators)
 
     def run() -> tuple[np.ndarray, np.ndarray]:
         if layers is None:
