@@ -12,6 +12,7 @@ import weakref
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 from itertools import zip_longest
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -130,6 +131,25 @@ def test_the_context_is_a_sequences_own(engine):
         engine.sequence(0)
     with pytest.raises(InputError, match="the model has no positions for so long a context"):
         engine.sequence(65)
+
+
+def resident_bytes():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def test_the_cache_goes_with_its_sequence(make_bundle):
+    engine = CpuEngine.load(make_bundle().path, "exact", 1, 64)
+    n_ctx = 400_000
+    cache = 2 * 2 * 2 * 2 * 16 * n_ctx  # keys and values of 2 layers, 2 heads and 16 dimensions, in 2 bytes
+    before = 0
+    for turn in range(2):  # what all sequences compute with is the engine's, and stays
+        sequence = engine.sequence(n_ctx)
+        sequence.decode(5)
+        if turn:
+            assert resident_bytes() - before > 0.9 * cache
+        del sequence
+        assert not turn or resident_bytes() - before < 0.2 * cache
+        before = resident_bytes()
 
 
 @pytest.mark.parametrize("where", OPEN)

@@ -15,7 +15,7 @@ Sequence::Sequence(const Model& m, int n) : model(m), n_ctx(n) {
 
 // First of all whether this is a forked process: there a hold may be another thread's that is not here to end it.
 Sequence::Hold::Hold(Sequence& s) : s_(s) {
-  if (s.model.team.forked()) throw Forked();
+  s.model.team.check_process();
   if (s.held_.test_and_set(std::memory_order_acquire)) throw Busy();
 }
 

@@ -16,10 +16,6 @@ namespace hotcold {
 struct Busy : std::exception {
   const char* what() const noexcept override { return "a sequence that another thread is using"; }
 };
-// In a process forked since the model was made, which has none of its threads.
-struct Forked : std::exception {
-  const char* what() const noexcept override { return "a process forked from the one that loaded the model"; }
-};
 
 struct LayerStats {
   int64_t fired = 0, predicted = 0, missed = 0;

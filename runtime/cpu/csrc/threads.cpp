@@ -126,7 +126,12 @@ Team::~Team() {
   for (std::thread& t : threads_) t.join();
 }
 
+void Team::check_process() const {
+  if (forked()) throw Forked();
+}
+
 void Team::run(const std::function<void(int)>& work) {
+  check_process();
   if (size_ == 1) return work(0);
   const Seat seat(places_, cpus_);
   work_ = &work;

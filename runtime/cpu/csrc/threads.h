@@ -6,6 +6,7 @@
 #include <atomic>
 #include <condition_variable>
 #include <cstdint>
+#include <exception>
 #include <functional>
 #include <mutex>
 #include <thread>
@@ -38,6 +39,11 @@ class Turns {
   uint64_t begun_ = 0, ended_ = 0;
 };
 
+// Thrown in a process that was forked from the one that made a team, and has none of its threads.
+struct Forked : std::exception {
+  const char* what() const noexcept override { return "a process forked from the one that loaded the model"; }
+};
+
 class Team {
  public:
   explicit Team(int threads);
@@ -46,9 +52,10 @@ class Team {
   Team& operator=(const Team&) = delete;
 
   int size() const { return size_; }
-  // Whether this process was forked from the one that made the team, and so has none of its threads.
-  bool forked() const;
+  // Throws Forked where that holds.
+  void check_process() const;
   // Runs work(thread) on every thread of the team, the caller being thread 0; returns when all have finished.
+  // Throws Forked.
   void run(const std::function<void(int)>& work);
   // Inside run(): waits until every thread has come here.
   void barrier();
@@ -67,13 +74,14 @@ class Team {
   static uint64_t pack(uint64_t call, Range r) { return call << 40 | uint64_t(r.first) << 20 | uint64_t(r.last); }
   // A piece of `part`, empty if there is none. Its owner takes from the front, so that it reads one stream; others from the back.
   Range take(Part& part, uint64_t call, int least, bool owner);
+  bool forked() const;
   void serve(int thread);
   // Waits until `word` is no longer `value`.
   void wait_while(std::atomic<uint32_t>& word, uint32_t value, int microseconds);
   void change(std::atomic<uint32_t>& word, uint32_t value);
 
   const int size_;
-  const uint32_t process_;   // where the team was made, see forked()
+  const uint32_t process_;   // that the team was made in: how many forks came before it
   cpu_set_t cpus_;           // that the process may use
   std::vector<int> places_;  // one of them per thread where there are just as many, else none
   bool crowded_;             // more threads than CPUs: whoever is waited for needs this one

@@ -22,7 +22,7 @@ from hotcold.runtime.gpu.engine import GpuEngine
 from hotcold.runtime.gpu.graphs import Graphs
 from hotcold.runtime.gpu.hybrid import HybridEngine
 from hotcold.runtime.placement.plan import PlacedLayer, Placement
-from hotcold.runtime.triton import ops
+from hotcold.runtime.triton import ops, reference
 
 IDS = np.random.default_rng(5).integers(3, 300, 5)
 D_FF = 96
@@ -99,6 +99,18 @@ def decoded(engine: GpuEngine) -> tuple[np.ndarray, np.ndarray]:
     return np.stack(logits), np.stack([stats.fired, stats.predicted])
 
 
+def decoded_in_turns(engine: GpuEngine) -> tuple[np.ndarray, np.ndarray]:
+    """The same of two sequences, one token of each at a time."""
+    logits, sequences = [], (engine.sequence(), engine.sequence(8))
+    for _ in range(2):
+        for sequence in sequences:
+            sequence.reset()
+        logits += [sequence.prefill(IDS[:2] + i) for i, sequence in enumerate(sequences)]
+        logits += [sequence.decode(token + i) for token in IDS[2:] for i, sequence in enumerate(sequences)]
+    stats = [sequence.stats() for sequence in sequences]
+    return np.stack(logits), np.stack([(s.fired, s.predicted) for s in stats])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("mode", "layers"), [
     ("dense", None),
@@ -111,6 +123,11 @@ def test_a_replay_does_what_the_step_does(make_bundle, monkeypatch, mode, layers
     check_replays(make_bundle(n_layers=3).path, monkeypatch, mode, layers)
 
 
+def test_sequences_replay_steps_of_their_own(bundle, monkeypatch):
+    """In dense mode plain torch can be recorded too, which is not slow."""
+    check_replays(bundle.path, monkeypatch, "dense", None, decoded_in_turns, reference)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("layers", [(SOME, NONE), (NONE, NONE)])
 @pytest.mark.parametrize("name", ["opt", "falcon-7b-relu"])
@@ -119,13 +136,13 @@ def test_replays_without_gates(make_bundle_of, monkeypatch, name, layers):
     check_replays(make_bundle_of(name), monkeypatch, "predicted", wide)
 
 
-def check_replays(path, monkeypatch, mode, layers):
-    monkeypatch.setattr(gpu_stage, "operators", lambda device: ops)
+def check_replays(path, monkeypatch, mode, layers, decode=decoded, operators=ops):
+    monkeypatch.setattr(gpu_stage, "operators", lambda device: operators)
 
     def run() -> tuple[np.ndarray, np.ndarray]:
         if layers is None:
-            return decoded(GpuEngine.load(path, mode, "cpu", n_ctx=16))
-        return decoded(HybridEngine.load(path, Placement(layers, (1 << 30,)), mode, "cpu", 1, n_ctx=16))
+            return decode(GpuEngine.load(path, mode, "cpu", n_ctx=16))
+        return decode(HybridEngine.load(path, Placement(layers, (1 << 30,)), mode, "cpu", 1, n_ctx=16))
 
     expected = run()
     monkeypatch.setattr(gpu_stage, "Graphs", Replayed)
