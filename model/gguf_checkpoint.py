@@ -23,6 +23,7 @@ from hotcold.files.tensor_check import misshapen_tensor, missing_tensor, unexpec
 from hotcold.finite import check_weight
 from hotcold.model.families import FAMILIES
 from hotcold.model.forms import FORMS, head_is_embedding, read_windows, vocabulary_size
+from hotcold.model.inputs import CONFIG_KEY, config_entry, rules_of_file
 from hotcold.model.rope_factors import check_pairs, rope_parameters
 from hotcold.model.spec import ACTIVATIONS, split_rope
 from hotcold.model.tokenizer.special_tokens import SPECIAL_TOKENS, stop_ids
@@ -168,7 +169,7 @@ def _config(file: GGUFFile, architecture: str) -> dict[str, Any]:
         "rope_parameters": rope_parameters(file, architecture, head_dim),
         "tie_word_embeddings": head_is_embedding(file),
     }
-    config |= _window(file, config["num_hidden_layers"])
+    config |= _window(file, config["num_hidden_layers"]) | _inputs(file, config["num_hidden_layers"])
     if "blk.0.attn_output.bias" in file.tensors:
         config["attention_bias"] = True
     elif architecture == "smallthinker" and "blk.0.attn_q.bias" in file.tensors:
@@ -209,6 +210,11 @@ def _window(file: GGUFFile, n_layers: int) -> dict[str, Any]:
     if len(set(windows)) > 1:
         raise UnsupportedError("windows that differ between layers", where=file.path, got=windows)
     return {"model_type": "mistral", "sliding_window": windows[0]}
+
+
+def _inputs(file: GGUFFile, n_layers: int) -> dict[str, Any]:
+    rules = rules_of_file(file, n_layers)
+    return {CONFIG_KEY: config_entry(rules)} if rules else {}
 
 
 def _special_tokens(file: GGUFFile, n_vocab: int) -> dict[str, int | list[int]]:

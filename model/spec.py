@@ -14,6 +14,7 @@ import numpy as np
 from hotcold.errors import FormatError, UnsupportedError
 from hotcold.model.config_fields import Fields
 from hotcold.model.families import FAMILIES, Family
+from hotcold.model.inputs import InputRule, rules_of_config
 from hotcold.model.rope import Rope
 
 __all__ = ["ACTIVATIONS", "ModelSpec", "Scales", "interleave_rope", "split_rope"]
@@ -63,6 +64,7 @@ class ModelSpec:
     biases: frozenset[str]
     two_norms: bool  # of a parallel block: attention and FFN have one each
     scales: Scales
+    inputs: tuple[InputRule, ...] = ()
 
     @property
     def family(self) -> Family:
@@ -116,6 +118,7 @@ class ModelSpec:
             biases=_biases(read, family),
             two_norms=_two_norms(read, family),
             scales=_scales(read, model_type, n_layers, d_model, head_dim),
+            inputs=rules_of_config(config, n_layers, where),
         )
 
 
