@@ -7,9 +7,9 @@ is multiplied by, ‖W[:, j]‖ over all matrices of the site, for `wina` (arXiv
 no more than one number per input, below which |x_j| is taken for 0. The first token of a context keeps all of
 its inputs: it is the attention sink of all others (arXiv 2402.17762).
 
-A new score is a row of `SCORES`. A new site is a row of `SITES`, its width in `site_widths`, and its place in
-the engines. `config.json` says `"input_rules": {"o": {"score": "magnitude", "thresholds": [...]}}`; GGUF
-metadata has the same under `hotcold.inputs.SITE.`, and with it the weights, which a checkpoint does not store.
+A new score is a row of `SCORES`. A new site is a row of `SITES`, its width in `site_widths`, and its place
+in the engines. `config.json` says `"input_rules": {"o": {"score": "magnitude", "thresholds": [...]}}`; GGUF
+metadata has the same under `hotcold.inputs.SITE.`, and the weights too, which a checkpoint does not store.
 """
 
 from __future__ import annotations
@@ -146,7 +146,7 @@ def weights_key(rule: InputRule) -> str:
 
 
 def least_inputs(file: GGUFFile, sizes: Sizes) -> dict[str, np.ndarray]:
-    """By site, the smallest |x_j| that counts, float32 [n_layers, inputs]; sites without a rule are not in it."""
+    """By site, the smallest |x_j| that counts, float32 [n_layers, inputs]; only sites that have a rule."""
     found = {}
     for rule in rules_of_file(file, sizes.n_layers):
         shape = sizes.n_layers, site_widths(sizes)[rule.site]

@@ -107,6 +107,10 @@ class Weights:
         scale = self._scale(module)
         return value if scale == 1 else value * np.float32(scale)
 
+    def unscaled(self, module: str, layer: int) -> np.ndarray:
+        """A matrix as the checkpoint has it, without the constants that `load` folds into it."""
+        return self.load(module, "weight", layer) / np.float32(self._scale(module))
+
     def _unfused(self, module: str, layer: int) -> np.ndarray:
         """Falcon: the queries of a key-value head, then its key and its value, head after head."""
         spec = self.spec

@@ -21,9 +21,8 @@ HELP = (
     "Replace the FFN activation by a sparse one and train the model until it works with it. --method relu "
     "takes minutes on a CPU for a small model; --method prosparse does what a config file says, on any "
     "number of GPUs (start it with `accelerate launch` or `torchrun`); --method pretrained takes trained "
-    "FFNs of smollm2, where a version of hotcold comes with them; --method teal trains nothing: matrices leave "
-    "out their smallest inputs. Interrupted, it goes on where it stopped "
-    "when it is run again."
+    "FFNs of smollm2, where a version of hotcold comes with them; --method teal trains nothing: matrices "
+    "leave out their smallest inputs. Interrupted, it goes on where it stopped when it is run again."
 )
 EXAMPLE = "hotcold sparsify --model smollm2 --method relu --out sparse-smollm2"
 

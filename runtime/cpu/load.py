@@ -13,7 +13,6 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from hotcold.convert.bundle.attention_rows import PROJECTIONS
 from hotcold.errors import MismatchError, UnsupportedError
 from hotcold.files.gguf import GGUFFile, Tensor
 from hotcold.files.gguf_split import forget_pages
@@ -21,6 +20,7 @@ from hotcold.files.quantize import as_f16, dequantize
 from hotcold.files.stored import check_stored
 from hotcold.files.tensor_check import misshapen_tensor, missing_tensor, unexpected_tensors
 from hotcold.finite import check_weight
+from hotcold.model.inputs import SITES, least_inputs, rules_of_file
 from hotcold.runtime.cpu import _cpu
 from hotcold.runtime.cpu.kept_types import KEPT, kept_bytes, log_converted
 from hotcold.runtime.head import EMBEDDING, head_name
@@ -30,6 +30,7 @@ __all__ = ["MODES", "Source", "load_layers", "load_model", "new_model"]
 
 MODES = {"dense": 0, "exact": 1, "predicted": 2}
 _ALL = slice(None)
+_ENDINGS = (".weight", "_exps.weight")
 ACTIVATIONS = {"silu": 0, "relu": 1, "fatrelu": 1, "drelu": 2, "gelu": 3}
 
 
@@ -98,19 +99,19 @@ def load_model(
     n_threads: int,
     n_ctx: int,
     isa: str | None = None,
-    attention: GGUFFile | None = None,
+    input_rows: GGUFFile | None = None,
 ) -> tuple[_cpu.Model, ModelShape]:
-    """Pack the weights of `file` for `mode`; those of attention by input, where `attention` holds them so.
+    """Pack the weights of `file` for `mode`; those that are read by input from `input_rows`.
 
     Raises FormatError for missing tensors, ShapeError for wrong shapes, UnsupportedError for a model that the
     engine or this mode cannot run, InputError for more context than a model has learned positions for.
     """
     shape = ModelShape.read(file)
     source = Source(file)
-    by_input = None if attention is None else _attention_rows(attention, file)
+    by_input = None if input_rows is None else _input_rows(input_rows, file)
     check_context(file, shape, n_ctx)
     try:
-        model = new_model(file, shape, mode, n_threads, n_ctx, isa, attention)
+        model = new_model(file, shape, mode, n_threads, n_ctx, isa, input_rows)
         _load(model, source, file, shape, mode, by_input)
         model.check()
     except ValueError as error:
@@ -128,10 +129,10 @@ def new_model(
     n_threads: int,
     n_ctx: int,
     isa: str | None = None,
-    attention: GGUFFile | None = None,
+    input_rows: GGUFFile | None = None,
 ) -> _cpu.Model:
     """A model without weights, with room for those of the files. ValueError for what the engine cannot be."""
-    tensors = [tensor for part in (file, attention) if part for tensor in part.tensors.values()]
+    tensors = [tensor for part in (file, input_rows) if part for tensor in part.tensors.values()]
     return _cpu.Model(
         n_layers=shape.n_layers,
         d_model=shape.d_model,
@@ -172,21 +173,59 @@ def _load(
     load_layers(model, source, file, shape, mode, range(shape.n_layers), by_input)
     unread = ("fc1.weight", "fc2.weight", "ffn_gate_inp.weight", "rope_freqs.weight")
     if by_input is not None:
-        unread += tuple(f"{name}.weight" for name in (*PROJECTIONS, "attn_qkv"))
-        by_input.check_all_read(())
+        unread += tuple(f"{name}{end}" for name in _matrices(by_input, shape) for end in _ENDINGS)
+        by_input.check_all_read(("ffn_up_t.weight", "ffn_down_t.weight", "ffn_gate_t.weight"))
     source.check_all_read(unread)
 
 
-def _attention_rows(attention: GGUFFile, file: GGUFFile) -> Source:
-    """The file of attention matrices by input; MismatchError unless it is of the model of `file`."""
+def _input_rows(rows: GGUFFile, file: GGUFFile) -> Source:
+    """The file of matrices by input; MismatchError unless it is of the model of `file`."""
     key = "hotcold.model_fingerprint"
-    got, expected = attention.find(key, str), file.find(key, str)
+    got, expected = rows.find(key, str), file.find(key, str)
     if got != expected:
         fix = "export both together"
-        raise MismatchError(
-            "rows of another model", where=attention.path, got=got, expected=expected, fix=fix
-        )
-    return Source(attention)
+        raise MismatchError("rows of another model", where=rows.path, got=got, expected=expected, fix=fix)
+    return Source(rows)
+
+
+def _held(by_input: Source | None, shape: ModelShape, mode: str) -> tuple[str, ...]:
+    """The sites whose matrices a mode reads by input: those of the file's rules, or attention's.
+
+    Neurons that are listed are held by neuron, with their down rows.
+    """
+    if by_input is None:
+        return ()
+    sites = tuple(rule.site for rule in rules_of_file(by_input.file, shape.n_layers)) or ("qkv", "o")
+    by_neuron = {"dense": (), "exact": ("down",), "predicted": ("gate_up", "down")}[mode]
+    return tuple(site for site in sites if site not in by_neuron)
+
+
+def _matrices(by_input: Source, shape: ModelShape) -> list[str]:
+    """What need not be read from the model's own file, as it is read by input."""
+    return [name for site in _held(by_input, shape, "dense") for name in (*SITES[site], "attn_qkv")]
+
+
+def _load_input_rules(model: _cpu.Model, file: GGUFFile, shape: ModelShape, layers: Sequence[int]) -> None:
+    for site, least in least_inputs(file, shape).items():
+        for layer in layers:
+            model.set_least_inputs(layer, site, least[layer])
+
+
+def _load_input_rows(
+    model: _cpu.Model, source: Source, shape: ModelShape, layer: int, held: Sequence[str], mode: str
+) -> None:
+    """The matrices of the sites that are held by input. In exact mode ups are read by neuron."""
+    d, q, kv = shape.d_model, shape.n_heads * shape.head_dim, shape.n_kv_heads * shape.head_dim
+    gated = ("ffn_gate", "ffn_up") if mode == "dense" else ("ffn_gate",)
+    groups = {
+        "qkv": {"attn_q": (d, q), "attn_k": (d, kv), "attn_v": (d, kv)},
+        "o": {"attn_output": (q, d)},
+        "gate_up": dict.fromkeys(gated if shape.form.gated else ("ffn_up",), (d, shape.d_ff)),
+        "down": {"ffn_down": (shape.d_ff, d)},
+    }
+    for site in held:
+        rows = [source.packable(f"blk.{layer}.{name}_t.weight", *size) for name, size in groups[site].items()]
+        model.set_input_rows(layer, site, [kind for kind, _ in rows], [data for _, data in rows])
 
 
 def load_layers(
@@ -198,16 +237,19 @@ def load_layers(
     layers: Sequence[int],
     by_input: Source | None = None,
 ) -> None:
-    """Pack all of these layers: attention (its matrices from `by_input`, if given), FFN and, in predicted
-    mode, predictors."""
+    """Pack all of these layers: attention, FFN and, in predicted mode, predictors; from `by_input` what this
+    has of their matrices."""
+    held = _held(by_input, shape, mode)
     _load_positions(model, source, shape)
+    _load_input_rules(model, file, shape, layers)
     thresholds = activation_thresholds(file, shape.n_layers)
     for layer in layers:
         model.set_activation_threshold(layer, thresholds[layer])
-        _load_attention(model, source, shape, layer, by_input)
-        _load_ffn(model, source, shape, layer, mode)
+        _load_attention(model, source, shape, layer, held)
+        _load_ffn(model, source, shape, layer, mode, held)
         forget_pages(file)
         if by_input is not None:
+            _load_input_rows(model, by_input, shape, layer, held, mode)
             forget_pages(by_input.file)
     if mode == "predicted":
         _load_predictors(model, source, file, shape, layers)
@@ -238,7 +280,7 @@ def _load_positions(model: _cpu.Model, source: Source, shape: ModelShape) -> Non
 
 
 def _load_attention(
-    model: _cpu.Model, source: Source, shape: ModelShape, layer: int, by_input: Source | None
+    model: _cpu.Model, source: Source, shape: ModelShape, layer: int, held: Sequence[str]
 ) -> None:
     block, d = f"blk.{layer}", shape.d_model
     model.set_window(layer, shape.windows[layer])
@@ -252,20 +294,11 @@ def _load_attention(
             layer, f"{slot}_norm", source.vector(f"{block}.attn_{slot}_norm.weight", shape.head_dim)
         )
     for slot in ("q", "k", "v"):
-        _load_projection(model, source, shape, layer, slot, bias_only=by_input is not None)
+        _load_projection(model, source, shape, layer, slot, bias_only="qkv" in held)
     _load_bias(model, source, layer, "o_bias", f"{block}.attn_output", d)
-    if by_input is not None:
-        return _load_attention_rows(model, by_input, shape, layer)
     cols = shape.n_heads * shape.head_dim
-    model.set_panel(layer, "o", *source.packable(f"{block}.attn_output.weight", d, cols), d, cols)
-
-
-def _load_attention_rows(model: _cpu.Model, source: Source, shape: ModelShape, layer: int) -> None:
-    d, q, kv = shape.d_model, shape.n_heads * shape.head_dim, shape.n_kv_heads * shape.head_dim
-    groups = {"qkv": {"attn_q": (d, q), "attn_k": (d, kv), "attn_v": (d, kv)}, "o": {"attn_output": (q, d)}}
-    for slot, matrices in groups.items():
-        rows = [source.packable(f"blk.{layer}.{name}_t.weight", *size) for name, size in matrices.items()]
-        model.set_input_rows(layer, slot, [kind for kind, _ in rows], [data for _, data in rows])
+    if "o" not in held:
+        model.set_panel(layer, "o", *source.packable(f"{block}.attn_output.weight", d, cols), d, cols)
 
 
 def _load_projection(
@@ -293,7 +326,9 @@ def _load_bias(model: _cpu.Model, source: Source, layer: int, slot: str, name: s
         model.set_vector(layer, slot, source.vector(f"{name}.bias", n))
 
 
-def _load_ffn(model: _cpu.Model, source: Source, shape: ModelShape, layer: int, mode: str) -> None:
+def _load_ffn(
+    model: _cpu.Model, source: Source, shape: ModelShape, layer: int, mode: str, held: Sequence[str]
+) -> None:
     block, d, d_ff = f"blk.{layer}", shape.d_model, shape.d_ff
     sparse_form = f"{block}.ffn_down_t.weight" in source
     if sparse_form == (mode == "dense"):
@@ -308,12 +343,13 @@ def _load_ffn(model: _cpu.Model, source: Source, shape: ModelShape, layer: int, 
         _load_bias(model, source, layer, "gate_bias", f"{block}.ffn_up", d_ff)
     down_name = f"{block}.ffn_down_t" if sparse_form else f"{block}.ffn_down{suffix}"
     _load_bias(model, source, layer, "down_bias", down_name, d)
-    if mode != "predicted":
+    if mode != "predicted" and "gate_up" not in held:
         model.set_panel(layer, "gate", *gate, d_ff, d)
     if mode == "dense":
-        if up:
+        if up and "gate_up" not in held:
             model.set_panel(layer, "up", *up, d_ff, d)
-        model.set_panel(layer, "down", *source.packable(f"{down_name}.weight", d, d_ff), d, d_ff)
+        if "down" not in held:
+            model.set_panel(layer, "down", *source.packable(f"{down_name}.weight", d, d_ff), d, d_ff)
         return
     down = source.packable(f"{down_name}.weight", d_ff, d)
     rows = gate if mode == "predicted" else (gate[0], None)

@@ -31,7 +31,7 @@ _DROPPED = 14  # bits of a score's mantissa that its bin does not tell: steps of
 
 
 class _Scores:
-    """How many scores of one site and layer were of which size. Bits of positive floats are in their order."""
+    """How many scores of a site and layer were of which size. Positive floats' bits are in their order."""
 
     def __init__(self) -> None:
         self.counts = torch.zeros(1 << (31 - _DROPPED), dtype=torch.int64)
@@ -51,7 +51,7 @@ class _Scores:
 def calibrate(
     model: PreTrainedModel, windows: Tensor, sites: Sequence[str], score: str, sparsity: float
 ) -> tuple[InputRule, ...]:
-    """Rules that leave out `sparsity` of each site's inputs on `windows` [n, length], but for first tokens."""
+    """Rules that leave out `sparsity` of each site's inputs on `windows` [n, length], of all later tokens."""
     n_layers = model.config.num_hidden_layers
     draft = {site: InputRule(site, (0.0,) * n_layers, score) for site in sites}
     weights = {site: [site_weights(model, rule, i) for i in range(n_layers)] for site, rule in draft.items()}

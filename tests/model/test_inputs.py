@@ -31,7 +31,8 @@ from hotcold.model.spec import ModelSpec
 
 PARTS = {
     "llama-silu-tied": {
-        "qkv": "model.layers.{}.self_attn.q_proj model.layers.{}.self_attn.k_proj model.layers.{}.self_attn.v_proj",
+        "qkv": "model.layers.{}.self_attn.q_proj model.layers.{}.self_attn.k_proj "
+        "model.layers.{}.self_attn.v_proj",
         "o": "model.layers.{}.self_attn.o_proj",
         "gate_up": "model.layers.{}.mlp.gate_proj model.layers.{}.mlp.up_proj",
         "down": "model.layers.{}.mlp.down_proj",

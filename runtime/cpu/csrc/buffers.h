@@ -103,7 +103,7 @@ struct ThreadScratch {
         y(size_t(round_up(c.d_model, 128)) * tokens),
         list(c.d_ff),
         sums(input_width ? std::max(input_width, kMaxOutputs * tokens) : 0),
-        inputs(input_width ? std::max(c.d_model, c.n_heads * c.head_dim) : 0),
+        inputs(input_width ? std::max({c.d_model, c.n_heads * c.head_dim, c.d_ff}) : 0),
         queues(tokens),
         stats(c.n_layers) {}
   static int query_rows(const Config& c) { return c.n_heads / c.n_kv_heads * tokens_side_by_side(c); }
@@ -114,7 +114,7 @@ struct ThreadScratch {
   int listed = 0;
   Block<float> sums;      // this thread's part of what inputs add up to
   Block<int32_t> inputs;  // those that count, ascending
-  int64_t input_bytes = 0;
+  std::array<InputStats, kSites> inputs_read{};
   std::vector<DownQueue> queues;
   std::vector<LayerStats> stats;
   // Apart from what is above: the owner writes this while other threads read that.

@@ -73,7 +73,7 @@ Model::Buffers& Model::buffers() {
     int rank = 1, width = 0;
     for (const Layer& l : layers) {
       rank = std::max(rank, l.fc1.rows);
-      width = std::max({width, l.qkv_inputs.width(), l.o_inputs.width()});
+      for (const InputSite& site : l.inputs) width = std::max(width, site.rows.width());
     }
     buffers_ = std::make_unique<Buffers>(config, team.size(), rank, width);
   }
@@ -110,11 +110,16 @@ const std::vector<LayerStats>& Model::stats() {
   return total_;
 }
 
-int64_t Model::input_bytes() const {
-  int64_t bytes = 0;
-  if (buffers_)
-    for (const auto& scratch : buffers_->scratch) bytes += scratch->input_bytes;
-  return bytes;
+std::array<InputStats, kSites> Model::input_stats() const {
+  std::array<InputStats, kSites> total{};
+  if (!buffers_) return total;
+  for (const auto& scratch : buffers_->scratch)
+    for (int i = 0; i < kSites; ++i) {
+      total[i].bytes += scratch->inputs_read[i].bytes;
+      total[i].seen += scratch->inputs_read[i].seen;
+      total[i].kept += scratch->inputs_read[i].kept;
+    }
+  return total;
 }
 
 void Model::reset_stats() {
@@ -122,7 +127,7 @@ void Model::reset_stats() {
   if (!buffers_) return;
   for (auto& scratch : buffers_->scratch) {
     std::fill(scratch->stats.begin(), scratch->stats.end(), LayerStats{});
-    scratch->input_bytes = 0;
+    scratch->inputs_read = {};
   }
 }
 

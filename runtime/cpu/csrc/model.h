@@ -4,6 +4,7 @@
 // one token, what all threads need (norms, quantized activations, the residual stream) is computed by each on its own
 // copy, which is cheaper than handing it over.
 #pragma once
+#include <array>
 #include <memory>
 #include <vector>
 
@@ -65,6 +66,15 @@ struct InputRows {
   int width() const { return parts.empty() ? 0 : parts.back().first + round_up(parts.back().outputs, 128); }
 };
 
+// Where a layer may leave inputs out: at what q, k and v read, what o reads, what gate and up read, and what down reads.
+enum class Site : int { Qkv, O, GateUp, Down };
+constexpr int kSites = 4;
+
+struct InputSite {
+  std::vector<float> least;  // input i counts iff |x[i]| >= least[i]; empty: no such rule
+  InputRows rows;            // the matrices by input, where they are held so instead of as panels
+};
+
 // A transposed matrix in GGUF's form.
 struct InputPart {
   Type type;
@@ -75,7 +85,7 @@ struct InputPart {
 struct Layer {
   NormWeights attn_norm, ffn_norm;
   Panel q, k, v, o;
-  InputRows qkv_inputs, o_inputs;  // instead of these panels, where inputs are left out
+  std::array<InputSite, kSites> inputs;
   std::vector<float> q_bias, k_bias, v_bias, o_bias;  // empty: none
   std::vector<float> q_norm, k_norm;                  // [head_dim], RMSNorm of each head before the rotation; empty: none
   int window = 0;                                     // positions that a query sees, its own included; 0: all
@@ -90,6 +100,8 @@ struct Layer {
   std::vector<uint16_t> hot;       // per 16 neurons: bits of those that are always computed
   float predictor_threshold = 0, activation_threshold = 0;
 
+  const InputSite& site(Site which) const { return inputs[int(which)]; }
+  InputSite& site(Site which) { return inputs[int(which)]; }
   const uint8_t* bundle(int neuron) const { return bundles + size_t(neuron) * bundle_stride; }
   // What a neuron whose gate fired is read from next.
   const RowKind& after_gate() const { return up_row.bytes ? up_row : down_row; }
@@ -97,6 +109,11 @@ struct Layer {
 
 struct LayerStats {
   int64_t fired = 0, predicted = 0, missed = 0;
+};
+
+// Of one site in all layers: bytes read of matrices held by input, and inputs that there were and that counted.
+struct InputStats {
+  int64_t bytes = 0, seen = 0, kept = 0;
 };
 
 class Model {
@@ -141,7 +158,7 @@ class Model {
   int64_t run_neurons(int l, const float* normed, int n, const int32_t* index, const uint64_t* tokens, int count, float* y);
 
   const std::vector<LayerStats>& stats();
-  int64_t input_bytes() const;  // read, or needed, of matrices held by input
+  std::array<InputStats, kSites> input_stats() const;
   void reset_stats();
   int64_t tokens_run = 0;
   size_t weight_bytes() const { return arena_.used(); }

@@ -306,9 +306,9 @@ void test_inputs() {
       auto m = make(w, mode, threads, kernels, mode == Mode::Predicted ? -1e9f : 0, llama);
       for (Layer& l : m->layers) {
         l.q = l.k = l.v = l.o = {};
-        l.qkv_inputs = m->add_input_rows(
+        l.site(Site::Qkv).rows = m->add_input_rows(
             shape.d_model, {{type, q.data(), shape.heads * shape.dim}, {type, k.data(), shape.kv_heads * shape.dim}, {type, v.data(), shape.kv_heads * shape.dim}});
-        l.o_inputs = m->add_input_rows(shape.heads * shape.dim, {{type, o.data(), shape.d_model}});
+        l.site(Site::O).rows = m->add_input_rows(shape.heads * shape.dim, {{type, o.data(), shape.d_model}});
       }
       m->input_sparsity = share;
       return m;
