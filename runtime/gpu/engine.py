@@ -123,7 +123,14 @@ class GpuEngine:
     def stats(self) -> Stats:
         """What was computed since `reset_stats()`."""
         fired, predicted, missed = self._device_counts()
-        return Stats(self._tokens, self.shape.d_ff, fired, predicted, missed, audit=self.audit)
+        counts, inputs = (fired, predicted, missed), self._input_counts()
+        return Stats(self._tokens, self.shape.d_ff, *counts, audit=self.audit, inputs=inputs)
+
+    def _input_counts(self) -> dict[str, tuple[int, int]]:
+        """As `Stats.inputs`."""
+        of_stages = [stage.input_counts(self._tokens) for stage in self._stages]
+        sums = {site: np.sum([counts[site] for counts in of_stages], axis=0) for site in of_stages[0]}
+        return {site: (int(seen), int(kept)) for site, (seen, kept) in sums.items()}
 
     def _device_counts(self) -> np.ndarray:
         """int64 [3, layers on devices]: fired, predicted (all, where nothing predicts), missed."""

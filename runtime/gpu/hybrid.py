@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from hotcold.cpus import thread_count
-from hotcold.errors import MismatchError
+from hotcold.errors import MismatchError, UnsupportedError
 from hotcold.files.gguf import GGUFFile
+from hotcold.model.inputs import rules_of_file
 from hotcold.runtime.gpu.cpu_side import MAX_BLOCK, CpuSide
 from hotcold.runtime.gpu.device import on, open_devices
 from hotcold.runtime.gpu.engine import GpuEngine, file_and_mode
@@ -68,6 +69,7 @@ class HybridEngine(GpuEngine):
         return cls(path, mode, open_devices(device), placement, n_threads, n_ctx)
 
     def _load(self, file: GGUFFile) -> None:
+        _check_inputs(file, self.shape)
         _check_placement(self.placement, self.shape, self.mode, len(self.devices))
         self._sizes = part_bytes(file)
         n_threads = thread_count(self._threads)
@@ -165,6 +167,13 @@ class HybridEngine(GpuEngine):
         if len(x) == 1:
             self.telemetry.cpu_layers_s += time.perf_counter() - start
         return torch.from_numpy(there)
+
+
+def _check_inputs(file: GGUFFile, shape: ModelShape) -> None:
+    """A neuron on the CPU does not know which token it is computed for, and the first one keeps all."""
+    if any(rule.site == "down" for rule in rules_of_file(file, shape.n_layers)):
+        what = "the hybrid backend leaves out no inputs of down, as this model's rules want it"
+        raise UnsupportedError(what, where=file.path, fix="use --backend cpu or gpu")
 
 
 def _check_placement(placement: Placement, shape: ModelShape, mode: str, n_devices: int) -> None:

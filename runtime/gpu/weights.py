@@ -12,6 +12,7 @@ from torch import Tensor
 from hotcold.errors import UnsupportedError
 from hotcold.files.gguf import GGUFFile
 from hotcold.model.forms import Form
+from hotcold.model.inputs import least_inputs
 from hotcold.runtime.gpu.reader import Reader
 from hotcold.runtime.head import EMBEDDING, head_name
 from hotcold.runtime.shape import NEVER_ZERO, ModelShape, activation_thresholds, read_predictors
@@ -94,6 +95,7 @@ class DeviceWeights:
     output_norm: DeviceNorm
     dense_file: bool
     converted: set[str]  # types of the file that became F16
+    least: dict[str, Tensor]  # by site, from which size on inputs count, [layers, inputs]; those with a rule
 
     @property
     def nbytes(self) -> int:
@@ -162,7 +164,15 @@ def read_weights(
         output_norm,
         dense_file,
         reader.converted,
+        _read_least(file, shape, which, device),
     )
+
+
+def _read_least(file: GGUFFile, shape: ModelShape, which: range, device: torch.device) -> dict[str, Tensor]:
+    found = least_inputs(file, shape)
+    return {
+        site: torch.from_numpy(least[which.start : which.stop]).to(device) for site, least in found.items()
+    }
 
 
 def host_embedding(file: GGUFFile, shape: ModelShape) -> Rows:

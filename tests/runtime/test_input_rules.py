@@ -8,10 +8,8 @@ import numpy as np
 import pytest
 import torch
 from stored_rows import TYPES, interleave, poison, relative_error, stored
-from tiny_families import D_FF, D_MODEL, FAMILIES, IDS, N_LAYERS, SPARSE, random_predictors, write_model
+from tiny_families import D_FF, D_MODEL, FAMILIES, IDS, N_LAYERS
 
-from hotcold import storage
-from hotcold.convert.bundle.export import ExportOptions, export_bundle
 from hotcold.convert.bundle.manifest import Manifest
 from hotcold.convert.bundle.verify import verify_bundle
 from hotcold.errors import InputError
@@ -19,15 +17,12 @@ from hotcold.files.gguf import GGUFFile
 from hotcold.files.json import read_json
 from hotcold.files.quantize import dequantize
 from hotcold.model import checkpoint
-from hotcold.model.checkpoint import fingerprint
 from hotcold.model.gguf_checkpoint import GGUFCheckpoint
-from hotcold.model.huggingface import HFCheckpoint
-from hotcold.model.inputs import CONFIG_KEY, SCORES, SITES, config_entry, rules_of_config
+from hotcold.model.inputs import SCORES, SITES, rules_of_config
 from hotcold.runtime.bundle_files import ModelPath
 from hotcold.runtime.cpu import _cpu
 from hotcold.runtime.engine import Engine
 from hotcold.runtime.reference import ReferenceEngine
-from hotcold.sparsify.methods.teal import calibrate
 
 ISAS = _cpu.available_isas()
 ALL = tuple(SITES)
@@ -35,36 +30,6 @@ ALL = tuple(SITES)
 NAMES = ["llama", "llama-silu-tied", "qwen2", "opt", "falcon-7b", "falcon-40b-relu", "minicpm", "granite"]
 # An input at its threshold may count in one program and not in the other, by rounding.
 LIMIT = 5e-3
-
-
-def write_ruled(root, name, sites, score, quant, share=0.4):
-    """An HF directory with calibrated rules, and its bundle."""
-    model = root / "model"
-    write_model(model, FAMILIES[name])
-    loaded = checkpoint.load_model(str(model))
-    rules = calibrate(loaded, torch.from_numpy(IDS)[None], sites, score, share)
-    config = read_json(model / "config.json") | {CONFIG_KEY: config_entry(rules)}
-    storage.write_json(model / "config.json", config)
-    predictors = random_predictors(model, root / "predictors") if name in SPARSE else None
-    export_bundle(
-        HFCheckpoint(model), root / "bundle", name="m", fingerprint=fingerprint(str(model)),
-        predictors=predictors, options=ExportOptions(quant, predictor_quant="f32"),
-    )  # fmt: skip
-    return model, root / "bundle"
-
-
-@pytest.fixture(scope="module")
-def make_ruled(tmp_path_factory):
-    """make_ruled(name, sites, score, quant) → HF directory and bundle, made once."""
-    made = {}
-
-    def make(name="llama", sites=ALL, score="magnitude", quant="f32"):
-        key = name, sites, score, quant
-        if key not in made:
-            made[key] = write_ruled(tmp_path_factory.mktemp("ruled"), *key)
-        return made[key]
-
-    return make
 
 
 def reference_of(bundle, mode):
