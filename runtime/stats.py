@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 
-__all__ = ["Stats"]
+__all__ = ["Stats", "show_inputs"]
+
+
+def show_inputs(shares: Mapping[str, float]) -> str:
+    """The shares of inputs that were left out, by site: `qkv 40.1%, o 39.8%`."""
+    return ", ".join(f"{site} {share:.1%}" for site, share in shares.items())
 
 
 @dataclass(frozen=True, slots=True)
