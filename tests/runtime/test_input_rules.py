@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -10,9 +11,12 @@ import torch
 from stored_rows import TYPES, interleave, poison, relative_error, stored
 from tiny_families import D_FF, D_MODEL, FAMILIES, IDS, N_LAYERS
 
-from hotcold.convert.bundle.manifest import Manifest
+from hotcold import storage
+from hotcold.cli import main
+from hotcold.convert.bundle.manifest import BundleFile, Manifest
 from hotcold.convert.bundle.verify import verify_bundle
-from hotcold.errors import InputError
+from hotcold.convert.gguf.write import copied, write_gguf
+from hotcold.errors import FormatError, InputError
 from hotcold.files.gguf import GGUFFile
 from hotcold.files.json import read_json
 from hotcold.files.quantize import dequantize
@@ -129,6 +133,45 @@ def test_the_bundle_is_whole_and_gives_the_rules_back(make_ruled, name):
     rules = rules_of_config(read_json(model / "config.json"), N_LAYERS)
     if FAMILIES[name]["model_type"] not in ("opt", "falcon"):  # whose dense files are not read back
         assert rules_of_config(GGUFCheckpoint(bundle / "m.gguf").config, N_LAYERS) == rules
+
+
+def test_a_bundle_of_a_gguf_file_keeps_the_rules(make_ruled, tmp_path):
+    """The weights of scores are worked out anew, from the stored matrices."""
+    _, bundle = make_ruled("llama-silu-tied", ALL, "wina")
+    again = tmp_path / "again"
+    assert main(["convert", str(bundle / "m.gguf"), "--to", "bundle", "--out", str(again)]) == 0
+    assert verify_bundle(again) == []
+    for name in ("m.gguf", "m.inputs.gguf"):
+        first, second = GGUFFile(bundle / name), GGUFFile(again / name)
+        np.testing.assert_equal(
+            {name: tensor.data for name, tensor in first.tensors.items()},
+            {name: tensor.data for name, tensor in second.tensors.items()},
+        )
+        for key in (key for key in first.metadata if key.startswith("hotcold.inputs.")):
+            assert np.array_equal(first.metadata[key], second.metadata[key])
+
+
+@pytest.mark.parametrize("damage", ["missing", "short"])
+def test_verify_wants_the_scores_weights(make_ruled, tmp_path, damage):
+    """Of the right number, even where the manifest agrees with the file."""
+    _, bundle = make_ruled("llama-silu-tied", ALL, "wina")
+    copy = tmp_path / "copy"
+    shutil.copytree(bundle, copy)
+    file, key = GGUFFile(copy / "m.gguf"), "hotcold.inputs.o.weights"
+    exact = {int: np.uint32, float: np.float32}
+    metadata = {k: exact.get(type(v), lambda same: same)(v) for k, v in file.metadata.items()}
+    metadata[key] = metadata[key][:-1]
+    if damage == "missing":
+        del metadata[key]
+    write_gguf(tmp_path / "m.gguf", metadata, [copied(tensor) for tensor in file.tensors.values()])
+    shutil.move(tmp_path / "m.gguf", copy / "m.gguf")
+    manifest = Manifest.read(copy)
+    files = manifest.files | {"m.gguf": BundleFile.of(copy / "m.gguf", "dense")}
+    storage.write_json(copy / "manifest.json", replace(manifest, files=files).to_json())
+    (error,) = verify_bundle(copy)
+    assert key in str(error)
+    with pytest.raises(FormatError, match="inputs.o.weights"):
+        Engine.load(copy, "dense", 1, n_ctx=64)
 
 
 def test_bytes_are_those_of_inputs_that_count(make_ruled):

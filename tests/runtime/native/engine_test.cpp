@@ -329,6 +329,44 @@ void test_inputs() {
   }
 }
 
+// Rules at all four sites, the FFN's matrices by input where the mode has them so: every other input never counts.
+void test_input_rules() {
+  const std::vector<int32_t> tokens = random_tokens();
+  const int d = shape.d_model, ff = shape.d_ff;
+  for (Type type : {Type::F32, Type::Q4_0}) {
+    const Weights w(type);
+    const auto gate = random_matrix(type, d, ff), up = random_matrix(type, d, ff), down = random_matrix(type, ff, d);
+    const auto ruled = [&](int threads, const Kernels& kernels, Mode mode) {
+      auto m = make(w, mode, threads, kernels, -1e9f);
+      for (Layer& l : m->layers) {
+        for (int site = 0; site < kSites; ++site) {
+          const int width = Site(site) == Site::O ? shape.heads * shape.dim : Site(site) == Site::Down ? ff : d;
+          for (int i = 0; i < width; ++i) l.inputs[site].least.push_back(i % 2 ? 1e30f : 0);
+        }
+        if (mode == Mode::Dense) {
+          l.gate = l.up = l.down = {};
+          l.site(Site::GateUp).rows = m->add_input_rows(d, {{type, gate.data(), ff}, {type, up.data(), ff}});
+          l.site(Site::Down).rows = m->add_input_rows(ff, {{type, down.data(), d}});
+        } else if (mode == Mode::Exact) {
+          l.gate = {};
+          l.site(Site::GateUp).rows = m->add_input_rows(d, {{type, gate.data(), ff}});
+        }
+      }
+      return m;
+    };
+    for (Mode mode : {Mode::Dense, Mode::Exact, Mode::Predicted}) {
+      const std::vector<float> expected = run(*ruled(1, kernels("generic"), mode), tokens, false);
+      for (int threads : {1, 3})
+        for (bool by_token : {false, true}) {
+          const double e = error(run(*ruled(threads, kernels(), mode), tokens, by_token), expected);
+          expect(e < (is_quantized(type) ? 0.05 : 1e-3),
+                 "input rules, type " + std::to_string(int(type)) + " mode " + std::to_string(int(mode)) + " threads " +
+                     std::to_string(threads) + (by_token ? " by token: " : " block: ") + std::to_string(e));
+        }
+    }
+  }
+}
+
 void test_team() {
   for (int threads : {1, 2, 3, 8})
     for (int round = 0; round < 4; ++round) {
@@ -386,6 +424,7 @@ int main() {
   test_structures();
   test_parts();
   test_inputs();
+  test_input_rules();
   std::printf("%d failed\n", failures);
   return failures ? 1 : 0;
 }
