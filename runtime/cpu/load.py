@@ -335,25 +335,29 @@ def _load_ffn(
         form = "neuron rows" if sparse_form else "a dense down matrix"
         raise UnsupportedError(f"{mode} mode cannot run a file with {form}", where=source.path)
     suffix = "_exps" if shape.form.experts else ""
-    up = source.packable(f"{block}.ffn_up{suffix}.weight", d_ff, d)
-    gate, up = (
-        (source.packable(f"{block}.ffn_gate{suffix}.weight", d_ff, d), up) if shape.form.gated else (up, None)
-    )
+    by_input = "gate_up" in held
+
+    def rows(name: str) -> tuple[int, np.ndarray]:
+        return source.packable(f"{block}.{name}{suffix}.weight", d_ff, d)
+
+    decides, other = ("ffn_gate", "ffn_up") if shape.form.gated else ("ffn_up", None)
+    up = rows(other) if other and not (by_input and mode == "dense") else None
+    gate = None if by_input else rows(decides)
     if not shape.form.gated:
         _load_bias(model, source, layer, "gate_bias", f"{block}.ffn_up", d_ff)
     down_name = f"{block}.ffn_down_t" if sparse_form else f"{block}.ffn_down{suffix}"
     _load_bias(model, source, layer, "down_bias", down_name, d)
-    if mode != "predicted" and "gate_up" not in held:
+    if mode != "predicted" and gate:
         model.set_panel(layer, "gate", *gate, d_ff, d)
     if mode == "dense":
-        if up and "gate_up" not in held:
+        if up:
             model.set_panel(layer, "up", *up, d_ff, d)
         if "down" not in held:
             model.set_panel(layer, "down", *source.packable(f"{down_name}.weight", d, d_ff), d, d_ff)
         return
     down = source.packable(f"{down_name}.weight", d_ff, d)
-    rows = gate if mode == "predicted" else (gate[0], None)
-    model.set_bundles(layer, rows[1], rows[0], up and up[1], up[0] if up else 0, down[1], down[0])
+    gate = gate if mode == "predicted" else (0, None)
+    model.set_bundles(layer, gate[1], gate[0], up and up[1], up[0] if up else 0, down[1], down[0])
 
 
 def _load_predictors(
