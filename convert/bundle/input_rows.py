@@ -18,15 +18,14 @@ import numpy as np
 
 from hotcold.convert.bundle.tensor_plans import Planner
 from hotcold.convert.gguf.write import TensorPlan
-from hotcold.model.inputs import SITES, weights_key
+from hotcold.model.inputs import SITES, InputRule, weights_key
 from hotcold.model.spec import ModelSpec
 from hotcold.model.weights import Weights
 
-__all__ = ["ATTENTION", "ROLES", "RULES", "input_role", "input_rows_plans", "score_weights", "sites_of_role"]
+__all__ = ["ATTENTION", "RULES", "input_role", "input_rows_plans", "score_weights", "sites_by_input"]
 
 # Roles of such files. They give the file its name, and the architecture, for which no program takes it.
 ATTENTION, RULES = "attention", "inputs"
-ROLES = (RULES, ATTENTION)
 
 
 def input_role(spec: ModelSpec, *, attention_rows: bool) -> str | None:
@@ -34,18 +33,17 @@ def input_role(spec: ModelSpec, *, attention_rows: bool) -> str | None:
     return RULES if spec.inputs else ATTENTION if attention_rows else None
 
 
-def sites_of_role(role: str, rules: tuple[str, ...]) -> tuple[str, ...]:
-    """The sites whose matrices are in a file of this role, where `rules` are those of the model's rules."""
-    return rules if role == RULES else ("qkv", "o")
+def sites_by_input(rules: tuple[InputRule, ...]) -> tuple[str, ...]:
+    """The sites whose matrices such a file has: those of the model's rules, without rules attention's."""
+    return tuple(rule.site for rule in rules) or ("qkv", "o")
 
 
-def input_rows_plans(planner: Planner, role: str) -> list[TensorPlan]:
+def input_rows_plans(planner: Planner) -> list[TensorPlan]:
     """`blk.N.attn_q_t.weight` [inputs, outputs] and so on, of all layers."""
-    sites = sites_of_role(role, tuple(rule.site for rule in planner.spec.inputs))
     return [
         _transposed(planner, layer, module)
         for layer in range(planner.spec.n_layers)
-        for site in sites
+        for site in sites_by_input(planner.spec.inputs)
         for module in _modules(planner.spec, site)
     ]
 

@@ -99,7 +99,7 @@ class ModelFiles:
             layouts.append(GGUFLayout(f"{self.name}.powerinfer.gguf", "sparse", MAGIC, metadata, plans))
         if role := input_role(self.spec, attention_rows=self.options.attention_rows):
             metadata = {"general.architecture": f"hotcold-{role}"} | own
-            plans = input_rows_plans(planner, role)
+            plans = input_rows_plans(planner)
             layouts.append(GGUFLayout(f"{self.name}.{role}.gguf", role, "GGUF", metadata, plans))
         return layouts, sorted(set(planner.fallbacks))
 

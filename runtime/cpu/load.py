@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from hotcold.convert.bundle.input_rows import sites_by_input
 from hotcold.errors import MismatchError, UnsupportedError
 from hotcold.files.gguf import GGUFFile, Tensor
 from hotcold.files.gguf_split import forget_pages
@@ -195,7 +196,7 @@ def _held(by_input: Source | None, shape: ModelShape, mode: str) -> tuple[str, .
     """
     if by_input is None:
         return ()
-    sites = tuple(rule.site for rule in rules_of_file(by_input.file, shape.n_layers)) or ("qkv", "o")
+    sites = sites_by_input(rules_of_file(by_input.file, shape.n_layers))
     by_neuron = {"dense": (), "exact": ("down",), "predicted": ("gate_up", "down")}[mode]
     return tuple(site for site in sites if site not in by_neuron)
 
