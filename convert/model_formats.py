@@ -14,8 +14,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from hotcold.convert.bundle.attention_rows import ROLE
 from hotcold.convert.bundle.export import ExportOptions, copy_file, export_bundle, export_file
+from hotcold.convert.bundle.input_rows import ATTENTION
 from hotcold.convert.bundle.manifest import Manifest
 from hotcold.convert.gguf.parts import Model, Options, Parts
 from hotcold.convert.powerinfer.model import check_in_powerinfer, hot_sets, sparse_predictors
@@ -50,7 +50,7 @@ def read_bundle(path: Path, parts: Parts, options: Options, stack: ExitStack) ->
     file = next(iter(ready.values()))
     own = PredictorBundle.load(path / "predictors") if manifest.of_role("predictor") else None
     weights, fingerprint = partial(GGUFCheckpoint, file), manifest.model_fingerprint
-    rows = bool(manifest.of_role(ROLE))
+    rows = bool(manifest.of_role(ATTENTION))
     parts.model = Model(weights, manifest.name, fingerprint, path, open_gguf(file), ready, own, rows)
     parts.bundle = own or parts.bundle
 

@@ -210,6 +210,7 @@ def _activity(side: EngineSide, texts: Sequence[Segment]) -> Activity:
         sparsity=math.nan if engine.mode == "dense" else stats.sparsity,
         predicted_sparsity=stats.predicted_sparsity if engine.mode == "predicted" else math.nan,
         recall=stats.recall,
+        inputs=stats.input_sparsity,
         parts=engine.bytes_per_token(texts[0].middle),
     )
 

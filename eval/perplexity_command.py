@@ -88,9 +88,16 @@ def run(args: argparse.Namespace) -> int:
         total = len(cut) * args.window * len(sides)
         with Progress(f"perplexity, {name}", total=total, unit="tok") as progress:
             found = compare(sides, cut, reference, progress.advance)
-        left_out = 0.0 if name == args.gguf else args.input_sparsity
-        _show(name, found[name], reference, as_json=args.json, input_sparsity=left_out)
+        _show(name, found[name], reference, as_json=args.json, left_out=_left_out(side, args.input_sparsity))
     return 0
+
+
+def _left_out(side: Side, asked: float) -> dict[str, object]:
+    """By site, what share of its inputs a side of ours has left out; and what it was asked to."""
+    from hotcold.eval.sides import EngineSide
+
+    shares = side.engine.stats().input_sparsity if isinstance(side, EngineSide) else {}
+    return {**({"input_sparsity": asked} if asked else {}), "inputs_left_out": shares} if shares else {}
 
 
 def _sides(args: argparse.Namespace, modes: list[str]) -> Iterator[tuple[str, Side]]:
@@ -112,7 +119,7 @@ def _open(args: argparse.Namespace, mode: str, input_sparsity: float = 0.0) -> S
 
 
 def _show(
-    name: str, quality: Quality, reference: str | None, *, as_json: bool, input_sparsity: float
+    name: str, quality: Quality, reference: str | None, *, as_json: bool, left_out: dict[str, object]
 ) -> None:
     distances = quality.kl is not None and quality.same_top is not None
     if as_json:
@@ -122,7 +129,7 @@ def _show(
             "stderr": quality.stderr,
             "tokens": quality.tokens,
         }
-        found |= {"input_sparsity": input_sparsity} if input_sparsity else {}
+        found |= left_out
         found |= {"kl": quality.kl, "same_top": quality.same_top} if distances else {}
         print(json_text(found), flush=True)
     else:
@@ -131,4 +138,8 @@ def _show(
             figures += (
                 f"; KL({reference} ‖ {name}) {quality.kl:.5f} nats, same top token {quality.same_top:.1%}"
             )
+        if left_out:
+            from hotcold.runtime.stats import show_inputs
+
+            figures += f"; inputs left out: {show_inputs(left_out['inputs_left_out'])}"
         print(f"{name}: perplexity {figures}", flush=True)

@@ -15,6 +15,7 @@ from hotcold.eval.results import CONFIDENCE, Ratio, Report, Row, Spread, StockSp
 from hotcold.eval.roofline import PARTS
 from hotcold.files.json import json_text
 from hotcold.identify import REPORT
+from hotcold.runtime.stats import show_inputs
 
 __all__ = ["FORMATS", "as_json_object", "markdown", "render"]
 
@@ -61,6 +62,12 @@ def _judged(report: Report) -> bool:
     return any(row.quality is not None for row in report.rows)
 
 
+def _sites(report: Report) -> list[str]:
+    """Where a side left inputs out."""
+    activities = [row.activity for row in report.rows if row.activity]
+    return list(dict.fromkeys(site for activity in activities for site in activity.inputs))
+
+
 def _flat(row: Row, report: Report) -> dict[str, object]:
     """One row with plain values; what was not measured is None, never NaN, which is no JSON."""
     activity, quality = row.activity, row.quality
@@ -79,6 +86,7 @@ def _flat(row: Row, report: Report) -> dict[str, object]:
         "sparsity": activity and activity.sparsity,
         "predicted_sparsity": activity and activity.predicted_sparsity,
         "recall": activity and activity.recall,
+        **{f"inputs_{site}": activity and activity.inputs.get(site) for site in _sites(report)},
     }
     if _judged(report):
         figures = {"ppl": "ppl", "ppl_stderr": "stderr", "same_top": "same_top", "kl": "kl"}
@@ -237,6 +245,10 @@ _WORK: list[_Column] = [
     ("predicted", lambda row: _percent(row.activity and row.activity.predicted_sparsity)),
     ("recall", lambda row: _percent(row.activity and row.activity.recall)),
 ]
+_INPUTS: _Column = (
+    "inputs left out",
+    lambda row: (row.activity and show_inputs(row.activity.inputs)) or _DASH,
+)
 _QUALITY: list[_Column] = [
     ("perplexity", _show_ppl),
     ("same top-1", lambda row: _percent(row.quality and row.quality.same_top)),
@@ -255,7 +267,8 @@ def _speed_columns(report: Report) -> list[_Column]:
         (f"to {name}", lambda row, name=name: _show_ratio(row.to_originals[name]))
         for name in report.rows[0].to_originals
     ]
-    return [*_SPEED, *originals, *_WORK, *(_QUALITY if _judged(report) else [])]
+    inputs = [_INPUTS] if _sites(report) else []
+    return [*_SPEED, *originals, *_WORK, *inputs, *(_QUALITY if _judged(report) else [])]
 
 
 FORMATS: dict[str, Callable[[Report], str]] = {"md": markdown, "csv": _csv, "json": _json, "jsonl": _jsonl}

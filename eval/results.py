@@ -79,6 +79,7 @@ class Activity:
     predicted_sparsity: float
     recall: float
     parts: Mapping[str, float]
+    inputs: Mapping[str, float] = field(default_factory=dict)  # by site: the share of inputs left out
 
 
 @dataclass(frozen=True, slots=True)

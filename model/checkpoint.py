@@ -211,7 +211,15 @@ def _load(source: WeightSource, dtype: torch.dtype) -> PreTrainedModel:
     if missing := sorted(found["missing_keys"]):  # a buffer, as all parameters are there
         raise missing_tensor(missing[0], source.path)
     _take_generation_config(loaded, source.path)
-    return loaded if activation is None else install_activation(loaded, activation)
+    if activation is not None:
+        install_activation(loaded, activation)
+    return _with_input_rules(loaded)
+
+
+def _with_input_rules(model: PreTrainedModel) -> PreTrainedModel:
+    from hotcold.model.input_hooks import install_input_rules
+
+    return install_input_rules(model)
 
 
 def _weight(source: WeightSource, name: str, dtype: torch.dtype) -> torch.Tensor:

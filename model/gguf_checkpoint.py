@@ -18,6 +18,7 @@ from hotcold.files.gguf_split import open_gguf
 from hotcold.files.quantize import FLOATS
 from hotcold.files.tensor_check import misshapen_tensor, missing_tensor, unexpected_tensors
 from hotcold.model.families import ARCHITECTURES, FAMILIES, Structure
+from hotcold.model.inputs import CONFIG_KEY, config_entry
 from hotcold.model.rope_factors import rope_parameters
 from hotcold.model.spec import ModelSpec
 from hotcold.model.tensors import ROWS, place, rows_of
@@ -113,7 +114,7 @@ def _config(file: GGUFFile, architecture: str, spec: ModelSpec) -> dict[str, Any
     }
     if spec.rope is not None:
         config["rope_parameters"] = rope_parameters(spec.rope, file.path)
-    config |= _window(file, spec)
+    config |= _window(file, spec) | _inputs(spec)
     if "o" in spec.biases:
         config["attention_bias"] = True
     elif architecture == "smallthinker" and "q" in spec.biases:
@@ -136,6 +137,10 @@ def _window(file: GGUFFile, spec: ModelSpec) -> dict[str, Any]:
         got = list(spec.windows)
         raise UnsupportedError("windows that differ between layers", where=file.path, got=got)
     return {"model_type": "mistral", "sliding_window": spec.windows[0]}
+
+
+def _inputs(spec: ModelSpec) -> dict[str, Any]:
+    return {CONFIG_KEY: config_entry(spec.inputs)} if spec.inputs else {}
 
 
 def _special_tokens(file: GGUFFile, n_vocab: int) -> dict[str, int | list[int]]:

@@ -11,6 +11,7 @@ from hotcold.errors import FormatError, UnsupportedError
 from hotcold.files.gguf import GGUFFile
 from hotcold.files.tensor_check import misshapen_tensor, missing_tensor
 from hotcold.model.families import ARCHITECTURES, Architecture
+from hotcold.model.inputs import rules_of_file
 from hotcold.model.rope_factors import ROPE_FACTORS, check_pairs, read_rope
 from hotcold.model.spec import ACTIVATIONS, MAX_LAYERS, LayerSpec, ModelSpec
 from hotcold.model.tensors import PROJECTIONS, Naming
@@ -53,6 +54,7 @@ def read_spec(file: GGUFFile) -> ModelSpec:
         biases=_biases(file, architecture, n_layers),
         two_norms=architecture.structure.parallel
         and _any_layer(file, architecture.naming, ("attn_norm",), n_layers, ("weight", "bias")),
+        inputs=rules_of_file(file, n_layers),
     )
 
 

@@ -14,6 +14,7 @@ import numpy as np
 from hotcold.errors import FormatError, UnsupportedError
 from hotcold.model.config_fields import Fields
 from hotcold.model.families import FAMILIES, Family, Structure
+from hotcold.model.inputs import InputRule, rules_of_config
 from hotcold.model.rope import Rope
 
 if TYPE_CHECKING:
@@ -80,6 +81,7 @@ class ModelSpec:
     biases: frozenset[str]
     two_norms: bool  # of a parallel block: attention and FFN have one each
     scales: Scales = Scales()
+    inputs: tuple[InputRule, ...] = ()
 
     @property
     def family(self) -> Family:
@@ -173,6 +175,7 @@ class ModelSpec:
             biases=_biases(read, family),
             two_norms=_two_norms(read, family),
             scales=_scales(read, model_type, n_layers, d_model, head_dim),
+            inputs=rules_of_config(config, n_layers, where),
         )
 
 

@@ -101,7 +101,8 @@ def _open(model: ModelPath, modes: Sequence[str], n_threads: int | None) -> dict
 
     log(f"auto mode: measuring {', '.join(modes)} of {model.name}, once on this machine")
     n_ctx = _PROMPT + _TOKENS
-    return {mode: CpuEngine(model.file_for(mode), mode, n_threads, n_ctx) for mode in modes}
+    rows = model.input_rows(any_share=False)
+    return {mode: CpuEngine(model.file_for(mode), mode, n_threads, n_ctx, input_rows=rows) for mode in modes}
 
 
 def _race(engines: dict[str, Engine]) -> dict[str, float]:

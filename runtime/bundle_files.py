@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import NoReturn
 
-from hotcold.convert.bundle.attention_rows import ROLE
+from hotcold.convert.bundle.input_rows import ATTENTION, RULES
 from hotcold.convert.bundle.manifest import MANIFEST, Manifest
 from hotcold.errors import InputError
 from hotcold.files.gguf import GGUFFile
@@ -96,10 +96,13 @@ class ModelPath:
             return "hotcold.llama_cpp_differences" not in open_gguf(self.path).metadata
         return _manifest(self.path).llama_cpp_exact
 
-    def attention_rows(self) -> Path | None:
-        """The file with the attention matrices by input, if there is one."""
-        has = not self.is_file and _manifest(self.path).of_role(ROLE)
-        return file_of_role(self.path, ROLE) if has else None
+    def input_rows(self, *, any_share: bool) -> Path | None:
+        """The file with matrices by input, if there is one: that for the model's own rules, else the one from
+        which `any_share` can be left out."""
+        manifest = None if self.is_file else _manifest(self.path)
+        roles = [role for role in (RULES, ATTENTION) if manifest is not None and manifest.of_role(role)]
+        wanted = [role for role in roles if role == RULES or any_share]
+        return file_of_role(self.path, wanted[0]) if wanted else None
 
     def content(self) -> str:
         """A hash over all that is in it: the manifest's own, or that of the GGUF file."""

@@ -199,6 +199,10 @@ def _report(generation: Generation, engine: Engine, sampler: Sampler, input_spar
     log(f"neurons:    {_neurons(engine.stats(), engine.mode)} ({engine.mode} mode, -t {engine.n_threads})")
     if input_sparsity:
         log(f"inputs:     {input_sparsity:.1%} of those of the attention matrices left out")
+    elif left_out := engine.stats().input_sparsity:
+        from hotcold.runtime.stats import show_inputs
+
+        log(f"inputs:     left out by the model's rules: {show_inputs(left_out)}")
     for line in engine.measured().lines() if hasattr(engine, "measured") else ():
         log(line)
 

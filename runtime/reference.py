@@ -21,6 +21,7 @@ from hotcold.errors import InputError, UnsupportedError
 from hotcold.files.gguf import Tensor as Stored
 from hotcold.files.gguf_split import open_gguf
 from hotcold.files.quantize import dequantize
+from hotcold.model.inputs import least_inputs
 from hotcold.model.limits import check_tokens
 from hotcold.model.spec import ModelSpec
 from hotcold.model.tensors import PROJECTIONS
@@ -189,6 +190,9 @@ class ReferenceEngine:
         learned = self._shape.structure.learned_positions
         self._learned = _tensor(weights.floats("positions")) if learned else None
         self._layers = [_read_layer(weights, i, one) for i, one in enumerate(_predictors(weights))]
+        self._least = {
+            site: torch.from_numpy(least) for site, least in least_inputs(file, self._shape).items()
+        }
         if mode == "predicted" and self._layers[0].predictor is None:
             raise UnsupportedError("no predictors in this file", where=path, fix="use --mode exact")
         self.mode, self.n_ctx, self.audit = mode, n_ctx, False
@@ -229,11 +233,12 @@ class ReferenceEngine:
         """Start counting anew."""
         self._tokens = 0
         self._fired, self._predicted, self._missed = np.zeros((3, self._shape.n_layers), np.int64)
+        self._inputs = dict.fromkeys(self._least, (0, 0))
 
     def stats(self) -> Stats:
         """What was computed since `reset_stats()`."""
         counts = self._fired.copy(), self._predicted.copy(), self._missed.copy()
-        return Stats(self._tokens, self._shape.d_ff, *counts, audit=self.audit)
+        return Stats(self._tokens, self._shape.d_ff, *counts, audit=self.audit, inputs=dict(self._inputs))
 
     def decode(self, token: int) -> np.ndarray:
         """Append one token; logits of the next one, float32 [n_vocab]."""
@@ -261,6 +266,15 @@ class ReferenceEngine:
         x = self._output_norm(x if all_logits else x[-1])
         return (x @ self._head.T).numpy()
 
+    def _counted(self, site: str, i: int, x: Tensor, positions: Tensor) -> Tensor:
+        """x [tokens, inputs] with 0 for what layer i leaves out there, in each token but the first of all."""
+        if site not in self._least:
+            return self._largest(x, positions) if site in ("qkv", "o") else x
+        x = torch.where((x.abs() >= self._least[site][i]) | (positions[:, None] == 0), x, 0.0)
+        seen, kept = self._inputs[site]
+        self._inputs[site] = seen + x.numel(), kept + int(x.count_nonzero())
+        return x
+
     def _largest(self, x: Tensor, positions: Tensor) -> Tensor:
         """x [tokens, inputs] with the smallest inputs of each token but the first of the context set to 0."""
         if not self.input_sparsity:
@@ -272,7 +286,7 @@ class ReferenceEngine:
     def _attention(self, i: int, x: Tensor, positions: Tensor) -> Tensor:
         """Causal attention of layer i; x [tokens, d_model] is also what enters the cache."""
         layer, shape = self._layers[i], self._shape
-        h = self._largest(layer.attn_norm(x), positions)
+        h = self._counted("qkv", i, layer.attn_norm(x), positions)
         q, k, v = (part(h).unflatten(-1, (-1, shape.head_dim)) for part in (layer.q, layer.k, layer.v))
         q, k = (layer.q_norm(q), layer.k_norm(k)) if layer.q_norm and layer.k_norm else (q, k)
         if shape.rope:
@@ -288,12 +302,12 @@ class ReferenceEngine:
         unseen = (distance < 0) | (distance >= (layer.window or len(keys)))
         weights = scores.masked_fill(unseen, float("-inf")).softmax(-1)
         heads = torch.einsum("hts,shd->thd", weights, values).flatten(1)
-        return layer.o(self._largest(heads, positions))
+        return layer.o(self._counted("o", i, heads, positions))
 
     def _ffn(self, i: int, x: Tensor, positions: Tensor) -> Tensor:
         """The FFN of layer i on the residual x [tokens, d_model], with the neurons of this mode."""
         layer, shape = self._layers[i], self._shape
-        h = layer.ffn_norm(x)
+        h = self._counted("gate_up", i, layer.ffn_norm(x), positions)
         gate, up = layer.gate(h), layer.up(h) if layer.up else 1.0
         a = _gated(shape.activation, gate, up, layer.activation_threshold)  # [tokens, d_ff]
         computed = torch.ones_like(a, dtype=torch.bool)
@@ -307,5 +321,5 @@ class ReferenceEngine:
         self._predicted[i] += int(computed.sum())
         if self.audit:
             self._missed[i] += int((fires & ~computed).sum())
-        out = torch.where(computed, a, 0.0) @ layer.down
+        out = self._counted("down", i, torch.where(computed, a, 0.0), positions) @ layer.down
         return out if layer.down_bias is None else out + layer.down_bias

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 
-__all__ = ["Stats"]
+__all__ = ["Stats", "show_inputs"]
+
+
+def show_inputs(shares: Mapping[str, float]) -> str:
+    """The shares of inputs that were left out, by site: `qkv 40.1%, o 39.8%`."""
+    return ", ".join(f"{site} {share:.1%}" for site, share in shares.items())
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,7 +22,8 @@ class Stats:
     `fired` counts neurons that were computed and gave act(gate)·up != 0 (the native engine looks at the gate
     alone, which with dReLU is not the same), `predicted` those that were not skipped outright (in `dense` and
     `exact` mode all of them), `missed` those that would have fired but were skipped. Finding the missed ones
-    takes a dense FFN beside the sparse one: counted only if `audit` is on.
+    takes a dense FFN beside the sparse one: counted only if `audit` is on. `inputs` has, for each site of
+    `hotcold.model.inputs` where inputs may be left out, how many there were and how many counted.
     """
 
     tokens: int
@@ -25,6 +32,12 @@ class Stats:
     predicted: np.ndarray
     missed: np.ndarray
     audit: bool = False
+    inputs: dict[str, tuple[int, int]] = field(default_factory=dict)
+
+    @property
+    def input_sparsity(self) -> dict[str, float]:
+        """By site, the share of inputs that were left out, over layers and tokens, first ones included."""
+        return {site: 1 - kept / seen for site, (seen, kept) in self.inputs.items()}
 
     @property
     def sparsity(self) -> float:

@@ -21,12 +21,12 @@ HELP = (
     "Replace the FFN activation by a sparse one and train the model until it works with it. --method relu "
     "takes minutes on a CPU for a small model; --method prosparse does what a config file says, on any "
     "number of GPUs (start it with `accelerate launch` or `torchrun`); --method pretrained takes trained "
-    "FFNs of smollm2, where a version of hotcold comes with them. Interrupted, it goes on where it stopped "
-    "when it is run again."
+    "FFNs of smollm2, where a version of hotcold comes with them; --method teal trains nothing: matrices "
+    "leave out their smallest inputs. Interrupted, it goes on where it stopped when it is run again."
 )
 EXAMPLE = "hotcold sparsify --model smollm2 --method relu --out sparse-smollm2"
 
-METHODS = ("relu", "prosparse", "pretrained")
+METHODS = ("relu", "prosparse", "pretrained", "teal")
 _QUICK = ("text", "tokens", "generated", "l1", "l1_reduction", "quantize", "seed")
 
 
@@ -72,13 +72,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="do not train for the rounding of Q4_0",
     )  # fmt: skip
     add("--seed", type=int, metavar="S", help="of sampling and shuffling (default: 0)")
+    inputs = parser.add_argument_group("for --method teal, which takes --text and --tokens too")
+    add = inputs.add_argument
+    add("--sparsity", type=float, metavar="SHARE", help="of inputs to leave out, at each site and layer")
+    add(
+        "--sites", default="qkv,o,gate_up,down", metavar="LIST",
+        help="where inputs are left out (default: %(default)s)",
+    )  # fmt: skip
+    add(
+        "--score", default="magnitude", metavar="NAME",
+        help="what tells small inputs: magnitude | wina, which weighs them by what they are multiplied by "
+        "(default: %(default)s)",
+    )  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> int:
     """Sparsify, save, and print the summary table."""
-    config = _config(args)
+    config = None if args.method == "teal" else _config(args)
     check_replaceable(args.out, "checkpoint", [args.model])
     torch_threads()
+    if config is None:
+        from hotcold.sparsify.methods import teal
+
+        return teal.run(args)
     if args.method == "pretrained":
         return _unpack(args)
     if args.dry_run:

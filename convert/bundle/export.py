@@ -7,10 +7,12 @@ Weights pass through one tensor at a time, so that memory does not grow with the
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from hotcold import storage
+from hotcold.convert.bundle.input_rows import score_weights
 from hotcold.convert.bundle.layout import ExportOptions, GGUFLayout, ModelFiles
 from hotcold.convert.bundle.manifest import MANIFEST, BundleFile, Manifest
 from hotcold.convert.bundle.predictors import check_predictors
@@ -101,6 +103,8 @@ def _planned(
         _check_predictors(predictors, spec, fingerprint)
     model = ModelFiles(spec, source.config, options, name, fingerprint, folder, source.load)
     layouts, fallbacks = model.layouts(predictors, sparse=spec.is_sparse)
+    weights = score_weights(spec, source.load)
+    layouts = [replace(layout, metadata=layout.metadata | weights) for layout in layouts]
     if types := source.quantized_types:
         log(f"the source is quantized ({', '.join(types)}): its loss stays in what is written")
     for line in fallbacks:

@@ -13,13 +13,14 @@ from typing import Any
 import numpy as np
 from gguf.constants import GGML_QUANT_VERSION, LlamaFileType
 
-from hotcold.convert.bundle.attention_rows import ROLE, attention_rows_metadata, attention_rows_plans
+from hotcold.convert.bundle.input_rows import input_role, input_rows_plans
 from hotcold.convert.bundle.predictors import hot_neurons
 from hotcold.convert.bundle.tensor_plans import Planner, TensorTypes
 from hotcold.convert.gguf.llama_cpp import dense_metadata, dense_plans
 from hotcold.convert.gguf.write import TensorPlan
 from hotcold.convert.powerinfer.model import MAGIC, sparse_metadata, sparse_plans
 from hotcold.files.quantize import type_of
+from hotcold.model.inputs import metadata_of
 from hotcold.model.spec import ModelSpec
 from hotcold.model.tokenizer.files import tokenizer_metadata
 from hotcold.predictor.bundle import PredictorBundle
@@ -37,7 +38,8 @@ class ExportOptions:
 
     `head_quant` is for embedding and head, and that of the other matrices where None. A neuron that
     fires on `hot_frequency` of the tokens or more is hot: always computed, never predicted. With
-    `attention_rows` the attention matrices are written by input too, for a runtime that leaves inputs out.
+    `attention_rows` the attention matrices are written by input too, for a runtime that leaves inputs out;
+    a model with input rules has its own matrices by input anyway.
     """
 
     quant: str = "q4_0"
@@ -82,7 +84,7 @@ class ModelFiles:
     def layouts(
         self, predictors: PredictorBundle | None, *, sparse: bool
     ) -> tuple[list[GGUFLayout], list[str]]:
-        """The dense file, the one by neurons if `sparse`, the attention file if asked for; and what got
+        """The dense file, the one by neurons if `sparse`, the one by input where there is one; and what got
         another type than wished."""
         planner = Planner(self.spec, self.options.types(), self.load)
         own = self._own_metadata(planner.types)
@@ -95,10 +97,10 @@ class ModelFiles:
             metadata = sparse_metadata(self.spec, predictors, hot) | common
             plans = sparse_plans(planner, predictors)
             layouts.append(GGUFLayout(f"{self.name}.powerinfer.gguf", "sparse", MAGIC, metadata, plans))
-        if self.options.attention_rows:
-            metadata = attention_rows_metadata() | own
-            plans = attention_rows_plans(planner)
-            layouts.append(GGUFLayout(f"{self.name}.attention.gguf", ROLE, "GGUF", metadata, plans))
+        if role := input_role(self.spec, attention_rows=self.options.attention_rows):
+            metadata = {"general.architecture": f"hotcold-{role}"} | own
+            plans = input_rows_plans(planner)
+            layouts.append(GGUFLayout(f"{self.name}.{role}.gguf", role, "GGUF", metadata, plans))
         return layouts, sorted(set(planner.fallbacks))
 
     def _own_metadata(self, types: TensorTypes) -> dict[str, Any]:
@@ -111,7 +113,7 @@ class ModelFiles:
             "hotcold.model_fingerprint": self.fingerprint,
             "hotcold.activation": self.spec.activation,
             "hotcold.activation_thresholds": np.asarray(self.spec.activation_thresholds, np.float32),
-        }
+        } | metadata_of(self.spec.inputs)
 
     def _vocabulary(self) -> dict[str, Any]:
         if self.folder is None:

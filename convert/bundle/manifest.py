@@ -16,7 +16,7 @@ __all__ = ["MANIFEST", "BundleFile", "Manifest"]
 
 MANIFEST = "manifest.json"
 FORMAT, VERSION = "hotcold-bundle", 1
-ROLES = ("dense", "sparse", "attention", "predictor", "tokenizer", "config")
+ROLES = ("dense", "sparse", "attention", "inputs", "predictor", "tokenizer", "config")
 
 _LISTS = ("source_quantized", "llama_cpp_differences")  # of strings, empty where they are missing
 

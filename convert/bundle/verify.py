@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from hotcold import storage
-from hotcold.convert.bundle.attention_rows import ROLE
+from hotcold.convert.bundle.input_rows import ATTENTION
 from hotcold.convert.bundle.layout import ExportOptions, GGUFLayout, ModelFiles
 from hotcold.convert.bundle.manifest import MANIFEST, BundleFile, Manifest
 from hotcold.convert.bundle.predictors import check_predictors
@@ -22,6 +22,7 @@ from hotcold.errors import FormatError, HotcoldError, MismatchError, ShapeError
 from hotcold.files.gguf import GGUFFile
 from hotcold.files.gguf_split import open_gguf
 from hotcold.files.json import read_json
+from hotcold.model.inputs import least_inputs
 from hotcold.model.spec import ModelSpec
 from hotcold.model.tokenizer.files import tokenizer_files
 from hotcold.predictor.bundle import FILES, PredictorBundle
@@ -89,7 +90,7 @@ def _check_content(folder: Path, manifest: Manifest) -> None:
         manifest.head_quant,
         manifest.predictor_quant,
         manifest.hot_frequency,
-        attention_rows=bool(manifest.of_role(ROLE)),
+        attention_rows=bool(manifest.of_role(ATTENTION)),
     )
     model = ModelFiles(
         spec,
@@ -113,7 +114,9 @@ def _check_content(folder: Path, manifest: Manifest) -> None:
     _same(manifest.llama_cpp_exact, is_exact(spec), where, "llama_cpp_exact")
     _same(manifest.llama_cpp_differences, differences(spec), where, "llama_cpp_differences")
     for layout in layouts:
-        _check_file(open_gguf(folder / layout.file), layout)
+        file = open_gguf(folder / layout.file)
+        _check_file(file, layout)
+        least_inputs(file, spec)  # has the weights that the scores take
 
 
 def _no_weights(name: str) -> NoReturn:

@@ -53,6 +53,8 @@ def differences(spec: ModelSpec) -> list[str]:
         found.append(f"no sliding window of {max(spec.windows)} tokens")
     if spec.rope and spec.rope.kind == "llama3" and not architecture.rope_factors:
         found.append("YaRN's ramp instead of Llama 3's rope scaling")
+    if spec.inputs:
+        found.append(f"no inputs left out at {', '.join(rule.site for rule in spec.inputs)}")
     return found
 
 

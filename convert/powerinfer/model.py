@@ -162,11 +162,11 @@ def runs_in_powerinfer(spec: ModelSpec, type_name: str) -> bool:
     """Whether PowerInfer itself computes it rightly.
 
     It wants one of its architectures and its ReLU, head_dim · n_heads = d_model, F16 or Q4_0, and has neither
-    sliding windows nor Llama 3's rope scaling.
+    sliding windows nor Llama 3's rope scaling nor rules for inputs.
     """
     architecture, biased = architecture_of(spec), bool(spec.biases) and spec.structure.gated
     known = architecture in ("llama", "bamboo", "opt", "falcon") and not biased
     plain = not any(spec.activation_thresholds) and (spec.activation == "drelu") == (architecture == "bamboo")
     positions = not any(spec.windows) and not (spec.rope and spec.rope.kind == "llama3")
     fits = spec.head_dim * spec.n_heads == spec.d_model and type_name in _DOWN_TYPES
-    return known and spec.is_sparse and plain and positions and fits
+    return known and spec.is_sparse and plain and positions and fits and not spec.inputs

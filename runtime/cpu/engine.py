@@ -38,26 +38,29 @@ class CpuEngine(Engine):
         n_threads: int | None = None,
         n_ctx: int = 2048,
         *,
-        attention: str | Path | None = None,
+        input_rows: str | Path | None = None,
         input_sparsity: float = 0.0,
     ) -> None:
         """Pack the GGUF file `path` for `mode` (`dense`, `exact` or `predicted`).
 
-        `input_sparsity` is the share of their inputs, the smallest ones, that the attention matrices leave
-        out for each token but the first (after TEAL, arXiv 2408.14690); `attention` is then the file that
-        `hotcold export --attention-rows` wrote.
+        `input_rows` is the bundle's file of matrices by input: those of the sites where the model has rules
+        for its inputs, or what `hotcold export --attention-rows` wrote. From the latter the attention
+        matrices leave out `input_sparsity`, that share of their inputs, the smallest ones, for each token but
+        the first.
         `n_threads` is at most the number of CPUs that this process may use, which is the default. The kernels
         are the best that the CPU runs, or those that the environment variable HOTCOLD_CPU_ISA names. Raises
         InputError, FormatError, UnsupportedError.
         """
         check_context_size(n_ctx)
         check_input_sparsity(input_sparsity)
-        if input_sparsity and attention is None:
+        if input_sparsity and input_rows is None:
             raise _no_rows(path)
         self.mode, self.n_ctx, self.input_sparsity = mode, n_ctx, input_sparsity
         self.n_threads = thread_count(n_threads)
-        file, rows = open_gguf(path), None if attention is None else open_gguf(attention)
+        file, rows = open_gguf(path), None if input_rows is None else open_gguf(input_rows)
         self.model, self.shape = load_model(file, mode, self.n_threads, n_ctx, _isa(), rows)
+        if input_sparsity and self.shape.inputs:
+            raise _has_rules(path)
         self.model.input_sparsity = input_sparsity
         self.n_vocab = self.shape.n_vocab
         self._context_checked = partial(check_context, file, self.shape)
@@ -76,20 +79,20 @@ class CpuEngine(Engine):
 
         `dense` reads the file that stock llama.cpp runs, `exact` and `predicted` the one by neurons; `auto`
         is the fastest on this machine of those that the model offers, measured once and remembered.
-        `input_sparsity` takes a bundle that has the attention matrices by input. Raises InputError for a mode
-        that the model does not offer, and what the constructor raises.
+        `input_sparsity` takes a bundle that has the attention matrices by input, and no rules of its own.
+        Raises InputError for a mode that the model does not offer, and what the constructor raises.
         """
         check_input_sparsity(input_sparsity)
         model = ModelPath(bundle)
-        attention = model.attention_rows() if input_sparsity else None
-        if input_sparsity and attention is None:
+        rows = model.input_rows(any_share=bool(input_sparsity))
+        if input_sparsity and rows is None:
             raise _no_rows(bundle)
         if mode == "auto":
             from hotcold.runtime.auto_mode import choose_mode
 
             mode = choose_mode(model, n_threads)
         path = model.file_for(mode)
-        return cls(path, mode, n_threads, n_ctx, attention=attention, input_sparsity=input_sparsity)
+        return cls(path, mode, n_threads, n_ctx, input_rows=rows, input_sparsity=input_sparsity)
 
     @property
     def isa(self) -> str:
@@ -140,19 +143,26 @@ class CpuSequence(Sequence):
         fired, predicted, missed = (
             np.asarray(counts[name], np.int64) for name in ("fired", "predicted", "missed")
         )
-        return Stats(counts["tokens"], self._engine.shape.d_ff, fired, predicted, missed, audit=self.audit)
+        inputs = {site: (seen, kept) for site, (_, seen, kept) in counts["inputs"].items() if seen}
+        sizes = counts["tokens"], self._engine.shape.d_ff
+        return Stats(*sizes, fired, predicted, missed, audit=self.audit, inputs=inputs)
 
     def bytes_per_token(self, position: int | None = None) -> dict[str, float]:
         sizes, shape, counts = self._engine.model.sizes(), self._engine.shape, self._native.stats()
-        stats = self._stats_of(counts)
-        all_neurons = max(stats.tokens, 1) * shape.n_layers * shape.d_ff
+        stats, tokens = self._stats_of(counts), max(counts["tokens"], 1)
+        by_input = {site: part[0] / tokens for site, part in counts["inputs"].items()}
+        all_neurons = tokens * shape.n_layers * shape.d_ff
         fired = stats.fired.sum() / all_neurons if self.mode != "dense" else 1.0
         predicted = stats.predicted.sum() / all_neurons if self.mode == "predicted" else 1.0
+        down = fired
+        if self.mode != "dense" and "down" in stats.inputs:
+            down = stats.inputs["down"][1] / stats.inputs["down"][0]
+        neurons = predicted * sizes["gate"] + fired * sizes["up"] + down * sizes["down"]
         position = self.position if position is None else position
         return {
-            "attention": sizes["attention"] + counts["input_bytes"] / max(stats.tokens, 1),
+            "attention": sizes["attention"] + by_input["qkv"] + by_input["o"],
             "predictor": float(sizes["predictor"]),
-            "ffn": float(predicted * sizes["gate"] + fired * (sizes["up"] + sizes["down"])),
+            "ffn": float(neurons + by_input["gate_up"] + by_input["down"]),
             "head": float(sizes["head"]),
             "kv": float(2 * 2 * shape.n_layers * shape.n_kv_heads * shape.head_dim * position),
             "other": float(4 * shape.d_model * (2 * shape.n_layers + 1)),
@@ -168,6 +178,11 @@ def check_input_sparsity(share: float) -> None:
 def _no_rows(path: str | Path) -> InputError:
     what = "to leave inputs out takes a bundle with the attention matrices by input"
     return InputError(what, where=path, fix="`hotcold export --attention-rows` writes one")
+
+
+def _has_rules(path: str | Path) -> InputError:
+    what = "the model leaves inputs out by its own rules"
+    return InputError(what, where=path, fix="run it without --input-sparsity")
 
 
 def _isa() -> str | None:

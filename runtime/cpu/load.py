@@ -6,13 +6,14 @@ down rows by neuron, `predicted` all three rows by neuron. Only one of these is 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 
-from hotcold.convert.bundle.attention_rows import attention_rows
+from hotcold.convert.bundle.input_rows import input_rows, sites_by_input
 from hotcold.errors import UnsupportedError
 from hotcold.files.gguf import GGUFFile
+from hotcold.model.inputs import SITES, least_inputs, site_slots
 from hotcold.model.spec import ModelSpec
 from hotcold.model.tensors import PROJECTIONS, ROWS, parts_of
 from hotcold.model.weights import KEPT, FileWeights, Packed
@@ -33,21 +34,21 @@ def load_model(
     n_threads: int,
     n_ctx: int,
     isa: str | None = None,
-    attention: GGUFFile | None = None,
+    by_input: GGUFFile | None = None,
 ) -> tuple[_cpu.Model, ModelSpec]:
-    """Pack the weights of `file` for `mode`; those of attention by input, where `attention` holds them so.
+    """Pack the weights of `file` for `mode`; those that are read by input from `by_input`.
 
     Raises FormatError for missing tensors, ShapeError for wrong shapes, UnsupportedError for a model that the
     engine or this mode cannot run, InputError for more context than a model has learned positions for.
     """
     weights = FileWeights.read(file)
-    by_input = None if attention is None else attention_rows(attention, weights)
+    rows = None if by_input is None else input_rows(by_input, weights)
     check_context(file, weights.spec, n_ctx)
-    files = [part for part in (weights, by_input) if part is not None]
+    files = [part for part in (weights, rows) if part is not None]
     try:
         model = new_model(weights.spec, [part.file for part in files], mode, n_threads, isa)
         _load_ends(model, weights)
-        load_layers(model, weights, mode, range(weights.spec.n_layers), by_input)
+        load_layers(model, weights, mode, range(weights.spec.n_layers), rows)
         model.check()
     except ValueError as error:
         raise UnsupportedError(str(error), where=file.path) from error
@@ -89,19 +90,32 @@ def load_layers(
     layers: Sequence[int],
     by_input: FileWeights | None = None,
 ) -> None:
-    """Pack all of these layers: attention (its matrices from `by_input`, if given), FFN and, in predicted
-    mode, predictors."""
+    """Pack all of these layers: attention, FFN and, in predicted mode, predictors; from `by_input` what this
+    has of their matrices."""
+    held = () if by_input is None else _held(by_input.spec, mode)
+    by_output = {slot for site in SITES if site not in held for slot in SITES[site]}
     _load_positions(model, weights)
     _load_thresholds(model, weights.spec)
+    _load_input_rules(model, weights, layers)
     for layer in layers:
         model.set_window(layer, weights.spec.windows[layer])
-        _load_attention(model, weights, layer, by_input)
-        _load_ffn(model, weights, layer, mode)
+        _load_attention(model, weights, layer, by_output)
+        _load_ffn(model, weights, layer, mode, by_output)
         weights.release()
         if by_input is not None:
+            _load_input_rows(model, by_input, layer, held, mode)
             by_input.release()
     if mode == "predicted":
         _load_predictors(model, weights, layers)
+
+
+def _held(spec: ModelSpec, mode: str) -> tuple[str, ...]:
+    """The sites whose matrices a mode reads by input, of those that the file by input has.
+
+    Neurons that are listed are held by neuron, with their down rows.
+    """
+    by_neuron = {"dense": (), "exact": ("down",), "predicted": ("gate_up", "down")}[mode]
+    return tuple(site for site in sites_by_input(spec) if site not in by_neuron)
 
 
 def _set_panel(model: _cpu.Model, layer: int, slot: str, matrix: Packed) -> None:
@@ -141,41 +155,51 @@ def _load_positions(model: _cpu.Model, weights: FileWeights) -> None:
         _set_panel(model, 0, "positions", weights.packed("positions"))
 
 
-def _load_attention(
-    model: _cpu.Model, weights: FileWeights, layer: int, by_input: FileWeights | None
+def _load_input_rules(model: _cpu.Model, weights: FileWeights, layers: Sequence[int]) -> None:
+    for site, least in least_inputs(weights.file, weights.spec).items():
+        for layer in layers:
+            model.set_least_inputs(layer, site, least[layer])
+
+
+def _load_input_rows(
+    model: _cpu.Model, weights: FileWeights, layer: int, held: Sequence[str], mode: str
 ) -> None:
+    """The matrices of the sites that are held by input. Beside the gates of exact mode, ups are by neuron."""
+    for site in held:
+        slots = [slot for slot in site_slots(weights.spec, site) if slot != "up" or mode == "dense"]
+        rows = [weights.packed(slot + ROWS, layer) for slot in slots]
+        model.set_input_rows(
+            layer, site, [KEPT.index(matrix.type) for matrix in rows], [matrix.data for matrix in rows]
+        )
+
+
+def _load_attention(model: _cpu.Model, weights: FileWeights, layer: int, by_output: Collection[str]) -> None:
     head_norms = ["q_norm", "k_norm"] if weights.spec.structure.head_norm else []
     _load_vectors(model, weights, layer, ["attn_norm", "ffn_norm", *head_norms, *PROJECTIONS])
-    if by_input is not None:
-        return _load_attention_rows(model, by_input, layer)
     for slot in PROJECTIONS:
-        _set_panel(model, layer, slot, weights.packed(slot, layer))
+        if slot in by_output:
+            _set_panel(model, layer, slot, weights.packed(slot, layer))
 
 
-def _load_attention_rows(model: _cpu.Model, weights: FileWeights, layer: int) -> None:
-    for group in (PROJECTIONS[:3], PROJECTIONS[3:]):
-        rows = [weights.packed(slot + ROWS, layer) for slot in group]
-        kinds = [KEPT.index(matrix.type) for matrix in rows]
-        model.set_input_rows(layer, "".join(group), kinds, [matrix.data for matrix in rows])
-
-
-def _load_ffn(model: _cpu.Model, weights: FileWeights, layer: int, mode: str) -> None:
+def _load_ffn(
+    model: _cpu.Model, weights: FileWeights, layer: int, mode: str, by_output: Collection[str]
+) -> None:
     if weights.by_neuron == (mode == "dense"):
         form = "neuron rows" if weights.by_neuron else "a dense down matrix"
         raise UnsupportedError(f"{mode} mode cannot run a file with {form}", where=weights.path)
-    up = weights.packed("up", layer) if weights.spec.structure.gated else None
-    gate = weights.packed("gate", layer)
     _load_vectors(model, weights, layer, ["gate", "down"])
-    if mode != "predicted":
-        _set_panel(model, layer, "gate", gate)
+    gated, panels = weights.spec.structure.gated, {"dense": ("gate", "up", "down"), "exact": ("gate",)}
+    for slot in panels.get(mode, ()):
+        if slot in by_output and (gated or slot != "up"):
+            _set_panel(model, layer, slot, weights.packed(slot, layer))
     if mode == "dense":
-        if up:
-            _set_panel(model, layer, "up", up)
-        return _set_panel(model, layer, "down", weights.packed("down", layer))
-    rows = [gate if mode == "predicted" else None, up, weights.packed("down" + ROWS, layer)]
-    kinds = [KEPT.index(matrix.type) if matrix else 0 for matrix in (gate, *rows[1:])]
-    data = [matrix.data if matrix else None for matrix in rows]
-    model.set_bundles(layer, data[0], kinds[0], data[1], kinds[1], data[2], kinds[2])
+        return
+    slots = ("gate" if mode == "predicted" else None, "up" if gated else None, "down" + ROWS)
+    rows: list[object] = []
+    for slot in slots:
+        matrix = weights.packed(slot, layer) if slot else None
+        rows += [matrix.data, KEPT.index(matrix.type)] if matrix else [None, 0]
+    model.set_bundles(layer, *rows)
 
 
 def _load_predictors(model: _cpu.Model, weights: FileWeights, layers: Sequence[int]) -> None:

@@ -45,6 +45,11 @@ class CpuShare:
         counts = self._native.stats()
         return np.array([counts[name] for name in ("fired", "predicted", "missed")], np.int64)
 
+    def inputs(self) -> dict[str, tuple[int, int]]:
+        """By site where inputs may be left out: how many the layers here had, and how many counted."""
+        counts = self._native.stats()["inputs"]
+        return {site: (seen, kept) for site, (_, seen, kept) in counts.items() if seen}
+
     def reset_stats(self) -> None:
         """Start counting anew."""
         self._native.reset_stats()

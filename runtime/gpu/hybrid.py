@@ -13,7 +13,7 @@ from typing import Self
 import torch
 
 from hotcold.cpus import thread_count
-from hotcold.errors import MismatchError
+from hotcold.errors import MismatchError, UnsupportedError
 from hotcold.files.gguf import GGUFFile
 from hotcold.model.spec import ModelSpec
 from hotcold.model.weights import FileWeights
@@ -65,6 +65,7 @@ class HybridEngine(GpuEngine):
         return cls(path, mode, open_devices(device), placement, n_threads, n_ctx)
 
     def _load(self, file: GGUFFile) -> None:
+        _check_inputs(file, self.shape)
         _check_placement(self.placement, self.shape, self.mode, len(self.devices))
         self.sizes = part_bytes(file)
         n_threads = thread_count(self._threads)
@@ -91,6 +92,13 @@ class HybridEngine(GpuEngine):
     def measured(self) -> Telemetry:
         """The first sequence's telemetry."""
         return self._first.measured()
+
+
+def _check_inputs(file: GGUFFile, shape: ModelSpec) -> None:
+    """A neuron on the CPU does not know which token it is computed for, and the first one keeps all."""
+    if any(rule.site == "down" for rule in shape.inputs):
+        what = "the hybrid backend leaves out no inputs of down, as this model's rules want it"
+        raise UnsupportedError(what, where=file.path, fix="use --backend cpu or gpu")
 
 
 def _check_placement(placement: Placement, shape: ModelSpec, mode: str, n_devices: int) -> None:

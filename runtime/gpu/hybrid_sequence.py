@@ -57,6 +57,13 @@ class HybridSequence(GpuSequence):
         counts[:, : on_devices.shape[1]] += on_devices
         return counts
 
+    def _inputs(self) -> dict[str, tuple[int, int]]:
+        found, on_devices = self._cpu.inputs(), super()._inputs()
+        for site, (seen, kept) in on_devices.items():
+            more_seen, more_kept = found.get(site, (0, 0))
+            found[site] = seen + more_seen, kept + more_kept
+        return found
+
     def measured(self) -> Telemetry:
         """The telemetry, with the counts that are kept on the device."""
         with self._turns.take(self._held):

@@ -160,7 +160,7 @@ class HybridStage(Stage):
         y = (
             plus(torch.zeros_like(x), layer.down_bias)
             if layer.ffn is None
-            else self._masked(i, layer, h, hot)
+            else self._masked(i, layer, h, positions, hot)
         )
         if not n_cold:
             return y

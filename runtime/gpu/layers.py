@@ -60,6 +60,11 @@ class Layers:
             frequencies = np.zeros(self.shape.head_dim // 2)
         angle = torch.arange(n_ctx, dtype=torch.float64)[:, None] * torch.from_numpy(frequencies)
         scale = self.shape.rope.attention_factor if self.shape.rope else 1.0
+        # How many inputs counted, by site and layer. 16 bytes apart, as Triton compiles for an alignment.
+        self.kept = {
+            site: torch.zeros(len(least), 2, dtype=torch.int64, device=device)[:, 0]
+            for site, least in weights.least.items()
+        }
         self._cos, self._sin = ((scale * part).float().to(device) for part in (angle.cos(), angle.sin()))
 
     def norm(self, x: Tensor, by: DeviceNorm) -> Tensor:
@@ -81,6 +86,23 @@ class Layers:
             fired += (a != 0).sum()
         return a
 
+    def counted(self, site: str, i: int, x: Tensor, positions: Tensor) -> Tensor:
+        """x [tokens, inputs] with 0 for what layer i's input rule leaves out there, if it has one."""
+        least = self.weights.least.get(site)
+        if least is None:
+            return x
+        return self.ops.leave_out(x.contiguous(), least[i], positions, self.kept[site][i])
+
+    def listed_that_count(self, i: int, a: Tensor, index: Tensor, count: Tensor, position: Tensor) -> Tensor:
+        """The same of one token's listed neurons, a [1, n] by place in the list: what `down` reads."""
+        least = self.weights.least.get("down")
+        if least is None:
+            return a
+        place = torch.arange(a.shape[1], device=a.device)
+        of_listed = least[i][index.clamp(0, least.shape[1] - 1).long()]
+        of_listed = torch.where(place < count, of_listed, float("inf"))
+        return self.ops.leave_out(a.contiguous(), of_listed, position, self.kept["down"][i])
+
     def dot(self, x: Tensor, w: Rows, bias: Tensor | None = None) -> Tensor:
         """x · wᵀ + bias, float32 [tokens, w.n]."""
         if len(x) <= MAX_TOKENS:
@@ -101,14 +123,14 @@ class Layers:
         positions that are looked at.
         """
         layer = self.weights.layers[i]
-        q, k, v = self._projections(h, layer)
+        q, k, v = self._projections(self.counted("qkv", i, h, positions), layer)
         keys, values = self.cache.keys[i], self.cache.values[i]
         q = self.ops.apply_rope(q, k, v, self._cos, self._sin, positions, keys, values)
         if len(q) <= MAX_TOKENS:
             mixed = self.ops.attend(q, keys, values, positions, seen, layer.window)
         else:
             mixed = self._attend_many(q, keys[:, :seen], values[:, :seen], positions, layer.window)
-        return self.dot(mixed, layer.o, layer.o_bias)
+        return self.dot(self.counted("o", i, mixed, positions), layer.o, layer.o_bias)
 
     def _projections(self, h: Tensor, layer: DeviceLayer) -> list[Tensor]:
         """q, k and v of h, each [tokens, heads, head_dim]."""

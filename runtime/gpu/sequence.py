@@ -72,8 +72,8 @@ class GpuSequence(Sequence):
 
     def stats(self) -> Stats:
         with self._turns.take(self._held):
-            fired, predicted, missed = self._counts()
-            return Stats(self._tokens, self._engine.shape.d_ff, fired, predicted, missed, audit=self._audit)
+            sizes, counts, inputs = (self._tokens, self._engine.shape.d_ff), self._counts(), self._inputs()
+            return Stats(*sizes, *counts, audit=self._audit, inputs=inputs)
 
     def _counts(self) -> np.ndarray:
         """int64 [3, n_layers]: fired, predicted (all, where nothing predicts), missed."""
@@ -82,6 +82,12 @@ class GpuSequence(Sequence):
     def _device_counts(self) -> np.ndarray:
         """Those of the layers on devices."""
         return np.concatenate([stage.counts(self._tokens) for stage in self._stages], axis=1)
+
+    def _inputs(self) -> dict[str, tuple[int, int]]:
+        """As `Stats.inputs`."""
+        of_stages = [stage.input_counts(self._tokens) for stage in self._stages]
+        sums = {site: np.sum([counts[site] for counts in of_stages], axis=0) for site in of_stages[0]}
+        return {site: (int(seen), int(kept)) for site, (seen, kept) in sums.items()}
 
     def prefill(self, ids: Many[int] | np.ndarray, all_logits: bool = False) -> np.ndarray:
         tokens = np.ascontiguousarray(ids, np.int64)

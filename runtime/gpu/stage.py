@@ -52,6 +52,13 @@ class Stage:
     def reset_counts(self) -> None:
         """Start counting anew."""
         self._counts.zero_()
+        for kept in self._layers.kept.values():
+            kept.zero_()
+
+    def input_counts(self, tokens: int) -> dict[str, tuple[int, int]]:
+        """By site with a rule: how many inputs `tokens` tokens had in all layers, and how many counted."""
+        kept, least = self._layers.kept, self.weights.least
+        return {site: (tokens * least[site].numel(), int(counts.sum())) for site, counts in kept.items()}
 
     def counts(self, tokens: int) -> np.ndarray:
         """int64 [3, layers]: fired, predicted (all of `tokens` tokens, where nothing predicts), missed."""
@@ -99,9 +106,10 @@ class Stage:
         added = layers.attention(i, h, positions, seen)
         if self.weights.shape.structure.parallel:
             one_norm = layer.ffn_norm is layer.attn_norm
-            return x + added, x, h if one_norm else layers.norm(x, layer.ffn_norm)
+            h = h if one_norm else layers.norm(x, layer.ffn_norm)
+            return x + added, x, layers.counted("gate_up", i, h, positions)
         x, h = layers.add_norm(x, added, layer.ffn_norm)
-        return x, x, h
+        return x, x, layers.counted("gate_up", i, h, positions)
 
     def _end(self, x: Tensor, h: Tensor) -> None:
         self._out.copy_(self._layers.dot(h, self.weights.head) if self._ends else x)
@@ -121,7 +129,9 @@ class Stage:
         """The FFN of one token by lists of active neurons; x is the residual stream, h its norm."""
         ops, ffn = self._ops, layer.ffn
         if self.mode == "dense" or (self.mode == "exact" and ffn.up is None):
-            return self._masked(i, layer, h, None)  # no rows but those of `down` can be left out
+            return self._masked(
+                i, layer, h, self._position, None
+            )  # no rows but those of `down` can be left out
         if self.mode == "exact":
             gate = ops.dot_rows(h, ffn.gate)
             index, count = ops.select(gate, layer.firing)
@@ -141,6 +151,7 @@ class Stage:
         a = self._ops.ffn_listed(
             h, gate, ffn.up, index, count, layer.firing, self._clip, fired, ffn.gate_bias
         )
+        a = self._layers.listed_that_count(i, a, index, count, self._position)
         return plus(self._ops.down_listed(a, ffn.down, index, count), layer.down_bias)
 
     # ---- prompts
@@ -164,9 +175,11 @@ class Stage:
         """The FFN with all gates and ups computed, and what the mode leaves out masked."""
         predicted = self.mode == "predicted"
         computed = self._layers.predictions(layer, x, h, positions) if predicted else None
-        return self._masked(i, layer, h, computed)
+        return self._masked(i, layer, h, positions, computed)
 
-    def _masked(self, i: int, layer: DeviceLayer, h: Tensor, computed: Tensor | None) -> Tensor:
+    def _masked(
+        self, i: int, layer: DeviceLayer, h: Tensor, positions: Tensor, computed: Tensor | None
+    ) -> Tensor:
         """The neurons on the device, all of them or those that are `computed`, bool [tokens, n]."""
         ffn, dot = layer.ffn, self._layers.dot
         gate, fired = dot(h, ffn.gate, ffn.gate_bias), self._counts[0, i]
@@ -178,6 +191,7 @@ class Stage:
                 self._counts[2, i] += ((a != 0) & ~computed).sum()
             a = torch.where(computed, a, 0.0)
             fired += (a != 0).sum()
+        a = self._layers.counted("down", i, a, positions)
         if self.weights.dense_file:
             return dot(a, ffn.down, layer.down_bias)
         return plus(weighted(self._ops, a, ffn.down), layer.down_bias)

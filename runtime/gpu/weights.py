@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hotcold.errors import UnsupportedError
 from hotcold.files.gguf import GGUFFile
+from hotcold.model.inputs import least_inputs
 from hotcold.model.spec import NEVER_ZERO, ModelSpec
 from hotcold.model.tensors import PROJECTIONS, ROWS
 from hotcold.model.weights import FileWeights, Packed
@@ -109,6 +110,7 @@ class DeviceWeights:
     output_norm: DeviceNorm
     dense_file: bool
     converted: set[str]  # types of the file that became F16
+    least: dict[str, Tensor]  # by site, from which size on inputs count, [layers, inputs]; those with a rule
 
     @property
     def nbytes(self) -> int:
@@ -173,7 +175,15 @@ def read_weights(
         output_norm=reader.norm("output_norm"),
         dense_file=not weights.by_neuron,
         converted=weights.converted,
+        least=_read_least(weights, which, device),
     )
+
+
+def _read_least(weights: FileWeights, which: range, device: torch.device) -> dict[str, Tensor]:
+    found = least_inputs(weights.file, weights.spec)
+    return {
+        site: torch.from_numpy(least[which.start : which.stop]).to(device) for site, least in found.items()
+    }
 
 
 def host_embedding(file: GGUFFile) -> Rows:

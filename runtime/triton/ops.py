@@ -19,7 +19,7 @@ from hotcold.runtime.triton import kernels
 from hotcold.runtime.triton.launch import launch
 from hotcold.runtime.triton.reference import PLAIN_RELU
 from hotcold.runtime.triton.rows import Rows
-from hotcold.runtime.triton.steps import activate, add_norm, apply_rope, attend, norm
+from hotcold.runtime.triton.steps import activate, add_norm, apply_rope, attend, leave_out, norm
 from hotcold.runtime.triton.tuning import Tiles, tiles_for, whole_rows
 
 __all__ = [
@@ -32,6 +32,7 @@ __all__ = [
     "down_listed",
     "ffn_exact",
     "ffn_listed",
+    "leave_out",
     "norm",
     "predict",
     "s2",

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hotcold.runtime.triton.rows import Rows
-from hotcold.runtime.triton.step_reference import activate, add_norm, apply_rope, attend, norm
+from hotcold.runtime.triton.step_reference import activate, add_norm, apply_rope, attend, leave_out, norm
 
 __all__ = [
     "activate",
@@ -23,6 +23,7 @@ __all__ = [
     "down_listed",
     "ffn_exact",
     "ffn_listed",
+    "leave_out",
     "norm",
     "predict",
     "s2",

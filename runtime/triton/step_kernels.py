@@ -11,7 +11,14 @@ import triton.language as tl
 
 from hotcold.runtime.triton.early import let_next_start, wait_for_last
 
-__all__ = ["activate_kernel", "apply_rope_kernel", "attend_kernel", "blend_kernel", "norm_kernel"]
+__all__ = [
+    "activate_kernel",
+    "apply_rope_kernel",
+    "attend_kernel",
+    "blend_kernel",
+    "leave_out_kernel",
+    "norm_kernel",
+]
 
 
 @triton.jit
@@ -197,3 +204,30 @@ def activate_kernel(
     tl.store(a + at, found, mask=inside)
     if COUNTED:  # whole numbers: their sum does not depend on the order
         tl.atomic_add(fired, tl.sum((found != 0.0).to(tl.int64), 0), sem="relaxed")
+
+
+@triton.jit
+def leave_out_kernel(
+    x,
+    least,
+    positions,
+    kept,
+    out,
+    size,
+    width,
+    COUNTED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
+):
+    """out [tokens, width] = x where its size is at least `least`, or its token the first of all, else 0."""
+    let_next_start(EARLY)
+    wait_for_last(EARLY)
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < size
+    values = tl.load(x + at, mask=inside, other=0.0)
+    enough = tl.abs(values) >= tl.load(least + at % width, mask=inside, other=0.0)
+    first = tl.load(positions + at // width, mask=inside, other=1) == 0
+    found = tl.where(enough | first, values, 0.0)
+    tl.store(out + at, found, mask=inside)
+    if COUNTED:  # whole numbers: their sum does not depend on the order
+        tl.atomic_add(kept, tl.sum((found != 0.0).to(tl.int64), 0), sem="relaxed")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["activate", "add_norm", "apply_rope", "attend", "norm"]
+__all__ = ["activate", "add_norm", "apply_rope", "attend", "leave_out", "norm"]
 
 
 def norm(x: Tensor, weight: Tensor, eps: float, bias: Tensor | None = None) -> Tensor:
@@ -72,3 +72,14 @@ def activate(
     if fired is not None:
         fired += (a != 0).sum()
     return a
+
+
+def leave_out(x: Tensor, least: Tensor, positions: Tensor, kept: Tensor | None = None) -> Tensor:
+    """x [tokens, width] with 0 for inputs smaller than `least` [width], of all tokens but that at position 0.
+
+    How many are not zero is added to `kept`, int64 [].
+    """
+    x = torch.where((x.abs() >= least) | (positions[:, None] == 0), x, 0.0)
+    if kept is not None:
+        kept += x.count_nonzero()
+    return x

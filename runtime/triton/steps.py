@@ -13,7 +13,7 @@ from triton import cdiv, next_power_of_2
 from hotcold.runtime.triton import step_kernels as kernels
 from hotcold.runtime.triton.launch import launch
 
-__all__ = ["activate", "add_norm", "apply_rope", "attend", "norm"]
+__all__ = ["activate", "add_norm", "apply_rope", "attend", "leave_out", "norm"]
 
 _SHARE = 256  # cache positions of one program, which holds their keys and values in registers
 _BLOCK = 1024
@@ -106,3 +106,14 @@ def activate(
         GATED=up is not None, CLIP=clip, COUNTED=fired is not None, BLOCK=_BLOCK,
     )  # fmt: skip
     return a
+
+
+@triton_op("hotcold::leave_out", mutates_args=("kept",))
+def leave_out(x: Tensor, least: Tensor, positions: Tensor, kept: Tensor | None = None) -> Tensor:
+    """See step_reference.leave_out."""
+    out, size = torch.empty_like(x), x.numel()
+    launch(
+        kernels.leave_out_kernel, (cdiv(size, _BLOCK),), x, least, positions, out if kept is None else kept,
+        out, size, x.shape[1], COUNTED=kept is not None, BLOCK=_BLOCK,
+    )  # fmt: skip
+    return out

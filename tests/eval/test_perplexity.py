@@ -20,6 +20,8 @@ from hotcold.eval.sides import EngineSide
 from hotcold.eval.windows import load_tokenizer, text_ids, windows
 from hotcold.runtime.reference import ReferenceEngine
 
+from .conftest import make_text
+
 
 class Table:
     """A side whose logits are given: row t of `logits` follows the token at position t of any window."""
@@ -163,6 +165,50 @@ def test_what_leaving_inputs_out_costs(bundle, text_file, capsys):
     (found,) = map(json.loads, capsys.readouterr().out.splitlines())
     assert (found["mode"], found["input_sparsity"]) == ("exact (attention inputs 50%)", 0.5)
     assert found["kl"] > 1e-4
+
+
+@pytest.fixture(scope="module")
+def ruled_bundle(bundle, tmp_path_factory):
+    """The same model with thresholds for all of its inputs, by the commands."""
+    folder = tmp_path_factory.mktemp("ruled")
+    text = folder / "text.txt"
+    text.write_text(make_text(50000, seed=2))
+    model, ruled, out = (str(path) for path in (bundle.parent / "model", folder / "model", folder / "bundle"))
+    teal = ("--method", "teal", "--sparsity", "0.4", "--text", str(text), "--tokens", "1024")
+    assert main(["sparsify", "--model", model, *teal, "--out", ruled]) == 0
+    assert main(["export", "--model", ruled, "--quant", "f16", "--name", "tiny", "--out", out]) == 0
+    return out
+
+
+def test_a_models_own_rules_are_measured(ruled_bundle, text_file, capsys):
+    options = ("--bundle", ruled_bundle, "--text", text_file, "--tokens", 256, "--window", 32, "-t", 1)
+    capsys.readouterr()
+    assert run(*options, "--mode", "dense,exact", "--reference", "dense", "--json") == 0
+    dense, exact = map(json.loads, capsys.readouterr().out.splitlines())
+    assert exact["ppl"] == pytest.approx(dense["ppl"], rel=1e-3)
+    for site in ("qkv", "o", "gate_up", "down"):  # the first of each 32 tokens keeps all; a ReLU gives zeros
+        assert exact["inputs_left_out"][site] > 0.25
+    assert run(*options, "--mode", "exact") == 0
+    assert re.search(r"; inputs left out: qkv \d+\.\d%, o ", capsys.readouterr().out)
+
+
+def test_a_bench_tells_what_rules_leave_out(ruled_bundle, text_file, capsys):
+    sizes = ("-p", 8, "-n", 4, "-r", 1, "-t", 1, "--quality-tokens", 0)
+    arguments = (
+        "bench",
+        "--bundle",
+        ruled_bundle,
+        "--text",
+        text_file,
+        *sizes,
+        "--modes",
+        "exact",
+        "-o",
+        "json",
+    )
+    assert main([str(argument) for argument in arguments]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert 0.1 < found["inputs_qkv_exact"] < 0.9
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,8 @@ from hotcold.convert.bundle.manifest import MANIFEST, BundleFile, Manifest
 from hotcold.model import checkpoint
 from hotcold.model.checkpoint import fingerprint
 from hotcold.model.huggingface import HFCheckpoint
+from hotcold.model.inputs import CONFIG_KEY, SITES, config_entry
+from hotcold.sparsify.methods.teal import calibrate
 
 TEXT = "The quick brown fox jumps over the lazy dog. Größe, naïve café, 東京 and 🦊🐶! 0123456789\n"
 CHAT_TEMPLATE = (
@@ -343,3 +345,38 @@ def logits_of(make_family) -> Callable[[str], np.ndarray]:
         return made[name]
 
     return logits
+
+
+def write_ruled(root: Path, name: str, sites: tuple[str, ...], score: str, quant: str) -> tuple[Path, Path]:
+    """An HF directory whose calibrated rules leave out 40 % of the inputs, and its bundle."""
+    model = root / "model"
+    write_model(model, FAMILIES[name])
+    loaded = checkpoint.load_model(str(model))
+    rules = calibrate(loaded, torch.from_numpy(IDS)[None], sites, score, 0.4)
+    config = json.loads((model / "config.json").read_text()) | {CONFIG_KEY: config_entry(rules)}
+    (model / "config.json").write_text(json.dumps(config))
+    predictors = random_predictors(model, root / "predictors") if name in SPARSE else None
+    export_bundle(
+        HFCheckpoint(model), root / "bundle", name="m", fingerprint=fingerprint(str(model)),
+        predictors=predictors, options=ExportOptions(quant, predictor_quant="f32"),
+    )  # fmt: skip
+    return model, root / "bundle"
+
+
+@pytest.fixture(scope="session")
+def make_ruled(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Path, Path]]:
+    """make_ruled(name, sites, score, quant) → a model with input rules: HF directory and bundle."""
+    made: dict[tuple[object, ...], tuple[Path, Path]] = {}
+
+    def make(
+        name: str = "llama",
+        sites: tuple[str, ...] = tuple(SITES),
+        score: str = "magnitude",
+        quant: str = "f32",
+    ) -> tuple[Path, Path]:
+        key = name, sites, score, quant
+        if key not in made:
+            made[key] = write_ruled(tmp_path_factory.mktemp("ruled"), *key)
+        return made[key]
+
+    return make

@@ -220,7 +220,7 @@ def test_rows_that_do_not_fit_are_refused(bundle, tmp_path):
     sparse = bundle.path / "tiny.powerinfer.gguf"
 
     def load(path):
-        return Engine(sparse, "exact", 1, attention=path, input_sparsity=0.5)
+        return Engine(sparse, "exact", 1, input_rows=path, input_sparsity=0.5)
 
     load(_attention_file(tmp_path / "good.gguf"))
     with pytest.raises(ShapeError, match="attn_output_t"):

@@ -91,7 +91,7 @@ def read_engine(folder: Path) -> None:
 
 def read_attention(folder: Path) -> None:
     """The same with the attention matrices by input, of which half are left out."""
-    engine = Engine(folder / "m.gguf", "exact", 1, 8, attention=folder / "a.gguf", input_sparsity=0.5)
+    engine = Engine(folder / "m.gguf", "exact", 1, 8, input_rows=folder / "a.gguf", input_sparsity=0.5)
     engine.prefill([0, 1, 2])
     engine.decode(3)
 

@@ -27,15 +27,14 @@ void Pass::attention(int thread, int l) {
   const Layer& layer = m.layers[l];
   Stream& s = stream(thread);
   const Acts& norm = s.norm.acts;
-  const bool by_input = layer.qkv_inputs.data != nullptr;
   each_token(thread, [&](int t) {
     norm_token(thread, t, layer.attn_norm, t);
-    if (by_input) leave_out_inputs(norm, t);
+    leave_out_inputs(thread, l, Site::Qkv, norm, t);
   });
   const int q_rows = c().n_heads * c().head_dim, kv_rows = c().n_kv_heads * c().head_dim;
   const Outputs qkv[] = {{b.q.get(), q_rows}, {b.kk.get(), kv_rows}, {b.v.get(), kv_rows}};
-  if (by_input) {
-    multiply_inputs(thread, layer.qkv_inputs, norm, qkv);
+  if (input_rows(l, Site::Qkv).data) {
+    multiply_inputs(thread, l, Site::Qkv, norm, qkv);
   } else {
     multiply(thread, layer.q, norm, b.q.get(), q_rows);
     multiply(thread, layer.k, norm, b.kk.get(), kv_rows);
@@ -48,10 +47,10 @@ void Pass::attention(int thread, int l) {
   const int stride = round_up(c().d_model, kLanes);
   // In a parallel block the FFN still has to read the stream as it is.
   float* out = c().parallel ? b.attention.get() : b.out.get();
-  if (by_input) {
-    each_token(thread, [&](int t) { leave_out_inputs(s.heads.acts, t); });
+  if (leaves_out(l, Site::O)) each_token(thread, [&](int t) { leave_out_inputs(thread, l, Site::O, s.heads.acts, t); });
+  if (input_rows(l, Site::O).data) {
     const Outputs o{out, stride};
-    multiply_inputs(thread, layer.o_inputs, s.heads.acts, &o);
+    multiply_inputs(thread, l, Site::O, s.heads.acts, &o);
   } else {
     multiply(thread, layer.o, s.heads.acts, out, stride);
   }

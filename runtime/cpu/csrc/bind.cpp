@@ -87,14 +87,31 @@ void set_panel(Model& m, int l, const std::string& slot, int type, Bytes data, i
   *panel = m.add_panel(Type(type), data.data(), rows, cols, order ? order->data() : nullptr);
 }
 
-// Transposed matrices [inputs, outputs]: q, k and v, or o.
+Site site_of(const std::string& name) {
+  for (int i = 0; i < kSites; ++i)
+    if (name == kSiteNames[i]) return Site(i);
+  throw std::invalid_argument("no site '" + name + "'");
+}
+
+int site_width(const Config& c, Site site) {
+  if (site == Site::O) return c.n_heads * c.head_dim;
+  return site == Site::Down ? c.d_ff : c.d_model;
+}
+
+// Outputs of the matrices that a mode reads by input. Beside the gates of exact mode, rows of neurons are read by neuron.
+std::vector<int> site_outputs(const Config& c, Site site) {
+  if (site == Site::Qkv) return {c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim, c.n_kv_heads * c.head_dim};
+  if (site == Site::O) return {c.d_model};
+  require(c.mode == Mode::Dense || (c.mode == Mode::Exact && site == Site::GateUp), "held by neuron in this mode");
+  if (site == Site::Down) return {c.d_model};
+  return std::vector<int>(c.mode == Mode::Dense && c.gated ? 2 : 1, c.d_ff);
+}
+
+// Transposed matrices [inputs, outputs] of a site.
 void set_input_rows(Model& m, int l, const std::string& slot, std::vector<int> types, std::vector<Bytes> data) {
-  const Config& c = m.config;
-  const int q = c.n_heads * c.head_dim, kv = c.n_kv_heads * c.head_dim;
-  const bool is_qkv = slot == "qkv";
-  require(is_qkv || slot == "o", "no matrices '" + slot + "'");
-  const std::vector<int> outputs = is_qkv ? std::vector{q, kv, kv} : std::vector{c.d_model};
-  const int inputs = is_qkv ? c.d_model : q;
+  const Site site = site_of(slot);
+  const std::vector<int> outputs = site_outputs(m.config, site);
+  const int inputs = site_width(m.config, site);
   require(types.size() == outputs.size() && data.size() == outputs.size(), slot + ": wrong number of matrices");
   std::vector<InputPart> parts;
   for (size_t i = 0; i < outputs.size(); ++i) {
@@ -103,7 +120,13 @@ void set_input_rows(Model& m, int l, const std::string& slot, std::vector<int> t
   }
   Layer& layer = layer_of(m, l);
   nb::gil_scoped_release release;
-  (is_qkv ? layer.qkv_inputs : layer.o_inputs) = m.add_input_rows(inputs, parts);
+  layer.site(site).rows = m.add_input_rows(inputs, parts);
+}
+
+// From which size on the inputs of a site count.
+void set_least_inputs(Model& m, int l, const std::string& slot, Floats least) {
+  const Site site = site_of(slot);
+  layer_of(m, l).site(site).least = to_vector(least, site_width(m.config, site), slot);
 }
 
 // The place of a vector and how many values belong there.
@@ -170,19 +193,19 @@ void check_complete(const Model& m) {
   if (m.positions.data) check_panel(m.positions, m.positions.rows, c.d_model, "positions");
   require(int(m.rope_frequency.size()) * 2 <= c.head_dim, "more rope frequencies than pairs in a head");
   for (const Layer& l : m.layers) {
-    require(!l.qkv_inputs.data == !l.o_inputs.data, "qkv and o: only one of them is held by input");
-    if (!l.qkv_inputs.data) {
+    const auto by_input = [&l](Site site) { return l.site(site).rows.data != nullptr; };
+    if (!by_input(Site::Qkv)) {
       check_panel(l.q, q, c.d_model, "q");
       check_panel(l.k, kv, c.d_model, "k");
       check_panel(l.v, kv, c.d_model, "v");
-      check_panel(l.o, c.d_model, q, "o");
     }
+    if (!by_input(Site::O)) check_panel(l.o, c.d_model, q, "o");
     check_norm(m, l.attn_norm, "attn_norm");
     check_norm(m, l.ffn_norm, "ffn_norm");
-    if (c.mode != Mode::Predicted) check_panel(l.gate, c.d_ff, c.d_model, "gate");
+    if (c.mode != Mode::Predicted && !by_input(Site::GateUp)) check_panel(l.gate, c.d_ff, c.d_model, "gate");
     if (c.mode == Mode::Dense) {
-      if (c.gated) check_panel(l.up, c.d_ff, c.d_model, "up");
-      check_panel(l.down, c.d_model, c.d_ff, "down");
+      if (c.gated && !by_input(Site::GateUp)) check_panel(l.up, c.d_ff, c.d_model, "up");
+      if (!by_input(Site::Down)) check_panel(l.down, c.d_model, c.d_ff, "down");
     } else {
       require(l.bundles && (l.gate_row.bytes > 0) == (c.mode == Mode::Predicted), "neuron rows missing");
       require((l.up_row.bytes > 0) == c.gated, "up rows missing");
@@ -248,6 +271,7 @@ NB_MODULE(_cpu, m) {
            "layer_norm"_a = false, "parallel"_a = false, "gated"_a = true)
       .def("set_panel", &set_panel, "layer"_a, "slot"_a, "type"_a, "data"_a, "rows"_a, "cols"_a, "order"_a = nb::none())
       .def("set_input_rows", &set_input_rows, "layer"_a, "slot"_a, "types"_a, "data"_a)
+      .def("set_least_inputs", &set_least_inputs, "layer"_a, "slot"_a, "least"_a)
       .def("tie_head", [](Model& m) { m.head = m.embedding; })
       .def("set_bundles", &set_bundles, "layer"_a, "gate"_a.none(), "gate_type"_a, "up"_a.none(), "up_type"_a, "down"_a,
            "down_type"_a)

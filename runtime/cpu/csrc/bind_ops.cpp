@@ -121,7 +121,8 @@ std::vector<nb::ndarray<nb::numpy, float>> multiply_inputs(const std::string& is
   }
   const Config c{1, inputs, kLanes, 1, 1, kLanes, 1, 1e-5f, Activation::Relu, Mode::Dense};
   Model m(c, threads, bytes, kernels(isa.c_str()));
-  const InputRows rows = m.add_input_rows(inputs, parts);
+  InputRows& rows = m.layers[0].site(Site::Qkv).rows;
+  rows = m.add_input_rows(inputs, parts);
   Model::Buffers buffers(c, threads, 1, rows.width());
   Sequence sequence(m, 1);
   ActsBuffer acts(inputs, tokens, false);
@@ -133,7 +134,7 @@ std::vector<nb::ndarray<nb::numpy, float>> multiply_inputs(const std::string& is
     out.push_back({results.back().data(), n});
   }
   Pass pass{m, buffers, sequence, nullptr, tokens, 1, 0};
-  m.team.run([&](int thread) { pass.multiply_inputs(thread, rows, acts.acts, out.data()); });
+  m.team.run([&](int thread) { pass.multiply_inputs(thread, 0, Site::Qkv, acts.acts, out.data()); });
   return results;
 }
 

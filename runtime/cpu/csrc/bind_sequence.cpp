@@ -67,7 +67,12 @@ nb::dict stats(Sequence& s) {
   d["fired"] = fired;
   d["predicted"] = predicted;
   d["missed"] = missed;
-  d["input_bytes"] = found.input_bytes;
+  nb::dict inputs;
+  for (int i = 0; i < kSites; ++i) {
+    const InputStats& site = found.inputs[i];
+    inputs[kSiteNames[i]] = std::vector<int64_t>{site.bytes, site.seen, site.kept};
+  }
+  d["inputs"] = inputs;
   return d;
 }
 

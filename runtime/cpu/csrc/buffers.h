@@ -70,7 +70,7 @@ struct ThreadScratch {
         y(size_t(round_up(c.d_model, 128)) * tokens),
         list(c.d_ff),
         sums(input_width ? std::max(input_width, kMaxOutputs * tokens) : 0),
-        inputs(input_width ? std::max(c.d_model, c.n_heads * c.head_dim) : 0),
+        inputs(input_width ? std::max({c.d_model, c.n_heads * c.head_dim, c.d_ff}) : 0),
         queues(tokens) {}
   static int query_rows(const Config& c) { return c.n_heads / c.n_kv_heads * tokens_side_by_side(c); }
 

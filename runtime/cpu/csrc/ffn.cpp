@@ -23,6 +23,7 @@ void Pass::ffn(int thread, int l) {
   const Acts &x = s.x.acts, &norm = s.norm.acts;
   each_token(thread, [&](int t) {
     norm_token(thread, t, layer.ffn_norm, t);
+    leave_out_inputs(thread, l, Site::GateUp, norm, t);
     if (c().mode != Mode::Dense) m.k.arrange(norm, t, prefetches(thread));
     if (c().mode == Mode::Predicted && !layer.predictor_normed) m.k.quantize(x, t, 0, x.blocks(), prefetches(thread));
   });
@@ -52,8 +53,14 @@ void Pass::ffn_dense(int thread, int l) {
   const Range blocks = split(round_up(c().d_ff, kBlock) / kBlock, thread, threads());
   const int groups = round_up(c().d_ff, kLanes) / kLanes;
   const int first = blocks.first * per_block, last = std::min(blocks.last * per_block, groups);
-  m.k.panel(layer.gate.type, layer.gate.data, c().d_model, first, last, s.norm.acts, n, b.gate.get(), stride);
-  if (c().gated) m.k.panel(layer.up.type, layer.up.data, c().d_model, first, last, s.norm.acts, n, b.up.get(), stride);
+  if (input_rows(l, Site::GateUp).data) {
+    const Outputs gate_up[] = {{b.gate.get(), stride}, {b.up.get(), stride}};
+    multiply_inputs(thread, l, Site::GateUp, s.norm.acts, gate_up);
+    m.team.barrier();
+  } else {
+    m.k.panel(layer.gate.type, layer.gate.data, c().d_model, first, last, s.norm.acts, n, b.gate.get(), stride);
+    if (c().gated) m.k.panel(layer.up.type, layer.up.data, c().d_model, first, last, s.norm.acts, n, b.up.get(), stride);
+  }
   add_bias(layer.gate_bias, first, last);
   const float threshold = firing_threshold(layer);
   LayerStats& stats = counts(thread).layers[l];
@@ -66,6 +73,7 @@ void Pass::ffn_dense(int thread, int l) {
     else if (c().activation == Activation::Gelu) gelu_mul(gate + from, up + from, to - from);
     else fired += m.k.relu_mul(gate + from, up + from, to - from, threshold, c().activation == Activation::Drelu);
     std::copy(gate + from, gate + to, a.f + size_t(t) * a.width + from);
+    if (leaves_out(l, Site::Down)) leave_out_inputs(thread, l, Site::Down, a, t, from, to, true);
     m.k.quantize(a, t, blocks.first, blocks.last, prefetches(thread));
   }
   // SiLU and GELU are never zero: all fire. Every neuron is computed here, which is what `predicted` counts.
@@ -74,7 +82,9 @@ void Pass::ffn_dense(int thread, int l) {
   stats.predicted += all;
   m.team.barrier();
   const int out_stride = round_up(c().d_model, kLanes);
-  multiply(thread, layer.down, a, b.out.get(), out_stride);
+  const Outputs down{b.out.get(), out_stride};
+  if (input_rows(l, Site::Down).data) multiply_inputs(thread, l, Site::Down, a, &down);
+  else multiply(thread, layer.down, a, b.out.get(), out_stride);
   prefetch(thread, after(l));
   m.team.barrier();
   add_to_stream(thread, b.out.get(), out_stride, layer.down_bias);
@@ -145,15 +155,22 @@ void Pass::list_neurons(int thread, int l, const Panel& panel, const Acts& acts,
   const uint32_t sink = predicted && position == 0 ? 0xFFFF : 0;
   const Range groups = split(round_up(c().d_ff, kLanes) / kLanes, thread, threads());
   s.listed = 0;
-  m.k.panel(panel.type, panel.data, panel.cols, groups.first, groups.last, acts, n, b.gate.get(), stride);
+  if (!predicted && input_rows(l, Site::GateUp).data) {
+    const Outputs gates{b.gate.get(), stride};
+    multiply_inputs(thread, l, Site::GateUp, acts, &gates);
+    m.team.barrier();
+  } else {
+    m.k.panel(panel.type, panel.data, panel.cols, groups.first, groups.last, acts, n, b.gate.get(), stride);
+  }
   add_bias(predicted ? layer.fc2_bias : layer.gate_bias, groups.first, groups.last);
   for (int g = groups.first; g < groups.last; ++g)
     list_group(s, g * kLanes, &b.gate[g * kLanes], stride, threshold, predicted && !layer.hot.empty() ? layer.hot[g] : 0, sink);
 }
 
 void Pass::ffn_rows(int thread, int l) {
-  const LayerStats found = work_rows(m, b, thread, m.layers[l], stream(thread).norm.acts, n);
-  LayerStats& stats = counts(thread).layers[l];
+  Counts& sum = counts(thread);
+  LayerStats& stats = sum.layers[l];
+  const LayerStats found = work_rows(m, b, thread, m.layers[l], stream(thread).norm.acts, n, position, sum.site(Site::Down));
   stats.fired += found.fired;
   stats.predicted += found.predicted;
 }

@@ -1,5 +1,6 @@
-// Matrices held by input: an input that is small is not read at all (TEAL, arXiv 2408.14690, which has a fixed threshold per
-// matrix; here each token leaves out the same share of its own inputs, so that nothing has to be calibrated).
+// Inputs that are too small to count, and matrices held by input, of which the rows of such inputs are not read at all
+// (TEAL, arXiv 2408.14690). What counts says a threshold per input, from the model's rule (hotcold/model/inputs.py); or each
+// token leaves out the same share of its own inputs, so that nothing has to be calibrated.
 #include <algorithm>
 #include <bit>
 #include <cmath>
@@ -29,6 +30,11 @@ float size_of_smallest_kept(const Kernels& k, const float* x, int n, int keep) {
   return std::bit_cast<float>(low);
 }
 
+// Plain C++: a thousandth of what reading the rows takes. NaN does not count.
+void leave_out_below(float* x, const float* least, int first, int last) {
+  for (int i = first; i < last; ++i) x[i] = std::abs(x[i]) >= least[i] ? x[i] : 0.0f;
+}
+
 // Pieces of kMaxOutputs outputs, the last one of fewer.
 int pieces_of(const InputRows::Part& part) { return round_up(part.outputs, kMaxOutputs) / kMaxOutputs; }
 
@@ -39,18 +45,37 @@ void leave_out_smallest(const Kernels& k, float* x, int n, double share) {
   k.keep_at_least(x, padded(n), size_of_smallest_kept(k, x, n, keep));
 }
 
-void Pass::leave_out_inputs(const Acts& acts, int t) {
+void Pass::leave_out_inputs(int thread, int l, Site which, const Acts& acts, int t, int first, int last, bool counted) {
+  const InputSite& site = m.layers[l].site(which);
+  float* x = acts.f + size_t(t) * acts.width;
+  last = std::min(last, acts.n);
   // Position 0 is what all later tokens lean on (see list_neurons).
-  if (position + t > 0) leave_out_smallest(m.k, acts.f + size_t(t) * acts.width, acts.n, m.input_sparsity);
+  if (position + t > 0) {
+    if (site.least.empty()) leave_out_smallest(m.k, x, acts.n, m.input_sparsity);
+    else leave_out_below(x, site.least.data(), first, last);
+  }
+  if (!counted || first >= last) return;
+  InputStats& stats = counts(thread).site(which);
+  stats.seen += last - first;
+  stats.kept += last - first - std::count(x + first, x + last, 0.0f);
 }
 
-void Pass::multiply_inputs(int thread, const InputRows& rows, const Acts& acts, const Outputs* out) {
-  if (n == 1) multiply_inputs_one(thread, rows, acts, out);
-  else multiply_inputs_block(thread, rows, acts, out);
+void Pass::leave_out_inputs(int thread, int l, Site which, const Acts& acts, int t) {
+  if (!leaves_out(l, which)) return;
+  leave_out_inputs(thread, l, which, acts, t, 0, acts.n, n > 1 || thread == 0);
+  // Rows by input read floats; panels, and rows by neuron beside the gates by input, read what is quantized.
+  const bool read = !input_rows(l, which).data || (which == Site::GateUp && c().mode != Mode::Dense);
+  if (read) m.k.quantize(acts, t, 0, acts.blocks(), prefetches(thread));
+}
+
+void Pass::multiply_inputs(int thread, int l, Site which, const Acts& acts, const Outputs* out) {
+  int64_t& bytes = counts(thread).site(which).bytes;
+  if (n == 1) multiply_inputs_one(thread, input_rows(l, which), acts, out, bytes);
+  else multiply_inputs_block(thread, input_rows(l, which), acts, out, bytes);
 }
 
 // One token: each thread adds up its share of the inputs that count, then its share of all threads' sums.
-void Pass::multiply_inputs_one(int thread, const InputRows& rows, const Acts& acts, const Outputs* out) {
+void Pass::multiply_inputs_one(int thread, const InputRows& rows, const Acts& acts, const Outputs* out, int64_t& bytes) {
   ThreadScratch& s = *b.scratch[thread];
   int32_t* kept = s.inputs.get();
   int count = 0;
@@ -58,7 +83,7 @@ void Pass::multiply_inputs_one(int thread, const InputRows& rows, const Acts& ac
     kept[count] = i;
     count += acts.f[i] != 0;
   }
-  if (thread == 0) counts(thread).input_bytes += int64_t(count) * rows.bytes;
+  if (thread == 0) bytes += int64_t(count) * rows.bytes;
   const Range mine = split(count, thread, threads());
   const auto prefetch_group = [&](int first) {
     for (int i = first; i < std::min(first + kSide, mine.last); ++i) s.prefetches.add(rows.row(kept[i]), rows.bytes);
@@ -89,11 +114,11 @@ void Pass::multiply_inputs_one(int thread, const InputRows& rows, const Acts& ac
 }
 
 // Several tokens: some outputs at a time, of all tokens, so that a row is read once for all of them.
-void Pass::multiply_inputs_block(int thread, const InputRows& rows, const Acts& acts, const Outputs* out) {
+void Pass::multiply_inputs_block(int thread, const InputRows& rows, const Acts& acts, const Outputs* out, int64_t& bytes) {
   ThreadScratch& s = *b.scratch[thread];
   for (int t = thread; t < n; t += threads()) {
     const float* x = acts.f + size_t(t) * acts.width;
-    counts(thread).input_bytes += int64_t(rows.inputs - std::count(x, x + rows.inputs, 0.0f)) * rows.bytes;
+    bytes += int64_t(rows.inputs - std::count(x, x + rows.inputs, 0.0f)) * rows.bytes;
   }
   int pieces = 0;
   for (const InputRows::Part& part : rows.parts) pieces += pieces_of(part);

@@ -71,7 +71,7 @@ Model::Buffers& Model::buffers(int positions) const {
     int rank = 1, width = 0;
     for (const Layer& l : layers) {
       rank = std::max(rank, l.fc1.rows);
-      width = std::max({width, l.qkv_inputs.width(), l.o_inputs.width()});
+      for (const InputSite& site : l.inputs) width = std::max(width, site.rows.width());
     }
     buffers_ = std::make_unique<Buffers>(config, team.size(), rank, width);
   }

@@ -7,6 +7,7 @@
 // one token, what all threads need (norms, quantized activations, the residual stream) is computed by each on its own
 // copy, which is cheaper than handing it over.
 #pragma once
+#include <array>
 #include <memory>
 #include <vector>
 
@@ -68,6 +69,16 @@ struct InputRows {
   int width() const { return parts.empty() ? 0 : parts.back().first + round_up(parts.back().outputs, 128); }
 };
 
+// Where a layer may leave inputs out: at what q, k and v read, what o reads, what gate and up read, and what down reads.
+enum class Site : int { Qkv, O, GateUp, Down };
+constexpr int kSites = 4;
+inline constexpr const char* kSiteNames[kSites] = {"qkv", "o", "gate_up", "down"};
+
+struct InputSite {
+  std::vector<float> least;  // input i counts iff |x[i]| >= least[i]; empty: no such rule
+  InputRows rows;            // the matrices by input, where they are held so instead of as panels
+};
+
 // A transposed matrix in GGUF's form.
 struct InputPart {
   Type type;
@@ -78,7 +89,7 @@ struct InputPart {
 struct Layer {
   NormWeights attn_norm, ffn_norm;
   Panel q, k, v, o;
-  InputRows qkv_inputs, o_inputs;  // instead of these panels, where inputs are left out
+  std::array<InputSite, kSites> inputs;
   std::vector<float> q_bias, k_bias, v_bias, o_bias;  // empty: none
   std::vector<float> q_norm, k_norm;                  // [head_dim], RMSNorm of each head before the rotation; empty: none
   int window = 0;                                     // positions that a query sees, its own included; 0: all
@@ -96,6 +107,8 @@ struct Layer {
   std::vector<uint16_t> hot;       // per 16 neurons: bits of those that are always computed
   float predictor_threshold = 0, activation_threshold = 0;
 
+  const InputSite& site(Site which) const { return inputs[int(which)]; }
+  InputSite& site(Site which) { return inputs[int(which)]; }
   const uint8_t* bundle(int neuron) const { return bundles + size_t(neuron) * bundle_stride; }
   // What a neuron whose gate fired is read from next.
   const RowKind& after_gate() const { return up_row.bytes ? up_row : down_row; }

@@ -31,13 +31,13 @@ struct Pass {
   // y [n, d_model] = the FFN of layer l over some of its neurons; normed [n, d_model] is its input.
   void run_neurons(int thread, int l, const float* normed, const Neurons& neurons, float* y);
 
-  // Outputs of matrices that are held by input, of all tokens, from inputs of which some are 0.
+  // Outputs of a site's matrices, of all tokens, from inputs of which some are 0.
   struct Outputs {
     float* data;
     int stride;
   };
   // out[p] = part p of the matrices times each token of acts.f; other threads' outputs may be missing until the next barrier.
-  void multiply_inputs(int thread, const InputRows& rows, const Acts& acts, const Outputs* out);
+  void multiply_inputs(int thread, int l, Site which, const Acts& acts, const Outputs* out);
 
  private:
   const Config& c() const { return m.config; }
@@ -57,10 +57,16 @@ struct Pass {
   Prefetches& prefetches(int thread) const { return b.scratch[thread]->prefetches; }
   Counts& counts(int thread) const { return seq.counts_[thread]; }
 
-  // Sets the smallest inputs of token t to zero, the model's share of them, unless it is the first of the context.
-  void leave_out_inputs(const Acts& acts, int t);
-  void multiply_inputs_one(int thread, const InputRows& rows, const Acts& acts, const Outputs* out);
-  void multiply_inputs_block(int thread, const InputRows& rows, const Acts& acts, const Outputs* out);
+  const InputRows& input_rows(int l, Site which) const { return m.layers[l].site(which).rows; }
+  // Whether a site's inputs have to go through leave_out_inputs.
+  bool leaves_out(int l, Site which) const { return input_rows(l, which).data || !m.layers[l].site(which).least.empty(); }
+  // Sets inputs [first, last) of token t that do not count to zero, unless it is the first of the context; by the layer's rule
+  // or, without one, the smallest of them, the model's share. `counted`: whether this is the thread that keeps count of them.
+  void leave_out_inputs(int thread, int l, Site which, const Acts& acts, int t, int first, int last, bool counted);
+  // The same for all inputs of a token that each_token has given to this thread, and quantizes what is left.
+  void leave_out_inputs(int thread, int l, Site which, const Acts& acts, int t);
+  void multiply_inputs_one(int thread, const InputRows& rows, const Acts& acts, const Outputs* out, int64_t& bytes);
+  void multiply_inputs_block(int thread, const InputRows& rows, const Acts& acts, const Outputs* out, int64_t& bytes);
   void multiply_inputs_piece(ThreadScratch& s, const InputRows& rows, const InputRows::Part& part, int first_output,
                              const Acts& acts, const Outputs& out);
 

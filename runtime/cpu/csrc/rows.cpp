@@ -2,6 +2,7 @@
 // before it is used. Downs are taken 16 at a time; what remains waits for the next chunk.
 #include "rows.h"
 
+#include <cmath>
 #include <cstring>
 
 namespace hotcold {
@@ -43,7 +44,15 @@ struct RowWork {
   const Layer& layer;
   const Acts& norm;
   ThreadScratch& s;
+  int position;             // of the first token
+  InputStats& down_inputs;  // counted where has_rule()
   LayerStats stats;
+
+  // Whether a fired neuron's value is large enough for its down row to be read: what its rule for inputs of down says.
+  bool has_rule() const { return !layer.site(Site::Down).least.empty(); }
+  bool counts(int neuron, float a, int token) const {
+    return position + token == 0 || std::abs(a) >= layer.site(Site::Down).least[neuron];
+  }
 
   bool predicted() const { return layer.gate_row.bytes > 0; }
   const uint8_t* row(int neuron, const RowKind& kind) const { return layer.bundle(neuron) + kind.at; }
@@ -68,11 +77,12 @@ class Single : RowWork {
     s.prefetches.close();
     for (int n_next; n; n = n_next) {
       n_next = share.take(next);
-      const int fired = predicted() ? compute_gates(current, n) : look_up_gates(current, n);
-      for (int f = 0; m.config.gated && f < fired; ++f) prefetch(fired_[f], layer.down_row);
+      int fired = predicted() ? compute_gates(current, n) : look_up_gates(current, n);
+      for (int f = 0; m.config.gated && !has_rule() && f < fired; ++f) prefetch(fired_[f], layer.down_row);
       for (int i = 0; i < n_next; ++i) prefetch(next[i], first_row());
       s.prefetches.close();
       if (m.config.gated) times_ups(fired);
+      if (has_rule()) fired = leave_out(fired);
       add_downs(fired);
       std::copy(next, next + n_next, current);
     }
@@ -124,6 +134,20 @@ class Single : RowWork {
     for (int f = 0; f < fired; ++f) a[f] *= std::max(up[f], least);
   }
 
+  int leave_out(int fired) {
+    float* a = a_ + waiting_;
+    int kept = 0;
+    for (int f = 0; f < fired; ++f) {
+      if (!counts(fired_[f], a[f], 0)) continue;
+      prefetch(fired_[f], layer.down_row);
+      a[kept] = a[f];
+      fired_[kept++] = fired_[f];
+    }
+    s.prefetches.close();
+    down_inputs.kept += kept;
+    return kept;
+  }
+
   void add_downs(int fired) {
     for (int f = 0; f < fired; ++f) down_[waiting_ + f] = row(fired_[f], layer.down_row);
     waiting_ += fired;
@@ -169,7 +193,7 @@ class Several : RowWork {
       if (predicted()) compute_gates(current, n);
       else look_up_gates(current, n);
       stats.fired += fired_.end();
-      for (int f = 0; m.config.gated && f < fired_.count; ++f) prefetch(fired_.neuron[f], layer.down_row);
+      for (int f = 0; m.config.gated && !has_rule() && f < fired_.count; ++f) prefetch(fired_.neuron[f], layer.down_row);
       n_next = share.take(next);
       for (int i = 0; i < n_next; ++i) prefetch(next[i], first_row());
       s.prefetches.close();
@@ -229,6 +253,8 @@ class Several : RowWork {
     for (int f = 0; f < fired_.count; ++f) {
       const uint8_t* down_row = row(fired_.neuron[f], layer.down_row);
       for (int i = fired_.begin[f]; i < fired_.begin[f + 1]; ++i) {
+        if (has_rule() && !counts(fired_.neuron[f], fired_.a[i], fired_.token[i])) continue;
+        down_inputs.kept += has_rule();
         DownQueue& queue = s.queues[fired_.token[i]];
         queue.row[queue.count] = down_row;
         queue.a[queue.count] = fired_.a[i];
@@ -248,11 +274,13 @@ class Several : RowWork {
 
 }  // namespace
 
-LayerStats work_rows(const Model& m, Model::Buffers& b, int thread, const Layer& layer, const Acts& norm, int n) {
+LayerStats work_rows(const Model& m, Model::Buffers& b, int thread, const Layer& layer, const Acts& norm, int n, int position,
+                     InputStats& down) {
   ThreadScratch& s = *b.scratch[thread];
   s.prefetches.clear();
   std::memset(s.y.get(), 0, sizeof(float) * round_up(m.config.d_model, 128) * n);
-  const RowWork work{m, b, layer, norm, s, {}};
+  if (thread == 0 && !layer.site(Site::Down).least.empty()) down.seen += int64_t(n) * m.config.d_ff;
+  const RowWork work{m, b, layer, norm, s, position, down, {}};
   return n == 1 ? Single(work).run(thread) : Several(work).run(thread, n);
 }
 

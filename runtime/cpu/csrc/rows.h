@@ -18,8 +18,9 @@ inline int set_bits(uint64_t mask, int* out) {
   return n;
 }
 
-// This thread's even share of the neurons that all threads listed, for the n tokens of `norm`, into its y. Returns how many
-// were computed, and how many of them fired.
-LayerStats work_rows(const Model& m, Model::Buffers& b, int thread, const Layer& layer, const Acts& norm, int n);
+// This thread's even share of the neurons that all threads listed, for the n tokens of `norm`, the first of which is at
+// `position`, into its y. Returns how many were computed, and how many of them fired; `down` counts inputs of a rule there.
+LayerStats work_rows(const Model& m, Model::Buffers& b, int thread, const Layer& layer, const Acts& norm, int n, int position,
+                     InputStats& down);
 
 }  // namespace hotcold

@@ -60,9 +60,13 @@ void Sequence::set_audit(bool on) {
 
 Sequence::Stats Sequence::stats() {
   const Hold hold(*this);
-  Stats sum{tokens_run_, 0, std::vector<LayerStats>(model.config.n_layers)};
+  Stats sum{tokens_run_, std::vector<LayerStats>(model.config.n_layers)};
   for (const Counts& c : counts_) {
-    sum.input_bytes += c.input_bytes;
+    for (int i = 0; i < kSites; ++i) {
+      sum.inputs[i].bytes += c.inputs[i].bytes;
+      sum.inputs[i].seen += c.inputs[i].seen;
+      sum.inputs[i].kept += c.inputs[i].kept;
+    }
     for (size_t l = 0; l < sum.layers.size(); ++l) {
       sum.layers[l].fired += c.layers[l].fired;
       sum.layers[l].predicted += c.layers[l].predicted;
@@ -77,7 +81,7 @@ void Sequence::reset_stats() {
   tokens_run_ = 0;
   for (Counts& c : counts_) {
     std::fill_n(c.layers.get(), model.config.n_layers, LayerStats{});
-    c.input_bytes = 0;
+    c.inputs = {};
   }
 }
 

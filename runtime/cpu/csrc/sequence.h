@@ -2,6 +2,7 @@
 //
 // Sequences of one model take turns, each call being one turn: from one thread or from several, they do not meet.
 #pragma once
+#include <array>
 #include <atomic>
 #include <exception>
 #include <mutex>
@@ -21,11 +22,17 @@ struct LayerStats {
   int64_t fired = 0, predicted = 0, missed = 0;
 };
 
+// Of one site in all layers: bytes read, or needed, of matrices held by input, and inputs that there were and that counted.
+struct InputStats {
+  int64_t bytes = 0, seen = 0, kept = 0;
+};
+
 // What one thread counts; apart from the others', as all of them write at once.
 struct alignas(64) Counts {
   explicit Counts(int n_layers) : layers(n_layers) {}
+  InputStats& site(Site which) { return inputs[int(which)]; }
   Block<LayerStats> layers;
-  int64_t input_bytes = 0;  // read, or needed, of matrices held by input
+  std::array<InputStats, kSites> inputs{};
 };
 
 // All calls throw Busy and Forked where those hold.
@@ -45,8 +52,9 @@ class Sequence {
   void set_audit(bool on);  // predicted mode: also count what the predictor missed
 
   struct Stats {
-    int64_t tokens, input_bytes;
+    int64_t tokens;
     std::vector<LayerStats> layers;
+    std::array<InputStats, kSites> inputs{};
   };
   Stats stats();
   void reset_stats();

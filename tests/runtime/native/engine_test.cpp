@@ -323,9 +323,9 @@ void test_inputs() {
       auto m = make(w, mode, threads, kernels, mode == Mode::Predicted ? -1e9f : 0, llama);
       for (Layer& l : m->layers) {
         l.q = l.k = l.v = l.o = {};
-        l.qkv_inputs = m->add_input_rows(
+        l.site(Site::Qkv).rows = m->add_input_rows(
             shape.d_model, {{type, q.data(), shape.heads * shape.dim}, {type, k.data(), shape.kv_heads * shape.dim}, {type, v.data(), shape.kv_heads * shape.dim}});
-        l.o_inputs = m->add_input_rows(shape.heads * shape.dim, {{type, o.data(), shape.d_model}});
+        l.site(Site::O).rows = m->add_input_rows(shape.heads * shape.dim, {{type, o.data(), shape.d_model}});
       }
       m->input_sparsity = share;
       return m;
@@ -346,6 +346,44 @@ void test_inputs() {
   }
 }
 
+// Rules at all four sites, the FFN's matrices by input where the mode has them so: every other input never counts.
+void test_input_rules() {
+  const std::vector<int32_t> tokens = random_tokens();
+  const int d = shape.d_model, ff = shape.d_ff;
+  for (Type type : {Type::F32, Type::Q4_0}) {
+    const Weights w(type);
+    const auto gate = random_matrix(type, d, ff), up = random_matrix(type, d, ff), down = random_matrix(type, ff, d);
+    const auto ruled = [&](int threads, const Kernels& kernels, Mode mode) {
+      auto m = make(w, mode, threads, kernels, -1e9f);
+      for (Layer& l : m->layers) {
+        for (int site = 0; site < kSites; ++site) {
+          const int width = Site(site) == Site::O ? shape.heads * shape.dim : Site(site) == Site::Down ? ff : d;
+          for (int i = 0; i < width; ++i) l.inputs[site].least.push_back(i % 2 ? 1e30f : 0);
+        }
+        if (mode == Mode::Dense) {
+          l.gate = l.up = l.down = {};
+          l.site(Site::GateUp).rows = m->add_input_rows(d, {{type, gate.data(), ff}, {type, up.data(), ff}});
+          l.site(Site::Down).rows = m->add_input_rows(ff, {{type, down.data(), d}});
+        } else if (mode == Mode::Exact) {
+          l.gate = {};
+          l.site(Site::GateUp).rows = m->add_input_rows(d, {{type, gate.data(), ff}});
+        }
+      }
+      return m;
+    };
+    for (Mode mode : {Mode::Dense, Mode::Exact, Mode::Predicted}) {
+      const std::vector<float> expected = run(*ruled(1, kernels("generic"), mode), tokens, false);
+      for (int threads : {1, 3})
+        for (bool by_token : {false, true}) {
+          const double e = error(run(*ruled(threads, kernels(), mode), tokens, by_token), expected);
+          expect(e < (is_quantized(type) ? 0.05 : 1e-3),
+                 "input rules, type " + std::to_string(int(type)) + " mode " + std::to_string(int(mode)) + " threads " +
+                     std::to_string(threads) + (by_token ? " by token: " : " block: ") + std::to_string(e));
+        }
+    }
+  }
+}
+
 // A model of each mode, with inputs left out and without, and of the structure that Llama lacks.
 std::vector<std::unique_ptr<Model>> models(int threads) {
   std::vector<std::unique_ptr<Model>> made;
@@ -359,8 +397,8 @@ std::vector<std::unique_ptr<Model>> models(int threads) {
         for (Layer& l : m->layers) {
           if (!by_input) continue;
           l.q = l.k = l.v = l.o = {};
-          l.qkv_inputs = m->add_input_rows(shape.d_model, {{Type::Q4_0, transposed(q).data(), q}, {Type::Q4_0, transposed(kv).data(), kv}, {Type::Q4_0, transposed(kv).data(), kv}});
-          l.o_inputs = m->add_input_rows(q, {{Type::Q4_0, random_matrix(Type::Q4_0, q, shape.d_model).data(), shape.d_model}});
+          l.site(Site::Qkv).rows = m->add_input_rows(shape.d_model, {{Type::Q4_0, transposed(q).data(), q}, {Type::Q4_0, transposed(kv).data(), kv}, {Type::Q4_0, transposed(kv).data(), kv}});
+          l.site(Site::O).rows = m->add_input_rows(q, {{Type::Q4_0, random_matrix(Type::Q4_0, q, shape.d_model).data(), shape.d_model}});
         }
         m->input_sparsity = by_input ? 0.4 : 0;
         made.push_back(std::move(m));
@@ -370,7 +408,9 @@ std::vector<std::unique_ptr<Model>> models(int threads) {
 
 bool same_counts(Sequence& a, Sequence& b) {
   const Sequence::Stats x = a.stats(), y = b.stats();
-  bool same = x.tokens == y.tokens && x.input_bytes == y.input_bytes;
+  bool same = x.tokens == y.tokens;
+  for (int i = 0; i < kSites; ++i)
+    same = same && x.inputs[i].bytes == y.inputs[i].bytes && x.inputs[i].seen == y.inputs[i].seen && x.inputs[i].kept == y.inputs[i].kept;
   for (int l = 0; l < kLayers; ++l)
     same = same && x.layers[l].fired == y.layers[l].fired && x.layers[l].predicted == y.layers[l].predicted && x.layers[l].missed == y.layers[l].missed;
   return same;
@@ -569,6 +609,7 @@ int main() {
   test_structures();
   test_parts();
   test_inputs();
+  test_input_rules();
   test_sequences();
   test_threads();
   test_turns();

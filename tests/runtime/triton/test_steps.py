@@ -106,3 +106,21 @@ def test_activation_counts_what_fires(rng, size, gated, clip):
     assert torch.equal(steps.activate(gate, up, 0.3, clip), found[0])
     if not gated:
         assert torch.equal(found[0], torch.where(gate >= 0.3, gate, 0))
+
+
+@pytest.mark.parametrize("counted", [False, True])
+@pytest.mark.parametrize(("tokens", "width"), [(1, 64), (3, 700), (5, 1)])
+def test_leaving_out(rng, tokens, width, counted):
+    x, least = normal(rng, tokens, width), normal(rng, width).abs()
+    x[0, 0] = float("nan")
+    positions = torch.arange(tokens, device=DEVICE) + 1
+    positions[-1] = 0
+    kept = [torch.ones((), dtype=torch.int64, device=DEVICE) if counted else None for _ in range(2)]
+    found, expected = (
+        where.leave_out(x, least, positions, count)
+        for where, count in zip((steps, step_reference), kept, strict=True)
+    )
+    torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(found[-1], x[-1]) or tokens == 1
+    if counted:
+        assert kept[0] == kept[1] == 1 + found.count_nonzero()
