@@ -22,9 +22,10 @@ from hotcold.files.quantize import FLOATS, dequantize
 from hotcold.files.tensor_check import misshapen_tensor, missing_tensor, unexpected_tensors
 from hotcold.finite import check_weight
 from hotcold.model.families import FAMILIES
+from hotcold.model.firing import FiringRule
 from hotcold.model.forms import FORMS, head_is_embedding, read_windows, vocabulary_size
 from hotcold.model.rope_factors import check_pairs, rope_parameters
-from hotcold.model.spec import ACTIVATIONS, split_rope
+from hotcold.model.spec import split_rope
 from hotcold.model.tokenizer.special_tokens import SPECIAL_TOKENS, stop_ids
 
 __all__ = ["GGUFCheckpoint"]
@@ -46,7 +47,7 @@ _LAYER_NAMES |= {f"{name}_exps": _MODULES[name] for name in ("ffn_gate", "ffn_up
 _LAYER_NAMES["ffn_down_t"] = _MODULES["ffn_down"]
 _OUTER_NAMES = {name: module for name, module in _MODULES.items() if "{}" not in module}
 _MAX_HEAD = 1 << 16  # frequencies are made of that length before any weight is looked at
-_NOT_WEIGHTS = re.compile(r"rope_freqs\.weight|blk\.\d+\.(fc1|fc2|ffn_gate_inp)\.weight")
+_NOT_WEIGHTS = re.compile(r"rope_freqs\.weight|blk\.\d+\.((fc1|fc2|ffn_gate_inp)\.weight|ffn_act\.thresholds)")
 _BLOCK = re.compile(r"blk\.(\d{1,6})\.(\w+)\.(weight|bias)")
 _OUTER = re.compile(r"(\w+)\.(weight|bias)")
 
@@ -173,7 +174,12 @@ def _config(file: GGUFFile, architecture: str) -> dict[str, Any]:
         config["attention_bias"] = True
     elif architecture == "smallthinker" and "blk.0.attn_q.bias" in file.tensors:
         config["model_type"] = "qwen2"
-    return config | _activation(file, architecture) | _special_tokens(file, config["vocab_size"])
+    size = config["num_hidden_layers"], config["intermediate_size"]
+    if size[0] > len(file.tensors):  # lists are made of that length
+        field = f"{architecture}.block_count"
+        raise FormatError("not the layers of this file", where=file.path, field=field, got=size[0])
+    rule = FiringRule.from_gguf(file, FORMS[architecture].activation, *size)
+    return config | rule.as_config() | _special_tokens(file, config["vocab_size"])
 
 
 def _head_dim(file: GGUFFile, architecture: str, default: int) -> int:
@@ -184,21 +190,6 @@ def _head_dim(file: GGUFFile, architecture: str, default: int) -> int:
             raise UnsupportedError(f"{name} of another size", where=file.path, got=value, expected=head_dim)
     check_pairs(file, head_dim)
     return head_dim
-
-
-def _activation(file: GGUFFile, architecture: str) -> dict[str, Any]:
-    """llama.cpp's `smallthinker` and PowerInfer imply a ReLU, all others a SiLU."""
-    implied = FORMS[architecture].activation
-    if file.magic == "PWRI" and implied == "silu":
-        implied = "relu"
-    name = file.find("hotcold.activation", str, implied)
-    if name not in ACTIVATIONS:
-        known = " | ".join(ACTIVATIONS)
-        raise UnsupportedError("unknown activation", where=file.path, got=name, expected=known)
-    if name != "fatrelu":
-        return {"hidden_act": name}
-    thresholds = file.require("hotcold.activation_thresholds", np.ndarray)
-    return {"hidden_act": name, "activation_thresholds": thresholds.tolist()}
 
 
 def _window(file: GGUFFile, n_layers: int) -> dict[str, Any]:

@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 import math
-import re
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from hotcold.errors import FormatError, UnsupportedError
+from hotcold.errors import UnsupportedError
 from hotcold.model.config_fields import Fields
 from hotcold.model.families import FAMILIES, Family
+from hotcold.model.firing import FiringRule
 from hotcold.model.rope import Rope
 
-__all__ = ["ACTIVATIONS", "ModelSpec", "Scales", "interleave_rope", "split_rope"]
+__all__ = ["ModelSpec", "Scales", "interleave_rope", "split_rope"]
 
-ACTIVATIONS = ("relu", "fatrelu", "drelu", "silu", "gelu")
 _MAX_LAYERS = 1 << 12  # lists are made of that length before any weight is looked for
-_LARGEST = sys.float_info.max
-_SPARSE = ("relu", "fatrelu", "drelu")
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,9 +36,8 @@ class Scales:
 class ModelSpec:
     """What `config.json` says about a model, checked, in hotcold's terms.
 
-    `activation_thresholds` holds one t per layer: a gate fires iff it is positive and reaches t (0 for a
-    plain ReLU). `windows` holds how many positions the queries of a layer see, 0 being all; `rope` is None
-    where positions are learned.
+    `firing` says when neurons fire. `windows` holds how many positions the queries of a layer see, 0 being
+    all; `rope` is None where positions are learned.
     """
 
     model_type: str
@@ -57,8 +52,7 @@ class ModelSpec:
     norm_eps: float
     rope: Rope | None
     tied: bool
-    activation: str
-    activation_thresholds: tuple[float, ...]
+    firing: FiringRule
     windows: tuple[int, ...]
     biases: frozenset[str]
     two_norms: bool  # of a parallel block: attention and FFN have one each
@@ -70,9 +64,14 @@ class ModelSpec:
         return FAMILIES[self.model_type]
 
     @property
+    def activation(self) -> str:
+        """The name of its firing rule."""
+        return self.firing.name
+
+    @property
     def is_sparse(self) -> bool:
         """Whether its activation gives exact zeros."""
-        return self.activation in _SPARSE
+        return self.firing.gives_zeros
 
     @property
     def rope_theta(self) -> float:
@@ -96,12 +95,12 @@ class ModelSpec:
         if family.first_position is None and head_dim % 2:
             raise read.bad("head_dim", head_dim, "an even number: rotary positions turn pairs")
         n_ctx = read.count("max_position_embeddings")
-        activation, thresholds = _activation(read, family, n_layers)
+        d_ff = read.count("intermediate_size", None if family.gated else 4 * d_model)
         return cls(
             model_type=model_type,
             n_layers=n_layers,
             d_model=d_model,
-            d_ff=read.count("intermediate_size", None if family.gated else 4 * d_model),
+            d_ff=d_ff,
             n_heads=n_heads,
             n_kv_heads=_n_kv_heads(read, family, n_heads),
             head_dim=head_dim,
@@ -110,8 +109,7 @@ class ModelSpec:
             norm_eps=read.positive("rms_norm_eps", 1e-5 if family.layer_norm else None),
             rope=Rope.from_config(read, n_ctx) if family.first_position is None else None,
             tied=read.flag("tie_word_embeddings", family.tied),
-            activation=activation,
-            activation_thresholds=thresholds,
+            firing=_firing(read, family, n_layers, d_ff),
             windows=_windows(read, family, n_layers, n_ctx),
             biases=_biases(read, family),
             two_norms=_two_norms(read, family),
@@ -119,31 +117,11 @@ class ModelSpec:
         )
 
 
-def _activation(read: Fields, family: Family, n_layers: int) -> tuple[str, tuple[float, ...]]:
-    """Name and thresholds. ProSparse's models say `fatrelu` + `hidden_act_param`, or `fatrelu_0.01`."""
-    name, threshold = str(read.get("hidden_act", family.activation)), 0.0
-    if match := re.fullmatch(r"fatrelu_(\d+(?:\.\d+)?(?:e-?\d+)?)", name):
-        name, threshold = "fatrelu", float(match[1])
-    name = {"swish": "silu"}.get(name, name)
-    if name not in ACTIVATIONS or (name == "drelu" and not family.gated):
-        expected = " | ".join(ACTIVATIONS)
-        raise UnsupportedError("unknown activation", where=read.where, got=name, expected=expected)
+def _firing(read: Fields, family: Family, n_layers: int, d_ff: int) -> FiringRule:
+    name = str(read.get("hidden_act", family.activation))
     if family.drelu and name == "relu":
         name = "drelu"
-    if name == "fatrelu":
-        return name, _thresholds(read, n_layers, threshold)
-    return name, (0.0,) * n_layers
-
-
-def _thresholds(read: Fields, n_layers: int, default: float) -> tuple[float, ...]:
-    value = read.config.get("activation_thresholds", read.config.get("hidden_act_param", default))
-    values = value if isinstance(value, list) else [value] * n_layers
-    good = all(isinstance(t, int | float) and 0 <= t <= _LARGEST for t in values)
-    if len(values) != n_layers or not good:
-        expected = f"one number >= 0, or {n_layers} of them"
-        field = "activation_thresholds"
-        raise FormatError("bad thresholds", where=read.where, field=field, got=value, expected=expected)
-    return tuple(map(float, values))
+    return FiringRule.from_config(read.config, name, n_layers, d_ff, gated=family.gated, where=read.where)
 
 
 def _n_kv_heads(read: Fields, family: Family, n_heads: int) -> int:

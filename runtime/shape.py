@@ -9,6 +9,7 @@ import numpy as np
 
 from hotcold.errors import FormatError, InputError, UnsupportedError
 from hotcold.files.gguf import GGUFFile
+from hotcold.model.firing import FiringRule
 from hotcold.model.forms import FORMS, Form, read_windows, vocabulary_size
 from hotcold.model.rope import Rope
 from hotcold.model.rope_factors import check_pairs, read_rope, rope_divisors
@@ -16,10 +17,8 @@ from hotcold.progress import log
 from hotcold.runtime.layer_tensors import check_layers_alike
 
 __all__ = [
-    "NEVER_ZERO",
     "ModelShape",
     "Predictor",
-    "activation_thresholds",
     "check_context",
     "check_positions",
     "read_predictors",
@@ -27,8 +26,6 @@ __all__ = [
 
 _MAX_LAYERS = 1 << 12  # lists are made of that length before any weight is looked at
 _MAX_HEADS, _MAX_HEAD, _MAX_WIDTH = 1 << 10, 1 << 12, 1 << 20
-NEVER_ZERO = ("silu", "gelu")
-ACTIVATIONS = ("relu", "fatrelu", "drelu", *NEVER_ZERO)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +48,7 @@ class ModelShape:
     rope_frequencies: np.ndarray
     rope_scale: float
     windows: list[int]
-    activation: str
+    firing: FiringRule
 
     @classmethod
     def read(cls, file: GGUFFile) -> Self:
@@ -66,7 +63,7 @@ class ModelShape:
         form, key = FORMS[arch], _Keys(file, arch)
         d_model, n_heads = key.count("embedding_length"), key.count("attention.head_count", most=_MAX_HEADS)
         n_layers = key.count("block_count", most=_MAX_LAYERS)
-        n_vocab = vocabulary_size(file)
+        d_ff, n_vocab = key.count("feed_forward_length", most=_MAX_WIDTH), vocabulary_size(file)
         head_dim = key.count("attention.key_length", max(d_model // n_heads, 1), _MAX_HEAD)
         rope, frequencies = Rope(), np.empty(0, np.float32)
         if not form.positions:
@@ -78,7 +75,7 @@ class ModelShape:
             form=form,
             n_layers=n_layers,
             d_model=d_model,
-            d_ff=key.count("feed_forward_length", most=_MAX_WIDTH),
+            d_ff=d_ff,
             n_heads=n_heads,
             n_kv_heads=key.count("attention.head_count_kv", n_heads, _MAX_HEADS),
             head_dim=head_dim,
@@ -87,7 +84,7 @@ class ModelShape:
             rope_frequencies=frequencies,
             rope_scale=rope.attention_factor,
             windows=read_windows(file, n_layers) or [0] * n_layers,
-            activation=_activation(file, form),
+            firing=FiringRule.from_gguf(file, form.activation, n_layers, d_ff, gated=form.gated),
         )
         check_layers_alike(file, n_layers)
         return shape
@@ -130,18 +127,6 @@ class _Keys:
         return self._file.count(f"{self._arch}.{name}", default, most)
 
 
-def _activation(file: GGUFFile, form: Form) -> str:
-    """What the file says, else what llama.cpp does, or PowerInfer, whose files by neurons are ReLU models."""
-    implied = form.activation
-    if "blk.0.ffn_down_t.weight" in file.tensors and implied != "drelu":
-        implied = "relu"
-    name = file.find("hotcold.activation", str, implied)
-    if name not in ACTIVATIONS:
-        known = ", ".join(ACTIVATIONS)
-        raise UnsupportedError("unknown activation", where=file.path, got=name, expected=known)
-    return name
-
-
 def _per_layer(file: GGUFFile, field: str, n_layers: int, default: float) -> list[Any]:
     values = file.find(field, np.ndarray)
     if values is None:
@@ -153,11 +138,6 @@ def _per_layer(file: GGUFFile, field: str, n_layers: int, default: float) -> lis
     if np.isnan(values).any():  # infinite ones say that all or none fire
         raise FormatError("not a number", where=file.path, field=field, got=values.tolist())
     return values.tolist()
-
-
-def activation_thresholds(file: GGUFFile, n_layers: int) -> list[float]:
-    """FATReLU thresholds per layer; 0 is plain ReLU."""
-    return _per_layer(file, "hotcold.activation_thresholds", n_layers, 0.0)
 
 
 @dataclass(frozen=True, slots=True)

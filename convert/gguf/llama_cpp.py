@@ -42,11 +42,13 @@ def architecture_of(spec: ModelSpec) -> str:
 def differences(spec: ModelSpec) -> list[str]:
     """In what llama.cpp's function differs from the model's; nothing where it is the same."""
     form, found = FORMS[architecture_of(spec)], []
-    threshold = max(spec.activation_thresholds)
+    threshold = spec.firing.highest
     activation = "relu" if spec.activation == "fatrelu" and not threshold else spec.activation
     if activation != form.activation:
         own = f"{activation} with thresholds up to {threshold:g}" if threshold else activation
         found.append(f"{form.activation} instead of {own}")
+    if spec.firing.per_neuron:
+        found.append("thresholds per neuron, with which it refuses the file")
     if any(spec.windows):
         found.append(f"no sliding window of {max(spec.windows)} tokens")
     if spec.rope and spec.rope.kind == "llama3" and not form.rope_factors:

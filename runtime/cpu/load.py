@@ -24,13 +24,12 @@ from hotcold.finite import check_weight
 from hotcold.runtime.cpu import _cpu
 from hotcold.runtime.cpu.kept_types import KEPT, kept_bytes, log_converted
 from hotcold.runtime.head import EMBEDDING, head_name
-from hotcold.runtime.shape import ModelShape, activation_thresholds, check_context, read_predictors
+from hotcold.runtime.shape import ModelShape, check_context, read_predictors
 
 __all__ = ["MODES", "Source", "load_layers", "load_model", "new_model"]
 
 MODES = {"dense": 0, "exact": 1, "predicted": 2}
 _ALL = slice(None)
-ACTIVATIONS = {"silu": 0, "relu": 1, "fatrelu": 1, "drelu": 2, "gelu": 3}
 
 
 class Source:
@@ -142,7 +141,8 @@ def new_model(
         n_vocab=shape.n_vocab,
         n_ctx=n_ctx,
         norm_eps=shape.norm_eps,
-        activation=ACTIVATIONS[shape.activation],
+        value=shape.firing.rule.value,
+        score=shape.firing.rule.score,
         mode=MODES[mode],
         threads=n_threads,
         # Address space, not memory: padding of narrow rows can quadruple a tensor.
@@ -170,7 +170,7 @@ def _load(
         model.set_panel(0, "head", *source.packable("output.weight", vocab, d), vocab, d)
     _load_norm(model, source, shape, 0, "output_norm", "output_norm")
     load_layers(model, source, file, shape, mode, range(shape.n_layers), by_input)
-    unread = ("fc1.weight", "fc2.weight", "ffn_gate_inp.weight", "rope_freqs.weight")
+    unread = ("fc1.weight", "fc2.weight", "ffn_gate_inp.weight", "rope_freqs.weight", "ffn_act.thresholds")
     if by_input is not None:
         unread += tuple(f"{name}.weight" for name in (*PROJECTIONS, "attn_qkv"))
         by_input.check_all_read(())
@@ -201,9 +201,8 @@ def load_layers(
     """Pack all of these layers: attention (its matrices from `by_input`, if given), FFN and, in predicted
     mode, predictors."""
     _load_positions(model, source, shape)
-    thresholds = activation_thresholds(file, shape.n_layers)
     for layer in layers:
-        model.set_activation_threshold(layer, thresholds[layer])
+        model.set_firing(layer, shape.firing.kernel_thresholds(layer))
         _load_attention(model, source, shape, layer, by_input)
         _load_ffn(model, source, shape, layer, mode)
         forget_pages(file)

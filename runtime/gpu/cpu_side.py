@@ -12,7 +12,7 @@ from hotcold.files.gguf import GGUFFile
 from hotcold.runtime.cpu import _cpu
 from hotcold.runtime.cpu.load import Source, load_layers, new_model
 from hotcold.runtime.placement.plan import Placement
-from hotcold.runtime.shape import ModelShape, activation_thresholds
+from hotcold.runtime.shape import ModelShape
 
 __all__ = ["MAX_BLOCK", "CpuSide"]
 
@@ -38,8 +38,6 @@ class CpuSide:
             for i, layer in enumerate(placement.layers):
                 if self.n_cold[i]:
                     _load_cold(model, source, shape, i, layer.cold)
-            for i, threshold in enumerate(activation_thresholds(file, shape.n_layers)):
-                model.set_activation_threshold(i, threshold)
         except ValueError as error:
             raise UnsupportedError(str(error), where=file.path) from error
         self._model, self.converted = model, source.converted
@@ -92,6 +90,8 @@ def _load_cold(model: _cpu.Model, source: Source, shape: ModelShape, layer: int,
     gate, up = (rows("ffn_gate"), up) if shape.form.gated else (up, (None, 0))
     bias = source.vector(name, shape.d_ff)[cold] if name in source and not shape.form.gated else None
     _cpu.parts.set_neurons(model, layer, len(cold), *gate, *up, *down, bias)
+    thresholds = shape.firing.kernel_thresholds(layer)
+    model.set_firing(layer, thresholds if len(thresholds) == 1 else thresholds[cold])
 
 
 def _token_masks(wanted: np.ndarray) -> np.ndarray:

@@ -71,7 +71,8 @@ class Reader:
 
     def check_all_known(self, layers: range, form: Form) -> None:
         """A tensor of a kind not read here (a bias, a norm of heads) means another function."""
-        parts = ("fc1.weight", "fc2.weight", "ffn_gate", "ffn_up", "ffn_down")  # may be left to the CPU
+        # those of cold neurons are left to the CPU, and thresholds are in the shape
+        parts = ("fc1.weight", "fc2.weight", "ffn_gate", "ffn_up", "ffn_down", "ffn_act.thresholds")
         outer = ("token_embd.weight", "output.weight", "rope_freqs.weight", f"{form.positions}.weight")
 
         def known(name: str) -> bool:

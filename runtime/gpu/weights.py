@@ -14,8 +14,8 @@ from hotcold.files.gguf import GGUFFile
 from hotcold.model.forms import Form
 from hotcold.runtime.gpu.reader import Reader
 from hotcold.runtime.head import EMBEDDING, head_name
-from hotcold.runtime.shape import NEVER_ZERO, ModelShape, activation_thresholds, read_predictors
-from hotcold.runtime.triton.reference import PLAIN_RELU
+from hotcold.runtime.shape import ModelShape, read_predictors
+from hotcold.runtime.triton.firing import LayerRule
 from hotcold.runtime.triton.rows import Rows, joined
 
 __all__ = [
@@ -76,7 +76,7 @@ class DeviceLayer:
     ffn: DeviceFfn | None  # None: all neurons are cold
     down_bias: Tensor | None  # what the FFN adds beside its neurons, wherever they are
     predictor: DevicePredictor | None
-    firing: float  # a gate fires from this value on
+    firing: LayerRule  # of the neurons on the device
     n_hot: int
 
 
@@ -144,9 +144,8 @@ def read_weights(
         shared = embedding if name == EMBEDDING else None
         head = shared or reader.rows(name, vocab, d)
     predictors = read_predictors(file, shape) if with_predictors else None
-    firing = activation_thresholds(file, shape.n_layers)
     layers = [
-        _read_layer(reader, shape, i, order, count, predictors, firing[i])
+        _read_layer(reader, shape, i, order, count, predictors)
         for i, order, count in zip(which, orders, counts, strict=True)
     ]
     output_norm = _norm(reader, "output_norm", d, shape.form)
@@ -178,8 +177,7 @@ def _order(hot: np.ndarray, d_ff: int) -> np.ndarray:
 def _check_supported(file: GGUFFile, shape: ModelShape, dense_file: bool) -> None:
     """Refuse what a file may say of a model, though none is like that, and the steps have no word for."""
     refused = {
-        "dReLU needs a gate": shape.activation == "drelu" and not shape.form.gated,
-        "SiLU and GELU models run in dense mode only": shape.activation in NEVER_ZERO and not dense_file,
+        "SiLU and GELU models run in dense mode only": not shape.firing.gives_zeros and not dense_file,
         "heads of an odd width have no halves to turn": shape.head_dim % 2,
     }
     for what, is_so in refused.items():
@@ -201,7 +199,6 @@ def _read_layer(
     order: np.ndarray | None,
     n_hot: int,
     predictors: list | None,
-    firing: float,
 ) -> DeviceLayer:
     block = f"blk.{i}"
     return DeviceLayer(
@@ -213,7 +210,7 @@ def _read_layer(
         if shape.form.gated
         else reader.bias(f"{_down_name(reader, block)}.bias", shape.d_model),
         predictor=_read_predictor(reader, shape, i, order, predictors[i]) if predictors else None,
-        firing=max(firing, PLAIN_RELU),
+        firing=LayerRule.of(shape.firing, i, reader.device, None if order is None else order[:n_hot]),
         n_hot=n_hot,
     )
 

@@ -7,13 +7,7 @@ Importing this package is cheap (no torch, no transformers): each folder is impo
     hotcold.convert    GGUF, PowerInfer files, bundles
     hotcold.runtime    the engine
     hotcold.eval       speed beside quality
-
-It makes transformers know the sparse activations by name (`hotcold.model.activation_names`).
 """
-
-from hotcold.model import activation_names
 
 __version__ = "0.1.0"
 __all__ = ["__version__"]
-
-activation_names.install()
