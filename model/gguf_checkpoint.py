@@ -47,7 +47,9 @@ _LAYER_NAMES |= {f"{name}_exps": _MODULES[name] for name in ("ffn_gate", "ffn_up
 _LAYER_NAMES["ffn_down_t"] = _MODULES["ffn_down"]
 _OUTER_NAMES = {name: module for name, module in _MODULES.items() if "{}" not in module}
 _MAX_HEAD = 1 << 16  # frequencies are made of that length before any weight is looked at
-_NOT_WEIGHTS = re.compile(r"rope_freqs\.weight|blk\.\d+\.((fc1|fc2|ffn_gate_inp)\.weight|ffn_act\.thresholds)")
+_NOT_WEIGHTS = re.compile(
+    r"rope_freqs\.weight|blk\.\d+\.((fc1|fc2|ffn_gate_inp)\.weight|ffn_act\.thresholds)"
+)
 _BLOCK = re.compile(r"blk\.(\d{1,6})\.(\w+)\.(weight|bias)")
 _OUTER = re.compile(r"(\w+)\.(weight|bias)")
 

@@ -96,7 +96,7 @@ def check(isa, kind, shape, activity, threads, tokens, activation=RELU, threshol
     poison(kind, down, silent)
     model = make_model(isa, threads, d_model, n, activation, gated)
     if threshold:
-        model.set_activation_threshold(0, threshold)
+        model.set_firing(0, np.array([threshold], np.float32))
     kind_id = TYPES[kind]
     up = up.ravel() if gated else None
     _cpu.parts.set_neurons(model, 0, n, gate.ravel(), kind_id, up, kind_id, down.ravel(), kind_id, bias)
