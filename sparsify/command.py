@@ -12,9 +12,9 @@ from hotcold.sparsify.methods.relu import DEFAULT_GENERATED, DEFAULT_L1, DEFAULT
 HELP = (
     "Replace the FFN activation by a sparse one and train the model until it works with it. --method relu "
     "takes minutes on a CPU for a small model; --method prosparse does what a config file says, on any "
-    "number of GPUs (start it with `accelerate launch` or `torchrun`); --method cats trains nothing: it keeps "
-    "SiLU or GELU, and makes the smallest values zero; --method pretrained takes trained "
-    "FFNs of smollm2, where a version of hotcold comes with them. Interrupted, it goes on where it stopped "
+    "number of GPUs (start it with `accelerate launch` or `torchrun`); --method cats trains nothing: it "
+    "keeps SiLU or GELU and makes the smallest values zero; --method pretrained takes trained FFNs of "
+    "smollm2, where a version of hotcold comes with them. Interrupted, it goes on where it stopped "
     "when it is run again."
 )
 EXAMPLE = "hotcold sparsify --model smollm2 --method relu --out sparse-smollm2"
@@ -34,7 +34,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--config", metavar="FILE",
         help=f"for --method prosparse: a YAML file, or one of {', '.join(recipes())}",
     )  # fmt: skip
-    add("--dry-run", action="store_true", help="print stages, tokens, memory and time, and do nothing")
+    add(
+        "--dry-run",
+        action="store_const",
+        const=True,
+        help="print stages, tokens, memory and time, and do nothing",
+    )
     add(
         "--sparsity", type=float, metavar="S",
         help=f"for --method {shared_by('sparsity')}: the share of values to be made zero, such as 0.5",

@@ -1,7 +1,7 @@
 """The methods of `hotcold sparsify`: one row and one file each.
 
-A method's module is imported when it runs. Its `run(args, given)` gets the command line and, by name, those of the
-method's own options that were given.
+A method's module is imported when it runs. Its `run(args, given)` gets the command line and, by name, those
+of the method's own options that were given.
 """
 
 from __future__ import annotations
@@ -42,8 +42,7 @@ def run_method(args: argparse.Namespace) -> int:
     if args.method not in METHODS:
         raise InputError("unknown method", where="--method", got=args.method, expected=" | ".join(METHODS))
     method = METHODS[args.method]
-    given = {name: getattr(args, name) for name in _OPTIONS if getattr(args, name) not in (None, False)}
-    given |= {"quantize": False} if args.quantize is False else {}
+    given = {name: value for name in _OPTIONS if (value := getattr(args, name)) is not None}
     for option in given:
         if option not in method.takes:
             fix = f"say it in {args.config}" if args.config and "config" in method.takes else None

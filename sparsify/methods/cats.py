@@ -1,8 +1,9 @@
 """The `cats` method: the smallest values of SiLU or GELU become zero, and nothing is trained.
 
-CATS (arXiv 2404.08763): in each layer, a neuron fires for a token iff |act(gate)| reaches a threshold, that which the
-wanted share of values on some text stays below. What fires keeps its value, so that the model remains what it was but
-for small terms. The thresholds are taken on the calibrate part of the text, and quality is reported on its test part.
+CATS (arXiv 2404.08763): in each layer, a neuron fires for a token iff |act(gate)| reaches a threshold, that
+which the wanted share of values on some text stays below. What fires keeps its value, so that the model
+remains what it was but for small terms. The thresholds are taken on the calibrate part of the text, and
+quality is reported on its test part.
 """
 
 from __future__ import annotations
@@ -20,11 +21,15 @@ from hotcold.model.firing import FiringRule
 from hotcold.ownership import check_replaceable
 
 if TYPE_CHECKING:
-    import torch
+    from collections.abc import Callable
+
+    from tokenizers import Tokenizer
     from torch import Tensor
     from transformers import PreTrainedModel
 
+    from hotcold.model.checkpoint import FfnLayer
     from hotcold.sparsify.measure.evaluate import Quality
+    from hotcold.text import Part
 
 __all__ = ["cats_rule", "quantiles", "run"]
 
@@ -38,43 +43,37 @@ def run(args: argparse.Namespace, given: dict[str, Any]) -> int:
     """Choose the thresholds, save, and print the summary table."""
     share, source, n_tokens = args.sparsity, args.text or "stdlib", args.tokens or _TOKENS
     if share is None or not 0 < share < 1:
-        raise InputError(
-            "the share of values to be made zero", where="--sparsity", got=share, expected="0 to 1"
-        )
+        what = "--method cats needs the share of values to be made zero"
+        raise InputError(what, where="--sparsity", got=share, expected="0 to 1")
     if n_tokens < _WINDOW:
         raise InputError("too few tokens", where="--tokens", got=n_tokens, expected=f">= {_WINDOW}")
     check_replaceable(args.out, "checkpoint", [args.model])
     torch_threads()
 
-    from hotcold import text
     from hotcold.model import checkpoint
     from hotcold.model.ffn_modules import set_firing
     from hotcold.model.limits import check_tokenizer
     from hotcold.model.standalone import standalone_files
     from hotcold.sparsify.measure.evaluate import measure, table
     from hotcold.sparsify.training.attention import use_grouped_attention
-    from hotcold.sparsify.training.data import read_windows
     from hotcold.sparsify.training.memory import keep_big_buffers
 
     keep_big_buffers()
-    tokenizer = checkpoint.load_tokenizer(args.model)
-    model = checkpoint.load_model(args.model)
+    tokenizer, model = checkpoint.load_tokenizer(args.model), checkpoint.load_model(args.model)
     check_tokenizer(tokenizer, model)
     use_grouped_attention(model)
     window = min(_WINDOW, model.config.max_position_embeddings)
-    calibrate, test = (
-        read_windows(text.documents(source, part), tokenizer, window, n_tokens, f"{source}, {part} part")
-        for part in ("calibrate", "test")
-    )
+    calibrate, test = (_windows(source, part, tokenizer, window, n_tokens) for part in ("calibrate", "test"))
+    rule = cats_rule(model, calibrate, share)
     dense = measure(model, test)
-    set_firing(model, cats_rule(model, calibrate, share))
-    sparse = measure(model, test)
+    sparse = measure(set_firing(model, rule), test)
     summary = {
         "method": "cats",
         "asked_sparsity": share,
         "text": source,
         "calibration_tokens": calibrate.numel(),
-        "thresholds": model.config.activation_thresholds,
+        "activation": rule.name,
+        "thresholds": rule.thresholds,
         "perplexity_dense": dense.perplexity,
         "perplexity_sparse": sparse.perplexity,
         "heldout_tokens": sparse.tokens,
@@ -86,6 +85,14 @@ def run(args: argparse.Namespace, given: dict[str, Any]) -> int:
     checkpoint.save(model.half(), tokenizer, args.out, like=args.model, files=files)
     print(table(dense, sparse))
     return 0
+
+
+def _windows(source: str, part: Part, tokenizer: Tokenizer, window: int, n_tokens: int) -> Tensor:
+    from hotcold import text
+    from hotcold.sparsify.training.data import read_windows
+
+    documents = text.documents(source, part)
+    return read_windows(documents, tokenizer, window, n_tokens, f"{source}, {part} part")
 
 
 def cats_rule(model: PreTrainedModel, windows: Tensor, share: float) -> FiringRule:
@@ -114,23 +121,24 @@ def quantiles(model: PreTrainedModel, windows: Tensor, share: float) -> list[flo
 
     layers = ffn_layers(model)
     counts = [torch.zeros(_BINS, dtype=torch.int64) for _ in layers]
+
+    def count(layer: FfnLayer, into: Tensor) -> Callable[..., None]:
+        def hook(_: object, inputs: object, gate: Tensor) -> None:
+            into.add_(_histogram(layer.activation(gate)))
+
+        return hook
+
     with ExitStack() as hooks, torch.inference_mode():
-        for layer, count in zip(layers, counts, strict=True):
-            hooks.enter_context(
-                layer.gate.register_forward_hook(
-                    lambda _, __, gate, layer=layer, count=count: count.add_(
-                        _histogram(layer.activation(gate))
-                    )
-                )
-            )
+        for layer, into in zip(layers, counts, strict=True):
+            hooks.enter_context(layer.gate.register_forward_hook(count(layer, into)))
         with Progress("calibrate", total=windows.numel(), unit="tok") as progress:
             for ids in windows.split(1):
                 model.model(ids, use_cache=False)
                 progress.advance(ids.numel())
-    return [_quantile(count.numpy(), share) for count in counts]
+    return [_quantile(into.numpy(), share) for into in counts]
 
 
-def _histogram(values: Tensor) -> torch.Tensor:
+def _histogram(values: Tensor) -> Tensor:
     """How many magnitudes lie in each bin: positive floats are ordered as their bits are."""
     import torch
 
@@ -151,14 +159,15 @@ def _card(model: str, summary: dict[str, Any], dense: Quality, sparse: Quality) 
     rows = [Row("dense", dense), Row("sparse", sparse)]
     return f"""# {model}, sparsified by CATS
 
-In each layer, values whose |act(gate)| stays below a threshold are zero (CATS, arXiv 2404.08763); no weight was
-changed. {summary["asked_sparsity"]:.0%} of them were asked for. Thresholds come from {summary["calibration_tokens"]}
-tokens of the calibrate part of the text `{summary["text"]}`; measured on {summary["heldout_tokens"]} tokens of its
-test part:
+In each layer, values whose |act(gate)| stays below a threshold are zero (CATS, arXiv 2404.08763); no weight
+was changed. {summary["asked_sparsity"]:.0%} of them were asked for. The thresholds come from
+{summary["calibration_tokens"]} tokens of the calibrate part of the text `{summary["text"]}`. Measured on
+{summary["heldout_tokens"]} tokens of its test part:
 
 {summary_table(rows)}
 
-transformers does not know this rule: load the model with `modeling_sparse.py`, which lies here, or with hotcold.
+transformers does not know this rule: load the model with `modeling_sparse.py`, which lies here, or with
+hotcold.
 
 {layer_table(rows)}
 """

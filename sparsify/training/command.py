@@ -1,4 +1,4 @@
-"""What `hotcold sparsify` does for methods that train: dry run, working folder, training, checkpoint, table."""
+"""`hotcold sparsify` with a method that trains: dry run, working folder, training, checkpoint, table."""
 
 from __future__ import annotations
 
