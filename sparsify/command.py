@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--tokens", type=int, metavar="N",
         help="tokens to train on, in all phases together, or to take thresholds from; the time goes with it "
-        f"(default: {DEFAULT_TOKENS}, or 16384)",
+        f"(default: {DEFAULT_TOKENS}, or 8192)",
     )  # fmt: skip
     add = parser.add_argument_group(f"for --method {shared_by('l1')}").add_argument
     add(

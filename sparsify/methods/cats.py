@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 __all__ = ["cats_rule", "quantiles", "run"]
 
-_TOKENS, _WINDOW = 16384, 512
+_TOKENS, _WINDOW = 8192, 512
 _RULES = {"silu": "thresholded_silu", "gelu": "thresholded_gelu"}
 _SHIFT = 13  # of a float32's bits: bins whose edges are 0.1 % apart
 _BINS = 1 << (31 - _SHIFT)

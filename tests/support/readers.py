@@ -33,7 +33,7 @@ from hotcold.predictor.bundle import PredictorBundle
 from hotcold.predictor.traces.reader import Traces
 from hotcold.runtime.engine import Engine
 from hotcold.runtime.generation.vocabulary import Vocabulary
-from hotcold.runtime.shape import ModelShape, activation_thresholds
+from hotcold.runtime.shape import ModelShape
 from hotcold.text import documents
 
 Step = Callable[[Path], None]
@@ -75,8 +75,7 @@ def read_model(folder: Path) -> None:
     """What the runtime and the exporter make of the metadata."""
     file = GGUFFile(folder / "m.gguf")
     with suppress(HotcoldError):
-        shape = ModelShape.read(file)
-        activation_thresholds(file, shape.n_layers)
+        ModelShape.read(file)
     source = GGUFCheckpoint(folder / "m.gguf")
     for name in source.names():
         source.load(name)
