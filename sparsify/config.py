@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from hotcold.errors import FormatError, InputError, UnsupportedError
-from hotcold.model.firing import NAMES, FiringRule
 from hotcold.sparsify.training.schedule import ProgressiveL1, Stage
 
 __all__ = [
@@ -215,6 +214,8 @@ def _check(owner: object, names: tuple[str, ...], fits: Any, expected: str, pref
 
 def _check_activation(name: str) -> None:
     """Only what gives zeros can be trained for them."""
+    from hotcold.model.firing import NAMES, FiringRule  # not for the command line: it needs numpy
+
     try:
         gives_zeros = FiringRule.named(name, 1).gives_zeros
     except UnsupportedError:

@@ -34,7 +34,7 @@ _EXPERT_NAMES = {"ffn_gate_exps": "ffn_gate", "ffn_up_exps": "ffn_up", "ffn_down
 
 def architecture_of(spec: ModelSpec) -> str:
     """The llama.cpp architecture that computes this model, or comes nearest (see `differences`)."""
-    gated_relu = spec.is_sparse and spec.family.gated
+    gated_relu = spec.firing.rule.rectifies and spec.family.gated
     known = spec.biases <= _EXPERT_BIASES and not spec.family.head_norm
     return "smallthinker" if gated_relu and known else spec.family.dense
 
