@@ -78,7 +78,7 @@ def count_kernel(
     ALWAYS: tl.constexpr,
     VALUE: tl.constexpr,
     SCORE: tl.constexpr,
-    EACH: tl.constexpr,
+    OWN: tl.constexpr,
     TOKENS: tl.constexpr,
     CHUNK: tl.constexpr,
     EARLY: tl.constexpr,
@@ -88,7 +88,7 @@ def count_kernel(
     wait_for_last(EARLY)
     neuron = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
     wanted = wanted_neurons(
-        scores, always, neuron, n, tokens, threshold, each, ALWAYS, VALUE, SCORE, EACH, TOKENS
+        scores, always, neuron, n, tokens, threshold, each, ALWAYS, VALUE, SCORE, OWN, TOKENS
     )
     tl.store(counts + tl.program_id(0), tl.sum(wanted, 0))
 
@@ -108,7 +108,7 @@ def list_kernel(
     ALWAYS: tl.constexpr,
     VALUE: tl.constexpr,
     SCORE: tl.constexpr,
-    EACH: tl.constexpr,
+    OWN: tl.constexpr,
     COUNTED: tl.constexpr,
     TOKENS: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -124,7 +124,7 @@ def list_kernel(
     chunk = tl.program_id(0)
     neuron = chunk * CHUNK + tl.arange(0, CHUNK)
     wanted = wanted_neurons(
-        scores, always, neuron, n, tokens, threshold, each, ALWAYS, VALUE, SCORE, EACH, TOKENS
+        scores, always, neuron, n, tokens, threshold, each, ALWAYS, VALUE, SCORE, OWN, TOKENS
     )
     if CHUNKS == 1:
         before, total = 0, tl.sum(wanted, 0)
@@ -165,7 +165,7 @@ def listed_kernel(
     GATED: tl.constexpr,
     VALUE: tl.constexpr,
     SCORE: tl.constexpr,
-    EACH: tl.constexpr,
+    OWN: tl.constexpr,
     CLIP: tl.constexpr,
     COUNTED: tl.constexpr,
     TOKENS: tl.constexpr,
@@ -192,7 +192,7 @@ def listed_kernel(
             )
             if BIASED:
                 gates += tl.load(bias + rows, mask=live, other=0.0)[:, None]
-        limit = limits(threshold, each, rows[:, None], live[:, None], EACH)
+        limit = limits(threshold, each, rows[:, None], live[:, None], OWN)
         values, fires = fired_values(gates, limit, VALUE, SCORE)
         fires &= inside
         if GATED:
@@ -273,7 +273,7 @@ def s2_kernel(
     KIND: tl.constexpr,
     VALUE: tl.constexpr,
     SCORE: tl.constexpr,
-    EACH: tl.constexpr,
+    OWN: tl.constexpr,
     CLIP: tl.constexpr,
     TOKENS: tl.constexpr,
     GROUP: tl.constexpr,
@@ -288,7 +288,7 @@ def s2_kernel(
     token = tl.arange(0, TOKENS)[None, :]
     neuron = group * GROUP + tl.arange(0, GROUP)
     wanted = wanted_neurons(
-        scores, scores, neuron, n, tokens, threshold, each, False, VALUE, SCORE, EACH, TOKENS
+        scores, scores, neuron, n, tokens, threshold, each, False, VALUE, SCORE, OWN, TOKENS
     )
     silent = (wanted == 0) & (neuron < n)
     zeros = tl.zeros((GROUP, TOKENS), tl.float32)
@@ -302,7 +302,7 @@ def s2_kernel(
             ups = tl.maximum(ups, 0.0)
         inside = live[:, None] & (token < tokens)
         gates = tl.load(scores + token * n + rows[:, None], mask=inside, other=0.0)
-        limit = limits(threshold, each, rows[:, None], live[:, None], EACH)
+        limit = limits(threshold, each, rows[:, None], live[:, None], OWN)
         values, fires = fired_values(gates, limit, VALUE, SCORE)
         tl.store(out + token * n + rows[:, None], tl.where(fires, values * ups, 0.0), mask=inside)
 

@@ -89,7 +89,7 @@ def _s2(
     launch(
         kernels.s2_kernel, (cdiv(n, tiles["GROUP"]),), scores, x, up, scales, out, n, tokens, threshold,
         scores if each is None else each, WIDTH=width, KIND=kind, VALUE=value, SCORE=score,
-        EACH=each is not None, CLIP=clip, TOKENS=_batch(x), **tiles,
+        OWN=each is not None, CLIP=clip, TOKENS=_batch(x), **tiles,
     )  # fmt: skip
     return out
 
@@ -140,7 +140,7 @@ def _select(
     ints = {"dtype": torch.int32, "device": scores.device}
     counts, index, count = torch.empty(chunks, **ints), torch.empty(n, **ints), torch.empty(1, **ints)
     sizes = {"ALWAYS": always is not None, "TOKENS": _batch(scores), "CHUNK": chunk, "num_warps": warps}
-    sizes |= {"VALUE": value, "SCORE": score, "EACH": each is not None}
+    sizes |= {"VALUE": value, "SCORE": score, "OWN": each is not None}
     flags, own = scores if always is None else always.view(torch.uint8), scores if each is None else each
     if chunks > 1:
         launch(kernels.count_kernel, (chunks,), scores, flags, counts, n, tokens, threshold, own, **sizes)
@@ -182,7 +182,7 @@ def _ffn_listed(
         last, up_scales, gate, index, count, a, count if fired is None else fired, n, tokens, threshold,
         x if each is None else each,
         WIDTH=width, KIND_GATE=gate_kind, KIND_UP=up_kind, SCORED=scored, BIASED=bias is not None,
-        GATED=up is not None, VALUE=value, SCORE=score, EACH=each is not None, CLIP=clip,
+        GATED=up is not None, VALUE=value, SCORE=score, OWN=each is not None, CLIP=clip,
         COUNTED=fired is not None, TOKENS=_batch(x), **tiles,
     )  # fmt: skip
     return a

@@ -181,7 +181,7 @@ def activate_kernel(
     GATED: tl.constexpr,
     VALUE: tl.constexpr,
     SCORE: tl.constexpr,
-    EACH: tl.constexpr,
+    OWN: tl.constexpr,
     CLIP: tl.constexpr,
     COUNTED: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -193,7 +193,7 @@ def activate_kernel(
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = at < size
     gates = tl.load(gate + at, mask=inside, other=0.0)
-    limit = limits(threshold, each, at % n, inside, EACH)
+    limit = limits(threshold, each, at % n, inside, OWN)
     values, fires = fired_values(gates, limit, VALUE, SCORE)
     if GATED:
         ups = tl.load(up + at, mask=inside, other=0.0)

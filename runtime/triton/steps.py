@@ -104,7 +104,7 @@ def _activate(
     launch(
         kernels.activate_kernel, (cdiv(size, _BLOCK),), gate, gate if up is None else up, a,
         a if fired is None else fired, size, gate.shape[-1], threshold, a if each is None else each,
-        GATED=up is not None, VALUE=value, SCORE=score, EACH=each is not None, CLIP=clip,
+        GATED=up is not None, VALUE=value, SCORE=score, OWN=each is not None, CLIP=clip,
         COUNTED=fired is not None, BLOCK=_BLOCK,
     )  # fmt: skip
     return a

@@ -127,9 +127,9 @@ def weighted_rows(
 
 
 @triton.jit
-def limits(threshold, each, rows, live, EACH: tl.constexpr):
+def limits(threshold, each, rows, live, OWN: tl.constexpr):
     """What the scores of neurons `rows` are compared with: their own thresholds, or the one for all."""
-    if EACH:
+    if OWN:
         return tl.load(each + rows, mask=live, other=float("inf"))
     return threshold
 
@@ -167,11 +167,11 @@ def wanted_neurons(
     ALWAYS: tl.constexpr,
     VALUE: tl.constexpr,
     SCORE: tl.constexpr,
-    EACH: tl.constexpr,
+    OWN: tl.constexpr,
     TOKENS: tl.constexpr,
 ):
     """int32 [CHUNK]: 1 where a neuron fires by its score for any token, or is always wanted."""
-    limit = limits(threshold, each, neuron, neuron < n, EACH)
+    limit = limits(threshold, each, neuron, neuron < n, OWN)
     first = tl.load(scores + neuron, mask=neuron < n, other=float("-inf"))
     wanted = fired_values(first, limit, VALUE, SCORE)[1]
     for t in tl.static_range(1, TOKENS):
