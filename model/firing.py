@@ -191,8 +191,8 @@ class FiringRule:
         else:
             thresholds = _layer_thresholds(file, n_layers, needed=bool(RULES[name].letter))
         name = "fatrelu" if name == "relu" and any(thresholds) else name
-        if any(thresholds) and not RULES[name].letter:
-            raise FormatError(f"{name} has no thresholds", where=file.path, field=_THRESHOLDS)
+        if not RULES[name].letter:  # what else stands there is checked, and means nothing
+            thresholds = (0.0,) * n_layers
         return cls(name, thresholds)._checked(gated, file.path)
 
     def metadata(self) -> dict[str, Any]:

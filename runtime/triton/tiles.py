@@ -130,8 +130,10 @@ def weighted_rows(
 def limits(threshold, each, rows, live, OWN: tl.constexpr):
     """What the scores of neurons `rows` are compared with: their own thresholds, or the one for all."""
     if OWN:
-        return tl.load(each + rows, mask=live, other=float("inf"))
-    return threshold
+        limit = tl.load(each + rows, mask=live, other=float("inf"))
+    else:
+        limit = threshold
+    return limit
 
 
 @triton.jit

@@ -86,7 +86,7 @@ def test_rope_in_old_and_new_places(rope, theta):
         ({"model_type": "minicpm"}, FormatError, "scale_emb: missing key"),
         ({"model_type": "opt", "do_layer_norm_before": False}, UnsupportedError, "opt with do_layer_norm"),
         ({"model_type": "falcon", "alibi": True}, UnsupportedError, r"falcon with alibi \(got True"),
-        ({"model_type": "falcon", "activation": "drelu"}, UnsupportedError, "unknown activation"),
+        ({"model_type": "falcon", "activation": "drelu"}, UnsupportedError, "dReLU needs a gate"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_named(changes, error, message):
