@@ -5,7 +5,6 @@ import json
 import pytest
 import torch
 from torch.nn import functional
-from transformers import AutoModelForCausalLM
 
 from hotcold import cli
 from hotcold.errors import UnsupportedError
