@@ -18,13 +18,12 @@ from hotcold.errors import InputError, UnsupportedError
 from hotcold.files.gguf import GGUFFile
 from hotcold.files.gguf_split import open_gguf
 from hotcold.model.limits import check_tokens
-from hotcold.model.weights import FileWeights
 from hotcold.runtime.bundle_files import ModelPath
 from hotcold.runtime.context import check_context
 from hotcold.runtime.cpu.kept_types import log_converted
 from hotcold.runtime.gpu.device import memory_or_error, on, open_devices, parse_budgets
 from hotcold.runtime.gpu.stage import Stage
-from hotcold.runtime.gpu.weights import DeviceWeights, read_weights
+from hotcold.runtime.gpu.weights import DeviceWeights, read_shape, read_weights
 from hotcold.runtime.placement.devices import spans
 from hotcold.runtime.placement.problem import whole_model
 from hotcold.runtime.stats import Stats
@@ -54,7 +53,7 @@ class GpuEngine:
         self.mode, self.n_ctx, self.devices, self.audit = mode, n_ctx, list(devices), False
         self._budget = budget
         self.n_threads = available_cpus()
-        self.shape = FileWeights.read(file).spec
+        self.shape = read_shape(file)
         check_context(file, self.shape, n_ctx)
         self.n_vocab = self.shape.n_vocab
         self._stages: list[Stage] = []
