@@ -25,6 +25,7 @@ __all__ = [
     "DevicePredictor",
     "DeviceWeights",
     "host_embedding",
+    "read_shape",
     "read_weights",
 ]
 
@@ -176,6 +177,13 @@ def read_weights(
     )
 
 
+def read_shape(file: GGUFFile) -> ModelSpec:
+    """The model of a file whose tensors are all there. Raises as `read_weights` does."""
+    if ModelSpec.from_gguf(file).head_dim % 2:
+        raise UnsupportedError("heads of an odd width have no halves to turn", where=file.path)
+    return FileWeights.read(file).spec
+
+
 def host_embedding(file: GGUFFile) -> Rows:
     """The embedding in main memory. Raises as `read_weights` does."""
     return _Reader(FileWeights.read(file), torch.device("cpu")).rows("embedding")
@@ -192,7 +200,6 @@ def _check_supported(weights: FileWeights) -> None:
     never_zero = not spec.firing.gives_zeros and weights.by_neuron
     refused = {
         "SiLU and GELU models run in dense mode only": never_zero,
-        "heads of an odd width have no halves to turn": spec.head_dim % 2,
     }
     for what, is_so in refused.items():
         if is_so:

@@ -12,6 +12,7 @@ import torch
 from stored_rows import relative_error
 
 from hotcold.errors import FormatError, InputError, ShapeError, UnsupportedError
+from hotcold.model import weights as bundle_load
 from hotcold.runtime.cpu import _cpu
 from hotcold.runtime.cpu import load as bundle_load
 from hotcold.runtime.cpu.engine import CpuEngine as Engine
