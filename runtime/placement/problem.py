@@ -117,13 +117,8 @@ def part_bytes(file: GGUFFile) -> dict[str, int]:
         slot, _, part = slots.get(name, ("", 0, ""))
         if slot in ("embedding", "positions", "head") and name != head:
             continue  # of embeddings a row is read, of a copy nothing
-        kind = (
-            "head"
-            if name == head
-            else _PARTS.get(slot, "other")
-            if part == "weight" or slot == "fc2"
-            else "other"
-        )
+        is_other = part == "bias" and slot != "fc2"
+        kind = "head" if name == head else "other" if is_other else _PARTS.get(slot, "other")
         sizes[kind] += kept_bytes(tensor)
     return sizes
 

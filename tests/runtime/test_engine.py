@@ -14,7 +14,6 @@ from stored_rows import relative_error
 from hotcold.errors import FormatError, InputError, ShapeError, UnsupportedError
 from hotcold.model import weights as bundle_load
 from hotcold.runtime.cpu import _cpu
-from hotcold.runtime.cpu import load as bundle_load
 from hotcold.runtime.cpu.engine import CpuEngine as Engine
 from hotcold.runtime.reference import ReferenceEngine
 

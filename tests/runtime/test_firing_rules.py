@@ -23,7 +23,7 @@ from hotcold.model.ffn_modules import firing_rule, set_firing
 from hotcold.model.firing import RULES, FiringRule, Score
 from hotcold.model.gguf_checkpoint import GGUFCheckpoint
 from hotcold.model.huggingface import HFCheckpoint
-from hotcold.runtime.engine import Engine
+from hotcold.runtime.cpu.engine import CpuEngine as Engine
 from hotcold.runtime.gpu.engine import GpuEngine
 from hotcold.runtime.gpu.hybrid import HybridEngine
 from hotcold.runtime.placement.plan import PlacedLayer, Placement

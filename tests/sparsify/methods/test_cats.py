@@ -18,7 +18,7 @@ from hotcold.model import checkpoint
 from hotcold.model.ffn_modules import set_firing
 from hotcold.model.firing import FiringRule
 from hotcold.model.huggingface import HFCheckpoint
-from hotcold.runtime.engine import Engine
+from hotcold.runtime.cpu.engine import CpuEngine as Engine
 from hotcold.sparsify.activations import set_activation
 from hotcold.sparsify.measure.evaluate import measure
 from hotcold.sparsify.methods.cats import _histogram, _quantile, cats_rule
