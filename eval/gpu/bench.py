@@ -153,7 +153,7 @@ def _measure(
     return replace(
         row,
         bytes_per_token=per_token,
-        bandwidth_share=row.generation.median * per_token / bandwidth if side.backend == "gpu" else None,
+        bandwidth_share=_share(row.generation, per_token, bandwidth) if side.backend == "gpu" else None,
         sparsity=None if side.mode == "dense" or math.isnan(stats.sparsity) else stats.sparsity,
         peak_bytes=_peak(device),
         planned_bytes=placement.device_bytes if placement else None,
@@ -207,9 +207,14 @@ def _time_accelerate(
     """transformers with accelerate at the same budget, all of whose memory on the device is torch's."""
     from hotcold.eval.peers.offloading import Accelerate  # brings transformers, which no other side needs
 
-    with closing(Accelerate(file_of_role(bundle, "dense"), device=device, budget=side.budget)) as peer:
+    with closing(Accelerate(file_of_role(bundle, "dense"), device=device, budget=side.budget or 0)) as peer:
         row = _time(side, peer, texts, progress)
         return replace(row, peak_bytes=_peak(device), planned_bytes=peer.device_bytes)
+
+
+def _share(generation: Spread | None, per_token: float, bandwidth: float) -> float | None:
+    """Of the device's bandwidth, what the weights come to that were read."""
+    return generation.median * per_token / bandwidth if generation else None
 
 
 def _gpus(device: str) -> list[torch.device]:

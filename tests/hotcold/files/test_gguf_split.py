@@ -116,7 +116,9 @@ def test_no_other_way_to_open_a_model_file():
     from pathlib import Path
 
     root = Path(__file__).parents[3]
-    folders = (root / name for name in ("src", "model", "convert", "runtime", "eval", "predictor", "sparsify"))
+    folders = (
+        root / name for name in ("src", "model", "convert", "runtime", "eval", "predictor", "sparsify")
+    )
     calls = {
         path.name
         for folder in folders
