@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from hotcold import table
 from hotcold.errors import HotcoldError, InputError
 from hotcold.eval.bench import Segment
 from hotcold.eval.peers.llama_cpp import LlamaCpp
@@ -231,13 +232,15 @@ def _peak(device: str) -> int | None:
     return sum(map(torch.cuda.max_memory_allocated, _gpus(device))) or None
 
 
+_HEAD = (
+    "side", "prompt t/s", "generate t/s", "MB/token", "of bandwidth", "sparsity", "peak GiB", "planned GiB",
+    "hot hits", "cold/token", "overlap", "KiB/token on the bus",
+)  # fmt: skip
+
+
 def as_table(rows: Sequence[GpuRow]) -> str:
     """The rows as a Markdown table."""
-    lines = [
-        "| side | prompt t/s | generate t/s | MB/token | of bandwidth | sparsity | peak GiB | planned GiB "
-        "| hot hits | cold/token | overlap | KiB/token on the bus |",
-        "|:---|" + "---:|" * 11,
-    ]
+    lines = []
     for row in rows:
         told = row.telemetry or {}
         bus = told.get("bus_bytes_per_token")
@@ -255,9 +258,9 @@ def as_table(rows: Sequence[GpuRow]) -> str:
             _figure(told.get("overlap"), 1, ".0%"),
             _figure(bus, 2**-10, ".1f"),
         ]
-        lines.append("| " + " | ".join(cells) + " |")
-    lines += [f"\n{row.side.name}: {row.error}" for row in rows if row.error]
-    return "\n".join(lines)
+        lines.append(cells)
+    errors = [f"\n{row.side.name}: {row.error}" for row in rows if row.error]
+    return "\n".join([table.markdown(_HEAD, lines), *errors])
 
 
 def _spread(spread: Spread | None) -> str:
