@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedModel
 
-__all__ = ["check_ids", "check_tokenizer", "check_tokens", "check_window"]
+__all__ = ["check_ids", "check_tokenizer", "check_tokens", "check_window", "n_embeddings"]
 
 
 def check_ids(ids: np.ndarray, n_vocab: int) -> None:
@@ -37,9 +37,14 @@ def check_tokens(tokens: np.ndarray, position: int, n_ctx: int, n_vocab: int) ->
     check_ids(tokens, n_vocab)
 
 
+def n_embeddings(model: PreTrainedModel) -> int:
+    """How many tokens the model has embeddings for."""
+    return model.get_input_embeddings().weight.shape[0]
+
+
 def check_tokenizer(tokenizer: Tokenizer, model: PreTrainedModel) -> None:
     """Raise InputError where the tokenizer has tokens that the model has no embeddings for."""
-    rows = model.get_input_embeddings().num_embeddings
+    rows = n_embeddings(model)
     largest = max(tokenizer.get_vocab().values(), default=0)
     if largest >= rows:
         fix = "the tokenizer is another model's, or tokens were added to it alone"

@@ -15,7 +15,8 @@ _SIZE = re.compile(r"(.*?)(?:([KMGT])(?:I?B)?|(B))?", re.DOTALL)
 def parse_bytes(text: str) -> int:
     """`6G`, `512M`, `6.5GiB`, `1000B`, or a number of GiB as PowerInfer takes it: `6`. Units are powers of
     1024. Raises InputError."""
-    number, unit, byte = _SIZE.fullmatch(text.strip().upper()).groups()
+    found = _SIZE.fullmatch(text.strip().upper())
+    number, unit, byte = found.groups() if found else ("", None, None)
     try:
         value = float(number) * _UNITS[unit or byte or "G"]
     except ValueError:

@@ -63,6 +63,14 @@ def test_the_folders_are_no_top_level_modules():
     assert not set(FOLDERS).intersection(sys.modules)
 
 
+def test_type_checkers_find_every_module():
+    """Editors and checkers see the package through `typings/`, where each module of it is a link."""
+    links = {path.name: path.resolve() for path in (ROOT / "typings/hotcold").iterdir()}
+    modules = {path.name: path for path in (ROOT / "src/hotcold").glob("*.py")}
+    modules |= {path.parent.name: path.parent for path in (ROOT / "src/hotcold").glob("*/__init__.py")}
+    assert links == modules | {folder: ROOT / folder for folder in FOLDERS}
+
+
 def test_version_is_that_of_the_distribution():
     assert hotcold.__version__ == tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
 
@@ -152,7 +160,7 @@ def test_imports_go_down_one_staircase(path):
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_gguf_enters_through_one_reader(path):
-    """The `gguf` package's reader and transformers' use of it trust the file; only `files/gguf.py` does not."""
+    """The `gguf` package's reader and transformers' use of it trust the file; `files/gguf.py` does not."""
     text = path.read_text()
     assert not re.search(r"GGUFReader|gguf_file|gguf_reader", text)
     if path.relative_to(ROOT).parts[0] != "convert" and path.parent != ROOT / "src/hotcold/files":

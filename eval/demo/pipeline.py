@@ -16,8 +16,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from hotcold import __version__, storage
 from hotcold.errors import HotcoldError
@@ -91,9 +92,11 @@ def _read(journal: Path) -> dict[str, Done]:
     """The finished steps by key; what is damaged was not done."""
     found = {}
     for entry in read_json_lines(journal, skip_damaged=True):
-        texts = [entry.get(name) for name in ("name", "key", "stdout")]
-        if all(isinstance(text, str) for text in texts) and isinstance(entry.get("seconds"), int | float):
-            found[entry["key"]] = Done(*texts[:2], entry["seconds"], texts[2])
+        values: dict[str, Any] = {field.name: entry.get(field.name) for field in fields(Done)}
+        done = Done(**values)
+        texts = done.name, done.key, done.stdout
+        if all(isinstance(text, str) for text in texts) and isinstance(done.seconds, int | float):
+            found[done.key] = done
         else:
             log(f"left out: {journal}: not a finished step")
     return found

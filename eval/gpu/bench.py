@@ -147,18 +147,19 @@ def _measure(
     options = BackendOptions(side.backend, device, f"{side.budget}B" if side.budget else "auto")
     engine = open_engine(bundle, side.mode, n_threads, n_ctx, options)
     row = _time(side, engine, texts, progress)
+    tok_s = row.generation.median if row.generation else 0.0
     per_token = sum(engine.bytes_per_token(texts[0].middle).values())
     stats = engine.stats()
-    placement = getattr(engine, "placement", None)
+    placement, measured = (getattr(engine, name, None) for name in ("placement", "measured"))  # of a hybrid
     return replace(
         row,
         bytes_per_token=per_token,
-        bandwidth_share=row.generation.median * per_token / bandwidth if side.backend == "gpu" else None,
+        bandwidth_share=tok_s * per_token / bandwidth if side.backend == "gpu" else None,
         sparsity=None if side.mode == "dense" or math.isnan(stats.sparsity) else stats.sparsity,
         peak_bytes=_peak(device),
         planned_bytes=placement.device_bytes if placement else None,
         expected_tok_s=placement.tokens_per_second if placement else None,
-        telemetry=engine.measured().as_json() if placement else None,
+        telemetry=measured().as_json() if measured else None,
     )
 
 
@@ -207,7 +208,8 @@ def _time_accelerate(
     """transformers with accelerate at the same budget, all of whose memory on the device is torch's."""
     from hotcold.eval.peers.offloading import Accelerate  # brings transformers, which no other side needs
 
-    with closing(Accelerate(file_of_role(bundle, "dense"), device=device, budget=side.budget)) as peer:
+    budget = side.budget or 0
+    with closing(Accelerate(file_of_role(bundle, "dense"), device=device, budget=budget)) as peer:
         row = _time(side, peer, texts, progress)
         return replace(row, peak_bytes=_peak(device), planned_bytes=peer.device_bytes)
 

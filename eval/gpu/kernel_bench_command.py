@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 from hotcold.files.json import json_text
 
 if TYPE_CHECKING:
+    import torch
+
     from hotcold.eval.gpu.kernel_bench import KernelPlan, KernelRow
 
 HELP = (
@@ -67,7 +69,7 @@ def _plan(args: argparse.Namespace) -> KernelPlan:
     )
 
 
-def _json(plan: KernelPlan, rows: list[KernelRow], device: object) -> str:
+def _json(plan: KernelPlan, rows: list[KernelRow], device: torch.device) -> str:
     from dataclasses import asdict
 
     from hotcold.eval.machine import describe
@@ -76,7 +78,7 @@ def _json(plan: KernelPlan, rows: list[KernelRow], device: object) -> str:
     return json_text(found | {"machine": describe()})
 
 
-def device_name(device: object) -> str:
+def device_name(device: torch.device) -> str:
     """What the hardware calls itself."""
     import torch
 

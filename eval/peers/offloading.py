@@ -12,6 +12,7 @@ import tempfile
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -41,7 +42,7 @@ class Accelerate:
         self._remove_folder = weakref.finalize(self, folder.cleanup)
         kind = open_gguf(path).tensors["token_embd.weight"].type
         self._model = checkpoint.load_model(str(path), _DTYPES.get(kind, "bfloat16"))
-        place = "cpu" if self._device.type == "cpu" else self._device.index  # as accelerate calls them
+        place: Any = "cpu" if self._device.type == "cpu" else self._device.index  # as accelerate calls them
         layout, sizes = layout_of(self._model, place, budget), compute_module_sizes(self._model)
         self.device_bytes = sum(sizes[name] for name, at in layout.items() if at == place)
         dispatch_model(
@@ -49,7 +50,7 @@ class Accelerate:
             layout,
             main_device=place,
             offload_dir=folder.name,
-            skip_keys=self._model._skip_keys_device_placement,
+            skip_keys=self._model._skip_keys_device_placement,  # pyright: ignore[reportArgumentType] - a list
             force_hooks=self.device_bytes == 0,  # or what is in RAM as a whole would be computed there
         )
         self.reset()
@@ -81,15 +82,18 @@ class Accelerate:
         self._remove_folder()
 
 
-def layout_of(model: PreTrainedModel, place: int | str, budget: int) -> dict[str, int | str]:
+def layout_of(model: PreTrainedModel, place: int | str, budget: int) -> dict[str, Any]:
     """Accelerate's device map: module -> `place`, a GPU's number or `cpu`, or where the rest goes.
 
     The rest goes to RAM, however much it is, and from `cpu` to `disk`. While layers are left over, accelerate
     keeps as much of the budget free as one of them takes, and brings back less, a matrix at a time. A
     benchmark's KV cache fits there too, so nothing more is set aside for it.
     """
-    room = {place: budget} | ({} if place == "cpu" else {"cpu": float("inf")})
+    room: dict[int | str, Any] = {place: budget} | ({} if place == "cpu" else {"cpu": float("inf")})
+    # A set or a list, whatever its annotation says: the library takes both.
+    whole: Any = model._no_split_modules
     # Not cleaned up: dispatch_model finds no weights for the "" that a map with one place is cut down to.
-    return infer_auto_device_map(
-        model, room, no_split_module_classes=model._no_split_modules, clean_result=False
+    layout: dict[str, Any] = infer_auto_device_map(
+        model, room, no_split_module_classes=whole, clean_result=False
     )
+    return layout

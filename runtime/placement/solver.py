@@ -43,7 +43,7 @@ def solver_counts(times: Sequence[FfnTime], budget: int, time_limit: float) -> l
     answer = milp(
         programme.objective,
         integrality=programme.integrality,
-        bounds=Bounds(0, programme.upper),
+        bounds=Bounds(0.0, programme.upper),  # pyright: ignore[reportArgumentType] - arrays too
         constraints=LinearConstraint(programme.matrix(), programme.lower, np.inf),
         options={"time_limit": time_limit, "mip_rel_gap": 1e-3},
     )
@@ -63,7 +63,7 @@ class _Programme:
         self.n_variables = n + 3 * layers
         self.objective = np.r_[np.zeros(self.t), np.ones(layers)]
         self.integrality = np.r_[np.zeros(n), np.ones(2 * layers), np.zeros(layers)]
-        self.upper = np.r_[np.ones(self.t), np.full(layers, np.inf)]
+        self.upper: np.ndarray = np.r_[np.ones(self.t), np.full(layers, np.inf)]
         self._rows: list[tuple[list[int], list[float]]] = []
         self.lower: list[float] = []
         for layer in range(layers):
