@@ -48,6 +48,7 @@ class Side(Protocol):
 
     def reset(self) -> None:
         """Forget the sequence and set `seconds` to zero."""
+        ...
 
     def prefill(self, ids: Sequence[int] | np.ndarray, all_logits: bool = False) -> np.ndarray:
         """Logits [n_vocab] after the block, or [len(ids), n_vocab]."""

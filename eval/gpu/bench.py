@@ -150,7 +150,7 @@ def _measure(
     row = _time(side, engine, texts, progress)
     per_token = sum(engine.bytes_per_token(texts[0].middle).values())
     stats = engine.stats()
-    placement = getattr(engine, "placement", None)
+    placement, measured = (getattr(engine, name, None) for name in ("placement", "measured"))  # of a hybrid
     return replace(
         row,
         bytes_per_token=per_token,
@@ -159,7 +159,7 @@ def _measure(
         peak_bytes=_peak(device),
         planned_bytes=placement.device_bytes if placement else None,
         expected_tok_s=placement.tokens_per_second if placement else None,
-        telemetry=engine.measured().as_json() if placement else None,
+        telemetry=measured().as_json() if measured else None,
     )
 
 
