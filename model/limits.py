@@ -6,7 +6,7 @@ IndexError, or on a GPU with the end of the process.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -39,7 +39,8 @@ def check_tokens(tokens: np.ndarray, position: int, n_ctx: int, n_vocab: int) ->
 
 def n_embeddings(model: PreTrainedModel) -> int:
     """How many tokens the model has embeddings for."""
-    return model.get_input_embeddings().weight.shape[0]
+    embeddings: Any = model.get_input_embeddings()
+    return embeddings.num_embeddings
 
 
 def check_tokenizer(tokenizer: Tokenizer, model: PreTrainedModel) -> None:

@@ -43,7 +43,7 @@ def solver_counts(times: Sequence[FfnTime], budget: int, time_limit: float) -> l
     answer = milp(
         programme.objective,
         integrality=programme.integrality,
-        bounds=Bounds(0.0, programme.upper),  # pyright: ignore[reportArgumentType] - arrays too
+        bounds=Bounds(0, programme.upper),  # pyright: ignore[reportArgumentType] - arrays too
         constraints=LinearConstraint(programme.matrix(), programme.lower, np.inf),
         options={"time_limit": time_limit, "mip_rel_gap": 1e-3},
     )
