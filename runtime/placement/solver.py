@@ -43,8 +43,8 @@ def solver_counts(times: Sequence[FfnTime], budget: int, time_limit: float) -> l
     answer = milp(
         programme.objective,
         integrality=programme.integrality,
-        bounds=Bounds(0, programme.upper),  # pyright: ignore[reportArgumentType] - arrays too
-        constraints=LinearConstraint(programme.matrix(), programme.lower, np.inf),
+        bounds=Bounds(0, programme.upper),
+        constraints=LinearConstraint(programme.matrix(), programme.lower, np.inf),  # pyright: ignore[reportArgumentType] - arrays too
         options={"time_limit": time_limit, "mip_rel_gap": 1e-3},
     )
     return None if answer.x is None else programme.counts(answer.x)
