@@ -1,6 +1,6 @@
 """What an installed wheel does on a machine without a compiler: the command, every kind of kernel, a model.
 
-Run by .ci/run with the interpreter of the environment that has the wheel, `PATH` empty, outside of the checkout.
+.ci/run runs it with the interpreter of the environment that has the wheel, with an empty `PATH`.
 """
 
 import os
@@ -17,19 +17,22 @@ import torch
 from stored_rows import relative_error
 from tiny_families import FAMILIES, IDS, write_model
 
+from hotcold.convert.bundle.export import ExportOptions, export_bundle
 from hotcold.model import checkpoint
+from hotcold.model.huggingface import HFCheckpoint
 from hotcold.runtime.cpu import _cpu
 from hotcold.runtime.engine import Engine
 
 
 def main() -> None:
     assert not [tool for tool in ("cc", "gcc", "g++", "clang", "cmake", "ninja") if shutil.which(tool)]
-    hotcold = Path(sys.executable).with_name("hotcold")
+    command = [sys.executable, "-I", Path(sys.executable).with_name("hotcold"), "--help"]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     with tempfile.TemporaryDirectory() as folder:
         model, bundle = Path(folder, "model"), Path(folder, "bundle")
         write_model(model, FAMILIES["prosparse"])
-        export = [hotcold, "export", model, "--out", bundle, "--quant", "f32"]
-        subprocess.run([sys.executable, "-I", *export], check=True)
+        fp = checkpoint.fingerprint(str(model))
+        export_bundle(HFCheckpoint(model), bundle, name="m", fingerprint=fp, options=ExportOptions("f32"))
         plain = checkpoint.load_model(str(model))
         with torch.no_grad():
             expected = plain(torch.from_numpy(IDS)[None]).logits[0].numpy()

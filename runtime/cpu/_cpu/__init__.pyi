@@ -70,9 +70,6 @@ class Model:
 
 def available_isas() -> list[str]: ...
 
-def top_k(logits: Annotated[NDArray[numpy.float32], dict(shape=(None,), order='C', device='cpu', writable=False)], k: int) -> tuple[list[int], list[float]]:
-    """Indices and values of the k largest logits, largest first."""
-
 def read_bandwidth(n_threads: int, n_bytes: int = 1073741824, repetitions: int = 5, prefetching: bool = False) -> float:
     """
     Best read bandwidth of several passes, GB/s: plain loads, or prefetching for memory ahead of them.
