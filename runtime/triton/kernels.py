@@ -5,6 +5,9 @@ inputs. Sizes that vary from token to token stay on the device: the grid is fixe
 that they load.
 """
 
+# Triton's language, not Python's: a checker cannot know what these mean.
+# pyright: reportArgumentType=false, reportGeneralTypeIssues=false, reportOperatorIssue=false, reportPossiblyUnboundVariable=false
+
 from __future__ import annotations
 
 import triton

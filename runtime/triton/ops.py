@@ -262,6 +262,8 @@ def ffn_listed(
 ) -> Tensor:
     """See reference.ffn_listed; here, what stands after `count` is undefined."""
     last = gate if up is None else up
+    if isinstance(last, Tensor):
+        raise ShapeError("known scores need the rows of up")
     _check(x, last)
     if isinstance(gate, Tensor):
         _check_values("scores", gate, (len(x), last.n))

@@ -4,6 +4,9 @@ Each is one launch where plain torch takes five to ten. At two microseconds a la
 these would otherwise take as long as reading the weights. steps.py launches them.
 """
 
+# Triton's language, not Python's: a checker cannot know what these mean.
+# pyright: reportOperatorIssue=false, reportPossiblyUnboundVariable=false
+
 from __future__ import annotations
 
 import triton

@@ -9,6 +9,9 @@ the first of them, and nothing in between makes it wait: what is multiplied with
 neighboring columns per thread as x is (TOGETHER), or Triton would exchange them through shared memory.
 """
 
+# Triton's language, not Python's: a checker cannot know what these mean.
+# pyright: reportArgumentType=false, reportGeneralTypeIssues=false
+
 from __future__ import annotations
 
 import triton

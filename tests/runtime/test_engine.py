@@ -301,15 +301,6 @@ def test_bytes_per_token(make_bundle):
     assert parts["predictor"] == 0
 
 
-@pytest.mark.parametrize("k", [1, 40, 1000])
-def test_top_k(k):
-    logits = np.random.default_rng(0).standard_normal(500).astype(np.float32)
-    index, values = _cpu.top_k(logits, k)
-    order = np.argsort(-logits, kind="stable")[:k]
-    np.testing.assert_array_equal(index, order)
-    np.testing.assert_array_equal(np.float32(values), logits[order])
-
-
 @pytest.mark.parametrize("prefetching", [False, True])
 def test_read_bandwidth_is_that_of_memory(prefetching):
     assert 0.5 < _cpu.read_bandwidth(1, 1 << 26, 2, prefetching=prefetching) < 2000

@@ -2,7 +2,6 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
-#include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
@@ -218,19 +217,6 @@ nb::dict sizes(const Model& m) {
   return d;
 }
 
-std::pair<std::vector<int32_t>, std::vector<float>> top_k(Floats logits, int k) {
-  std::vector<int32_t> index(logits.size());
-  std::iota(index.begin(), index.end(), 0);
-  k = std::clamp(k, 1, int(index.size()));
-  const float* x = logits.data();
-  std::partial_sort(index.begin(), index.begin() + k, index.end(),
-                    [x](int32_t i, int32_t j) { return x[i] > x[j] || (x[i] == x[j] && i < j); });
-  index.resize(k);
-  std::vector<float> values(k);
-  std::transform(index.begin(), index.end(), values.begin(), [x](int32_t i) { return x[i]; });
-  return {index, values};
-}
-
 }  // namespace
 
 NB_MODULE(_cpu, m) {
@@ -292,7 +278,6 @@ NB_MODULE(_cpu, m) {
     for (const char* const* n = available_isas(); *n; ++n) names.emplace_back(*n);
     return names;
   });
-  m.def("top_k", &top_k, "logits"_a, "k"_a, "Indices and values of the k largest logits, largest first.");
   m.def("read_bandwidth",
         [](int threads, size_t bytes, int repetitions, bool prefetching) {
           require(threads >= 1 && bytes >= 4096 && repetitions >= 1, "nothing to measure");
