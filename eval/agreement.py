@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from hotcold import table
 from hotcold.eval.gpu.bench import GpuSide
 from hotcold.finite import check_logits
 from hotcold.progress import Progress
@@ -100,12 +101,11 @@ def _compared(name: str, tokens: Sequence[int], expected: np.ndarray, got: np.nd
 
 def as_table(rows: Sequence[Agreement]) -> str:
     """The rows as a Markdown table."""
-    lines = [
-        "| side | tokens alike | first other | its lead, in errors | worst error |",
-        "|:---|---:|---:|---:|---:|",
-    ]
+    lines = []
     for row in rows:
         first = "–" if row.first_difference is None else str(row.first_difference)
         lead = "–" if row.lead is None else f"{row.lead:.2f}"
-        lines.append(f"| {row.name} | {row.alike}/{row.tokens} | {first} | {lead} | {row.worst_error:.1e} |")
-    return "\n".join(lines)
+        lines.append((row.name, f"{row.alike}/{row.tokens}", first, lead, f"{row.worst_error:.1e}"))
+    return table.markdown(
+        ("side", "tokens alike", "first other", "its lead, in errors", "worst error"), lines
+    )

@@ -100,10 +100,10 @@ def bench(
     sparse, in any engine: all rows have their ratios to them as well, and they have a perplexity.
     """
     originals = originals or {}
-    sides: dict[str, Side] = {**originals, **peers, **ours}
+    sides: dict[str, Peer | EngineSide] = {**originals, **peers, **ours}
     _check_vocabulary(sides, truth)
     _warm_up(sides, texts[0])
-    engines = {name: side for name, side in sides.items() if hasattr(side, "engine")}
+    engines = {name: side for name, side in sides.items() if isinstance(side, EngineSide)}
     for side in engines.values():
         side.engine.reset_stats()
     found, readings = _rounds(sides, texts, n_threads)
@@ -113,7 +113,7 @@ def bench(
     parts |= {
         name: dense_bytes_per_token(side.path, texts[0].middle)
         for name, side in sides.items()
-        if name not in engines
+        if not isinstance(side, EngineSide)
     }
     quality = _quality({truth: peers[truth], **ours}, windows, truth) | _quality(originals, windows, None)
     baseline = {metric: _fastest(found, metric, list(peers)) for metric in ("prompt", "generation")}

@@ -141,7 +141,7 @@ def _measure(args: argparse.Namespace, plan: Plan, scratch: Path) -> Report:
     n_ctx = max(plan.n_prompt + plan.n_gen, args.window if windows else 0)
     peers, truth = sides.open_peers(bundle, scratch, n_threads=args.threads, n_ctx=n_ctx)
     ours = {
-        sides.side_name(mode, share): sides.open_side(
+        sides.side_name(mode, share): sides.open_ours(
             bundle, mode, n_threads=args.threads, n_ctx=n_ctx, input_sparsity=share
         )
         for mode in modes

@@ -68,9 +68,10 @@ def compare(
     for ids in windows:
         truth = _logits(sides[reference], ids) if reference else None
         for name, side in sides.items():
-            is_truth = name == reference and truth is not None
-            logits = truth if is_truth else _logits(side, ids)
-            _score(tallies[name], logits, ids[1:], None if is_truth else truth)
+            if name == reference and truth is not None:
+                _score(tallies[name], truth, ids[1:], None)
+            else:
+                _score(tallies[name], _logits(side, ids), ids[1:], truth)
             on_tokens(len(ids))
     return {name: tally.quality() for name, tally in tallies.items()}
 

@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 
+from hotcold import table
 from hotcold.eval.results import CONFIDENCE, Ratio, Report, Row, Spread, StockSpeed
 from hotcold.eval.roofline import PARTS
 from hotcold.files.json import json_text
@@ -191,16 +192,7 @@ _Column = tuple[str, Callable[[Row], str]]
 
 
 def _table(columns: Sequence[_Column], rows: Sequence[Row]) -> str:
-    """Padded, so that it reads as well on a terminal."""
-    cells = [[name for name, _ in columns]] + [[show(row) for _, show in columns] for row in rows]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
-
-    def line(texts: Sequence[str]) -> str:
-        padded = [text.rjust(width) for text, width in zip(texts, widths, strict=True)]
-        return f"| {' | '.join([texts[0].ljust(widths[0]), *padded[1:]])} |"
-
-    rule = [f":{'-' * (widths[0] + 1)}", *(f"{'-' * (width + 1)}:" for width in widths[1:])]
-    return "\n".join([line(cells[0]), f"|{'|'.join(rule)}|", *map(line, cells[1:])])
+    return table.markdown([name for name, _ in columns], [[show(row) for _, show in columns] for row in rows])
 
 
 def _number(value: float | None, form: str = ".2f") -> str:

@@ -25,7 +25,7 @@ class Spread:
     high: float
 
     @classmethod
-    def of(cls, samples: Sequence[float]) -> Spread:
+    def of(cls, samples: Sequence[float] | np.ndarray) -> Spread:
         return cls(float(median(samples)), float(min(samples)), float(max(samples)))
 
 
@@ -45,7 +45,7 @@ class Ratio(Spread):
     ci_high: float
 
     @classmethod
-    def of(cls, samples: Sequence[float]) -> Ratio:
+    def of(cls, samples: Sequence[float] | np.ndarray) -> Ratio:
         spread, logs = Spread.of(samples), np.log(np.asarray(samples, dtype=np.float64))
         if len(logs) < 2:
             return cls(spread.median, spread.low, spread.high, float("nan"), float("nan"))

@@ -64,7 +64,7 @@ def dense_bytes_per_token(path: str | Path, position: int) -> dict[str, float]:
     The embedding table is not read (one row of it is), unless it is the output head too.
     """
     file = open_gguf(path)
-    parts = dict.fromkeys(PARTS, 0.0)
+    parts: dict[str, float] = dict.fromkeys(PARTS, 0.0)
     tied = "output.weight" not in file.tensors
     for name, tensor in file.tensors.items():
         if (part := _part(name, tied)) is not None:

@@ -21,6 +21,7 @@ from hotcold.cpus import available_cpus, cgroups
 from hotcold.errors import UnsupportedError
 from hotcold.eval.demo.pipeline import StepError, child_command
 from hotcold.progress import Progress, log
+from hotcold.table import markdown
 
 __all__ = ["Result", "Situation", "measure", "situations", "table"]
 
@@ -156,9 +157,9 @@ def _limit(group: Path, cpus: float) -> None:
 
 def table(results: Sequence[Result]) -> str:
     """Markdown: median, smallest and largest tokens/s, and the ratio to the reference."""
-    lines = ["| situation | tokens/s | ratio | to |", "| --- | ---: | ---: | --- |"]
+    lines = []
     for result in results:
         speeds, one = result.tok_s, result.situation
         spread = f"{median(speeds):.1f} ({min(speeds):.1f}–{max(speeds):.1f})"
-        lines.append(f"| {one.name} | {spread} | {result.ratio:.2f}x | {one.reference} |")
-    return "\n".join(lines)
+        lines.append((one.name, spread, f"{result.ratio:.2f}x", one.reference))
+    return markdown(("situation", "tokens/s", "ratio", "to"), lines, left=(0, 3))

@@ -29,6 +29,7 @@ __all__ = [
     "checked_modes",
     "chosen_modes",
     "open_llama_cpp",
+    "open_ours",
     "open_peers",
     "open_side",
     "side_name",
@@ -47,12 +48,15 @@ class Side(Protocol):
 
     def reset(self) -> None:
         """Forget the sequence and set `seconds` to zero."""
+        ...
 
     def prefill(self, ids: Sequence[int] | np.ndarray, all_logits: bool = False) -> np.ndarray:
         """Logits [n_vocab] after the block, or [len(ids), n_vocab]."""
+        ...
 
     def decode(self, token: int) -> np.ndarray:
         """Logits [n_vocab] after one more token."""
+        ...
 
 
 class Peer(Side, Protocol):
@@ -119,7 +123,7 @@ def side_name(mode: str, input_sparsity: float) -> str:
 
 def open_side(
     bundle: str | Path, mode: str, *, n_threads: int, n_ctx: int, input_sparsity: float = 0.0
-) -> Side:
+) -> Peer | EngineSide:
     """Load a bundle in a mode of ours, with `input_sparsity` of the attention's inputs left out, or its dense
     file in llama.cpp.
 
@@ -128,7 +132,13 @@ def open_side(
     checked_modes(mode, (*MODES, LLAMA_CPP))
     if mode == LLAMA_CPP:
         return open_llama_cpp(str(ModelPath(bundle).file_for("dense")), n_threads=n_threads, n_ctx=n_ctx)
-    from hotcold.runtime.cpu.engine import CpuEngine
+    return open_ours(bundle, mode, n_threads=n_threads, n_ctx=n_ctx, input_sparsity=input_sparsity)
+
+
+def open_ours(
+    bundle: str | Path, mode: str, *, n_threads: int, n_ctx: int, input_sparsity: float = 0.0
+) -> EngineSide:
+    """The part of `open_side` that has no llama.cpp."""
 
     return EngineSide(CpuEngine.load(bundle, mode, n_threads, n_ctx, input_sparsity))
 

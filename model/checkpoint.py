@@ -25,9 +25,12 @@ from hotcold.files.json import read_json
 from hotcold.model.ffn_modules import (
     FfnLayer,
     activation_name,
+    as_relu,
     as_transformers,
     ffn_layers,
-    install_activation,
+    firing_rule,
+    is_known_to_transformers,
+    set_firing,
 )
 from hotcold.model.tokenizer.tokenizer_json import read_tokenizer
 
@@ -37,6 +40,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
     from hotcold.files.gguf import GGUFFile
+    from hotcold.model.firing import FiringRule
     from hotcold.model.huggingface import WeightSource
 
 __all__ = [
@@ -198,7 +202,7 @@ def _load(source: WeightSource, dtype: torch.dtype) -> PreTrainedModel:
 
     _check_depth(source)
     with _configuring(_config_path(source)), _quiet():
-        config, activation = _transformers_config(source.config)
+        config, rule = _transformers_config(source.config)
         with torch.device("meta"):
             empty = AutoModelForCausalLM.from_config(config)
     expected = {name: tuple(weight.shape) for name, weight in empty.named_parameters()}
@@ -211,9 +215,7 @@ def _load(source: WeightSource, dtype: torch.dtype) -> PreTrainedModel:
     if missing := sorted(found["missing_keys"]):  # a buffer, as all parameters are there
         raise missing_tensor(missing[0], source.path)
     _take_generation_config(loaded, source.path)
-    if activation is not None:
-        install_activation(loaded, activation)
-    return _with_input_rules(loaded)
+    return _with_input_rules(loaded if rule is None else set_firing(loaded, rule))
 
 
 def _with_input_rules(model: PreTrainedModel) -> PreTrainedModel:
@@ -258,16 +260,15 @@ def _take_generation_config(model: PreTrainedModel, path: Path) -> None:
             model.generation_config = GenerationConfig.from_pretrained(path)
 
 
-def _transformers_config(values: dict[str, Any]) -> tuple[PretrainedConfig, str | None]:
-    """The config that transformers loads a model by, and the activation to be installed after that."""
+def _transformers_config(values: dict[str, Any]) -> tuple[PretrainedConfig, FiringRule | None]:
+    """The config that transformers loads a model by, and the rule to be put into it after that, if any."""
     from transformers import AutoConfig
-    from transformers.activations import ACT2FN
 
     values = as_transformers(values)
-    for key in ("hidden_act", "activation_function", "activation"):
-        if key in values and values[key] not in ACT2FN:
-            return AutoConfig.for_model(**(values | {key: "relu"})), values[key]
-    return AutoConfig.for_model(**values), None
+    config = AutoConfig.for_model(**values)
+    if is_known_to_transformers(config):
+        return config, None
+    return AutoConfig.for_model(**as_relu(values, config.model_type)), firing_rule(config, values)
 
 
 @contextmanager

@@ -1,23 +1,22 @@
-"""The model families in torch: where each keeps its FFN modules, and the activations that transformers lacks.
+"""The model families in torch: where each keeps its FFN modules, and how a firing rule gets into them.
 
 transformers does not know two `model_type`s that matter here without their remote code, which hotcold never
 runs. Both are models that it does know: MiniCPM is a Granite (embedding, depth and logit scales) and Bamboo
-(TurboSparse-Mistral) is a Mistral whose ReLU is applied to gate and up. Neither does it know FATReLU and
-dReLU, so such a model is loaded as a ReLU model and gets its own activation afterwards, by
-`install_activation`.
+(TurboSparse-Mistral) is a Mistral whose ReLU is applied to gate and up. Neither does it know most firing
+rules (`hotcold.model.firing`): such a model is loaded as a ReLU model and gets its own by `set_firing`.
 """
 
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
-from hotcold.errors import FormatError, UnsupportedError
+from hotcold.errors import FormatError, ShapeError, UnsupportedError
 from hotcold.model.families import FAMILIES, Family
+from hotcold.model.firing import FiringRule, Score
 
 if TYPE_CHECKING:
     from torch import nn
@@ -28,10 +27,13 @@ __all__ = [
     "MODEL_TYPES",
     "FfnLayer",
     "activation_name",
+    "as_relu",
     "as_transformers",
     "ffn_layers",
-    "install_activation",
+    "firing_rule",
+    "is_known_to_transformers",
     "learned_positions",
+    "set_firing",
 ]
 
 
@@ -170,34 +172,63 @@ def _as_granite(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def install_activation(model: PreTrainedModel, name: str) -> PreTrainedModel:
-    """Give a ReLU model the activation `name` that transformers lacks, and its config the name; returns it.
+def firing_rule(config: PretrainedConfig, values: Mapping[str, Any] | None = None) -> FiringRule | None:
+    """The rule of a model's FFNs, None where it is an activation that only transformers knows.
 
-    `fatrelu` takes its threshold from the name (`fatrelu_0.01`) or the config (`hidden_act_param`, or per
-    layer `activation_thresholds`). UnsupportedError for other names, and for dReLU without gates.
+    `values` are those of its `config.json`, without them its config's own.
     """
-    from hotcold.model.activations import FATReLU, rectify_output
+    family = _family(config)
+    values = config.to_dict() if values is None else values
+    name = values.get(family.key, getattr(config, family.key))
+    try:
+        return FiringRule.from_config(values, name, config.num_hidden_layers, gated=family.gate is not None)
+    except UnsupportedError:
+        if not _has(name):
+            raise
+    return None
 
-    layers = ffn_layers(model)
-    if name == "drelu" and layers[0].up is not None:
-        for layer in layers:
-            layer.up.register_forward_hook(rectify_output)
-    elif re.fullmatch(r"fatrelu(_[\d.e-]+)?", name):
-        for layer, threshold in zip(layers, _thresholds(model, name, len(layers)), strict=True):
-            setattr(layer.mlp, layer.act, FATReLU(threshold))
-    else:
-        raise UnsupportedError("unknown activation", where=model.config.model_type, got=name)
-    setattr(model.config, _family(model.config).key, name)
+
+def is_known_to_transformers(config: PretrainedConfig) -> bool:
+    """Whether it computes the rule of this config by itself."""
+    return _has(getattr(config, _family(config).key))
+
+
+def _has(name: str) -> bool:
+    from transformers.activations import ACT2FN
+
+    return name in ACT2FN
+
+
+def as_relu(values: Mapping[str, Any], config_type: str) -> dict[str, Any]:
+    """`config.json` with an activation that transformers knows, whatever it was."""
+    return {**values, _FAMILIES[config_type].key: "relu"}
+
+
+def set_firing(model: PreTrainedModel, rule: FiringRule) -> PreTrainedModel:
+    """Make every FFN of `model` fire by `rule`, and its config say so; returns it.
+
+    Raises ShapeError where thresholds are not those of its neurons.
+    """
+    from hotcold.model.modeling_sparse import rectify
+
+    for i, (layer, module) in enumerate(zip(ffn_layers(model), _modules(rule), strict=True)):
+        threshold, d_ff = rule.thresholds[i], layer.gate.out_features
+        if isinstance(threshold, tuple) and len(threshold) != d_ff:
+            raise ShapeError(f"thresholds of layer {i}", got=len(threshold), expected=d_ff)
+        setattr(layer.mlp, layer.act, module)
+        if layer.up is not None:
+            rectify(layer.up, rule.rule.score is Score.GATE_AND_UP)
+    for key in ("activation_thresholds", "hidden_act_param"):
+        if hasattr(model.config, key):
+            delattr(model.config, key)
+    for key, value in rule.as_config(_family(model.config).key).items():
+        setattr(model.config, key, value)
     return model
 
 
-def _thresholds(model: PreTrainedModel, name: str, n_layers: int) -> list[float]:
-    config, named = model.config, name.partition("_")[2]
-    value = getattr(config, "activation_thresholds", getattr(config, "hidden_act_param", None))
-    if value is None:
-        value = float(named or 0)
-    values = value if isinstance(value, list) else [value] * n_layers
-    if len(values) != n_layers:
-        expected = f"one number, or {n_layers}"
-        raise FormatError("bad thresholds", field="activation_thresholds", got=len(values), expected=expected)
-    return [float(value) for value in values]
+def _modules(rule: FiringRule) -> Iterator[nn.Module]:
+    """A module for each layer."""
+    from hotcold.model.modeling_sparse import MODULES
+
+    for threshold in rule.thresholds:
+        yield MODULES[rule.name](*([threshold] if rule.rule.letter else []))

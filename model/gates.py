@@ -12,7 +12,7 @@ import numpy as np
 
 from hotcold.model.checkpoint import open_checkpoint, resolve
 from hotcold.model.spec import ModelSpec
-from hotcold.model.weights import Weights, check_weights
+from hotcold.model.weights import CheckpointWeights, check_weights
 
 __all__ = ["Gates", "LayerGates"]
 
@@ -43,14 +43,13 @@ class Gates:
         source = open_checkpoint(resolve(model))
         self.spec = ModelSpec.from_config(source.config)
         check_weights(source, self.spec)
-        self._weights = Weights(self.spec, source.load)
+        self._weights = CheckpointWeights(self.spec, source.load, source.path)
 
     def layer(self, number: int) -> LayerGates:
         """Those of one layer, loaded."""
-        module = "ffn_gate" if self.spec.family.gated else "ffn_up"
         return LayerGates(
-            self._weights.load(module, "weight", number),
-            self._weights.load("ffn_norm", "weight", number),
-            self._weights.load("ffn_norm", "bias", number) if self.spec.family.layer_norm else None,
+            self._weights.floats("gate", number),
+            self._weights.floats("ffn_norm", number),
+            self._weights.vector("ffn_norm", number, "bias"),
             self.spec.norm_eps,
         )

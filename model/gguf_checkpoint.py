@@ -119,14 +119,7 @@ def _config(file: GGUFFile, architecture: str, spec: ModelSpec) -> dict[str, Any
         config["attention_bias"] = True
     elif architecture == "smallthinker" and "q" in spec.biases:
         config["model_type"] = "qwen2"
-    return config | _activation(file, spec) | _special_tokens(file, spec.n_vocab)
-
-
-def _activation(file: GGUFFile, spec: ModelSpec) -> dict[str, Any]:
-    if spec.activation != "fatrelu":
-        return {"hidden_act": spec.activation}
-    thresholds = file.require("hotcold.activation_thresholds", np.ndarray)
-    return {"hidden_act": spec.activation, "activation_thresholds": thresholds.tolist()}
+    return config | spec.firing.as_config() | _special_tokens(file, spec.n_vocab)
 
 
 def _window(file: GGUFFile, spec: ModelSpec) -> dict[str, Any]:

@@ -6,7 +6,7 @@ IndexError, or on a GPU with the end of the process.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
@@ -15,9 +15,10 @@ from hotcold.model.ffn_modules import learned_positions
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
+    from torch import nn
     from transformers import PreTrainedModel
 
-__all__ = ["check_ids", "check_tokenizer", "check_tokens", "check_window"]
+__all__ = ["check_ids", "check_tokenizer", "check_tokens", "check_window", "n_embeddings"]
 
 
 def check_ids(ids: np.ndarray, n_vocab: int) -> None:
@@ -25,6 +26,11 @@ def check_ids(ids: np.ndarray, n_vocab: int) -> None:
     if ids.size and (ids.min() < 0 or ids.max() >= n_vocab):
         worst = int(ids.max() if ids.min() >= 0 else ids.min())
         raise InputError("token id outside of the vocabulary", got=worst, expected=f"0 to {n_vocab - 1}")
+
+
+def n_embeddings(model: PreTrainedModel) -> int:
+    """How many token ids the model has a vector for."""
+    return cast("nn.Embedding", model.get_input_embeddings()).num_embeddings
 
 
 def check_tokens(tokens: np.ndarray, position: int, n_ctx: int, n_vocab: int) -> None:
@@ -39,7 +45,7 @@ def check_tokens(tokens: np.ndarray, position: int, n_ctx: int, n_vocab: int) ->
 
 def check_tokenizer(tokenizer: Tokenizer, model: PreTrainedModel) -> None:
     """Raise InputError where the tokenizer has tokens that the model has no embeddings for."""
-    rows = model.get_input_embeddings().num_embeddings
+    rows = n_embeddings(model)
     largest = max(tokenizer.get_vocab().values(), default=0)
     if largest >= rows:
         fix = "the tokenizer is another model's, or tokens were added to it alone"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -11,15 +12,15 @@ from hotcold.errors import FormatError, UnsupportedError
 from hotcold.files.gguf import GGUFFile
 from hotcold.files.tensor_check import misshapen_tensor, missing_tensor
 from hotcold.model.families import ARCHITECTURES, Architecture
+from hotcold.model.firing import FiringRule
 from hotcold.model.inputs import rules_of_file
 from hotcold.model.rope_factors import ROPE_FACTORS, check_pairs, read_rope
-from hotcold.model.spec import ACTIVATIONS, MAX_LAYERS, LayerSpec, ModelSpec
+from hotcold.model.spec import MAX_LAYERS, LayerSpec, ModelSpec
 from hotcold.model.tensors import PROJECTIONS, Naming
 
 __all__ = ["hyper_parameters", "per_layer", "read_spec"]
 
 _WINDOWS = "hotcold.attention.windows"  # u32[L]: positions that the queries of a layer see, 0: all
-_THRESHOLDS = "hotcold.activation_thresholds"  # f32[L]: of FATReLU; 0 is plain ReLU
 _MAX_HEADS, _MAX_HEAD = 1 << 10, 1 << 12  # frequencies are made before any weight is looked at
 _SIZES = ("attention.value_length", "rope.dimension_count")  # that of a head, wherever they are said
 
@@ -36,10 +37,11 @@ def read_spec(file: GGUFFile) -> ModelSpec:
     n_heads = file.count(f"{name}.attention.head_count", most=_MAX_HEADS)
     learned = architecture.structure.learned_positions
     head_dim = _head_dim(file, name, max(d_model // n_heads, 1), learned)
+    layers = _layers(file, name, architecture, n_layers)
     return ModelSpec(
         model_type=architecture.model_type,
         structure=architecture.structure,
-        layers=_layers(file, name, architecture, n_layers),
+        layers=layers,
         d_model=d_model,
         n_heads=n_heads,
         n_kv_heads=file.count(f"{name}.attention.head_count_kv", n_heads, _MAX_HEADS),
@@ -49,8 +51,7 @@ def read_spec(file: GGUFFile) -> ModelSpec:
         norm_eps=_norm_eps(file, name, architecture),
         rope=None if learned else read_rope(file, name, head_dim),
         tied=_is_tied(file, name, architecture.naming),
-        activation=_activation(file, architecture),
-        activation_thresholds=tuple(per_layer(file, _THRESHOLDS, n_layers, 0.0)),
+        firing=_firing(file, architecture, layers),
         biases=_biases(file, architecture, n_layers),
         two_norms=architecture.structure.parallel
         and _any_layer(file, architecture.naming, ("attn_norm",), n_layers, ("weight", "bias")),
@@ -61,8 +62,6 @@ def read_spec(file: GGUFFile) -> ModelSpec:
 def _n_layers(file: GGUFFile, name: str, naming: Naming) -> int:
     """A claim of a million layers must not cost more than the tensors that are there."""
     n_layers = file.count(key := f"{name}.block_count")
-    if _THRESHOLDS in file.metadata:
-        per_layer(file, _THRESHOLDS, n_layers, 0.0)
     layer = re.compile(re.escape(naming.names["down"].partition("{}")[0]) + r"(\d{1,6})\.")
     found = len({match[1] for tensor in file.tensors if (match := layer.match(tensor))})
     if n_layers != found or n_layers > MAX_LAYERS:
@@ -152,19 +151,18 @@ def _is_tied(file: GGUFFile, name: str, naming: Naming) -> bool:
     return True
 
 
-def _activation(file: GGUFFile, architecture: Architecture) -> str:
-    """What the file says, else what llama.cpp does, or PowerInfer, whose files by neurons are ReLU models."""
+def _firing(file: GGUFFile, architecture: Architecture, layers: Sequence[LayerSpec]) -> FiringRule:
+    implied, gated = _implied_activation(file, architecture), architecture.structure.gated
+    return FiringRule.from_gguf(file, implied, len(layers), layers[0].d_ff, gated=gated)
+
+
+def _implied_activation(file: GGUFFile, architecture: Architecture) -> str:
+    """What llama.cpp computes, or PowerInfer, whose files by neurons are ReLU models."""
     implied = architecture.activation
     by_neuron = (
         file.magic == "PWRI" or f"{architecture.naming.names['down'].format(0)}_t.weight" in file.tensors
     )
-    if by_neuron and implied != "drelu":
-        implied = "relu"
-    name = file.find("hotcold.activation", str, implied)
-    if name not in ACTIVATIONS:
-        known = " | ".join(ACTIVATIONS)
-        raise UnsupportedError("unknown activation", where=file.path, got=name, expected=known)
-    return name
+    return "relu" if by_neuron and implied != "drelu" else implied
 
 
 def _biases(file: GGUFFile, architecture: Architecture, n_layers: int) -> frozenset[str]:

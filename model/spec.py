@@ -3,29 +3,26 @@
 from __future__ import annotations
 
 import math
-import re
-import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hotcold.errors import FormatError, UnsupportedError
+from hotcold.errors import UnsupportedError
 from hotcold.model.config_fields import Fields
 from hotcold.model.families import FAMILIES, Family, Structure
+from hotcold.model.firing import FiringRule
 from hotcold.model.inputs import InputRule, rules_of_config
 from hotcold.model.rope import Rope
 
 if TYPE_CHECKING:
     from hotcold.files.gguf import GGUFFile
 
-__all__ = ["ACTIVATIONS", "MAX_LAYERS", "NEVER_ZERO", "LayerSpec", "ModelSpec", "Scales"]
+__all__ = ["MAX_LAYERS", "LayerSpec", "ModelSpec", "Scales"]
 
 MAX_LAYERS = 1 << 12  # lists are made of that length before any weight is looked for
-NEVER_ZERO = ("silu", "gelu")
-ACTIVATIONS = ("relu", "fatrelu", "drelu", *NEVER_ZERO)
-_LARGEST = sys.float_info.max
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,9 +56,8 @@ class LayerSpec:
 class ModelSpec:
     """One model, checked, in hotcold's terms.
 
-    `activation_thresholds` holds one t per layer: a gate fires iff it is positive and reaches t (0 for a
-    plain ReLU). `rope` is None where positions are learned; `n_ctx` is 0 where a file does not say it.
-    `biases` are slots of `hotcold.model.tensors`.
+    `firing` says when neurons fire. `rope` is None where positions are learned; `n_ctx` is 0 where a file
+    does not say it. `biases` are slots of `hotcold.model.tensors`.
     """
 
     model_type: str
@@ -76,8 +72,7 @@ class ModelSpec:
     norm_eps: float
     rope: Rope | None
     tied: bool
-    activation: str
-    activation_thresholds: tuple[float, ...]
+    firing: FiringRule
     biases: frozenset[str]
     two_norms: bool  # of a parallel block: attention and FFN have one each
     scales: Scales = Scales()
@@ -100,6 +95,11 @@ class ModelSpec:
         return self.layers[0].d_ff
 
     @property
+    def activation(self) -> str:
+        """The name of its firing rule."""
+        return self.firing.name
+
+    @property
     def windows(self) -> tuple[int, ...]:
         """Positions that the queries of each layer see, 0 being all."""
         return tuple(layer.window for layer in self.layers)
@@ -107,7 +107,7 @@ class ModelSpec:
     @property
     def is_sparse(self) -> bool:
         """Whether its activation gives exact zeros."""
-        return self.activation not in NEVER_ZERO
+        return self.firing.gives_zeros
 
     @property
     def rope_theta(self) -> float:
@@ -156,11 +156,11 @@ class ModelSpec:
         if not family.structure.learned_positions and head_dim % 2:
             raise read.bad("head_dim", head_dim, "an even number: rotary positions turn pairs")
         n_ctx = read.count("max_position_embeddings")
-        activation, thresholds = _activation(read, family, n_layers)
+        layers = _layers(read, family, n_layers, d_model, n_ctx)
         return cls(
             model_type=model_type,
             structure=family.structure,
-            layers=_layers(read, family, n_layers, d_model, n_ctx),
+            layers=layers,
             d_model=d_model,
             n_heads=n_heads,
             n_kv_heads=_n_kv_heads(read, family, n_heads),
@@ -170,8 +170,7 @@ class ModelSpec:
             norm_eps=read.positive("rms_norm_eps", 1e-5 if family.structure.layer_norm else None),
             rope=None if family.structure.learned_positions else Rope.from_config(read, n_ctx),
             tied=read.flag("tie_word_embeddings", family.tied),
-            activation=activation,
-            activation_thresholds=thresholds,
+            firing=_firing(read, family, layers),
             biases=_biases(read, family),
             two_norms=_two_norms(read, family),
             scales=_scales(read, model_type, n_layers, d_model, head_dim),
@@ -195,31 +194,12 @@ def _layers(read: Fields, family: Family, n_layers: int, d_model: int, n_ctx: in
     )
 
 
-def _activation(read: Fields, family: Family, n_layers: int) -> tuple[str, tuple[float, ...]]:
-    """Name and thresholds. ProSparse's models say `fatrelu` + `hidden_act_param`, or `fatrelu_0.01`."""
-    name, threshold = str(read.get("hidden_act", family.activation)), 0.0
-    if match := re.fullmatch(r"fatrelu_(\d+(?:\.\d+)?(?:e-?\d+)?)", name):
-        name, threshold = "fatrelu", float(match[1])
-    name = {"swish": "silu"}.get(name, name)
-    if name not in ACTIVATIONS or (name == "drelu" and not family.structure.gated):
-        expected = " | ".join(ACTIVATIONS)
-        raise UnsupportedError("unknown activation", where=read.where, got=name, expected=expected)
+def _firing(read: Fields, family: Family, layers: Sequence[LayerSpec]) -> FiringRule:
+    name = str(read.get("hidden_act", family.activation))
     if family.drelu and name == "relu":
         name = "drelu"
-    if name == "fatrelu":
-        return name, _thresholds(read, n_layers, threshold)
-    return name, (0.0,) * n_layers
-
-
-def _thresholds(read: Fields, n_layers: int, default: float) -> tuple[float, ...]:
-    value = read.config.get("activation_thresholds", read.config.get("hidden_act_param", default))
-    values = value if isinstance(value, list) else [value] * n_layers
-    good = all(isinstance(t, int | float) and 0 <= t <= _LARGEST for t in values)
-    if len(values) != n_layers or not good:
-        expected = f"one number >= 0, or {n_layers} of them"
-        field = "activation_thresholds"
-        raise FormatError("bad thresholds", where=read.where, field=field, got=value, expected=expected)
-    return tuple(map(float, values))
+    gated, d_ff = family.structure.gated, layers[0].d_ff
+    return FiringRule.from_config(read.config, name, len(layers), d_ff, gated=gated, where=read.where)
 
 
 def _n_kv_heads(read: Fields, family: Family, n_heads: int) -> int:

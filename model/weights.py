@@ -24,6 +24,7 @@ from hotcold.files.stored import check_stored
 from hotcold.files.tensor_check import check_tensors, misshapen_tensor, missing_tensor
 from hotcold.finite import check_weight
 from hotcold.model.families import ARCHITECTURES, names_in
+from hotcold.model.firing import threshold_tensor
 from hotcold.model.huggingface import WeightSource, shapes_of
 from hotcold.model.spec import ModelSpec
 from hotcold.model.tensors import (
@@ -208,9 +209,10 @@ class FileWeights(Weights):
         return {name: found for name, found in names.items() if name in self.file.tensors}
 
     def weight_names(self) -> set[str]:
-        """The names of all tensors but a router's, those of predictors, and rope factors."""
+        """The names of all tensors but a router's, those of predictors, thresholds, and rope factors."""
         names, layers = self.naming.names, range(self.spec.n_layers)
         over = {f"{names[slot].format(layer)}.{part}" for slot, part in _PASSED_OVER for layer in layers}
+        over |= {threshold_tensor(layer) for layer in layers}  # which the firing rule has read
         return self.file.tensors.keys() - {*over, f"{names['rope_factors']}.weight"}
 
     def has(self, slot: str, layer: int = 0) -> bool:

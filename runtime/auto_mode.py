@@ -67,10 +67,9 @@ def _remembered(record: Path, modes: Sequence[str]) -> tuple[str, dict[str, floa
     found = cache.read_record(record)
     mode, speeds = found.get("mode"), found.get("tok_s")
     speeds = speeds if isinstance(speeds, dict) else {}
-    if mode not in modes:
+    if not isinstance(mode, str) or mode not in modes:
         return "", {}
-    with_speed = {name: speed for name, speed in speeds.items() if isinstance(speed, int | float)}
-    return mode, with_speed
+    return mode, {str(name): speed for name, speed in speeds.items() if isinstance(speed, int | float)}
 
 
 def _measured(model: ModelPath, n_threads: int | None, record: Path) -> tuple[str, dict[str, float]]:
@@ -121,7 +120,7 @@ def _race(engines: dict[str, Engine]) -> dict[str, float]:
 
 def _sample(engine: Engine) -> np.ndarray:
     """Greedy text from a fixed start: what the model says itself is closer to real use than random tokens."""
-    ids = list(np.arange(_PROMPT) % engine.n_vocab)
+    ids = [at % engine.n_vocab for at in range(_PROMPT)]
     logits, end = engine.prefill(ids), time.monotonic() + _SAMPLE_SECONDS
     for number in range(_TOKENS):
         if number >= _LEAST_TOKENS and time.monotonic() > end:

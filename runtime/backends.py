@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from hotcold.files.gguf import GGUFFile
     from hotcold.runtime.engine import Engine
+    from hotcold.runtime.gpu.engine import GpuEngine
     from hotcold.runtime.placement.plan import Placement
 
 __all__ = [
@@ -117,7 +118,7 @@ def load_bundle(
 
 def open_engine(
     bundle: str | Path, mode: str, n_threads: int | None, n_ctx: int, options: BackendOptions | None = None
-) -> Engine:
+) -> Engine | GpuEngine:
     """Load a bundle or a GGUF file into the engine that `options` asks for.
 
     All engines have the contract of `hotcold.runtime.engine.Engine`. Raises what they raise, and

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from hotcold.runtime.generation.generate import Generation
     from hotcold.runtime.generation.sampling import Sampler, SamplingParams
     from hotcold.runtime.generation.vocabulary import Vocabulary
+    from hotcold.runtime.gpu.engine import GpuEngine
     from hotcold.runtime.stats import Stats
 
 __all__ = ["EXAMPLE", "HELP", "add_arguments", "run"]
@@ -113,7 +114,7 @@ def run(args: argparse.Namespace) -> int:
     return _INTERRUPTED if interrupted else 0
 
 
-def _load_engine(args: argparse.Namespace) -> Engine:
+def _load_engine(args: argparse.Namespace) -> Engine | GpuEngine:
     return open_engine(args.bundle, args.mode, args.threads, args.ctx_size, BackendOptions.of(args))
 
 
@@ -188,7 +189,9 @@ def _stream(generation: Generation, vocabulary: Vocabulary) -> bool:
     return interrupted
 
 
-def _report(generation: Generation, engine: Engine, sampler: Sampler, input_sparsity: float) -> None:
+def _report(
+    generation: Generation, engine: Engine | GpuEngine, sampler: Sampler, input_sparsity: float
+) -> None:
     if generation.stopped_by == "context":
         log(f"stopped: the context of {engine.n_ctx} tokens is full; -c raises it")
     prompt = f"{generation.n_prompt} tokens{_rate(generation.n_prompt, generation.prompt_seconds)}"
@@ -203,8 +206,9 @@ def _report(generation: Generation, engine: Engine, sampler: Sampler, input_spar
         from hotcold.runtime.stats import show_inputs
 
         log(f"inputs:     left out by the model's rules: {show_inputs(left_out)}")
-    for line in engine.measured().lines() if hasattr(engine, "measured") else ():
-        log(line)
+    if measured := getattr(engine, "measured", None):  # what a hybrid engine tells besides
+        for line in measured().lines():
+            log(line)
 
 
 def _rate(n_tokens: int, seconds: float) -> str:

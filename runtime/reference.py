@@ -21,6 +21,7 @@ from hotcold.errors import InputError, UnsupportedError
 from hotcold.files.gguf import Tensor as Stored
 from hotcold.files.gguf_split import open_gguf
 from hotcold.files.quantize import dequantize
+from hotcold.model.firing import Rule, Score, Value
 from hotcold.model.inputs import least_inputs
 from hotcold.model.limits import check_tokens
 from hotcold.model.spec import ModelSpec
@@ -93,7 +94,7 @@ class _Layer:
     down: Tensor  # [d_ff, d_model], the transpose of HF's
     down_bias: Tensor | None
     window: int  # positions that a query sees; 0: all
-    activation_threshold: float
+    thresholds: Tensor  # [d_ff], or of no dimension
     predictor: _Predictor | None
 
 
@@ -146,24 +147,28 @@ def _read_layer(weights: FileWeights, i: int, predictor: _Predictor | None) -> _
         down=down.weight,
         down_bias=down.bias,
         window=spec.windows[i],
-        activation_threshold=spec.activation_thresholds[i],
+        thresholds=torch.tensor(spec.firing.thresholds[i]),
         predictor=predictor,
     )
 
 
-def _gated(activation: str, gate: Tensor, up: Tensor | float, threshold: float) -> Tensor:
-    """act(gate)·up, the neuron's value; a neuron fires iff this is not zero. Without a gate, up is 1."""
-    match activation:
-        case "relu":
-            return torch.relu(gate) * up
-        case "fatrelu":  # ProSparse eq. 3: the value is kept, not shifted
-            return torch.where(gate >= threshold, gate, 0.0) * up
-        case "drelu":  # TurboSparse: both branches are rectified
-            return torch.relu(gate) * torch.relu(up)
-        case "gelu":
-            return torch.nn.functional.gelu(gate) * up
-        case _:  # ModelSpec knows no other activation than these and SiLU
-            return torch.nn.functional.silu(gate) * up
+def _gated(rule: Rule, gate: Tensor, up: Tensor | float, threshold: Tensor) -> Tensor:
+    """The neuron's value; a neuron fires iff this is not zero. Without a gate, up is 1."""
+    positive = torch.relu(gate)
+    match rule.value, rule.score:
+        case Value.GATE, Score.GATE_AND_UP:  # TurboSparse: both branches are rectified
+            return positive * torch.relu(up)
+        case Value.GATE, _:  # ProSparse eq. 3: the value is kept, not shifted
+            return torch.where(gate >= threshold, positive, 0.0) * up
+        case Value.SQUARE, _:
+            return positive**2 * up
+        case Value.SHIFTED, _:
+            return torch.relu(gate - threshold) * up
+    value = {Value.SILU: torch.nn.functional.silu, Value.GELU: torch.nn.functional.gelu}[rule.value](gate)
+    if rule.score is Score.ALWAYS:
+        return value * up
+    score = value.abs() if rule.score is Score.MAGNITUDE else gate
+    return value * (score >= threshold) * up
 
 
 def _rope(x: Tensor, positions: Tensor, shape: ModelSpec) -> Tensor:
@@ -309,7 +314,7 @@ class ReferenceEngine:
         layer, shape = self._layers[i], self._shape
         h = self._counted("gate_up", i, layer.ffn_norm(x), positions)
         gate, up = layer.gate(h), layer.up(h) if layer.up else 1.0
-        a = _gated(shape.activation, gate, up, layer.activation_threshold)  # [tokens, d_ff]
+        a = _gated(shape.firing.rule, gate, up, layer.thresholds)  # [tokens, d_ff]
         computed = torch.ones_like(a, dtype=torch.bool)
         if self.mode == "predicted":
             computed = layer.predictor(x, h)

@@ -9,13 +9,13 @@ from hotcold.errors import InputError
 __all__ = ["format_bytes", "parse_bytes"]
 
 _UNITS = {"B": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
-_SIZE = re.compile(r"(.*?)(?:([KMGT])(?:I?B)?|(B))?", re.DOTALL)
+_UNIT = re.compile(r"(?:([KMGT])(?:I?B)?|(B))?\Z")
 
 
 def parse_bytes(text: str) -> int:
     """`6G`, `512M`, `6.5GiB`, `1000B`, or a number of GiB as PowerInfer takes it: `6`. Units are powers of
     1024. Raises InputError."""
-    number, unit, byte = _SIZE.fullmatch(text.strip().upper()).groups()
+    number, unit, byte, _ = _UNIT.split(text.strip().upper(), maxsplit=1)
     try:
         value = float(number) * _UNITS[unit or byte or "G"]
     except ValueError:

@@ -1,35 +1,33 @@
-"""Putting another activation into a model's FFNs.
-
-Those that give exact zeros, which is what the runtime skips. transformers knows each by its name in
-`config.json` once hotcold is imported (`hotcold.model.activation_names`): a checkpoint needs no code of its
-own.
-"""
+"""Putting another firing rule into a model's FFNs, one that gives exact zeros: what the runtime skips."""
 
 from __future__ import annotations
 
 from transformers import PreTrainedModel
-from transformers.activations import ACT2FN
 
 from hotcold.errors import UnsupportedError
-from hotcold.model.activation_names import NAMES, parse
 from hotcold.model.checkpoint import ffn_layers
+from hotcold.model.ffn_modules import set_firing
+from hotcold.model.firing import NAMES, FiringRule
 
-__all__ = ["set_activation"]
+__all__ = ["check_gated", "set_activation"]
 
 
 def set_activation(model: PreTrainedModel, name: str) -> None:
     """Make every FFN of `model` use the activation `name`, and its config say so.
 
-    Raises UnsupportedError for an activation that is not one of `NAMES`, and for a model without gates.
+    Raises UnsupportedError for an activation that gives no zeros, and for a model without gates.
     """
-    if name != "relu" and parse(name) is None:
+    rule = FiringRule.named(name, model.config.num_hidden_layers)
+    if not rule.gives_zeros:
         raise UnsupportedError("unknown activation", got=name, expected=" | ".join(NAMES))
-    layers = ffn_layers(model)
-    if layers[0].up is None:
+    check_gated(model)
+    set_firing(model, rule)
+
+
+def check_gated(model: PreTrainedModel) -> None:
+    """Raise UnsupportedError for a model without gates."""
+    if ffn_layers(model)[0].up is None:
         kind = model.config.model_type
         raise UnsupportedError(
             "only gated FFNs can be made sparse here", got=kind, expected="a model with gates"
         )
-    for layer in layers:
-        setattr(layer.mlp, layer.act, ACT2FN[name])
-    model.config.hidden_act = name

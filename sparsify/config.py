@@ -17,8 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from hotcold.errors import FormatError, InputError
-from hotcold.model.activation_names import parse
+from hotcold.errors import FormatError, InputError, UnsupportedError
 from hotcold.sparsify.training.schedule import ProgressiveL1, Stage
 
 __all__ = [
@@ -214,12 +213,18 @@ def _check(owner: object, names: tuple[str, ...], fits: Any, expected: str, pref
 
 
 def _check_activation(name: str) -> None:
-    """Only what can be exported and run can be trained."""
-    kind = (parse(name) or (name,))[0]
-    if kind not in ("relu", "drelu", "fatrelu"):
-        expected = "relu | drelu | fatrelu_T, T being the threshold"
-        raise InputError("cannot be exported, so it is not trained", where="activation", got=name,
-                         expected=expected)  # fmt: skip
+    """Only what gives zeros can be trained for them."""
+    from hotcold.model.firing import NAMES, FiringRule  # not for the command line: it needs numpy
+
+    try:
+        gives_zeros = FiringRule.named(name, 1).gives_zeros
+    except UnsupportedError:
+        gives_zeros = False
+    if not gives_zeros:
+        raise InputError(
+            "gives no zeros, so it is not trained", where="activation", got=name,
+            expected=" | ".join(known for known in NAMES if known not in ("silu", "gelu")),
+        )  # fmt: skip
 
 
 def recipes() -> list[str]:

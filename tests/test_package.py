@@ -77,6 +77,14 @@ def test_what_the_package_offers_is_imported_when_it_is_asked_for():
     )
 
 
+def test_type_checkers_find_every_module():
+    """Editors and checkers see the package through `typings/`, where each module of it is a link."""
+    links = {path.name: path.resolve() for path in (ROOT / "typings/hotcold").iterdir()}
+    modules = {path.name: path for path in (ROOT / "src/hotcold").glob("*.py")}
+    modules |= {path.parent.name: path.parent for path in (ROOT / "src/hotcold").glob("*/__init__.py")}
+    assert links == modules | {folder: ROOT / folder for folder in FOLDERS}
+
+
 def test_version_is_that_of_the_distribution():
     assert hotcold.__version__ == tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
 

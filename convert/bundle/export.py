@@ -119,7 +119,7 @@ def _check_predictors(predictors: PredictorBundle, spec: ModelSpec, fingerprint:
 
 
 def _never_zero(so: str, spec: ModelSpec) -> UnsupportedError:
-    what, expected = f"this activation never gives zero, so that {so}", "relu | fatrelu | drelu"
+    what, expected = f"this activation never gives zero, so that {so}", "an activation that gives zeros"
     return UnsupportedError(what, got=spec.activation, expected=expected, fix="sparsify it first")
 
 

@@ -19,6 +19,7 @@ from hotcold.files.gguf_split import open_gguf
 from hotcold.identify import identify
 from hotcold.predictor.bundle import PredictorBundle
 from hotcold.predictor.kinds.table import kind_of_file
+from hotcold.table import columns
 
 __all__ = ["describe", "render"]
 
@@ -155,12 +156,8 @@ def _table(rows: list[dict[str, Any]]) -> str:
     """Rows with the same keys as aligned columns."""
     if not rows:
         return ""
-    cells = [list(rows[0]), *([_cell(value) for value in row.values()] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = (
-        "  ".join(cell.ljust(n) for cell, n in zip(line, widths, strict=True)).rstrip() for line in cells
-    )
-    return "\n".join(lines)
+    head = list(rows[0])
+    return columns(head, [[_cell(value) for value in row.values()] for row in rows], range(len(head)))
 
 
 def _cell(value: Any) -> str:

@@ -17,7 +17,7 @@ from hotcold.convert.bundle.input_rows import input_role, input_rows_plans
 from hotcold.convert.bundle.predictors import hot_neurons
 from hotcold.convert.bundle.tensor_plans import Planner, TensorTypes
 from hotcold.convert.gguf.llama_cpp import dense_metadata, dense_plans
-from hotcold.convert.gguf.write import TensorPlan
+from hotcold.convert.gguf.write import TensorPlan, planned
 from hotcold.convert.powerinfer.model import MAGIC, sparse_metadata, sparse_plans
 from hotcold.files.quantize import type_of
 from hotcold.model.inputs import metadata_of
@@ -89,13 +89,17 @@ class ModelFiles:
         planner = Planner(self.spec, self.options.types(), self.load)
         own = self._own_metadata(planner.types)
         common = own | self._vocabulary()
+        firing = [
+            planned(name, values.shape, "F32", lambda values=values: values)
+            for name, values in self.spec.firing.tensors(self.spec.d_ff)
+        ]
         metadata = dense_metadata(self.spec) | common
-        layouts = [GGUFLayout(f"{self.name}.gguf", "dense", "GGUF", metadata, dense_plans(planner))]
+        layouts = [GGUFLayout(f"{self.name}.gguf", "dense", "GGUF", metadata, firing + dense_plans(planner))]
         if sparse:
             layers = predictors.layers if predictors else []
             hot = [hot_neurons(layer, self.options.hot_frequency) for layer in layers]
             metadata = sparse_metadata(self.spec, predictors, hot) | common
-            plans = sparse_plans(planner, predictors)
+            plans = firing + sparse_plans(planner, predictors)
             layouts.append(GGUFLayout(f"{self.name}.powerinfer.gguf", "sparse", MAGIC, metadata, plans))
         if role := input_role(self.spec, attention_rows=self.options.attention_rows):
             metadata = {"general.architecture": f"hotcold-{role}"} | own
@@ -111,9 +115,9 @@ class ModelFiles:
             "general.quantization_version": np.uint32(GGML_QUANT_VERSION),
             "hotcold.version": np.uint32(METADATA_VERSION),
             "hotcold.model_fingerprint": self.fingerprint,
-            "hotcold.activation": self.spec.activation,
-            "hotcold.activation_thresholds": np.asarray(self.spec.activation_thresholds, np.float32),
-        } | metadata_of(self.spec.inputs)
+            **self.spec.firing.metadata(),
+            **metadata_of(self.spec.inputs),
+        }
 
     def _vocabulary(self) -> dict[str, Any]:
         if self.folder is None:

@@ -36,7 +36,7 @@ _EXPERT_BIASES = {"q", "k", "v"}  # llama-cpp-python 0.3.36 loads these
 
 def architecture_of(spec: ModelSpec) -> str:
     """The llama.cpp architecture that computes this model, or comes nearest (see `differences`)."""
-    gated_relu = spec.is_sparse and spec.structure.gated
+    gated_relu = spec.firing.rule.rectifies and spec.structure.gated
     known = spec.biases <= _EXPERT_BIASES and not spec.structure.head_norm
     return "smallthinker" if gated_relu and known else spec.family.dense
 
@@ -44,11 +44,13 @@ def architecture_of(spec: ModelSpec) -> str:
 def differences(spec: ModelSpec) -> list[str]:
     """In what llama.cpp's function differs from the model's; nothing where it is the same."""
     architecture, found = ARCHITECTURES[architecture_of(spec)], []
-    threshold = max(spec.activation_thresholds)
+    threshold = spec.firing.highest
     activation = "relu" if spec.activation == "fatrelu" and not threshold else spec.activation
     if activation != architecture.activation:
         own = f"{activation} with thresholds up to {threshold:g}" if threshold else activation
         found.append(f"{architecture.activation} instead of {own}")
+    if spec.firing.per_neuron:
+        found.append("thresholds per neuron, with which it refuses the file")
     if any(spec.windows):
         found.append(f"no sliding window of {max(spec.windows)} tokens")
     if spec.rope and spec.rope.kind == "llama3" and not architecture.rope_factors:

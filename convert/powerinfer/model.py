@@ -166,7 +166,8 @@ def runs_in_powerinfer(spec: ModelSpec, type_name: str) -> bool:
     """
     architecture, biased = architecture_of(spec), bool(spec.biases) and spec.structure.gated
     known = architecture in ("llama", "bamboo", "opt", "falcon") and not biased
-    plain = not any(spec.activation_thresholds) and (spec.activation == "drelu") == (architecture == "bamboo")
+    firing = "relu" if spec.activation == "fatrelu" and not spec.firing.highest else spec.activation
+    plain = firing == ("drelu" if architecture == "bamboo" else "relu")
     positions = not any(spec.windows) and not (spec.rope and spec.rope.kind == "llama3")
     fits = spec.head_dim * spec.n_heads == spec.d_model and type_name in _DOWN_TYPES
     return known and spec.is_sparse and plain and positions and fits and not spec.inputs

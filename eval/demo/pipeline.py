@@ -91,11 +91,11 @@ def _read(journal: Path) -> dict[str, Done]:
     """The finished steps by key; what is damaged was not done."""
     found = {}
     for entry in read_json_lines(journal, skip_damaged=True):
-        texts = [entry.get(name) for name in ("name", "key", "stdout")]
-        if all(isinstance(text, str) for text in texts) and isinstance(entry.get("seconds"), int | float):
-            found[entry["key"]] = Done(*texts[:2], entry["seconds"], texts[2])
-        else:
-            log(f"left out: {journal}: not a finished step")
+        match entry:
+            case {"name": str(name), "key": str(key), "seconds": int() | float() as took, "stdout": str(out)}:
+                found[key] = Done(name, key, took, out)
+            case _:
+                log(f"left out: {journal}: not a finished step")
     return found
 
 

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from hotcold import table
 from hotcold.errors import HotcoldError, InputError
 from hotcold.eval.bench import Segment
 from hotcold.eval.peers.llama_cpp import LlamaCpp
@@ -149,16 +150,16 @@ def _measure(
     row = _time(side, engine, texts, progress)
     per_token = sum(engine.bytes_per_token(texts[0].middle).values())
     stats = engine.stats()
-    placement = getattr(engine, "placement", None)
+    placement, measured = (getattr(engine, name, None) for name in ("placement", "measured"))  # of a hybrid
     return replace(
         row,
         bytes_per_token=per_token,
-        bandwidth_share=row.generation.median * per_token / bandwidth if side.backend == "gpu" else None,
+        bandwidth_share=_share(row.generation, per_token, bandwidth) if side.backend == "gpu" else None,
         sparsity=None if side.mode == "dense" or math.isnan(stats.sparsity) else stats.sparsity,
         peak_bytes=_peak(device),
         planned_bytes=placement.device_bytes if placement else None,
         expected_tok_s=placement.tokens_per_second if placement else None,
-        telemetry=engine.measured().as_json() if placement else None,
+        telemetry=measured().as_json() if measured else None,
     )
 
 
@@ -207,9 +208,14 @@ def _time_accelerate(
     """transformers with accelerate at the same budget, all of whose memory on the device is torch's."""
     from hotcold.eval.peers.offloading import Accelerate  # brings transformers, which no other side needs
 
-    with closing(Accelerate(file_of_role(bundle, "dense"), device=device, budget=side.budget)) as peer:
+    with closing(Accelerate(file_of_role(bundle, "dense"), device=device, budget=side.budget or 0)) as peer:
         row = _time(side, peer, texts, progress)
         return replace(row, peak_bytes=_peak(device), planned_bytes=peer.device_bytes)
+
+
+def _share(generation: Spread | None, per_token: float, bandwidth: float) -> float | None:
+    """Of the device's bandwidth, what the weights come to that were read."""
+    return generation.median * per_token / bandwidth if generation else None
 
 
 def _gpus(device: str) -> list[torch.device]:
@@ -226,13 +232,15 @@ def _peak(device: str) -> int | None:
     return sum(map(torch.cuda.max_memory_allocated, _gpus(device))) or None
 
 
+_HEAD = (
+    "side", "prompt t/s", "generate t/s", "MB/token", "of bandwidth", "sparsity", "peak GiB", "planned GiB",
+    "hot hits", "cold/token", "overlap", "KiB/token on the bus",
+)  # fmt: skip
+
+
 def as_table(rows: Sequence[GpuRow]) -> str:
     """The rows as a Markdown table."""
-    lines = [
-        "| side | prompt t/s | generate t/s | MB/token | of bandwidth | sparsity | peak GiB | planned GiB "
-        "| hot hits | cold/token | overlap | KiB/token on the bus |",
-        "|:---|" + "---:|" * 11,
-    ]
+    lines = []
     for row in rows:
         told = row.telemetry or {}
         bus = told.get("bus_bytes_per_token")
@@ -250,9 +258,9 @@ def as_table(rows: Sequence[GpuRow]) -> str:
             _figure(told.get("overlap"), 1, ".0%"),
             _figure(bus, 2**-10, ".1f"),
         ]
-        lines.append("| " + " | ".join(cells) + " |")
-    lines += [f"\n{row.side.name}: {row.error}" for row in rows if row.error]
-    return "\n".join(lines)
+        lines.append(cells)
+    errors = [f"\n{row.side.name}: {row.error}" for row in rows if row.error]
+    return "\n".join([table.markdown(_HEAD, lines), *errors])
 
 
 def _spread(spread: Spread | None) -> str:

@@ -11,6 +11,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -99,7 +100,7 @@ class _Inputs:
         # Exactly the asked-for number of neurons fire: the greatest scores.
         self.n_active = round(plan.d_ff * (1 - plan.sparsity))
         self.row_bytes = plan.d_model * dtype.itemsize
-        self.ffns = [tuple(matrix() for _ in range(3)) for _ in range(self._copies())]
+        self.ffns = [(matrix(), matrix(), matrix()) for _ in range(self._copies())]
         self.x = torch.randn(1, plan.d_model, generator=random, device=device)
         scores = torch.randn(1, plan.d_ff, generator=random, device=device)
         self.scores = scores - self._cut(scores)
@@ -149,7 +150,7 @@ def measure_kernels(
 _Call = Callable[[int], object]
 
 
-def _calls(name: str, inputs: _Inputs, ops: object) -> tuple[_Call, _Call, int]:
+def _calls(name: str, inputs: _Inputs, ops: ModuleType) -> tuple[_Call, _Call, int]:
     """The operator and the dense product on copy i of the weights, and how many matrices that is."""
     ffns, x, scores, a = inputs.ffns, inputs.x, inputs.scores, inputs.a
     half, dense_a = x.to(ffns[0][0].data.dtype), a.to(ffns[0][0].data.dtype)
@@ -168,7 +169,7 @@ def _calls(name: str, inputs: _Inputs, ops: object) -> tuple[_Call, _Call, int]:
     raise InputError("unknown operator", got=name, expected=" | ".join(OPERATORS))
 
 
-def _tune(name: str, inputs: _Inputs, ops: object) -> None:
+def _tune(name: str, inputs: _Inputs, ops: ModuleType) -> None:
     """Tile sizes for these shapes, on the rotated weights; nothing off a GPU."""
     if inputs.device.type != "cuda":
         return

@@ -6,8 +6,11 @@ import argparse
 from typing import TYPE_CHECKING
 
 from hotcold.files.json import json_text
+from hotcold.table import markdown
 
 if TYPE_CHECKING:
+    import torch
+
     from hotcold.eval.gpu.kernel_bench import KernelPlan, KernelRow
 
 HELP = (
@@ -67,7 +70,7 @@ def _plan(args: argparse.Namespace) -> KernelPlan:
     )
 
 
-def _json(plan: KernelPlan, rows: list[KernelRow], device: object) -> str:
+def _json(plan: KernelPlan, rows: list[KernelRow], device: torch.device) -> str:
     from dataclasses import asdict
 
     from hotcold.eval.machine import describe
@@ -76,7 +79,7 @@ def _json(plan: KernelPlan, rows: list[KernelRow], device: object) -> str:
     return json_text(found | {"machine": describe()})
 
 
-def device_name(device: object) -> str:
+def device_name(device: torch.device) -> str:
     """What the hardware calls itself."""
     import torch
 
@@ -84,16 +87,21 @@ def device_name(device: object) -> str:
 
 
 def _table(plan: KernelPlan, rows: list[KernelRow]) -> str:
-    lines = [
+    title = (
         f"d_model {plan.d_model}, d_ff {plan.d_ff}, {plan.dtype}, {plan.sparsity:.1%} idle, "
-        f"{rows[0].bandwidth / 1e9:.0f} GB/s read",
-        "",
-        "| operator | us | spread | dense us | vs dense | byte limit us | over limit |",
-        "|:---|---:|---:|---:|---:|---:|---:|",
-    ]
-    lines += [
-        f"| {row.operator} | {row.us:.2f} | {row.us_low:.2f}–{row.us_high:.2f} | {row.dense_us:.2f} "
-        f"| {row.speedup:.2f}x | {row.limit_us:.2f} | {row.over_limit:.2f}x |"
+        f"{rows[0].bandwidth / 1e9:.0f} GB/s read"
+    )
+    head = ("operator", "us", "spread", "dense us", "vs dense", "byte limit us", "over limit")
+    lines = [
+        (
+            row.operator,
+            f"{row.us:.2f}",
+            f"{row.us_low:.2f}–{row.us_high:.2f}",
+            f"{row.dense_us:.2f}",
+            f"{row.speedup:.2f}x",
+            f"{row.limit_us:.2f}",
+            f"{row.over_limit:.2f}x",
+        )
         for row in rows
     ]
-    return "\n".join(lines)
+    return f"{title}\n\n{markdown(head, lines)}"

@@ -169,11 +169,8 @@ class LlamaCpp:
         ids = np.asarray(ids, dtype=np.int32)
         check_tokens(ids, self.position, self.n_ctx, self.n_vocab)
         blocks = [ids[at : at + _BATCH] for at in range(0, len(ids), _BATCH)]
-        if all_logits:
-            return np.concatenate([self._decode(block, every=True) for block in blocks])
-        for block in blocks:
-            logits = self._decode(block, every=False)
-        return logits[0]
+        logits = [self._decode(block, every=all_logits) for block in blocks]
+        return np.concatenate(logits) if all_logits else logits[-1][0]
 
     def decode(self, token: int) -> np.ndarray:
         """Process one token; returns logits float32 [n_vocab]."""

@@ -8,10 +8,12 @@ files in a temporary folder stand in for RAM, so that a dry run goes through the
 from __future__ import annotations
 
 import gc
+import sys
 import tempfile
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -47,9 +49,9 @@ class Accelerate:
         dispatch_model(
             self._model,
             layout,
-            main_device=place,
+            main_device=cast("torch.device", place),  # any name that accelerate has for one
             offload_dir=folder.name,
-            skip_keys=self._model._skip_keys_device_placement,
+            skip_keys=cast("list[str] | None", self._model._skip_keys_device_placement),
             force_hooks=self.device_bytes == 0,  # or what is in RAM as a whole would be computed there
         )
         self.reset()
@@ -81,15 +83,16 @@ class Accelerate:
         self._remove_folder()
 
 
-def layout_of(model: PreTrainedModel, place: int | str, budget: int) -> dict[str, int | str]:
+def layout_of(model: PreTrainedModel, place: int | str, budget: int) -> dict[str, int | str | torch.device]:
     """Accelerate's device map: module -> `place`, a GPU's number or `cpu`, or where the rest goes.
 
     The rest goes to RAM, however much it is, and from `cpu` to `disk`. While layers are left over, accelerate
     keeps as much of the budget free as one of them takes, and brings back less, a matrix at a time. A
     benchmark's KV cache fits there too, so nothing more is set aside for it.
     """
-    room = {place: budget} | ({} if place == "cpu" else {"cpu": float("inf")})
+    room: dict[int | str, int | str] = {place: budget}
+    room.setdefault("cpu", sys.maxsize)
     # Not cleaned up: dispatch_model finds no weights for the "" that a map with one place is cut down to.
     return infer_auto_device_map(
-        model, room, no_split_module_classes=model._no_split_modules, clean_result=False
+        model, room, no_split_module_classes=list(model._no_split_modules or ()), clean_result=False
     )

@@ -90,7 +90,8 @@ class Synthetic:
             raise InputError("--predictor-rank out of range", got=rank, expected="a multiple of 64")
         if not 0 <= self.noise <= 10:
             raise InputError("--noise out of range", got=self.noise, expected="0 to 10")
-        type_of(self.quant), type_of(self.predictor_quant)
+        type_of(self.quant)
+        type_of(self.predictor_quant)
 
     @property
     def config(self) -> dict[str, Any]:

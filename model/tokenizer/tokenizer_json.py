@@ -41,6 +41,7 @@ def added_ids(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
 
     UnsupportedError for a post-processor that changes the ids of the text itself.
     """
+    bare, full = list[int](), list[int]()
     for text in _PROBES:
         bare = tokenizer.encode(text, add_special_tokens=False).ids
         full = tokenizer.encode(text).ids

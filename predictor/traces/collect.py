@@ -7,6 +7,7 @@ meet the same matrix shapes, so that a shard comes out byte for byte the same wh
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
@@ -16,7 +17,7 @@ import numpy as np
 from hotcold import text
 from hotcold.cpus import in_threads
 from hotcold.errors import InputError
-from hotcold.model.limits import check_ids, check_window
+from hotcold.model.limits import check_ids, check_window, n_embeddings
 from hotcold.predictor.traces.reader import windows
 from hotcold.predictor.traces.writer import TraceWriter
 from hotcold.progress import Progress
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from hotcold.model.checkpoint import FfnLayer
+
+    _Hook = Callable[[nn.Module, tuple[Tensor, ...]], None]
 
 __all__ = ["check_tokens", "collect", "gather_tokens"]
 
@@ -67,7 +70,7 @@ def _part(source: str, part: text.Part, tokenizer: Tokenizer, n_tokens: int) -> 
 
 def check_tokens(model: PreTrainedModel, tokens: dict[str, np.ndarray], window: int) -> None:
     """Raise InputError for ids or windows that the model has no embeddings for, before a write."""
-    check_ids(tokens["ids"], model.get_input_embeddings().num_embeddings)
+    check_ids(tokens["ids"], n_embeddings(model))
     check_window(model, min(window, int(np.bincount(tokens["document"]).max())))
 
 
@@ -163,7 +166,7 @@ class _Recorder:
         for hook in self._hooks:
             hook.remove()
 
-    def _input_hook(self, recorded: _Recorded, layer: int) -> object:
+    def _input_hook(self, recorded: _Recorded, layer: int) -> _Hook:
         def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             x = _tokens(inputs[0]).float().numpy()
             if not np.isfinite(x).all():
@@ -175,7 +178,7 @@ class _Recorder:
 
         return hook
 
-    def _active_hook(self, recorded: _Recorded) -> object:
+    def _active_hook(self, recorded: _Recorded) -> _Hook:
         def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             active = (_tokens(inputs[0]) != 0).numpy()
             fired = int(np.count_nonzero(active))

@@ -11,6 +11,7 @@ from hotcold.errors import InputError
 from hotcold.files.json import json_text
 from hotcold.ownership import check_growing
 from hotcold.progress import log
+from hotcold.table import markdown
 
 if TYPE_CHECKING:
     import numpy as np
@@ -105,8 +106,6 @@ def _report(run: TraceRun, shards: list[TraceShard], *, as_json: bool) -> None:
             )
         )
         return
-    print("| layer | sparsity |\n|---:|---:|")
-    for layer, share in enumerate(layers):
-        print(f"| {layer} | {share:.4f} |")
-    print(f"| mean | {layers.mean():.4f} |")
+    shares = [(str(layer), f"{share:.4f}") for layer, share in enumerate(layers)]
+    print(markdown(("layer", "sparsity"), [*shares, ("mean", f"{layers.mean():.4f}")], left=()))
     print(f"\n{run.n_tokens} tokens; {clipped} inputs clipped to the float16 range")

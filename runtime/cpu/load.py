@@ -25,7 +25,6 @@ from hotcold.runtime.predictors import read_predictors
 __all__ = ["MODES", "load_layers", "load_model", "new_model"]
 
 MODES = {"dense": 0, "exact": 1, "predicted": 2}
-ACTIVATIONS = {"silu": 0, "relu": 1, "fatrelu": 1, "drelu": 2, "gelu": 3}
 
 
 def load_model(
@@ -71,7 +70,8 @@ def new_model(
         head_dim=spec.head_dim,
         n_vocab=spec.n_vocab,
         norm_eps=spec.norm_eps,
-        activation=ACTIVATIONS[spec.activation],
+        value=spec.firing.rule.value,
+        score=spec.firing.rule.score,
         mode=MODES[mode],
         threads=n_threads,
         # Address space, not memory: padding of narrow rows can quadruple a tensor.
@@ -95,10 +95,10 @@ def load_layers(
     held = () if by_input is None else _held(by_input.spec, mode)
     by_output = {slot for site in SITES if site not in held for slot in SITES[site]}
     _load_positions(model, weights)
-    _load_thresholds(model, weights.spec)
     _load_input_rules(model, weights, layers)
     for layer in layers:
         model.set_window(layer, weights.spec.windows[layer])
+        model.set_firing(layer, weights.spec.firing.kernel_thresholds(layer))
         _load_attention(model, weights, layer, by_output)
         _load_ffn(model, weights, layer, mode, by_output)
         weights.release()
@@ -140,11 +140,6 @@ def _load_ends(model: _cpu.Model, weights: FileWeights) -> None:
     else:
         _set_panel(model, 0, "head", weights.packed("head"))
     _load_vectors(model, weights, 0, ["output_norm"])
-
-
-def _load_thresholds(model: _cpu.Model, spec: ModelSpec) -> None:
-    for layer, threshold in enumerate(spec.activation_thresholds):
-        model.set_activation_threshold(layer, threshold)
 
 
 def _load_positions(model: _cpu.Model, weights: FileWeights) -> None:

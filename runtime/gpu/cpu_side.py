@@ -54,3 +54,5 @@ def _load_cold(model: _cpu.Model, weights: FileWeights, layer: int, cold: np.nda
         rows += [matrix.data, KEPT.index(matrix.type)] if matrix else [None, 0]
     bias = weights.vector("gate", layer, "bias")
     _cpu.parts.set_neurons(model, layer, len(cold), *rows, None if bias is None else bias[cold])
+    thresholds = weights.spec.firing.kernel_thresholds(layer)
+    model.set_firing(layer, thresholds if len(thresholds) == 1 else thresholds[cold])

@@ -17,14 +17,13 @@ from hotcold.cpus import available_cpus
 from hotcold.errors import UnsupportedError
 from hotcold.files.gguf import GGUFFile
 from hotcold.files.gguf_split import open_gguf
-from hotcold.model.weights import FileWeights
 from hotcold.runtime.bundle_files import ModelPath
 from hotcold.runtime.context import check_context
 from hotcold.runtime.cpu.kept_types import log_converted
 from hotcold.runtime.engine import Engine, check_context_size
 from hotcold.runtime.gpu.device import memory_or_error, on, open_devices, operators, parse_budgets
 from hotcold.runtime.gpu.sequence import GpuSequence
-from hotcold.runtime.gpu.weights import DeviceWeights, read_weights
+from hotcold.runtime.gpu.weights import DeviceWeights, read_shape, read_weights
 from hotcold.runtime.placement.devices import spans
 from hotcold.runtime.placement.problem import whole_model
 from hotcold.runtime.turns import Turns
@@ -51,7 +50,7 @@ class GpuEngine(Engine):
         self.mode, self.n_ctx, self.devices = mode, n_ctx, list(devices)
         self._budget = budget
         self.n_threads = available_cpus()
-        self.shape = FileWeights.read(file).spec
+        self.shape = read_shape(file)
         check_context(file, self.shape, n_ctx)
         self.n_vocab = self.shape.n_vocab
         self._context_checked = partial(check_context, file, self.shape)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from hotcold.model.spec import NEVER_ZERO, ModelSpec
+from hotcold.model.spec import ModelSpec
 from hotcold.runtime.gpu.weights import DeviceLayer, DeviceNorm, DeviceWeights
 from hotcold.runtime.triton.rows import FLOAT, Rows
 
@@ -74,17 +74,6 @@ class Layers:
     def add_norm(self, x: Tensor, added: Tensor, by: DeviceNorm) -> tuple[Tensor, Tensor]:
         """x + added, both [tokens, d_model], and the norm of that."""
         return self.ops.add_norm(x, added.contiguous(), by.weight, self.shape.norm_eps, by.bias)
-
-    def activate(self, gate: Tensor, up: Tensor | None, firing: float, fired: Tensor | None = None) -> Tensor:
-        """act(gate) · up, the neurons' values; how many are not zero is added to `fired`, int64 []."""
-        activation = self.shape.activation
-        if activation not in NEVER_ZERO:
-            return self.ops.activate(gate, up, firing, activation == "drelu", fired)
-        a = getattr(torch.nn.functional, activation)(gate)
-        a = a if up is None else a * up
-        if fired is not None:
-            fired += (a != 0).sum()
-        return a
 
     def counted(self, site: str, i: int, x: Tensor, positions: Tensor) -> Tensor:
         """x [tokens, inputs] with 0 for what layer i's input rule leaves out there, if it has one."""

@@ -160,7 +160,7 @@ class GpuSequence(Sequence):
         ffns = [layer.ffn for layer in layers if layer.ffn]
         return {
             "attention": float(attention),
-            "predictor": float(sum(p.fc1.nbytes + p.fc2.nbytes for p in predictors)),
+            "predictor": float(sum(p.bytes_read for p in predictors)),
             "ffn": float(
                 predicted * sum(f.gate.nbytes for f in ffns)
                 + fired * sum(rows.nbytes for f in ffns for rows in (f.up, f.down) if rows)

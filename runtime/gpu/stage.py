@@ -33,7 +33,7 @@ class Stage:
         self.weights, self.mode, self.device, self.audit = weights, mode, weights.device, False
         shape, device = weights.shape, weights.device
         self._layers = Layers(weights, n_ctx, device, operators(device))
-        self._ops, self._clip = self._layers.ops, shape.activation == "drelu"
+        self._ops = self._layers.ops
         self._graphs = Graphs(device)
         # 16 bytes apart, as Triton compiles a kernel anew for another alignment.
         self._counts = torch.zeros(3, len(weights.layers), 2, dtype=torch.int64, device=device)[..., 0]
@@ -134,7 +134,7 @@ class Stage:
             )  # no rows but those of `down` can be left out
         if self.mode == "exact":
             gate = ops.dot_rows(h, ffn.gate)
-            index, count = ops.select(gate, layer.firing)
+            index, count = ops.select_fired(gate, layer.firing)
         else:
             gate, predictor = ffn.gate, layer.predictor
             index, count = ops.predict(
@@ -148,9 +148,7 @@ class Stage:
     ) -> Tensor:
         """What the listed neurons add, by their gate rows or known gate scores."""
         fired, ffn = self._counts[0, i], layer.ffn
-        a = self._ops.ffn_listed(
-            h, gate, ffn.up, index, count, layer.firing, self._clip, fired, ffn.gate_bias
-        )
+        a = self._ops.ffn_listed(h, gate, ffn.up, index, count, layer.firing, fired, ffn.gate_bias)
         a = self._layers.listed_that_count(i, a, index, count, self._position)
         return plus(self._ops.down_listed(a, ffn.down, index, count), layer.down_bias)
 
@@ -184,7 +182,7 @@ class Stage:
         ffn, dot = layer.ffn, self._layers.dot
         gate, fired = dot(h, ffn.gate, ffn.gate_bias), self._counts[0, i]
         up = None if ffn.up is None else dot(h, ffn.up)
-        a = self._layers.activate(gate, up, layer.firing, fired if computed is None else None)
+        a = self._ops.activate(gate, up, layer.firing, fired if computed is None else None)
         if computed is not None:
             self._counts[1, i] += computed.sum()
             if self.audit:

@@ -24,9 +24,8 @@ class Staging:
     def __init__(self, device: torch.device, n_handovers: int, d_model: int, most_cold: int) -> None:
         """`most_cold` is the greatest number of cold neurons of a layer."""
         self._on_gpu = device.type == "cuda"
-        pinned = {"pin_memory": self._on_gpu}
-        self._normed, self._share = (torch.zeros(1, d_model, **pinned) for _ in range(2))
-        self._wanted = torch.zeros(1, most_cold, dtype=torch.bool, **pinned)
+        self._normed, self._share = (torch.zeros(1, d_model, pin_memory=self._on_gpu) for _ in range(2))
+        self._wanted = torch.zeros(1, most_cold, dtype=torch.bool, pin_memory=self._on_gpu)
         self.normed = self._normed.numpy()  # the FFN's input, float32 [1, d_model]
         self.share = self._share.numpy()  # where the CPU writes what cold neurons add, the same
         self._wanted_here = self._wanted.numpy()[0]

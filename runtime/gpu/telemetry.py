@@ -55,7 +55,7 @@ class Telemetry:
         """Bytes over PCIe per decoded token, both ways."""
         return _ratio(self.bytes_to_host + self.bytes_to_device, self.decoded)
 
-    def as_json(self) -> dict[str, float]:
+    def as_json(self) -> dict[str, float | None]:
         """All sums and ratios; a ratio of nothing is None, as JSON has no NaN."""
         ratios = ("hot_hit_rate", "cold_per_token", "overlap", "bus_bytes_per_token")
         values = asdict(self) | {name: getattr(self, name) for name in ratios}

@@ -12,11 +12,11 @@ from torch import Tensor
 from hotcold.errors import UnsupportedError
 from hotcold.files.gguf import GGUFFile
 from hotcold.model.inputs import least_inputs
-from hotcold.model.spec import NEVER_ZERO, ModelSpec
+from hotcold.model.spec import ModelSpec
 from hotcold.model.tensors import PROJECTIONS, ROWS
 from hotcold.model.weights import FileWeights, Packed
 from hotcold.runtime.predictors import Predictor, read_predictors
-from hotcold.runtime.triton.reference import PLAIN_RELU
+from hotcold.runtime.triton.firing import LayerRule
 from hotcold.runtime.triton.rows import Rows, joined
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "DevicePredictor",
     "DeviceWeights",
     "host_embedding",
+    "read_shape",
     "read_weights",
 ]
 
@@ -92,7 +93,7 @@ class DeviceLayer:
     ffn: DeviceFfn | None  # None: all neurons are cold
     down_bias: Tensor | None  # what the FFN adds beside its neurons, wherever they are
     predictor: DevicePredictor | None
-    firing: float  # a gate fires from this value on
+    firing: LayerRule  # of the neurons on the device
     n_hot: int
 
 
@@ -186,6 +187,13 @@ def _read_least(weights: FileWeights, which: range, device: torch.device) -> dic
     }
 
 
+def read_shape(file: GGUFFile) -> ModelSpec:
+    """The model of a file whose tensors are all there. Raises as `read_weights` does."""
+    if ModelSpec.from_gguf(file).head_dim % 2:
+        raise UnsupportedError("heads of an odd width have no halves to turn", where=file.path)
+    return FileWeights.read(file).spec
+
+
 def host_embedding(file: GGUFFile) -> Rows:
     """The embedding in main memory. Raises as `read_weights` does."""
     return _Reader(FileWeights.read(file), torch.device("cpu")).rows("embedding")
@@ -199,11 +207,9 @@ def _order(hot: np.ndarray, d_ff: int) -> np.ndarray:
 def _check_supported(weights: FileWeights) -> None:
     """Refuse what a file may say of a model, though none is like that, and the steps have no word for."""
     spec = weights.spec
-    never_zero = spec.activation in NEVER_ZERO and weights.by_neuron
+    never_zero = not spec.firing.gives_zeros and weights.by_neuron
     refused = {
-        "dReLU needs a gate": spec.activation == "drelu" and not spec.structure.gated,
         "SiLU and GELU models run in dense mode only": never_zero,
-        "heads of an odd width have no halves to turn": spec.head_dim % 2,
     }
     for what, is_so in refused.items():
         if is_so:
@@ -253,7 +259,7 @@ def _read_layer(
         ffn=_read_ffn(reader, i, order, n_hot) if n_hot else None,
         down_bias=reader.bias("down", i),
         predictor=_read_predictor(reader, order, predictor) if predictor else None,
-        firing=max(spec.activation_thresholds[i], PLAIN_RELU),
+        firing=LayerRule.of(spec.firing, i, reader.device, None if order is None else order[:n_hot]),
         n_hot=n_hot,
     )
 

@@ -15,6 +15,7 @@ from hotcold.runtime.cpu.kept_types import kept_bytes
 from hotcold.runtime.placement.devices import Fixed, fill
 from hotcold.runtime.placement.plan import Costs, LayerLoad, Placement, Problem
 from hotcold.runtime.sizes import format_bytes
+from hotcold.table import columns
 
 __all__ = ["make_problem", "part_bytes", "plan_table", "whole_model"]
 
@@ -117,28 +118,32 @@ def part_bytes(file: GGUFFile) -> dict[str, int]:
         slot, _, part = slots.get(name, ("", 0, ""))
         if slot in ("embedding", "positions", "head") and name != head:
             continue  # of embeddings a row is read, of a copy nothing
-        kind = (
-            "head"
-            if name == head
-            else _PARTS.get(slot, "other")
-            if part == "weight" or slot == "fc2"
-            else "other"
-        )
+        is_other = part == "bias" and slot != "fc2"
+        kind = "head" if name == head else "other" if is_other else _PARTS.get(slot, "other")
         sizes[kind] += kept_bytes(tensor)
     return sizes
 
 
 def plan_table(placement: Placement) -> str:
     """The plan for people: per layer where it lives, then the totals."""
-    lines = ["layer  where     hot neurons   share  hit rate      device         CPU  expected ms"]
+    rows = []
     for i, layer in enumerate(placement.layers):
         where = f"device {layer.device}" if layer.on_device else "CPU"
         share = len(layer.hot) / layer.d_ff
-        lines.append(
-            f"{i:5d}  {where:<8}  {len(layer.hot):11d}  {share:6.1%}  {layer.hit_rate:8.1%}"
-            f"  {format_bytes(layer.device_bytes):>10}  {format_bytes(layer.cpu_bytes):>10}"
-            f"  {1e3 * layer.seconds:11.3f}"
+        rows.append(
+            (
+                str(i),
+                where,
+                str(len(layer.hot)),
+                f"{share:.1%}",
+                f"{layer.hit_rate:.1%}",
+                format_bytes(layer.device_bytes),
+                format_bytes(layer.cpu_bytes),
+                f"{1e3 * layer.seconds:.3f}",
+            )
         )
+    head = ("layer", "where", "hot neurons", "share", "hit rate", "device", "CPU", "expected ms")
+    lines = [columns(head, rows, left=(1,))]
     neurons = sum(layer.d_ff for layer in placement.layers)
     hot = sum(len(layer.hot) for layer in placement.layers)
     for device, sizes in enumerate(zip(placement.budgets, placement.fixed, strict=True)):

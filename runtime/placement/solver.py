@@ -44,7 +44,7 @@ def solver_counts(times: Sequence[FfnTime], budget: int, time_limit: float) -> l
         programme.objective,
         integrality=programme.integrality,
         bounds=Bounds(0, programme.upper),
-        constraints=LinearConstraint(programme.matrix(), programme.lower, np.inf),
+        constraints=LinearConstraint(programme.matrix(), np.r_[programme.lower], np.inf),
         options={"time_limit": time_limit, "mip_rel_gap": 1e-3},
     )
     return None if answer.x is None else programme.counts(answer.x)

@@ -5,13 +5,24 @@ inputs. Sizes that vary from token to token stay on the device: the grid is fixe
 that they load.
 """
 
+# Triton's language, not Python's: a checker cannot know what these mean.
+# pyright: reportArgumentType=false, reportGeneralTypeIssues=false, reportOperatorIssue=false, reportPossiblyUnboundVariable=false
+
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
 from hotcold.runtime.triton.early import let_next_start, wait_for_last
-from hotcold.runtime.triton.tiles import nth_wanted, row_dots, store_partial, wanted_neurons, weighted_rows
+from hotcold.runtime.triton.tiles import (
+    fired_values,
+    limits,
+    nth_wanted,
+    row_dots,
+    store_partial,
+    wanted_neurons,
+    weighted_rows,
+)
 
 __all__ = [
     "count_kernel",
@@ -66,7 +77,11 @@ def count_kernel(
     n,
     tokens,
     threshold,
+    each,
     ALWAYS: tl.constexpr,
+    VALUE: tl.constexpr,
+    SCORE: tl.constexpr,
+    OWN: tl.constexpr,
     TOKENS: tl.constexpr,
     CHUNK: tl.constexpr,
     EARLY: tl.constexpr,
@@ -75,7 +90,9 @@ def count_kernel(
     let_next_start(EARLY)
     wait_for_last(EARLY)
     neuron = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
-    wanted = wanted_neurons(scores, always, neuron, n, tokens, threshold, ALWAYS, TOKENS)
+    wanted = wanted_neurons(
+        scores, always, neuron, n, tokens, threshold, each, ALWAYS, VALUE, SCORE, OWN, TOKENS
+    )
     tl.store(counts + tl.program_id(0), tl.sum(wanted, 0))
 
 
@@ -90,7 +107,11 @@ def list_kernel(
     n,
     tokens,
     threshold,
+    each,
     ALWAYS: tl.constexpr,
+    VALUE: tl.constexpr,
+    SCORE: tl.constexpr,
+    OWN: tl.constexpr,
     COUNTED: tl.constexpr,
     TOKENS: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -105,7 +126,9 @@ def list_kernel(
     wait_for_last(EARLY)
     chunk = tl.program_id(0)
     neuron = chunk * CHUNK + tl.arange(0, CHUNK)
-    wanted = wanted_neurons(scores, always, neuron, n, tokens, threshold, ALWAYS, TOKENS)
+    wanted = wanted_neurons(
+        scores, always, neuron, n, tokens, threshold, each, ALWAYS, VALUE, SCORE, OWN, TOKENS
+    )
     if CHUNKS == 1:
         before, total = 0, tl.sum(wanted, 0)
     else:
@@ -136,12 +159,16 @@ def listed_kernel(
     n,
     tokens,
     threshold,
+    each,
     WIDTH: tl.constexpr,
     KIND_GATE: tl.constexpr,
     KIND_UP: tl.constexpr,
     SCORED: tl.constexpr,
     BIASED: tl.constexpr,
     GATED: tl.constexpr,
+    VALUE: tl.constexpr,
+    SCORE: tl.constexpr,
+    OWN: tl.constexpr,
     CLIP: tl.constexpr,
     COUNTED: tl.constexpr,
     TOKENS: tl.constexpr,
@@ -168,8 +195,9 @@ def listed_kernel(
             )
             if BIASED:
                 gates += tl.load(bias + rows, mask=live, other=0.0)[:, None]
-        fires = (gates >= threshold) & inside
-        values = gates
+        limit = limits(threshold, each, rows[:, None], live[:, None], OWN)
+        values, fires = fired_values(gates, limit, VALUE, SCORE)
+        fires &= inside
         if GATED:
             live_up = tl.max(fires.to(tl.int32), 1) > 0
             ups = row_dots(
@@ -177,7 +205,7 @@ def listed_kernel(
             )
             if CLIP:
                 ups = tl.maximum(ups, 0.0)
-            values = gates * ups
+            values *= ups
         found = tl.where(fires, values, 0.0)
         tl.store(a + token * n + position[:, None], found, mask=inside)
         n_fired += (found != 0.0).to(tl.int32)
@@ -243,8 +271,12 @@ def s2_kernel(
     n,
     tokens,
     threshold,
+    each,
     WIDTH: tl.constexpr,
     KIND: tl.constexpr,
+    VALUE: tl.constexpr,
+    SCORE: tl.constexpr,
+    OWN: tl.constexpr,
     CLIP: tl.constexpr,
     TOKENS: tl.constexpr,
     GROUP: tl.constexpr,
@@ -258,7 +290,9 @@ def s2_kernel(
     group = tl.program_id(0)
     token = tl.arange(0, TOKENS)[None, :]
     neuron = group * GROUP + tl.arange(0, GROUP)
-    wanted = wanted_neurons(scores, scores, neuron, n, tokens, threshold, False, TOKENS)
+    wanted = wanted_neurons(
+        scores, scores, neuron, n, tokens, threshold, each, False, VALUE, SCORE, OWN, TOKENS
+    )
     silent = (wanted == 0) & (neuron < n)
     zeros = tl.zeros((GROUP, TOKENS), tl.float32)
     tl.store(out + token * n + neuron[:, None], zeros, mask=silent[:, None] & (token < tokens))
@@ -271,7 +305,9 @@ def s2_kernel(
             ups = tl.maximum(ups, 0.0)
         inside = live[:, None] & (token < tokens)
         gates = tl.load(scores + token * n + rows[:, None], mask=inside, other=0.0)
-        tl.store(out + token * n + rows[:, None], tl.where(gates >= threshold, gates * ups, 0.0), mask=inside)
+        limit = limits(threshold, each, rows[:, None], live[:, None], OWN)
+        values, fires = fired_values(gates, limit, VALUE, SCORE)
+        tl.store(out + token * n + rows[:, None], tl.where(fires, values * ups, 0.0), mask=inside)
 
 
 @triton.jit

@@ -16,8 +16,8 @@ from triton import cdiv, next_power_of_2
 
 from hotcold.errors import ShapeError
 from hotcold.runtime.triton import kernels
+from hotcold.runtime.triton.firing import PLAIN_RELU, LayerRule
 from hotcold.runtime.triton.launch import launch
-from hotcold.runtime.triton.reference import PLAIN_RELU
 from hotcold.runtime.triton.rows import Rows
 from hotcold.runtime.triton.steps import activate, add_norm, apply_rope, attend, leave_out, norm
 from hotcold.runtime.triton.tuning import Tiles, tiles_for, whole_rows
@@ -38,6 +38,7 @@ __all__ = [
     "s2",
     "s3",
     "select",
+    "select_fired",
     "shape_key",
 ]
 
@@ -80,14 +81,16 @@ def _dot_rows(x: Tensor, w: Tensor, scales: Tensor, kind: int, bias: Tensor | No
 
 @triton_op("hotcold::s2", mutates_args=())
 def _s2(
-    scores: Tensor, x: Tensor, up: Tensor, scales: Tensor, kind: int, threshold: float, clip: bool
-) -> Tensor:
+    scores: Tensor, x: Tensor, up: Tensor, scales: Tensor, kind: int,
+    value: int, score: int, threshold: float, each: Tensor | None, clip: bool,
+) -> Tensor:  # fmt: skip
     n, (tokens, width) = up.shape[0], x.shape
     out = torch.empty_like(scores)
     tiles = _row_tiles("s2", x, up, kind)
     launch(
         kernels.s2_kernel, (cdiv(n, tiles["GROUP"]),), scores, x, up, scales, out, n, tokens, threshold,
-        WIDTH=width, KIND=kind, CLIP=clip, TOKENS=_batch(x), **tiles,
+        scores if each is None else each, WIDTH=width, KIND=kind, VALUE=value, SCORE=score,
+        OWN=each is not None, CLIP=clip, TOKENS=_batch(x), **tiles,
     )  # fmt: skip
     return out
 
@@ -128,8 +131,9 @@ def _one_chunk(device: torch.device) -> int:
 
 @triton_op("hotcold::select", mutates_args=("counter",))
 def _select(
-    scores: Tensor, always: Tensor | None, threshold: float, counter: Tensor | None
-) -> tuple[Tensor, Tensor]:
+    scores: Tensor, always: Tensor | None, counter: Tensor | None,
+    value: int, score: int, threshold: float, each: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     tokens, n = scores.shape
     # One program lists what it can look over at a time; the chunks of more are counted before.
     chunk = next_power_of_2(n) if n <= _one_chunk(scores.device) else _CHUNK
@@ -137,12 +141,13 @@ def _select(
     ints = {"dtype": torch.int32, "device": scores.device}
     counts, index, count = torch.empty(chunks, **ints), torch.empty(n, **ints), torch.empty(1, **ints)
     sizes = {"ALWAYS": always is not None, "TOKENS": _batch(scores), "CHUNK": chunk, "num_warps": warps}
-    flags = scores if always is None else always.view(torch.uint8)
+    sizes |= {"VALUE": value, "SCORE": score, "OWN": each is not None}
+    flags, own = scores if always is None else always.view(torch.uint8), scores if each is None else each
     if chunks > 1:
-        launch(kernels.count_kernel, (chunks,), scores, flags, counts, n, tokens, threshold, **sizes)
+        launch(kernels.count_kernel, (chunks,), scores, flags, counts, n, tokens, threshold, own, **sizes)
     launch(
         kernels.list_kernel, (chunks,), scores, flags, counts, index, count,
-        count if counter is None else counter, n, tokens, threshold,
+        count if counter is None else counter, n, tokens, threshold, own,
         COUNTED=counter is not None, CHUNKS=next_power_of_2(chunks), **sizes,
     )  # fmt: skip
     return index, count
@@ -161,7 +166,10 @@ def _ffn_listed(
     up_kind: int,
     index: Tensor,
     count: Tensor,
+    value: int,
+    score: int,
     threshold: float,
+    each: Tensor | None,
     clip: bool,
     fired: Tensor | None,
 ) -> Tensor:
@@ -173,8 +181,10 @@ def _ffn_listed(
     launch(
         kernels.listed_kernel, (programs,), x, gate, gate_scales, x if bias is None else bias,
         last, up_scales, gate, index, count, a, count if fired is None else fired, n, tokens, threshold,
+        x if each is None else each,
         WIDTH=width, KIND_GATE=gate_kind, KIND_UP=up_kind, SCORED=scored, BIASED=bias is not None,
-        GATED=up is not None, CLIP=clip, COUNTED=fired is not None, TOKENS=_batch(x), **tiles,
+        GATED=up is not None, VALUE=value, SCORE=score, OWN=each is not None, CLIP=clip,
+        COUNTED=fired is not None, TOKENS=_batch(x), **tiles,
     )  # fmt: skip
     return a
 
@@ -199,11 +209,11 @@ def dot_rows(x: Tensor, w: Rows, bias: Tensor | None = None, relu: bool = False)
     return _dot_rows(x, w.data, w.scales, w.kind, bias, relu)
 
 
-def s2(scores: Tensor, x: Tensor, up: Rows, threshold: float = PLAIN_RELU, clip: bool = False) -> Tensor:
+def s2(scores: Tensor, x: Tensor, up: Rows, rule: LayerRule = PLAIN_RELU) -> Tensor:
     """See reference.s2."""
     _check(x, up)
     _check_values("scores", scores, (len(x), up.n))
-    return _s2(scores, x, up.data, up.scales, up.kind, threshold, clip)
+    return _s2(scores, x, up.data, up.scales, up.kind, *_parts(rule, up.n), rule.clips_up)
 
 
 def s3(a: Tensor, down: Rows) -> Tensor:
@@ -217,7 +227,14 @@ def select(
 ) -> tuple[Tensor, Tensor]:
     """See reference.select."""
     _check_values("scores", scores, tuple(scores.shape))
-    return _select(scores, always, threshold, counter)
+    ids = int(PLAIN_RELU.value), int(PLAIN_RELU.score)
+    return _select(scores, always, counter, *ids, threshold, None)
+
+
+def select_fired(gates: Tensor, rule: LayerRule) -> tuple[Tensor, Tensor]:
+    """See reference.select_fired."""
+    _check_values("gates", gates, tuple(gates.shape))
+    return _select(gates, None, None, *_parts(rule, gates.shape[1]))
 
 
 def predict(
@@ -240,13 +257,14 @@ def ffn_listed(
     up: Rows | None,
     index: Tensor,
     count: Tensor,
-    threshold: float = PLAIN_RELU,
-    clip: bool = False,
+    rule: LayerRule = PLAIN_RELU,
     fired: Tensor | None = None,
     bias: Tensor | None = None,
 ) -> Tensor:
     """See reference.ffn_listed; here, what stands after `count` is undefined."""
     last = gate if up is None else up
+    if isinstance(last, Tensor):
+        raise ShapeError("known scores need the rows of up")
     _check(x, last)
     if isinstance(gate, Tensor):
         _check_values("scores", gate, (len(x), last.n))
@@ -256,8 +274,8 @@ def ffn_listed(
         data, scales, kind = gate.data, gate.scales, gate.kind
     scored, up_data = isinstance(gate, Tensor), None if up is None else up.data
     return _ffn_listed(
-        x, data, scales, kind, scored, bias, up_data, last.scales, last.kind, index, count, threshold, clip,
-        fired,
+        x, data, scales, kind, scored, bias, up_data, last.scales, last.kind, index, count,
+        *_parts(rule, last.n), rule.clips_up, fired,
     )  # fmt: skip
 
 
@@ -268,12 +286,19 @@ def down_listed(a: Tensor, down: Rows, index: Tensor, count: Tensor) -> Tensor:
 
 
 def ffn_exact(
-    x: Tensor, gate: Rows, up: Rows, down: Rows, threshold: float = PLAIN_RELU, clip: bool = False
+    x: Tensor, gate: Rows, up: Rows, down: Rows, rule: LayerRule = PLAIN_RELU
 ) -> tuple[Tensor, Tensor]:
     """See reference.ffn_exact."""
     scores = dot_rows(x, gate)
-    index, count = select(scores, threshold)
-    return down_listed(ffn_listed(x, scores, up, index, count, threshold, clip), down, index, count), count
+    index, count = select_fired(scores, rule)
+    return down_listed(ffn_listed(x, scores, up, index, count, rule), down, index, count), count
+
+
+def _parts(rule: LayerRule, n: int) -> tuple[int, int, float, Tensor | None]:
+    """A rule as plain values; ShapeError where its thresholds are not those of n neurons."""
+    if rule.each is not None and (rule.each.dtype != torch.float32 or tuple(rule.each.shape) != (n,)):
+        raise ShapeError("thresholds do not fit the weights", got=tuple(rule.each.shape), expected=(n,))
+    return int(rule.value), int(rule.score), rule.threshold, rule.each
 
 
 def _check(x: Tensor, w: Rows, bias: Tensor | None = None) -> None:

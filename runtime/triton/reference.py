@@ -1,9 +1,9 @@
 """What each operator computes, in plain torch. The kernels are tested against these functions, and engines on
 a device without Triton run them.
 
-A neuron fires for a token where its gate score reaches `threshold`: FATReLU's own, or the smallest positive
-float for ReLU. `x` is float32 [tokens, width]; an active list is `index` int32 [n], of which the first
-`count` (int32 [1], on the device) hold neurons in ascending order and the rest is undefined.
+Which neurons fire for a token, by their gates, is a `LayerRule`'s to say, by default that of ReLU. `x` is
+float32 [tokens, width]; an active list is `index` int32 [n], of which the first `count` (int32 [1], on the
+device) hold neurons in ascending order and the rest is undefined.
 """
 
 from __future__ import annotations
@@ -11,8 +11,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hotcold.runtime.triton.firing import PLAIN_RELU, LayerRule
 from hotcold.runtime.triton.rows import Rows
-from hotcold.runtime.triton.step_reference import activate, add_norm, apply_rope, attend, leave_out, norm
+from hotcold.runtime.triton.step_reference import (
+    activate,
+    add_norm,
+    apply_rope,
+    attend,
+    fired_values,
+    leave_out,
+    norm,
+)
 
 __all__ = [
     "activate",
@@ -23,15 +32,15 @@ __all__ = [
     "down_listed",
     "ffn_exact",
     "ffn_listed",
+    "fired_values",
     "leave_out",
     "norm",
     "predict",
     "s2",
     "s3",
     "select",
+    "select_fired",
 ]
-
-PLAIN_RELU = torch.finfo(torch.float32).tiny
 
 
 def dot_rows(x: Tensor, w: Rows, bias: Tensor | None = None, relu: bool = False) -> Tensor:
@@ -40,16 +49,14 @@ def dot_rows(x: Tensor, w: Rows, bias: Tensor | None = None, relu: bool = False)
     return y.relu() if relu else y
 
 
-def s2(scores: Tensor, x: Tensor, up: Rows, threshold: float = PLAIN_RELU, clip: bool = False) -> Tensor:
+def s2(scores: Tensor, x: Tensor, up: Rows, rule: LayerRule = PLAIN_RELU) -> Tensor:
     """act(scores) ⊙ (x · upᵀ), float32 [tokens, n]: ProSparse's operator S2 (section 4.3 of the paper).
 
-    Rows of neurons that fire for no token are never read. `clip` rectifies the up values too (dReLU).
+    Rows of neurons that fire for no token are never read.
     """
-    fires = scores >= threshold
     a = torch.zeros_like(scores)
-    live = fires.any(0).nonzero()[:, 0]
-    ups = dot_rows(x, up.take(live), relu=clip)
-    a[:, live] = torch.where(fires[:, live], scores[:, live] * ups, 0.0)
+    live = fired_values(scores, rule)[1].any(0).nonzero()[:, 0]
+    a[:, live] = activate(scores[:, live], dot_rows(x, up.take(live)), rule.take(live))
     return a
 
 
@@ -80,6 +87,11 @@ def select(
     return index, torch.tensor([len(neurons)], dtype=torch.int32, device=scores.device)
 
 
+def select_fired(gates: Tensor, rule: LayerRule) -> tuple[Tensor, Tensor]:
+    """List neurons whose gate fires for any token."""
+    return select(fired_values(gates, rule)[1].float(), 1.0)
+
+
 def predict(
     x: Tensor,
     fc1: Rows,
@@ -100,8 +112,7 @@ def ffn_listed(
     up: Rows | None,
     index: Tensor,
     count: Tensor,
-    threshold: float = PLAIN_RELU,
-    clip: bool = False,
+    rule: LayerRule = PLAIN_RELU,
     fired: Tensor | None = None,
     bias: Tensor | None = None,
 ) -> Tensor:
@@ -118,9 +129,9 @@ def ffn_listed(
         scores = dot_rows(x, gate.take(live), None if bias is None else bias[live])
     a = x.new_zeros(len(x), len(index))
     if up is None:
-        a[:, : len(live)] = activate(scores, None, threshold, clip)
+        a[:, : len(live)] = activate(scores, None, rule.take(live))
     else:
-        a[:, : len(live)] = s2(scores, x, up.take(live), threshold, clip)
+        a[:, : len(live)] = s2(scores, x, up.take(live), rule.take(live))
     if fired is not None:
         fired += (a != 0).sum()
     return a
@@ -133,9 +144,9 @@ def down_listed(a: Tensor, down: Rows, index: Tensor, count: Tensor) -> Tensor:
 
 
 def ffn_exact(
-    x: Tensor, gate: Rows, up: Rows, down: Rows, threshold: float = PLAIN_RELU, clip: bool = False
+    x: Tensor, gate: Rows, up: Rows, down: Rows, rule: LayerRule = PLAIN_RELU
 ) -> tuple[Tensor, Tensor]:
     """A whole FFN: all gates, then only rows that fired; y [tokens, width], how many fired int32 [1]."""
     scores = dot_rows(x, gate)
-    index, count = select(scores, threshold)
-    return down_listed(ffn_listed(x, scores, up, index, count, threshold, clip), down, index, count), count
+    index, count = select_fired(scores, rule)
+    return down_listed(ffn_listed(x, scores, up, index, count, rule), down, index, count), count

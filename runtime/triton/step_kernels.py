@@ -4,12 +4,16 @@ Each is one launch where plain torch takes five to ten. At two microseconds a la
 these would otherwise take as long as reading the weights. steps.py launches them.
 """
 
+# Triton's language, not Python's: a checker cannot know what these mean.
+# pyright: reportOperatorIssue=false, reportPossiblyUnboundVariable=false
+
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
 from hotcold.runtime.triton.early import let_next_start, wait_for_last
+from hotcold.runtime.triton.tiles import fired_values, limits
 
 __all__ = [
     "activate_kernel",
@@ -181,26 +185,32 @@ def activate_kernel(
     a,
     fired,
     size,
+    n,
     threshold,
+    each,
     GATED: tl.constexpr,
+    VALUE: tl.constexpr,
+    SCORE: tl.constexpr,
+    OWN: tl.constexpr,
     CLIP: tl.constexpr,
     COUNTED: tl.constexpr,
     BLOCK: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    """a [size] = act(gate) · up, or act(gate); how many are not zero is added to fired."""
+    """a [size] = what gates, n a token, become, times up if any; how many are not zero is added to fired."""
     let_next_start(EARLY)
     wait_for_last(EARLY)
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = at < size
     gates = tl.load(gate + at, mask=inside, other=0.0)
-    values = gates
+    limit = limits(threshold, each, at % n, inside, OWN)
+    values, fires = fired_values(gates, limit, VALUE, SCORE)
     if GATED:
         ups = tl.load(up + at, mask=inside, other=0.0)
         if CLIP:
             ups = tl.maximum(ups, 0.0)
-        values = gates * ups
-    found = tl.where((gates >= threshold) & inside, values, 0.0)
+        values *= ups
+    found = tl.where(fires & inside, values, 0.0)
     tl.store(a + at, found, mask=inside)
     if COUNTED:  # whole numbers: their sum does not depend on the order
         tl.atomic_add(fired, tl.sum((found != 0.0).to(tl.int64), 0), sem="relaxed")

@@ -9,7 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["activate", "add_norm", "apply_rope", "attend", "leave_out", "norm"]
+from hotcold.model.firing import Score, Value
+from hotcold.runtime.triton.firing import LayerRule
+
+__all__ = ["activate", "add_norm", "apply_rope", "attend", "fired_values", "leave_out", "norm"]
 
 
 def norm(x: Tensor, weight: Tensor, eps: float, bias: Tensor | None = None) -> Tensor:
@@ -63,12 +66,28 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, positions: Tensor, seen: int
     return torch.einsum("tkgs,ksd->tkgd", scores.softmax(-1), v).flatten(1)
 
 
-def activate(
-    gate: Tensor, up: Tensor | None, threshold: float, clip: bool, fired: Tensor | None = None
-) -> Tensor:
-    """gate · up where gate reaches `threshold`, else 0; `clip` rectifies up (dReLU), without `up` it is 1."""
-    value = gate if up is None else gate * (up.relu() if clip else up)
-    a = torch.where(gate >= threshold, value, 0.0)
+def fired_values(gate: Tensor, rule: LayerRule) -> tuple[Tensor, Tensor]:
+    """What gates [tokens, n] become, and which of them fire."""
+    limit, functional = rule.limit(), torch.nn.functional
+    formulas = {
+        Value.GATE: lambda: gate,
+        Value.SQUARE: gate.square,
+        Value.SHIFTED: lambda: gate - limit,
+        Value.SILU: lambda: functional.silu(gate),
+        Value.GELU: lambda: functional.gelu(gate),
+    }
+    value = formulas[Value(rule.value)]()
+    if rule.score == Score.ALWAYS:
+        return value, torch.ones_like(gate, dtype=torch.bool)
+    return value, (value.abs() if rule.score == Score.MAGNITUDE else gate) >= limit
+
+
+def activate(gate: Tensor, up: Tensor | None, rule: LayerRule, fired: Tensor | None = None) -> Tensor:
+    """value · up where a gate fires, else 0; without `up` that is 1."""
+    value, fires = fired_values(gate, rule)
+    if up is not None:
+        value = value * (up.relu() if rule.clips_up else up)
+    a = torch.where(fires, value, 0.0)
     if fired is not None:
         fired += (a != 0).sum()
     return a

@@ -11,6 +11,7 @@ from torch.library import triton_op
 from triton import cdiv, next_power_of_2
 
 from hotcold.runtime.triton import step_kernels as kernels
+from hotcold.runtime.triton.firing import LayerRule
 from hotcold.runtime.triton.launch import launch
 
 __all__ = ["activate", "add_norm", "apply_rope", "attend", "leave_out", "norm"]
@@ -95,17 +96,24 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, positions: Tensor, seen: int
 
 
 @triton_op("hotcold::activate", mutates_args=("fired",))
-def activate(
-    gate: Tensor, up: Tensor | None, threshold: float, clip: bool, fired: Tensor | None = None
-) -> Tensor:
-    """See step_reference.activate."""
+def _activate(
+    gate: Tensor, up: Tensor | None, value: int, score: int, threshold: float, each: Tensor | None,
+    clip: bool, fired: Tensor | None,
+) -> Tensor:  # fmt: skip
     a, size = torch.empty_like(gate), gate.numel()
     launch(
         kernels.activate_kernel, (cdiv(size, _BLOCK),), gate, gate if up is None else up, a,
-        a if fired is None else fired, size, threshold,
-        GATED=up is not None, CLIP=clip, COUNTED=fired is not None, BLOCK=_BLOCK,
+        a if fired is None else fired, size, gate.shape[-1], threshold, a if each is None else each,
+        GATED=up is not None, VALUE=value, SCORE=score, OWN=each is not None, CLIP=clip,
+        COUNTED=fired is not None, BLOCK=_BLOCK,
     )  # fmt: skip
     return a
+
+
+def activate(gate: Tensor, up: Tensor | None, rule: LayerRule, fired: Tensor | None = None) -> Tensor:
+    """See step_reference.activate."""
+    ids = int(rule.value), int(rule.score)
+    return _activate(gate, up, *ids, rule.threshold, rule.each, rule.clips_up, fired)
 
 
 @triton_op("hotcold::leave_out", mutates_args=("kept",))

@@ -9,6 +9,9 @@ the first of them, and nothing in between makes it wait: what is multiplied with
 neighboring columns per thread as x is (TOGETHER), or Triton would exchange them through shared memory.
 """
 
+# Triton's language, not Python's: a checker cannot know what these mean.
+# pyright: reportArgumentType=false, reportGeneralTypeIssues=false
+
 from __future__ import annotations
 
 import triton
@@ -16,11 +19,17 @@ import triton.language as tl
 
 from hotcold.runtime.triton.early import wait_for_last
 
-__all__ = ["nth_wanted", "row_dots", "store_partial", "wanted_neurons", "weighted_rows"]
+__all__ = [
+    "fired_values", "limits", "nth_wanted", "row_dots", "store_partial", "wanted_neurons", "weighted_rows",
+]  # fmt: skip
 
 # As in rows.py; kernels only see globals that are constexpr.
 _FLOAT = tl.constexpr(0)
 _Q4_0 = tl.constexpr(2)
+
+# As in model/firing.py.
+_SQUARE, _SHIFTED, _SILU, _GELU = (tl.constexpr(value) for value in (1, 2, 3, 4))
+_ALWAYS, _MAGNITUDE = tl.constexpr(0), tl.constexpr(2)
 
 _WITH_X = tl.constexpr(4)  # neighboring columns per thread: 16 bytes of x in float32
 _ALONE = tl.constexpr(8)  # 16 bytes of weights in half precision
@@ -121,12 +130,59 @@ def weighted_rows(
 
 
 @triton.jit
-def wanted_neurons(scores, always, neuron, n, tokens, threshold, ALWAYS: tl.constexpr, TOKENS: tl.constexpr):
-    """int32 [CHUNK]: 1 where a neuron's score reaches the threshold for any token, or it is always wanted."""
-    wanted = tl.load(scores + neuron, mask=neuron < n, other=float("-inf")) >= threshold
+def limits(threshold, each, rows, live, OWN: tl.constexpr):
+    """What the scores of neurons `rows` are compared with: their own thresholds, or the one for all."""
+    if OWN:
+        limit = tl.load(each + rows, mask=live, other=float("inf"))
+    else:
+        limit = threshold
+    return limit
+
+
+@triton.jit
+def fired_values(gates, limit, VALUE: tl.constexpr, SCORE: tl.constexpr):
+    """What gates become, and which of them fire: the firing rule (model/firing.py)."""
+    values = gates
+    if VALUE == _SQUARE:
+        values = gates * gates
+    elif VALUE == _SHIFTED:
+        values = gates - limit
+    elif VALUE == _SILU:
+        values = gates / (1.0 + tl.exp(-gates))
+    elif VALUE == _GELU:
+        values = 0.5 * gates * (1.0 + tl.erf(gates * 0.7071067811865476))
+    if SCORE == _ALWAYS:
+        fires = gates == gates
+    elif SCORE == _MAGNITUDE:
+        fires = tl.abs(values) >= limit
+    else:
+        fires = gates >= limit
+    return values, fires
+
+
+@triton.jit
+def wanted_neurons(
+    scores,
+    always,
+    neuron,
+    n,
+    tokens,
+    threshold,
+    each,
+    ALWAYS: tl.constexpr,
+    VALUE: tl.constexpr,
+    SCORE: tl.constexpr,
+    OWN: tl.constexpr,
+    TOKENS: tl.constexpr,
+):
+    """int32 [CHUNK]: 1 where a neuron fires by its score for any token, or is always wanted."""
+    limit = limits(threshold, each, neuron, neuron < n, OWN)
+    first = tl.load(scores + neuron, mask=neuron < n, other=float("-inf"))
+    wanted = fired_values(first, limit, VALUE, SCORE)[1]
     for t in tl.static_range(1, TOKENS):
         row = scores + tl.minimum(t, tokens - 1) * n
-        wanted |= tl.load(row + neuron, mask=neuron < n, other=float("-inf")) >= threshold
+        gates = tl.load(row + neuron, mask=neuron < n, other=float("-inf"))
+        wanted |= fired_values(gates, limit, VALUE, SCORE)[1]
     if ALWAYS:
         wanted |= tl.load(always + neuron, mask=neuron < n, other=0) > 0
     return (wanted & (neuron < n)).to(tl.int32)

@@ -17,6 +17,7 @@ from hotcold.sparsify.measure.evaluate import Quality, measure
 from hotcold.sparsify.methods.prosparse import trained_model
 from hotcold.sparsify.training.attention import use_grouped_attention
 from hotcold.sparsify.training.rounding import quantizable, round_q4_0
+from hotcold.table import markdown
 
 __all__ = ["Row", "layer_table", "measured", "rounded", "steps", "summary_table"]
 
@@ -76,18 +77,17 @@ def measured(models: Iterator[tuple[str, Load]], windows: Tensor, *, q4_0: bool)
 
 def summary_table(rows: list[Row]) -> str:
     """Markdown: perplexity, its ratio to the first row's, mean sparsity."""
-    lines = ["| model | perplexity | ratio | sparsity |", "| --- | ---: | ---: | ---: |"]
+    lines = []
     for row in rows:
         q, ratio = row.quality, row.quality.perplexity / rows[0].quality.perplexity
-        lines.append(f"| {row.name} | {q.perplexity:.2f} | {ratio:.3f} | {q.mean_sparsity:.1%} |")
-    return "\n".join(lines)
+        lines.append((row.name, f"{q.perplexity:.2f}", f"{ratio:.3f}", f"{q.mean_sparsity:.1%}"))
+    return markdown(("model", "perplexity", "ratio", "sparsity"), lines)
 
 
 def layer_table(rows: list[Row]) -> str:
     """Markdown: the sparsity of each layer, a column per model."""
-    head = " | ".join(row.name for row in rows)
-    lines = [f"| layer | {head} |", f"| ---: |{' ---: |' * len(rows)}"]
-    for layer in range(len(rows[0].quality.sparsity)):
-        shares = " | ".join(f"{row.quality.sparsity[layer]:.1%}" for row in rows)
-        lines.append(f"| {layer} | {shares} |")
-    return "\n".join(lines)
+    lines = [
+        [str(layer), *(f"{row.quality.sparsity[layer]:.1%}" for row in rows)]
+        for layer in range(len(rows[0].quality.sparsity))
+    ]
+    return markdown(["layer", *(row.name for row in rows)], lines, left=())

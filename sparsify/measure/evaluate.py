@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from hotcold.finite import perplexity_of
 from hotcold.model.hooks import recorded_intermediates
-from hotcold.model.limits import check_ids, check_window
+from hotcold.model.limits import check_ids, check_window, n_embeddings
 
 __all__ = ["Quality", "measure", "table", "zero_share"]
 
@@ -39,7 +39,7 @@ def measure(model: PreTrainedModel, windows: Tensor) -> Quality:
     InputError where the perplexity is not finite, and for ids or lengths that the model has no embeddings
     for.
     """
-    check_ids(windows.cpu().numpy(), model.get_input_embeddings().num_embeddings)
+    check_ids(windows.cpu().numpy(), n_embeddings(model))
     check_window(model, windows.shape[1])
     loss, zeros = 0.0, []
     with recorded_intermediates(model) as seen:

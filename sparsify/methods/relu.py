@@ -6,6 +6,9 @@ rounding at the end. The numbers were tuned on SmolLM2-135M.
 
 from __future__ import annotations
 
+import argparse
+from typing import Any
+
 from hotcold.errors import InputError
 from hotcold.sparsify.config import (
     L1,
@@ -17,8 +20,9 @@ from hotcold.sparsify.config import (
     Text,
     WarmStart,
 )
+from hotcold.sparsify.training.command import train
 
-__all__ = ["DEFAULT_GENERATED", "DEFAULT_L1", "DEFAULT_TOKENS", "relu_config"]
+__all__ = ["DEFAULT_GENERATED", "DEFAULT_L1", "DEFAULT_TOKENS", "relu_config", "run"]
 
 DEFAULT_TOKENS, DEFAULT_GENERATED, DEFAULT_L1 = 220_000, 0.65, 0.03
 _LAYERWISE_SHARE = 0.14
@@ -27,6 +31,12 @@ _SEQUENCE, _BATCH = 256, 2
 # Parts of the end-to-end training: stage 0, a short warm-up at a tenth of the peak, one ramp.
 _STAGES = ((0.0, 0.1), (0.1, 0.15), (1.0, 0.6))
 _QUANTIZE_FROM = 0.75
+
+
+def run(args: argparse.Namespace, given: dict[str, Any]) -> int:
+    """Train as the options say."""
+    own = {name: value for name, value in given.items() if name not in ("work", "dry_run")}
+    return train(args, relu_config(**own))
 
 
 def relu_config(

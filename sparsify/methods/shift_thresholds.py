@@ -21,9 +21,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hotcold.errors import UnsupportedError
-from hotcold.model.activations import FATReLU
 from hotcold.model.checkpoint import ffn_layers
 from hotcold.model.hooks import on_ffns
+from hotcold.model.modeling_sparse import FATReLU
 from hotcold.sparsify.measure.evaluate import Quality, measure
 
 __all__ = ["Point", "best", "curve", "fold", "per_layer", "tail_errors", "thresholded"]

@@ -182,9 +182,9 @@ def _save(
     tested: list[Point],
 ) -> None:
     from hotcold.model import checkpoint
+    from hotcold.model.standalone import standalone_files
     from hotcold.sparsify.activations import set_activation
     from hotcold.sparsify.methods.shift_thresholds import fold
-    from hotcold.sparsify.standalone import standalone_files
 
     common = fold(model, chosen.thresholds)
     set_activation(model, f"fatrelu_{common:.9g}" if common else "relu")

@@ -15,9 +15,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from hotcold.cpus import torch_threads
 from hotcold.errors import InputError
 from hotcold.model.input_hooks import on_inputs, set_input_rules, site_weights
 from hotcold.model.inputs import CONFIG_KEY, SCORES, SITES, InputRule
+from hotcold.ownership import check_replaceable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -96,9 +98,11 @@ def _run(model: PreTrainedModel, windows: Tensor, count: Any, sites: Sequence[st
             model.base_model(ids[None], use_cache=False)
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace, given: dict[str, Any]) -> int:
     """`hotcold sparsify --method teal`: calibrate, save, and print quality and sparsity."""
-    sites = _checked(args)
+    sites, score = _checked(given)
+    check_replaceable(args.out, "checkpoint", [args.model])
+    torch_threads()
     from hotcold.model import checkpoint
     from hotcold.model.limits import check_tokenizer
     from hotcold.sparsify.measure.evaluate import measure
@@ -111,26 +115,28 @@ def run(args: argparse.Namespace) -> int:
         what, fix = "the model leaves inputs out already", "give the one that it was made of"
         raise InputError(what, where=args.model, fix=fix)
     dense = measure(model, test)
-    set_input_rules(model, calibrate(model, chosen, sites, args.score, args.sparsity))
+    set_input_rules(model, calibrate(model, chosen, sites, score, args.sparsity))
     sparse, shares = measure(model, test), measured_sparsity(model, test, sites)
-    files = {"inputs.json": (json.dumps(_summary(args, dense, sparse, shares), indent=2) + "\n").encode()}
+    summary = _summary(args, score, dense, sparse, shares)
+    files = {"inputs.json": (json.dumps(summary, indent=2) + "\n").encode()}
     checkpoint.save(model.half(), tokenizer, args.out, like=args.model, files=files)
     print(_table(dense, sparse, shares))
     return 0
 
 
-def _checked(args: argparse.Namespace) -> list[str]:
-    """The sites. InputError for what cannot be left out."""
-    if args.sparsity is None or not 0 < args.sparsity < 1:
+def _checked(given: dict[str, Any]) -> tuple[list[str], str]:
+    """The sites and the score. InputError for what cannot be left out."""
+    share, score = given.get("sparsity"), given.get("score", "magnitude")
+    if share is None or not 0 < share < 1:
         expected = "more than 0, less than 1"
-        raise InputError("not a share of inputs", where="--sparsity", got=args.sparsity, expected=expected)
-    if args.score not in SCORES:
-        raise InputError("unknown score", where="--score", got=args.score, expected=" | ".join(SCORES))
-    sites = args.sites.split(",")
+        raise InputError("not a share of inputs", where="--sparsity", got=share, expected=expected)
+    if score not in SCORES:
+        raise InputError("unknown score", where="--score", got=score, expected=" | ".join(SCORES))
+    sites = given["sites"].split(",") if "sites" in given else list(SITES)
     for site in sites:
         if site not in SITES:
             raise InputError("unknown site", where="--sites", got=site, expected=", ".join(SITES))
-    return [site for site in SITES if site in sites]
+    return [site for site in SITES if site in sites], score
 
 
 def _windows(args: argparse.Namespace, tokenizer: Any, part: Any) -> Tensor:
@@ -143,11 +149,11 @@ def _windows(args: argparse.Namespace, tokenizer: Any, part: Any) -> Tensor:
 
 
 def _summary(
-    args: argparse.Namespace, dense: Quality, sparse: Quality, shares: dict[str, list[float]]
+    args: argparse.Namespace, score: str, dense: Quality, sparse: Quality, shares: dict[str, list[float]]
 ) -> dict[str, object]:
     return {
         "method": "teal",
-        "score": args.score,
+        "score": score,
         "asked_sparsity": args.sparsity,
         "text": args.text or "stdlib",
         "perplexity_dense": dense.perplexity,

@@ -93,7 +93,8 @@ class _KLFromHidden(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx, upstream):  # noqa: ANN001, ANN205
+    def backward(ctx, *grad_outputs):  # noqa: ANN001, ANN002, ANN205
+        (upstream,) = grad_outputs
         gradient, head_gradient = ctx.saved_tensors
         return (
             gradient * upstream, None, None if head_gradient is None else head_gradient * upstream, None,

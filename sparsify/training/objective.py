@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,7 @@ from hotcold.sparsify.training.losses import (
 __all__ = ["TERMS", "EndToEnd", "LayerWise", "Sums", "output_spread"]
 
 TERMS = ("lm", "kl", "ffn", "l1")
+_Teacher = TypeVar("_Teacher", PreTrainedModel, PreTrainedModel | None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,16 +38,16 @@ class Sums:
     zeros: Tensor
 
 
-class _Objective(nn.Module):
+class _Objective(nn.Module, Generic[_Teacher]):
     """The model that learns and the frozen one that it learns from, which is no part of the module."""
 
-    def __init__(self, student: PreTrainedModel, teacher: PreTrainedModel | None, *, bf16: bool) -> None:
+    def __init__(self, student: PreTrainedModel, teacher: _Teacher, *, bf16: bool) -> None:
         super().__init__()
         self.student = student
         self._frozen, self._bf16 = (teacher,), bf16
 
     @property
-    def teacher(self) -> PreTrainedModel | None:
+    def teacher(self) -> _Teacher:
         return self._frozen[0]
 
     def _autocast(self, ids: Tensor) -> torch.autocast:
@@ -64,7 +66,7 @@ class _Pass:
     errors: list[Tensor]
 
 
-class EndToEnd(_Objective):
+class EndToEnd(_Objective[PreTrainedModel | None]):
     """The whole model: language modelling, KL from the dense model, output errors of FFNs, L1.
 
     `spread` [n_layers] is what an FFN's error is divided by, see `output_spread`. Terms of `loss` whose
@@ -81,8 +83,8 @@ class EndToEnd(_Objective):
         bf16: bool = True,
     ) -> None:
         super().__init__(student, teacher, bf16=bf16)
-        self._loss, self._spread = loss, spread
-        self._layers = len(ffn_layers(student))
+        self._loss, self._layers = loss, len(ffn_layers(student))
+        self._spread = torch.ones(self._layers) if spread is None else spread
         self._pass: _Pass | None = None
         # They stay until `close`: activation checkpointing computes layers again in the backward pass, and
         # must then find what it found before.
@@ -139,12 +141,12 @@ class EndToEnd(_Objective):
         if self._loss.lm:
             pairs = mask[:, 1:] & mask[:, :-1]
             lm = cross_entropy_from_hidden(hidden[:, :-1][pairs], head, ids[:, 1:][pairs])
-        if self._loss.kl:
+        if self._loss.kl and goal is not None and self.teacher is not None:
             kl = kl_from_hidden(hidden[mask], goal[mask], head, self.teacher.lm_head.weight)
         return [lm, kl]
 
 
-class LayerWise(_Objective):
+class LayerWise(_Objective[PreTrainedModel]):
     """Each FFN alone: given the dense FFN's input, give its output. No gradient crosses a layer.
 
     One forward pass of the dense model feeds all layers, so that a token costs about half of what it costs

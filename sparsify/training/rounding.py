@@ -8,6 +8,7 @@ take the place of the float weights, and Q4_0 stores them without any further lo
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -73,8 +74,8 @@ class _Straight(torch.autograd.Function):
         return round_q4_0(weight.T).T if transposed else round_q4_0(weight)
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:  # noqa: ANN001
-        return gradient, None
+    def backward(ctx, *grad_outputs: Tensor) -> tuple[Tensor, None]:  # noqa: ANN001
+        return grad_outputs[0], None
 
 
 class _FakeQuantize(nn.Module):
@@ -86,7 +87,7 @@ class _FakeQuantize(nn.Module):
         return _Straight.apply(weight, self.transposed) if self.on else weight
 
 
-def quantizable(model: PreTrainedModel) -> Iterator[tuple[nn.Module, bool]]:
+def quantizable(model: PreTrainedModel) -> Iterator[tuple[nn.Linear | nn.Embedding, bool]]:
     """Yield each module with a 2-D `weight` whose rows are whole blocks, and whether it is stored transposed.
 
     The FFN's down matrix is: neuron-major files hold one row of it per neuron.
@@ -113,10 +114,16 @@ def start_rounding(model: PreTrainedModel) -> None:
     """Make each linear layer compute with its weight rounded to Q4_0; frozen ones are rounded here, once."""
     for module, transposed in list(quantizable(model)):
         if parametrize.is_parametrized(module, "weight"):
-            module.parametrizations.weight[0].on = True
+            _switch(module).on = True
         else:
             with torch.no_grad():
                 module.weight.copy_(_Straight.apply(module.weight, transposed))
+
+
+def _switch(module: nn.Module) -> _FakeQuantize:
+    """What `prepare_rounding` has put on the weight."""
+    (switch,) = cast("parametrize.ParametrizationList", module.get_submodule("parametrizations.weight"))
+    return cast("_FakeQuantize", switch)
 
 
 def bake(model: PreTrainedModel) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hotcold import text
-from hotcold.model.limits import check_ids
+from hotcold.model.limits import check_ids, n_embeddings
 from hotcold.sparsify.config import GENERATED, Config, Text
 from hotcold.sparsify.training.data import Documents, Mixture, Source, TokenRows, read_windows
 from hotcold.sparsify.training.teacher_text import read_rows, teacher_text
@@ -46,7 +46,7 @@ def training_data(
             return TokenRows(rows)
         if wanted.source.endswith(_TOKEN_FILE):
             rows = read_rows(Path(wanted.source), config.sequence)
-            check_ids(rows.numpy(), teacher.get_input_embeddings().num_embeddings)
+            check_ids(rows.numpy(), n_embeddings(teacher))
             return TokenRows(rows)
         return _documents(wanted.source, tokenizer, config)
 

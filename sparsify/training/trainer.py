@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -130,7 +130,9 @@ class Trainer:
         terms, zeros = self.accelerator.reduce((terms, zeros), reduction="sum")
         sparsity = (zeros.double() / (tokens * self._d_ff)).tolist()
         loss = float(terms @ factors.to(terms.dtype))
-        norm = float(self.accelerator.clip_grad_norm_(model.parameters(), self.config.learning.clip))
+        norm = float(
+            cast("Tensor", self.accelerator.clip_grad_norm_(model.parameters(), self.config.learning.clip))
+        )
         if not (math.isfinite(loss) and math.isfinite(norm)):
             self._stop(phase, step, loss)
         optimizer.step()
@@ -192,7 +194,7 @@ class Trainer:
         saved = self.saved
         if saved is None:
             return 0
-        self.load(model, optimizer if saved.phase == phase.name else None)
+        _load(saved, model, optimizer if saved.phase == phase.name else None)
         self.data.restore(saved.extra["data"])
         if saved.phase != phase.name:
             return 0
@@ -200,22 +202,25 @@ class Trainer:
             phase.l1.factor = saved.extra["l1"]
         return saved.step
 
-    def load(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
-        """Put the last state's weights into `model`, and its optimizer's state into `optimizer`."""
-        weights, moments = self.saved.tensors()
-        options = StateDictOptions(full_state_dict=True, strict=False)
-        if optimizer is None:
-            set_model_state_dict(model, weights, options=options)
-            return
-        state = nested_optimizer(moments, optimizer.param_groups)
-        set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=state, options=options)
-
     def _save(self, phase: Phase, step: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         weights, moments = get_state_dict(model, optimizer, options=_WHOLE)
         if self.accelerator.is_main_process:
             factor = phase.l1.factor if isinstance(phase.l1, TargetSparsity) else None
             extra = {"data": self.data.state(), "l1": factor}
+            trained = cast("dict[str, Tensor]", weights)
             if step in phase.milestones:
-                self.work.keep_stage(phase.milestones[step], weights)
-            self.work.save(phase.name, step, weights, flat_optimizer(moments), extra)
+                self.work.keep_stage(phase.milestones[step], trained)
+            self.work.save(phase.name, step, trained, flat_optimizer(moments), extra)
         self.accelerator.wait_for_everyone()
+
+
+def _load(saved: Saved, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
+    """Put the weights of a state into `model`, and its optimizer's state into `optimizer`."""
+    trained, moments = saved.tensors()
+    weights: dict[str, Any] = dict(trained)
+    options = StateDictOptions(full_state_dict=True, strict=False)
+    if optimizer is None:
+        set_model_state_dict(model, weights, options=options)
+        return
+    state = nested_optimizer(moments, optimizer.param_groups)
+    set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=state, options=options)

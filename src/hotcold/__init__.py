@@ -16,16 +16,12 @@ To run a model:
     logits = engine.prefill([1, 2, 3])                # float32 [n_vocab], of the token after these
     logits = engine.decode(int(logits.argmax()))
     other = engine.sequence()                         # another text of the same weights
-
-It makes transformers know the sparse activations by name (`hotcold.model.activation_names`).
 """
 
 from __future__ import annotations
 
 import importlib
 from typing import TYPE_CHECKING
-
-from hotcold.model import activation_names
 
 if TYPE_CHECKING:
     from hotcold.runtime.backends import load_bundle
@@ -42,6 +38,3 @@ def __getattr__(name: str) -> object:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(_HOMES[name]), name)
-
-
-activation_names.install()

@@ -5,7 +5,10 @@ from __future__ import annotations
 import sys
 import time
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 __all__ = ["Progress", "log"]
 
@@ -30,7 +33,7 @@ class Progress:
         self._next_log = self._begun + _LOG_EVERY_S
         self._bar = self._make_bar() if sys.stderr.isatty() else None
 
-    def _make_bar(self) -> object:
+    def _make_bar(self) -> tqdm:
         from tqdm import tqdm
 
         return tqdm(total=self.total, initial=self.done, desc=self.label, unit=self.unit, file=sys.stderr)

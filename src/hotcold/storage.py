@@ -19,7 +19,7 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO, Literal
 
 from hotcold.digest import sha256_file
 from hotcold.errors import StorageError
@@ -56,7 +56,7 @@ _DTYPES = {
 class FileSystem:
     """The system calls behind a durable write. One instance, `fs`, is used; tests put a failing one there."""
 
-    def open(self, path: Path, mode: str) -> BinaryIO:
+    def open(self, path: Path, mode: Literal["rb", "ab", "xb"]) -> BinaryIO:
         return open(path, mode)  # noqa: PTH123 - the one place where files are opened for writing
 
     def write(self, file: BinaryIO, data: bytes | memoryview) -> None:

@@ -221,7 +221,7 @@ def _read_records(path: Path, name: str) -> Iterator[Document]:
 def _dataset(source: str) -> Iterator[Document]:
     """Stream a data set of the Hugging Face hub, with the optional `datasets` library."""
     try:
-        from datasets import load_dataset
+        from datasets import load_dataset  # pyright: ignore[reportMissingImports]  # optional
     except ImportError as error:
         fix = "if it is a Hugging Face data set, run `pip install datasets`"
         raise InputError("no such file", where=source, fix=fix) from error

@@ -14,6 +14,7 @@ from hotcold.errors import InputError
 from hotcold.eval import bench as module
 from hotcold.eval.bench import Plan, bench, segments
 from hotcold.eval.results import Ratio
+from hotcold.eval.sides import EngineSide
 from hotcold.runtime.stats import Stats
 
 N_VOCAB = 11
@@ -76,7 +77,7 @@ class CountingEngine:
         return {**PARTS, "kv": PARTS["kv"] * position}
 
 
-class ClockworkEngine(Clockwork):
+class ClockworkEngine(Clockwork, EngineSide):
     def __init__(self, name, *arguments):
         super().__init__(name, *arguments)
         self.engine = CountingEngine(name)

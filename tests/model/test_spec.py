@@ -22,7 +22,7 @@ LLAMA = {
 def test_defaults():
     spec = ModelSpec.from_config(LLAMA)
     assert (spec.n_kv_heads, spec.head_dim, spec.tied) == (4, 16, False)
-    assert (spec.activation, spec.activation_thresholds, spec.rope_theta) == ("relu", (0.0, 0.0), 5000.0)
+    assert (spec.activation, spec.firing.thresholds, spec.rope_theta) == ("relu", (0.0, 0.0), 5000.0)
 
 
 @pytest.mark.parametrize(
@@ -39,7 +39,7 @@ def test_defaults():
 )
 def test_activations_and_their_spellings(changes, activation, thresholds):
     spec = ModelSpec.from_config(LLAMA | changes)
-    assert (spec.activation, spec.activation_thresholds) == (activation, thresholds)
+    assert (spec.activation, spec.firing.thresholds) == (activation, thresholds)
 
 
 @pytest.mark.parametrize(
@@ -65,7 +65,7 @@ def test_rope_in_old_and_new_places(rope, theta):
         ({"vocab_size": True}, FormatError, r"vocab_size: bad value"),
         ({"rms_norm_eps": float("nan")}, FormatError, r"rms_norm_eps: bad value"),
         ({"model_type": "gpt2"}, UnsupportedError, r"model_type \(got gpt2, expected llama \| mistral \|"),
-        ({"hidden_act": "mish"}, UnsupportedError, r"got mish, expected relu \| fatrelu \| drelu \| silu"),
+        ({"hidden_act": "mish"}, UnsupportedError, r"got mish, expected relu \| relu2 \| drelu \| fatrelu_T"),
         ({"hidden_act": "fatrelu", "activation_thresholds": [0.1]}, FormatError, r"2 of them"),
         ({"hidden_act": "fatrelu", "hidden_act_param": -1}, FormatError, r"bad thresholds"),
         ({"rope_scaling": {"rope_type": "yarn"}}, FormatError, "original_max_position_embeddings: missing"),
@@ -87,7 +87,7 @@ def test_rope_in_old_and_new_places(rope, theta):
         ({"model_type": "minicpm"}, FormatError, "scale_emb: missing key"),
         ({"model_type": "opt", "do_layer_norm_before": False}, UnsupportedError, "opt with do_layer_norm"),
         ({"model_type": "falcon", "alibi": True}, UnsupportedError, r"falcon with alibi \(got True"),
-        ({"model_type": "falcon", "activation": "drelu"}, UnsupportedError, "unknown activation"),
+        ({"model_type": "falcon", "activation": "drelu"}, UnsupportedError, "dReLU needs a gate"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_named(changes, error, message):

@@ -20,7 +20,7 @@ from hotcold.model.huggingface import HFCheckpoint
 from hotcold.model.spec import LayerSpec, ModelSpec
 from hotcold.model.tensors import GGUF, Naming, parts_of, slots_of
 from hotcold.model.weights import CheckpointWeights, FileWeights
-from hotcold.runtime.engine import Engine
+from hotcold.runtime.cpu.engine import CpuEngine as Engine
 from hotcold.runtime.gpu.engine import GpuEngine
 
 

@@ -12,8 +12,8 @@ import torch
 from stored_rows import relative_error
 
 from hotcold.errors import FormatError, InputError, ShapeError, UnsupportedError
+from hotcold.model import weights as bundle_load
 from hotcold.runtime.cpu import _cpu
-from hotcold.runtime.cpu import load as bundle_load
 from hotcold.runtime.cpu.engine import CpuEngine as Engine
 from hotcold.runtime.reference import ReferenceEngine
 
@@ -299,15 +299,6 @@ def test_bytes_per_token(make_bundle):
     assert parts["ffn"] == pytest.approx(2 * 96 * row + fired * (row + down))
     assert parts["kv"] == 2 * 2 * 2 * 2 * 16 * 20
     assert parts["predictor"] == 0
-
-
-@pytest.mark.parametrize("k", [1, 40, 1000])
-def test_top_k(k):
-    logits = np.random.default_rng(0).standard_normal(500).astype(np.float32)
-    index, values = _cpu.top_k(logits, k)
-    order = np.argsort(-logits, kind="stable")[:k]
-    np.testing.assert_array_equal(index, order)
-    np.testing.assert_array_equal(np.float32(values), logits[order])
 
 
 @pytest.mark.parametrize("prefetching", [False, True])

@@ -6,8 +6,10 @@ and not those of int8.
 
 import numpy as np
 import pytest
+from firing import SPARSE_RULES, fired, kernel_ids
 from stored_rows import TYPES, stored
 
+from hotcold.model.firing import RULES, FiringRule
 from hotcold.runtime.cpu import _cpu
 
 ops = _cpu.ops
@@ -127,23 +129,43 @@ def test_rms_norm(isa, n, rng):
     np.testing.assert_allclose(ops.rms_norm(isa, x, weight, 1e-5), expected, rtol=2e-6, atol=1e-7)
 
 
+ODD_GATES = [0, 100, -100, 88, -88, 1e-8, -1e-8, 30, 0.5, np.nextafter(np.float32(0.5), np.float32(0)), -0.5]
+
+
 @isas
-def test_silu_mul(isa, rng):
-    gate = np.concatenate([rng.standard_normal(48) * 4, [0, 100, -100, 88, -88, 1e-8, -1e-8, 30] * 2]).astype(
-        np.float32
-    )
+@pytest.mark.parametrize("each", [False, True], ids=["one-threshold", "one-each"])
+@pytest.mark.parametrize("rule", RULES)
+def test_activate_and_fires(isa, rule, each, rng):
+    """Values, who fires, and how many: gates at a threshold do, NaN does not."""
+    gate = np.concatenate([rng.standard_normal(53) * 4, ODD_GATES]).astype(np.float32)
     up = rng.standard_normal(64).astype(np.float32)
-    expected = gate / (1 + np.exp(-gate.astype(np.float64))) * up
-    np.testing.assert_allclose(ops.silu_mul(isa, gate, up), expected, rtol=3e-6, atol=1e-30)
+    threshold = np.float32(0.5) if RULES[rule].letter else np.float32(0)
+    thresholds = rng.permutation(np.linspace(0.1, 0.9, 64)).astype(np.float32) if each else threshold
+    thresholds = thresholds if RULES[rule].letter else threshold
+    values, fires = fired(rule, gate, thresholds)
+    limits = FiringRule(rule, (tuple(np.atleast_1d(thresholds).tolist()),)).kernel_thresholds(0)
+    # a difference, and 1 + erf of what is far below 0
+    atol = 1e-6 if rule == "shifted_relu" or rule.endswith("gelu") else 1e-30
+    found, count = ops.activate(isa, *kernel_ids(rule), gate, up, limits)
+    expected = np.where(fires, values * (np.maximum(up, 0) if rule == "drelu" else up), 0)
+    np.testing.assert_allclose(found, expected, rtol=3e-6, atol=atol)
+    assert count == fires.sum()
+    for i in range(0, 64, 16):
+        here = limits[i : i + 16] if len(limits) > 1 else limits
+        became, bits = ops.fires(isa, *kernel_ids(rule), gate[i : i + 16], here)
+        assert [bool(bits >> j & 1) for j in range(16)] == fires[i : i + 16].tolist()
+        kept = fires[i : i + 16]
+        np.testing.assert_allclose(became[kept], values[i : i + 16][kept], rtol=3e-6, atol=atol)
 
 
 @isas
-@pytest.mark.parametrize("clip", [False, True])
-def test_relu_mul(isa, clip, rng):
-    gate, up = rng.standard_normal((2, 64)).astype(np.float32)
-    gate[:4], threshold = [0.5, np.nextafter(np.float32(0.5), np.float32(0)), 0, np.nan], 0.5
-    expected = np.where(gate >= threshold, gate * (np.maximum(up, 0) if clip else up), 0)
-    np.testing.assert_array_equal(ops.relu_mul(isa, gate, up, threshold, clip), expected)
+@pytest.mark.parametrize("rule", SPARSE_RULES)
+def test_what_is_no_number_does_not_fire(isa, rule):
+    gate, ones = np.full(16, np.nan, np.float32), np.ones(16, np.float32)
+    limit = np.array([0.1], np.float32)
+    assert ops.fires(isa, *kernel_ids(rule), gate, limit)[1] == 0
+    found, count = ops.activate(isa, *kernel_ids(rule), gate, ones, limit)
+    assert (found.any(), count) == (False, 0)
 
 
 @isas

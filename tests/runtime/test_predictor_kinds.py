@@ -19,7 +19,7 @@ from hotcold.model.huggingface import HFCheckpoint
 from hotcold.predictor.bundle import LayerPredictor, PredictorBundle
 from hotcold.predictor.kinds.table import KINDS, Kind
 from hotcold.runtime import reference as reference_module
-from hotcold.runtime.engine import Engine
+from hotcold.runtime.cpu.engine import CpuEngine as Engine
 from hotcold.runtime.gpu.engine import GpuEngine
 from hotcold.runtime.gpu.hybrid import HybridEngine
 from hotcold.runtime.placement.plan import PlacedLayer, Placement
@@ -141,7 +141,7 @@ def test_a_bias_that_is_missing_and_a_kind_that_is_unknown(make, monkeypatch, en
             edit(file)
             return file
 
-        for module in ("runtime.engine", "runtime.gpu.engine", "runtime.reference"):
+        for module in ("runtime.cpu.engine", "runtime.gpu.engine", "runtime.reference"):
             monkeypatch.setattr(f"hotcold.{module}.open_gguf", changed)
         if engine is ReferenceEngine:
             reference_module.ReferenceEngine(path, "predicted", 64)

@@ -222,7 +222,12 @@ def test_unknown_activation(make_bundle):
             FormatError,
             "tiny.powerinfer.gguf, blk.0.ffn_up.weight: missing",
         ),
-        (number("llama.block_count", 2), number("llama.block_count", 1), FormatError, "one value per layer"),
+        (
+            number("llama.block_count", 2),
+            number("llama.block_count", 1),
+            FormatError,
+            "not the layers of this file",
+        ),
     ],
 )
 def test_refused_files(bundle, tmp_path, old, new, kind, message):

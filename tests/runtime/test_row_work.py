@@ -4,15 +4,16 @@ Every ISA x type x shape x activity x threads. Rows of neurons that are not list
 and down rows of listed neurons whose gate does not fire: reading any of them would show.
 """
 
+import firing
 import numpy as np
 import pytest
 from stored_rows import ACTIVITY, TYPES, poison, stored
 
+from hotcold.model.firing import FiringRule
 from hotcold.runtime.cpu import _cpu
 
 # (d_model, neurons): whole groups of blocks, groups and a tail of pairs, less than a group
 SHAPES = [(1024, 160), (576, 300), (96, 1000)]
-RELU, DRELU = 1, 2
 
 
 def int8_blocks(x):
@@ -30,18 +31,20 @@ def listed_neurons(n, activity, rng):
     return listed
 
 
-def make_model(isa, threads, d_model, n, activation, gated):
+def make_model(isa, threads, d_model, n, rule, gated):
+    value, score = firing.kernel_ids(rule)
     return _cpu.Model(
         n_layers=1, d_model=d_model, d_ff=n, n_heads=2, n_kv_heads=1, head_dim=16, n_vocab=32,
-        norm_eps=1e-5, activation=activation, mode=2, threads=threads, weight_bytes=64 << 20, isa=isa,
+        norm_eps=1e-5, value=value, score=score, mode=2, threads=threads, weight_bytes=64 << 20, isa=isa,
         gated=gated,
     )  # fmt: skip
 
 
-def reference(g, u, down, wanted, threshold, clip):
+def reference(g, u, down, wanted, rule, threshold):
     """What the wanted neurons add, and who fires; g, u and wanted are [tokens, n]."""
-    fires = wanted & (g >= threshold)
-    return np.where(fires, g * (np.maximum(u, 0) if clip else u), 0) @ down, fires
+    values, fires = firing.fired(rule, g, threshold)
+    ups = np.maximum(u, 0) if rule == "drelu" else u
+    return np.where(fires & wanted, values * ups, 0) @ down, fires & wanted
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
@@ -61,11 +64,14 @@ def test_a_block_of_tokens(isa, kind, activity, tokens):
     check(isa, kind, (96, 300), ACTIVITY[activity], 2, tokens)
 
 
-@pytest.mark.parametrize("kind", TYPES)
+@pytest.mark.parametrize(("tokens", "each"), [(1, False), (1, True), (7, True)])
+@pytest.mark.parametrize("rule", firing.SPARSE_RULES)
+@pytest.mark.parametrize("kind", ["F16", "Q4_0"])
 @pytest.mark.parametrize("isa", _cpu.available_isas())
-def test_drelu_and_thresholds(isa, kind):
-    check(isa, kind, (576, 300), 0.5, 2, tokens=1, activation=DRELU)
-    check(isa, kind, (576, 300), 0.5, 2, tokens=1, threshold=0.4)
+def test_firing_rules(isa, kind, rule, tokens, each):
+    threshold = 0.4 if rule not in ("relu", "relu2", "drelu") else 0.0
+    spread = np.random.default_rng(5).uniform(0.05, 0.6, 300).astype(np.float32)
+    check(isa, kind, (576, 300), 0.5, 2, tokens, rule, spread if each and threshold else threshold)
 
 
 @pytest.mark.parametrize("tokens", [1, 7])
@@ -76,7 +82,7 @@ def test_without_gates(isa, kind, activity, tokens):
     check(isa, kind, (576, 300), ACTIVITY[activity], 2, tokens, gated=False)
 
 
-def check(isa, kind, shape, activity, threads, tokens, activation=RELU, threshold=0.0, gated=True):
+def check(isa, kind, shape, activity, threads, tokens, rule="relu", threshold=0.0, gated=True):
     d_model, n = shape
     rng = np.random.default_rng([d_model, n, tokens, threads])
     rows = [rng.standard_normal((n, d_model)) / np.sqrt(d_model) for _ in range(3)]
@@ -86,20 +92,22 @@ def check(isa, kind, shape, activity, threads, tokens, activation=RELU, threshol
     seen = int8_blocks(x) if kind.startswith("Q") else x.astype(np.float64)
     bias = None if gated else rng.standard_normal(n).astype(np.float32)
     g = seen @ gates.T + (0 if gated else bias)
-    wanted &= np.abs(g - threshold) > 1e-4  # rounding alone decides no neuron
+    # rounding alone decides no neuron
+    values = firing.fired(rule, g, threshold)[0]
+    wanted &= (np.abs(g - threshold) > 1e-4) & (np.abs(np.abs(values) - threshold) > 1e-4)
     u = seen @ ups.T if gated else np.ones_like(g)
-    expected, fires = reference(g, u, downs, wanted, threshold, activation == DRELU)
+    expected, fires = reference(g, u, downs, wanted, rule, threshold)
 
     idle, silent = np.flatnonzero(~wanted.any(0)), np.flatnonzero(~fires.any(0))
     poison(kind, gate, idle)
     poison(kind, up, silent)
     poison(kind, down, silent)
-    model = make_model(isa, threads, d_model, n, activation, gated)
-    if threshold:
-        model.set_activation_threshold(0, threshold)
+    model = make_model(isa, threads, d_model, n, rule, gated)
     kind_id = TYPES[kind]
     up = up.ravel() if gated else None
     _cpu.parts.set_neurons(model, 0, n, gate.ravel(), kind_id, up, kind_id, down.ravel(), kind_id, bias)
+    each = tuple(map(float, threshold)) if isinstance(threshold, np.ndarray) else threshold
+    model.set_firing(0, FiringRule(rule, (each,)).kernel_thresholds(0))
     index = np.flatnonzero(wanted.any(0)).astype(np.int32)
     weights = np.uint64(1) << np.arange(tokens, dtype=np.uint64)
     masks = (wanted[:, index].T * weights).sum(1, dtype=np.uint64)

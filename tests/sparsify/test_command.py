@@ -64,15 +64,20 @@ def test_a_dry_run_of_another_models_recipe(model_folder, tmp_path, capsys):
             "--method: unknown method (got lottery, expected relu | prosparse | ",
         ),
         (["--method", "prosparse"], "--method prosparse needs a config"),
-        (["--config", "smollm2-135m"], "--config: is for another method; add --method prosparse"),
+        (["--config", "smollm2-135m"], "--config: is for --method prosparse"),
         (
             ["--method", "prosparse", "--config", "smollm2-135m", "--tokens", "9"],
-            "--tokens: is for --method relu; say it in smollm2-135m",
+            "--tokens: is for --method relu or cats; say it in smollm2-135m",
         ),
         (["--method", "pretrained", "--seed", "1"], "--seed: is for --method relu"),
         (["--tokens", "7"], "--tokens: too few tokens (got 7, expected >= 1024)"),
         (["--generated", "1.5"], "--generated: out of range (got 1.5, expected 0 to 1)"),
         (["--text", "/no/such.txt"], "/no/such.txt: no such file"),
+        (["--sparsity", "0.5"], "--sparsity: is for --method cats"),
+        (["--method", "cats"], "--sparsity: --method cats needs the share of values to be made zero"),
+        (["--method", "cats", "--sparsity", "1.5"], "(got 1.5, expected 0 to 1)"),
+        (["--method", "cats", "--sparsity", "0.5", "--l1", "0"], "--l1: is for --method relu"),
+        (["--method", "pretrained", "--dry-run"], "--dry-run: is for --method relu or prosparse"),
     ],
 )
 def test_bad_arguments_get_one_line_and_no_output(model_folder, tmp_path, capsys, arguments, message):

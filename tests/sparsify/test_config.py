@@ -58,7 +58,9 @@ def test_what_a_file_leaves_out_has_its_default(tmp_path):
     assert dataclasses.replace(config, steps=1000, learning=default.learning, text=default.text) == default
 
 
-@pytest.mark.parametrize("name", ["relu", "drelu", "fatrelu_0.05"])
+@pytest.mark.parametrize(
+    "name", ["relu", "drelu", "fatrelu_0.05", "relu2", "shifted_relu_0.1", "thresholded_silu_0.1"]
+)
 def test_what_can_be_exported_can_be_trained(name):
     assert Config(activation=name).activation == name
 
@@ -88,12 +90,8 @@ def test_an_empty_file_is_the_default(tmp_path):
         ("l1: {stages: [[0.1, 5]]}", "stage 0 of the L1 schedule must have peak 0"),
         ("l1: {target_sparsity: 80}", "l1.target_sparsity: out of range (got 80.0, expected 0 to 1)"),
         ("loss: {kl: 0}", "loss: every term of the loss is off (expected lm, kl or ffn > 0)"),
-        (
-            "activation: relu2",
-            "activation: cannot be exported, so it is not trained (got relu2, expected relu",
-        ),
-        ("activation: shifted_relu_0.1", "cannot be exported, so it is not trained (got shifted_relu_0.1"),
-        ("activation: silu", "activation: cannot be exported, so it is not trained (got silu"),
+        ("activation: silu", "activation: gives no zeros, so it is not trained (got silu, expected relu"),
+        ("activation: mish", "activation: gives no zeros, so it is not trained (got mish, expected relu"),
         ("text: []", "text: shares of the text sources must be positive"),
     ],
 )

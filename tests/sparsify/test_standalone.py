@@ -10,9 +10,10 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from hotcold.model import checkpoint
-from hotcold.model.ffn_modules import GATED
+from hotcold.model.ffn_modules import GATED, set_firing
+from hotcold.model.firing import FiringRule
+from hotcold.model.standalone import standalone_files
 from hotcold.sparsify.activations import set_activation
-from hotcold.sparsify.standalone import standalone_files
 
 LOAD = """
 import sys
@@ -26,7 +27,7 @@ print(model(torch.arange(9)[None]).logits[0, -1, :3].tolist())
 """
 
 
-@pytest.mark.parametrize("name", ["fatrelu_0.05", "shifted_relu_0.1", "drelu"])
+@pytest.mark.parametrize("name", ["fatrelu_0.05", "shifted_relu_0.1", "drelu", "thresholded_silu_0.1"])
 def test_the_modeling_file_gives_the_models_function(dense, tokenizer, tmp_path, name):
     set_activation(dense, name)
     folder = tmp_path / "model"
@@ -57,10 +58,27 @@ def test_training_loading_and_the_file_are_one_function(tokenizer, tmp_path, mod
     folder = tmp_path / "model"
     checkpoint.save(model, tokenizer, folder, files=standalone_files(model))
     torch.testing.assert_close(checkpoint.load_model(str(folder)).eval()(ids).logits, trained)
-    torch.testing.assert_close(AutoModelForCausalLM.from_pretrained(folder).eval()(ids).logits, trained)
     file = runpy.run_path(str(folder / "modeling_sparse.py"))
     alone = file[f"Sparse{type(model).__name__}"].from_pretrained(folder).eval()
     torch.testing.assert_close(alone(ids).logits, trained)
+
+
+@pytest.mark.parametrize("each", [False, True], ids=["per-layer", "per-neuron"])
+def test_thresholds_of_layers_and_neurons(dense, tokenizer, tmp_path, each):
+    """The modeling file reads them as load_model does; half precision does not round them."""
+    spread = torch.linspace(0.01, 0.3, 64).tolist()
+    rule = FiringRule("thresholded_silu", (tuple(spread), tuple(spread[::-1])) if each else (0.05, 0.2))
+    ids = torch.randint(0, 400, (1, 24))
+    expected = set_firing(dense, rule)(ids).logits
+    folder = tmp_path / "model"
+    checkpoint.save(dense, tokenizer, folder, files=standalone_files(dense))
+    loaded = checkpoint.load_model(str(folder))
+    torch.testing.assert_close(loaded(ids).logits, expected)
+    file = runpy.run_path(str(folder / "modeling_sparse.py"))
+    alone = file["SparseLlamaForCausalLM"].from_pretrained(folder).eval()
+    torch.testing.assert_close(alone(ids).logits, expected)
+    half = checkpoint.load_model(str(folder), "bfloat16").model.layers[0].mlp.act_fn
+    assert half.threshold == loaded.model.layers[0].mlp.act_fn.threshold
 
 
 def test_relu_needs_no_file(dense):

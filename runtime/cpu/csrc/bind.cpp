@@ -2,11 +2,11 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
-#include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
+#include <limits>
 #include <numeric>
 #include <stdexcept>
 
@@ -48,8 +48,10 @@ void check(const Config& c, int threads) {
   require(c.n_heads / c.n_kv_heads <= kMaxGroup, "at most 128 query heads per key-value head");
   require(c.head_dim % kLanes == 0 && c.head_dim <= 512, "head_dim must be a multiple of 16, at most 512");
   require(c.d_model <= 1 << 16 && c.d_ff <= 1 << 20, "d_model or d_ff too large");
-  require(can_be_zero(c.activation) || c.mode == Mode::Dense, "SiLU and GELU models run in dense mode only");
-  require(c.gated || c.activation != Activation::Drelu, "dReLU needs a gate");
+  require(c.rule.value >= Value::Gate && c.rule.value <= Value::Gelu && c.rule.score >= Score::Always &&
+              c.rule.score <= Score::GateAndUp, "no such firing rule");
+  require(c.rule.can_be_zero() || c.mode == Mode::Dense, "SiLU and GELU models run in dense mode only");
+  require(c.gated || !c.rule.clips_up(), "dReLU needs a gate");
   require(threads >= 1 && threads <= 256, "1 to 256 threads");
 }
 
@@ -238,19 +240,6 @@ nb::dict sizes(const Model& m) {
   return d;
 }
 
-std::pair<std::vector<int32_t>, std::vector<float>> top_k(Floats logits, int k) {
-  std::vector<int32_t> index(logits.size());
-  std::iota(index.begin(), index.end(), 0);
-  k = std::clamp(k, 1, int(index.size()));
-  const float* x = logits.data();
-  std::partial_sort(index.begin(), index.begin() + k, index.end(),
-                    [x](int32_t i, int32_t j) { return x[i] > x[j] || (x[i] == x[j] && i < j); });
-  index.resize(k);
-  std::vector<float> values(k);
-  std::transform(index.begin(), index.end(), values.begin(), [x](int32_t i) { return x[i]; });
-  return {index, values};
-}
-
 }  // namespace
 
 NB_MODULE(_cpu, m) {
@@ -259,15 +248,15 @@ NB_MODULE(_cpu, m) {
   nb::class_<Model>(m, "Model")
       .def("__init__",
            [](Model* self, int n_layers, int d_model, int d_ff, int n_heads, int n_kv_heads, int head_dim, int n_vocab,
-              float norm_eps, int activation, int mode, int threads, size_t weight_bytes,
+              float norm_eps, int value, int score, int mode, int threads, size_t weight_bytes,
               std::optional<std::string> isa, bool layer_norm, bool parallel, bool gated) {
              const Config c{n_layers, d_model,  d_ff,       n_heads,  n_kv_heads, head_dim, n_vocab, norm_eps,
-                            Activation(activation), Mode(mode), layer_norm, parallel, gated};
+                            {Value(value), Score(score)}, Mode(mode), layer_norm, parallel, gated};
              check(c, threads);
              new (self) Model(c, threads, weight_bytes, kernels(isa ? isa->c_str() : nullptr));
            },
            nb::kw_only(), "n_layers"_a, "d_model"_a, "d_ff"_a, "n_heads"_a, "n_kv_heads"_a, "head_dim"_a, "n_vocab"_a,
-           "norm_eps"_a, "activation"_a, "mode"_a, "threads"_a, "weight_bytes"_a, "isa"_a = nb::none(),
+           "norm_eps"_a, "value"_a, "score"_a, "mode"_a, "threads"_a, "weight_bytes"_a, "isa"_a = nb::none(),
            "layer_norm"_a = false, "parallel"_a = false, "gated"_a = true)
       .def("set_panel", &set_panel, "layer"_a, "slot"_a, "type"_a, "data"_a, "rows"_a, "cols"_a, "order"_a = nb::none())
       .def("set_input_rows", &set_input_rows, "layer"_a, "slot"_a, "types"_a, "data"_a)
@@ -281,7 +270,14 @@ NB_MODULE(_cpu, m) {
         m.rope_scale = scale;
       }, "frequencies"_a, "scale"_a = 1.0f)
       .def("set_window", [](Model& m, int l, int window) { layer_of(m, l).window = std::max(window, 0); })
-      .def("set_activation_threshold", [](Model& m, int l, float t) { layer_of(m, l).activation_threshold = t; })
+      .def("set_firing", [](Model& m, int l, Floats thresholds) {
+        Layer& layer = layer_of(m, l);
+        const size_t n = layer.n_neurons ? layer.n_neurons : m.config.d_ff;
+        require(thresholds.size() == 1 || thresholds.size() == n, "one threshold, or one per neuron");
+        layer.firing.assign(thresholds.data(), thresholds.data() + thresholds.size());
+        // No neuron of the padding fires.
+        if (n > 1 && thresholds.size() == n) layer.firing.resize(round_up(n, 64), std::numeric_limits<float>::infinity());
+      }, "layer"_a, "thresholds"_a)
       .def("set_predictor", [](Model& m, int l, float threshold, bool relu, bool normed) {
         Layer& layer = layer_of(m, l);
         layer.predictor_threshold = threshold;
@@ -306,7 +302,6 @@ NB_MODULE(_cpu, m) {
     for (const char* const* n = available_isas(); *n; ++n) names.emplace_back(*n);
     return names;
   });
-  m.def("top_k", &top_k, "logits"_a, "k"_a, "Indices and values of the k largest logits, largest first.");
   m.def("read_bandwidth",
         [](int threads, size_t bytes, int repetitions, bool prefetching) {
           require(threads >= 1 && bytes >= 4096 && repetitions >= 1, "nothing to measure");

@@ -1,6 +1,7 @@
 #include "bind_ops.h"
 
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
@@ -119,7 +120,7 @@ std::vector<nb::ndarray<nb::numpy, float>> multiply_inputs(const std::string& is
     parts.push_back({Type(types[p]), w[p].data(), outputs[p]});
     bytes += (down_bytes(Type(types[p]), outputs[p]) + 64) * inputs;
   }
-  const Config c{1, inputs, kLanes, 1, 1, kLanes, 1, 1e-5f, Activation::Relu, Mode::Dense};
+  const Config c{1, inputs, kLanes, 1, 1, kLanes, 1, 1e-5f, {Value::Gate, Score::Gate}, Mode::Dense};
   Model m(c, threads, bytes, kernels(isa.c_str()));
   InputRows& rows = m.layers[0].site(Site::Qkv).rows;
   rows = m.add_input_rows(inputs, parts);
@@ -168,20 +169,34 @@ nb::ndarray<nb::numpy, float> rms_norm(const std::string& isa, Vector x, Vector 
   return out;
 }
 
-nb::ndarray<nb::numpy, float> silu_mul(const std::string& isa, Vector gate, Vector up) {
-  if (gate.size() != up.size() || gate.size() % kLanes) throw std::invalid_argument("equal lengths, a multiple of 16");
-  auto out = array({gate.size()});
-  std::memcpy(out.data(), gate.data(), gate.size() * sizeof(float));
-  kernels(isa.c_str()).silu_mul(out.data(), up.data(), int(gate.size()));
-  return out;
+Rule rule_of(int value, int score) {
+  if (value < 0 || value > int(Value::Gelu) || score < 0 || score > int(Score::GateAndUp)) throw std::invalid_argument("no such rule");
+  return {Value(value), Score(score)};
 }
 
-nb::ndarray<nb::numpy, float> relu_mul(const std::string& isa, Vector gate, Vector up, float threshold, bool clip) {
+Thresholds thresholds_of(Vector thresholds, size_t n) {
+  if (thresholds.size() != 1 && thresholds.size() != n) throw std::invalid_argument("one threshold, or one per gate");
+  return {thresholds.size() > 1 ? thresholds.data() : nullptr, thresholds.data()[0]};
+}
+
+// act(gate) * up where gates fire, and how many do.
+std::pair<nb::ndarray<nb::numpy, float>, int> activate(const std::string& isa, int value, int score, Vector gate, Vector up,
+                                                       Vector thresholds) {
   if (gate.size() != up.size() || gate.size() % kLanes) throw std::invalid_argument("equal lengths, a multiple of 16");
   auto out = array({gate.size()});
   std::memcpy(out.data(), gate.data(), gate.size() * sizeof(float));
-  kernels(isa.c_str()).relu_mul(out.data(), up.data(), int(gate.size()), threshold, clip);
-  return out;
+  const int fired = kernels(isa.c_str()).activate(rule_of(value, score), out.data(), up.data(), thresholds_of(thresholds, gate.size()),
+                                                  int(gate.size()));
+  return {out, fired};
+}
+
+// The values of 16 gates, and the bits of those that fire.
+std::pair<nb::ndarray<nb::numpy, float>, uint32_t> fires(const std::string& isa, int value, int score, Vector gate, Vector thresholds) {
+  if (gate.size() != kLanes) throw std::invalid_argument("16 gates");
+  auto out = array({gate.size()});
+  std::memcpy(out.data(), gate.data(), gate.size() * sizeof(float));
+  const uint32_t bits = kernels(isa.c_str()).fires(rule_of(value, score), out.data(), thresholds_of(thresholds, kLanes));
+  return {out, bits};
 }
 
 // softmax(q k^T) v of one key-value head over all positions: q [heads, dim], keys and values [positions, dim] in f16.
@@ -224,7 +239,7 @@ void bind_ops(nb::module_& m) {
   ops.def("keep_at_least", &keep_at_least, "isa"_a, "x"_a, "size"_a);
   ops.def("count_at_least", &count_at_least, "isa"_a, "x"_a, "size"_a);
   ops.def("rms_norm", &rms_norm, "isa"_a, "x"_a, "weight"_a, "eps"_a);
-  ops.def("silu_mul", &silu_mul, "isa"_a, "gate"_a, "up"_a);
-  ops.def("relu_mul", &relu_mul, "isa"_a, "gate"_a, "up"_a, "threshold"_a, "clip"_a);
+  ops.def("activate", &activate, "isa"_a, "value"_a, "score"_a, "gate"_a, "up"_a, "thresholds"_a);
+  ops.def("fires", &fires, "isa"_a, "value"_a, "score"_a, "gate"_a, "thresholds"_a);
   ops.def("attention", &attention, "isa"_a, "q"_a, "keys"_a, "values"_a);
 }

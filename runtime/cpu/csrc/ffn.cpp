@@ -2,20 +2,11 @@
 #include <algorithm>
 #include <bit>
 #include <cfloat>
-#include <cmath>
 
 #include "pass.h"
 #include "rows.h"
 
 namespace hotcold {
-namespace {
-
-// gate = gelu(gate) * up, the exact GELU. Plain C++: such a model runs in dense mode only.
-void gelu_mul(float* gate, const float* up, int n) {
-  for (int i = 0; i < n; ++i) gate[i] = 0.5f * gate[i] * (1 + std::erf(gate[i] * 0.70710678f)) * up[i];
-}
-
-}  // namespace
 
 void Pass::ffn(int thread, int l) {
   const Layer& layer = m.layers[l];
@@ -62,24 +53,20 @@ void Pass::ffn_dense(int thread, int l) {
     if (c().gated) m.k.panel(layer.up.type, layer.up.data, c().d_model, first, last, s.norm.acts, n, b.up.get(), stride);
   }
   add_bias(layer.gate_bias, first, last);
-  const float threshold = firing_threshold(layer);
+  const int from = first * kLanes, to = std::max(from, std::min(last * kLanes, c().d_ff));
+  const Thresholds thresholds = layer.thresholds().from(from);
   LayerStats& stats = counts(thread).layers[l];
   prefetch(thread, layer.down);
   int64_t fired = 0;
   for (int t = 0; t < n; ++t) {
     float *gate = &b.gate[size_t(t) * stride], *up = &b.up[size_t(t) * stride];
-    const int from = first * kLanes, to = last * kLanes;
-    if (c().activation == Activation::Silu) m.k.silu_mul(gate + from, up + from, to - from);
-    else if (c().activation == Activation::Gelu) gelu_mul(gate + from, up + from, to - from);
-    else fired += m.k.relu_mul(gate + from, up + from, to - from, threshold, c().activation == Activation::Drelu);
-    std::copy(gate + from, gate + to, a.f + size_t(t) * a.width + from);
+    fired += m.k.activate(c().rule, gate + from, up + from, thresholds, to - from);
+    std::copy(gate + from, gate + last * kLanes, a.f + size_t(t) * a.width + from);
     if (leaves_out(l, Site::Down)) leave_out_inputs(thread, l, Site::Down, a, t, from, to, true);
     m.k.quantize(a, t, blocks.first, blocks.last, prefetches(thread));
   }
-  // SiLU and GELU are never zero: all fire. Every neuron is computed here, which is what `predicted` counts.
-  const int64_t all = int64_t(n) * (std::min(last * kLanes, c().d_ff) - std::min(first * kLanes, c().d_ff));
-  stats.fired += can_be_zero(c().activation) ? fired : all;
-  stats.predicted += all;
+  stats.fired += fired;
+  stats.predicted += int64_t(n) * (to - from);  // every neuron is computed here
   m.team.barrier();
   const int out_stride = round_up(c().d_model, kLanes);
   const Outputs down{b.out.get(), out_stride};
@@ -97,13 +84,20 @@ void Pass::add_bias(const std::vector<float>& bias, int first, int last) {
   for (int t = 0; t < n; ++t) m.k.add(&b.gate[size_t(t) * Model::Buffers::ff_stride(c()) + from], &bias[from], count);
 }
 
-// Lists the neurons of one group of 16 whose score reaches the threshold for any token, and for which. `always` and, for
+// Lists the neurons of one group of 16 that fire, or whose score reaches the threshold, for any token, and for which. Gates of
+// exact mode become values. `always` and, for
 // the first token of the block, `always_first` are bits of neurons that are listed whatever their score.
-void Pass::list_group(ThreadScratch& s, int first, const float* scores, int stride, float threshold, uint32_t always,
-                      uint32_t always_first) {
+void Pass::list_group(ThreadScratch& s, const Layer& layer, int first, uint32_t always, uint32_t always_first) {
+  const int stride = Model::Buffers::ff_stride(c());
+  float* scores = &b.gate[first];
+  const Thresholds thresholds = layer.thresholds().from(first);
+  const auto wanted = [&](int t) {
+    float* here = scores + size_t(t) * stride;
+    return c().mode == Mode::Predicted ? m.k.at_least(here, layer.predictor_threshold) : m.k.fires(c().rule, here, thresholds);
+  };
   const uint32_t valid = first + kLanes <= c().d_ff ? 0xFFFF : (1u << (c().d_ff - first)) - 1;
   if (n == 1) {
-    uint32_t on = (m.k.at_least(scores, threshold) | always | always_first) & valid;
+    uint32_t on = (wanted(0) | always | always_first) & valid;
     if (seq.audit())
       for (int i = 0; i < kLanes; ++i) b.masks[first + i] = on >> i & 1;
     for (; on; on &= on - 1) s.list[s.listed++] = first + std::countr_zero(on);
@@ -112,7 +106,7 @@ void Pass::list_group(ThreadScratch& s, int first, const float* scores, int stri
   uint64_t masks[kLanes] = {};
   uint32_t any = 0;
   for (int t = 0; t < n; ++t) {
-    uint32_t on = (m.k.at_least(scores + size_t(t) * stride, threshold) | always | (t ? 0 : always_first)) & valid;
+    uint32_t on = (wanted(t) | always | (t ? 0 : always_first)) & valid;
     any |= on;
     for (; on; on &= on - 1) masks[std::countr_zero(on)] |= uint64_t(1) << t;
   }
@@ -122,7 +116,7 @@ void Pass::list_group(ThreadScratch& s, int first, const float* scores, int stri
 
 void Pass::list_fired(int thread, int l) {
   const Layer& layer = m.layers[l];
-  list_neurons(thread, l, layer.gate, stream(thread).norm.acts, firing_threshold(layer));
+  list_neurons(thread, l, layer.gate, stream(thread).norm.acts);
   const Range groups = split(round_up(c().d_ff, kLanes) / kLanes, thread, threads());
   const int mine = std::min(groups.last * kLanes, c().d_ff) - std::min(groups.first * kLanes, c().d_ff);
   counts(thread).layers[l].predicted += int64_t(n) * mine;  // no neuron is left out unseen
@@ -141,11 +135,11 @@ void Pass::list_predicted(int thread, int l) {
     for (int i = 0; i < rank; ++i) hidden.f[size_t(t) * hidden.width + i] = std::max(b.hidden[size_t(t) * hidden_stride + i], least);
     m.k.quantize(hidden, t, 0, hidden.blocks(), prefetches(thread));
   });
-  list_neurons(thread, l, layer.fc2, hidden, layer.predictor_threshold);
+  list_neurons(thread, l, layer.fc2, hidden);
 }
 
-// Lists this thread's neurons whose scores (gates, or logits of the predictor) reach the threshold.
-void Pass::list_neurons(int thread, int l, const Panel& panel, const Acts& acts, float threshold) {
+// Lists this thread's neurons whose gates fire, or whose logits of the predictor reach its threshold.
+void Pass::list_neurons(int thread, int l, const Panel& panel, const Acts& acts) {
   const Layer& layer = m.layers[l];
   const bool predicted = c().mode == Mode::Predicted;
   ThreadScratch& s = *b.scratch[thread];
@@ -164,7 +158,7 @@ void Pass::list_neurons(int thread, int l, const Panel& panel, const Acts& acts,
   }
   add_bias(predicted ? layer.fc2_bias : layer.gate_bias, groups.first, groups.last);
   for (int g = groups.first; g < groups.last; ++g)
-    list_group(s, g * kLanes, &b.gate[g * kLanes], stride, threshold, predicted && !layer.hot.empty() ? layer.hot[g] : 0, sink);
+    list_group(s, layer, g * kLanes, predicted && !layer.hot.empty() ? layer.hot[g] : 0, sink);
 }
 
 void Pass::ffn_rows(int thread, int l) {
@@ -187,8 +181,11 @@ void Pass::count_missed(int thread, int l) {
     const int count = set_bits(all & ~b.masks[neuron], tokens);
     const uint8_t* row = layer.bundle(neuron) + layer.gate_row.at;
     m.k.row_dot(layer.gate_row.type, &row, 1, stream(thread).norm.acts, tokens, count, gate, none);
-    const float bias = layer.gate_bias.empty() ? 0 : layer.gate_bias[neuron];
-    for (int j = 0; j < count; ++j) counts(thread).layers[l].missed += gate[j] + bias >= firing_threshold(layer);
+    const float bias = layer.gate_bias.empty() ? 0 : layer.gate_bias[neuron], threshold = layer.thresholds()[neuron];
+    for (int j = 0; j < count; ++j) {
+      gate[j] += bias;
+      counts(thread).layers[l].missed += fire(c().rule, gate[j], threshold);
+    }
   }
 }
 

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "firing.h"
 #include "prefetches.h"
 #include "layout.h"
 
@@ -49,11 +50,9 @@ struct Kernels {
   // y [round_up(n, 128)] += sum of a[i] * down row i, i < count <= 16.
   void (*down)(Type type, const uint8_t* const* rows, const float* a, int count, int n, float* y, Prefetches& prefetches);
 
-  // gate[i] = act(gate[i]) * up[i] with SiLU.
-  void (*silu_mul)(float* gate, const float* up, int n);
-  // gate[i] = gate[i] * up[i] where gate[i] >= threshold, else 0; clip: up[i] is rectified too. Returns how many
-  // reached the threshold.
-  int (*relu_mul)(float* gate, const float* up, int n, float threshold, bool clip);
+  // gate[i] = its value * up[i] where it fires, else 0. Returns how many of [0, n) fire; what lies between n and the next
+  // multiple of 16 is computed, and not counted.
+  int (*activate)(Rule rule, float* gate, const float* up, const Thresholds& thresholds, int n);
   // Scores of `heads` queries [heads, dim] against key tiles [first, last); keys: [tile][dim][16] f16.
   // score[h * stride + position]
   void (*scores)(const float* q, int heads, int dim, const uint16_t* keys, int first, int last, float* scores, int stride,
@@ -65,6 +64,8 @@ struct Kernels {
                  float* out, Prefetches& prefetches);
   void (*to_f16)(const float* x, int n, uint16_t* y);  // n a multiple of 16
   void (*add)(float* y, const float* x, int n);
+  // Bits of lanes i that fire. All 16 gates become values.
+  uint32_t (*fires)(Rule rule, float* gate, const Thresholds& thresholds);
   // Bits of lanes i with x[i] >= threshold.
   uint32_t (*at_least)(const float* x, float threshold);
   // How many of x [n] are `size` or greater, whatever their sign; n a multiple of 16.

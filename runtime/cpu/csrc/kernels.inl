@@ -458,23 +458,80 @@ void down(Type type, const uint8_t* const* rows, const float* a, int count, int 
 }
 
 // ---- element-wise and attention
-void silu_mul(float* gate, const float* up, int n) {
-  for (int i = 0; i < n; i += kLanes) {
+template <Value V>
+F value_of(F g, F threshold) {
+  if constexpr (V == Value::Square) return f_mul(g, g);
+  else if constexpr (V == Value::Shifted) return f_sub(g, threshold);
+  else if constexpr (V == Value::Silu) return f_mul(g, f_div(f_set1(1.0f), f_add(f_set1(1.0f), f_exp(f_sub(f_zero(), g)))));
+  else if constexpr (V == Value::Gelu) {  // the exact GELU, one by one: there is no vector erf here
+    float x[kLanes];
+    f_store(x, g);
+    for (float& each : x) each *= 0.5f * (1.0f + __builtin_erff(each * 0.70710678f));
+    return f_load(x);
+  } else return g;
+}
+
+// 16 gates: their values, and what decides whether they fire.
+template <Value V, Score S>
+struct Gates {
+  F value, score, limit;
+  Gates(const float* gate, const Thresholds& thresholds, int i) {
     const F g = f_load(gate + i);
-    const F sigmoid = f_div(f_set1(1.0f), f_add(f_set1(1.0f), f_exp(f_sub(f_zero(), g))));
-    f_store(gate + i, f_mul(f_mul(g, sigmoid), f_load(up + i)));
+    limit = thresholds.each ? f_load(thresholds.each + i) : f_set1(thresholds.all);
+    value = value_of<V>(g, limit);
+    score = S == Score::Magnitude ? f_abs(value) : g;
+  }
+  uint32_t fires() const { return S == Score::Always ? 0xFFFF : f_ge_mask(score, limit); }
+  F kept(F x) const { return S == Score::Always ? x : f_keep(x, score, limit); }
+};
+
+template <Value V, Score S>
+int activate_as(float* gate, const float* up, const Thresholds& thresholds, int n) {
+  int fired = 0;
+  for (int i = 0; i < n; i += kLanes) {
+    const Gates<V, S> gates(gate, thresholds, i);
+    const F u = f_load(up + i);
+    const uint32_t valid = n - i >= kLanes ? 0xFFFF : (1u << (n - i)) - 1;
+    fired += __builtin_popcount(gates.fires() & valid);
+    f_store(gate + i, gates.kept(f_mul(gates.value, S == Score::GateAndUp ? f_max(u, f_zero()) : u)));
+  }
+  return fired;
+}
+
+template <Value V, Score S>
+uint32_t fires_as(float* gate, const Thresholds& thresholds) {
+  const Gates<V, S> gates(gate, thresholds, 0);
+  if constexpr (V != Value::Gate) f_store(gate, gates.value);
+  return gates.fires();
+}
+
+// Calls with<V, S>() of the rule.
+template <Value V, class With>
+auto with_score(Score score, const With& with) {
+  switch (score) {
+    case Score::Always: return with.template operator()<V, Score::Always>();
+    case Score::Magnitude: return with.template operator()<V, Score::Magnitude>();
+    case Score::GateAndUp: return with.template operator()<V, Score::GateAndUp>();
+    default: return with.template operator()<V, Score::Gate>();
+  }
+}
+template <class With>
+auto with_rule(Rule rule, const With& with) {
+  switch (rule.value) {
+    case Value::Square: return with_score<Value::Square>(rule.score, with);
+    case Value::Shifted: return with_score<Value::Shifted>(rule.score, with);
+    case Value::Silu: return with_score<Value::Silu>(rule.score, with);
+    case Value::Gelu: return with_score<Value::Gelu>(rule.score, with);
+    default: return with_score<Value::Gate>(rule.score, with);
   }
 }
 
-int relu_mul(float* gate, const float* up, int n, float threshold, bool clip) {
-  const F limit = f_set1(threshold);
-  int fired = 0;
-  for (int i = 0; i < n; i += kLanes) {
-    const F g = f_load(gate + i), u = f_load(up + i);
-    fired += __builtin_popcount(f_ge_mask(g, limit));
-    f_store(gate + i, f_keep(f_mul(g, clip ? f_max(u, f_zero()) : u), g, limit));
-  }
-  return fired;
+int activate(Rule rule, float* gate, const float* up, const Thresholds& thresholds, int n) {
+  return with_rule(rule, [&]<Value V, Score S>() { return activate_as<V, S>(gate, up, thresholds, n); });
+}
+
+uint32_t fires(Rule rule, float* gate, const Thresholds& thresholds) {
+  return with_rule(rule, [&]<Value V, Score S>() { return fires_as<V, S>(gate, thresholds); });
 }
 
 // Prefetches `lines` lines of a run of keys or values as far ahead as a panel does and, where the run ends, for what
@@ -608,7 +665,7 @@ void keep_at_least(float* x, int n, float size) {
 
 extern const Kernels table;
 const Kernels table = {HOTCOLD_STRING(HOTCOLD_ISA), rms_norm, quantize, arrange, panel,  row_dot, down,
-                       silu_mul,                    relu_mul, scores,   softmax, values, to_f16,  add,   at_least,
+                       activate,                    scores,   softmax,  values,  to_f16, add,     fires, at_least,
                        count_at_least,              keep_at_least};
 
 }  // namespace hotcold::HOTCOLD_ISA

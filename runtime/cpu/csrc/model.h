@@ -18,7 +18,6 @@
 namespace hotcold {
 
 enum class Mode : int { Dense, Exact, Predicted };
-enum class Activation : int { Silu, Relu, Drelu, Gelu };  // Relu with a threshold > 0 is FATReLU
 
 constexpr int kMaxGroup = 128;  // query heads per key-value head
 constexpr int kMaxBlock = 64;  // tokens per pass over the weights; one bit each in a neuron's token mask
@@ -26,14 +25,12 @@ constexpr int kMaxBlock = 64;  // tokens per pass over the weights; one bit each
 struct Config {
   int n_layers, d_model, d_ff, n_heads, n_kv_heads, head_dim, n_vocab;
   float norm_eps;
-  Activation activation;
+  Rule rule;
   Mode mode;
   bool layer_norm = false;  // LayerNorm with bias instead of RMSNorm
   bool parallel = false;    // attention and FFN both read the layer's input (Falcon)
   bool gated = true;        // else an FFN is act(gate x + bias), without up (OPT, Falcon)
 };
-
-constexpr bool can_be_zero(Activation a) { return a == Activation::Relu || a == Activation::Drelu; }
 
 struct NormWeights {
   std::vector<float> weight, bias;  // bias: LayerNorm only
@@ -105,10 +102,12 @@ struct Layer {
   bool predictor_relu = true;      // between the two, else nothing
   bool predictor_normed = false;   // x is the FFN's input, else the residual stream before its norm
   std::vector<uint16_t> hot;       // per 16 neurons: bits of those that are always computed
-  float predictor_threshold = 0, activation_threshold = 0;
+  float predictor_threshold = 0;
+  std::vector<float> firing{FLT_MIN};  // thresholds: one for all neurons, or as many as gate_bias has
 
   const InputSite& site(Site which) const { return inputs[int(which)]; }
   InputSite& site(Site which) { return inputs[int(which)]; }
+  Thresholds thresholds() const { return {firing.size() > 1 ? firing.data() : nullptr, firing[0]}; }
   const uint8_t* bundle(int neuron) const { return bundles + size_t(neuron) * bundle_stride; }
   // What a neuron whose gate fired is read from next.
   const RowKind& after_gate() const { return up_row.bytes ? up_row : down_row; }

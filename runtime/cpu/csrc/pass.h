@@ -95,10 +95,9 @@ struct Pass {
   void ffn_dense(int thread, int l);
   void add_bias(const std::vector<float>& bias, int first, int last);
   void list_fired(int thread, int l);
-  void list_neurons(int thread, int l, const Panel& scores, const Acts& acts, float threshold);
+  void list_neurons(int thread, int l, const Panel& scores, const Acts& acts);
   void list_predicted(int thread, int l);
-  void list_group(ThreadScratch& s, int first_neuron, const float* scores, int stride, float threshold, uint32_t always,
-                  uint32_t always_first);
+  void list_group(ThreadScratch& s, const Layer& layer, int first_neuron, uint32_t always, uint32_t always_first);
   void ffn_rows(int thread, int l);
   void count_missed(int thread, int l);
 

@@ -105,15 +105,15 @@ class Single : RowWork {
     float gate[kSide];
     for (int i = 0; i < n; ++i) rows[i] = row(neurons[i], layer.gate_row);
     const int zero = 0;
-    const float threshold = firing_threshold(layer);
+    const Thresholds thresholds = layer.thresholds();
     int fired = 0;
     for (int i = 0; i < n; i += kSide) {
       const int side = std::min(kSide, n - i);
       m.k.row_dot(layer.gate_row.type, rows + i, side, norm, &zero, 1, gate, s.prefetches);
       for (int j = 0; j < side; ++j) {
         const int neuron = neurons[i + j];
-        const float value = layer.gate_bias.empty() ? gate[j] : gate[j] + layer.gate_bias[neuron];
-        if (value < threshold) continue;
+        float value = layer.gate_bias.empty() ? gate[j] : gate[j] + layer.gate_bias[neuron];
+        if (!fire(m.config.rule, value, thresholds[neuron])) continue;
         prefetch(neuron, layer.after_gate());
         a_[waiting_ + fired] = value;
         fired_[fired++] = neuron;
@@ -130,7 +130,7 @@ class Single : RowWork {
     for (int f = 0; f < fired; ++f) rows[f] = row(fired_[f], layer.up_row);
     const int zero = 0;
     m.k.row_dot(layer.up_row.type, rows, fired, norm, &zero, 1, up, s.prefetches);
-    const float least = m.config.activation == Activation::Drelu ? 0.0f : -FLT_MAX;
+    const float least = m.config.rule.clips_up() ? 0.0f : -FLT_MAX;
     for (int f = 0; f < fired; ++f) a[f] *= std::max(up[f], least);
   }
 
@@ -161,7 +161,7 @@ class Single : RowWork {
   int fired_[kChunk];
   int waiting_ = 0;  // downs of earlier chunks, at the front of:
   const uint8_t* down_[kDowns + kChunk];
-  float a_[kDowns + kChunk];  // act(gate), then times up
+  float a_[kDowns + kChunk];  // values, then times up
 };
 
 // The neurons of a chunk that fired, with the tokens they fired for: those of neuron f are [begin[f], begin[f + 1]).
@@ -169,7 +169,7 @@ struct Fired {
   int count = 0;
   int neuron[kChunk], begin[kChunk + 1] = {};
   int token[kChunk * kMaxBlock];
-  float a[kChunk * kMaxBlock];  // act(gate), then times up
+  float a[kChunk * kMaxBlock];  // values, then times up
 
   int end() const { return begin[count]; }
   // Closes a neuron whose tokens were written from end() on.
@@ -217,7 +217,7 @@ class Several : RowWork {
   }
 
   void compute_gates(const int* neurons, int n) {
-    const float threshold = firing_threshold(layer);
+    const Thresholds thresholds = layer.thresholds();
     for (int i = 0; i < n; ++i) {
       const uint8_t* gate_row = row(neurons[i], layer.gate_row);
       int wanted[kMaxBlock];
@@ -228,8 +228,9 @@ class Several : RowWork {
       stats.predicted += count;
       int kept = 0;
       for (int j = 0; j < count; ++j) {
-        if (gate[j] + bias < threshold) continue;
-        fired_.a[at + kept] = gate[j] + bias;
+        float value = gate[j] + bias;
+        if (!fire(m.config.rule, value, thresholds[neurons[i]])) continue;
+        fired_.a[at + kept] = value;
         fired_.token[at + kept++] = wanted[j];
       }
       if (!kept) continue;
@@ -239,7 +240,7 @@ class Several : RowWork {
   }
 
   void times_ups() {
-    const float least = m.config.activation == Activation::Drelu ? 0.0f : -FLT_MAX;
+    const float least = m.config.rule.clips_up() ? 0.0f : -FLT_MAX;
     float up[kMaxBlock];
     for (int f = 0; f < fired_.count; ++f) {
       const uint8_t* up_row = row(fired_.neuron[f], layer.up_row);

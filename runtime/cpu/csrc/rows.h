@@ -3,14 +3,33 @@
 #include <algorithm>
 #include <bit>
 #include <cfloat>
+#include <cmath>
 
 #include "buffers.h"
 #include "sequence.h"
 
 namespace hotcold {
 
-// ReLU passes what is positive, FATReLU what reaches its threshold.
-inline float firing_threshold(const Layer& layer) { return std::max(layer.activation_threshold, FLT_MIN); }
+inline float value_of(Value value, float g, float threshold) {
+  switch (value) {
+    case Value::Square: return g * g;
+    case Value::Shifted: return g - threshold;
+    case Value::Silu: return g / (1.0f + std::exp(-g));
+    case Value::Gelu: return 0.5f * g * (1.0f + std::erf(g * 0.70710678f));
+    default: return g;
+  }
+}
+
+// Whether a gate fires, which then becomes its value. One neuron; Kernels::fires does 16.
+inline bool fire(Rule rule, float& gate, float threshold) {
+  if (rule.score != Score::Magnitude) {
+    if (rule.score != Score::Always && !(gate >= threshold)) return false;
+    gate = value_of(rule.value, gate, threshold);
+    return true;
+  }
+  gate = value_of(rule.value, gate, threshold);
+  return std::fabs(gate) >= threshold;
+}
 
 inline int set_bits(uint64_t mask, int* out) {
   int n = 0;

@@ -47,7 +47,7 @@ _WRAPPERS = (
     re.compile(r"^((?:model\.)?language_model)\.(?=.)"),
 )
 # Checkpoints of the base model alone, as Meta's of OPT: their names lack its own, which transformers adds.
-_BASES = dict.fromkeys(("layers", "embed_tokens", "norm", "decoder"), "model")
+_BASES: dict[str, str] = dict.fromkeys(("layers", "embed_tokens", "norm", "decoder"), "model")
 _BASES |= dict.fromkeys(("h", "word_embeddings", "ln_f"), "transformer")
 
 

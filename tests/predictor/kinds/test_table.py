@@ -20,7 +20,7 @@ from hotcold.files.gguf import GGUFFile
 from hotcold.predictor.bundle import LayerPredictor, PredictorBundle
 from hotcold.predictor.kinds.table import KINDS, LOWRANK_MLP, Kind, Weights, kind_of_file
 from hotcold.predictor.traces.reader import Traces
-from hotcold.runtime.engine import Engine
+from hotcold.runtime.cpu.engine import CpuEngine as Engine
 from hotcold.runtime.reference import ReferenceEngine
 
 

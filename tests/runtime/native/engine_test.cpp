@@ -115,7 +115,7 @@ void add_parts(Model& m, const Weights& w) {
 }
 
 std::unique_ptr<Model> make(const Weights& w, Mode mode, int threads, const Kernels& k, float threshold, bool llama = true) {
-  Config c{kLayers, shape.d_model, shape.d_ff, shape.heads, shape.kv_heads, shape.dim, kVocab, 1e-5f, Activation::Relu, mode};
+  Config c{kLayers, shape.d_model, shape.d_ff, shape.heads, shape.kv_heads, shape.dim, kVocab, 1e-5f, {Value::Gate, Score::Gate}, mode};
   c.layer_norm = c.parallel = !llama;
   c.gated = llama;
   auto m = std::make_unique<Model>(c, threads, size_t(8) << 20, k);

@@ -8,11 +8,14 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from firing import fired
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hotcold.errors import ShapeError
+from hotcold.model.firing import RULES, FiringRule
 from hotcold.runtime.triton import ops, reference
+from hotcold.runtime.triton.firing import LayerRule
 from hotcold.runtime.triton.rows import Rows
 
 DEVICE = "cuda" if "HOTCOLD_TEST_GPU" in os.environ else "cpu"
@@ -146,7 +149,7 @@ def test_listed_neurons_without_a_gate(rng, kind, tokens, firing):
     expected = torch.where((scores >= 0.2) & live, scores, 0)
     for where in (ops, reference):
         fired = torch.tensor(3, device=DEVICE)
-        a = where.ffn_listed(x, into, None, index, count, 0.2, fired=fired, bias=bias)
+        a = where.ffn_listed(x, into, None, index, count, LayerRule(threshold=0.2), fired=fired, bias=bias)
         close(a[:, : int(count)], expected[:, live])
         assert fired == 3 + (expected != 0).sum()
 
@@ -209,15 +212,27 @@ def test_predictor(rng, kind, linear):
     assert certain <= listed <= possible
 
 
-@pytest.mark.parametrize("clip", [False, True])
-def test_fatrelu_and_drelu(rng, clip):
-    """FATReLU keeps values from its threshold on, unshifted; dReLU rectifies up values too."""
-    gate, up, down = (rows(rng, 45, 64, "F32") for _ in range(3))
-    x = tensor(rng.standard_normal((2, 64)))
+@pytest.mark.parametrize("name", RULES)
+def test_firing_rules(rng, name):
+    """Each against its formula, by gate rows and by scores; dReLU rectifies up values too."""
+    gate, up, down = (rows(rng, 20, 32, "F32") for _ in range(3))
+    x, thresholds = tensor(rng.standard_normal((2, 32))), np.float32(0)
+    if RULES[name].letter:
+        thresholds = rng.uniform(0.1, 3, 20).astype(np.float32)
+    own = tuple(thresholds.tolist()) if thresholds.ndim else 0.0
+    rule = LayerRule.of(FiringRule(name, (own,)), 0, torch.device(DEVICE))
     scores, ups = x @ gate.dequantize().T, x @ up.dequantize().T
-    a = torch.where(scores >= 2.0, scores * (ups.relu() if clip else ups), 0)
-    close(ops.s2(scores, x, up, 2.0, clip), a)
-    close(ops.ffn_exact(x, gate, up, down, 2.0, clip)[0], a @ down.dequantize())
+    values, fires = (tensor(part) for part in fired(name, scores.cpu().numpy(), thresholds))
+    a = torch.where(fires > 0, values * (ups.relu() if name == "drelu" else ups), 0)
+    for where in (ops, reference):
+        close(where.activate(scores, ups, rule), a)
+        close(where.s2(scores, x, up, rule), a)
+        close(where.ffn_exact(x, gate, up, down, rule)[0], a @ down.dequantize())
+        index, count = where.select_fired(scores, rule)
+        listed = index[: int(count)].long()
+        assert torch.equal(listed, (fires > 0).any(0).nonzero()[:, 0])
+        found = where.ffn_listed(x, gate, up, index, count, rule)
+        close(found[:, : len(listed)], a[:, listed])
 
 
 @settings(max_examples=12, deadline=None)

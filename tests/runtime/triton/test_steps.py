@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 import torch
 
+from hotcold.model.firing import Score
 from hotcold.runtime.triton import step_reference, steps
+from hotcold.runtime.triton.firing import LayerRule
 
 DEVICE = "cuda" if "HOTCOLD_TEST_GPU" in os.environ else "cpu"
 
@@ -96,14 +98,15 @@ def test_the_reference_of_attention_is_torchs(rng):
 @pytest.mark.parametrize("size", [1, 70, 2500])
 def test_activation_counts_what_fires(rng, size, gated, clip):
     gate, up = normal(rng, 2, size), normal(rng, 2, size) if gated else None
+    rule = LayerRule(score=Score.GATE_AND_UP if clip else Score.GATE, threshold=0.3)
     counts = [torch.tensor([5, 7], device=DEVICE) for _ in range(2)]
     found = [
-        where.activate(gate, up, 0.3, clip, count[1])
+        where.activate(gate, up, rule, count[1])
         for where, count in zip((steps, step_reference), counts, strict=True)
     ]
     assert torch.equal(*found) and torch.equal(*counts)
     assert counts[0].tolist() == [5, 7 + int((found[0] != 0).sum())]
-    assert torch.equal(steps.activate(gate, up, 0.3, clip), found[0])
+    assert torch.equal(steps.activate(gate, up, rule), found[0])
     if not gated:
         assert torch.equal(found[0], torch.where(gate >= 0.3, gate, 0))
 

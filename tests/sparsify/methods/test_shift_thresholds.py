@@ -5,7 +5,6 @@ import json
 import pytest
 import torch
 from torch.nn import functional
-from transformers import AutoModelForCausalLM
 
 from hotcold import cli
 from hotcold.errors import UnsupportedError
@@ -138,7 +137,7 @@ def test_the_command_prints_the_curve_saves_and_resumes(
         windows = read_windows(documents(str(text_file), part), tokenizer, 64, 1024, part)
         quality = measure(checkpoint.load_model(str(sparse_folder)), windows)
         assert quality.perplexity == pytest.approx(point["perplexity"], rel=1e-2)
-    model = AutoModelForCausalLM.from_pretrained(out)
+    model = checkpoint.load_model(str(out))
     assert model.config.hidden_act.startswith("fatrelu_")
     monkeypatch.setattr(
         "hotcold.sparsify.methods.shift_thresholds.measure", None

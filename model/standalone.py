@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from transformers import PreTrainedModel
+from hotcold.model.ffn_modules import is_known_to_transformers
 
-from hotcold.model.activation_names import parse
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 __all__ = ["standalone_files"]
 
 _FILE = Path(__file__).parent / "modeling_sparse.py"
-_KNOWN_TO_TRANSFORMERS = ("relu", "relu2", "silu")
 
 
 def standalone_files(model: PreTrainedModel) -> dict[str, bytes]:
     """A modeling file, by name, where transformers alone does not know the activation of `model`."""
-    name = model.config.hidden_act
-    if name in _KNOWN_TO_TRANSFORMERS or parse(name) is None:
-        return {}
-    return {_FILE.name: _FILE.read_bytes()}
+    return {} if is_known_to_transformers(model.config) else {_FILE.name: _FILE.read_bytes()}

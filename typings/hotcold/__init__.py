@@ -1,0 +1,1 @@
+../../src/hotcold/__init__.py

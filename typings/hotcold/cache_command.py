@@ -1,0 +1,1 @@
+../../src/hotcold/cache_command.py

@@ -1,0 +1,1 @@
+../../src/hotcold/digest.py

@@ -1,0 +1,1 @@
+../../src/hotcold/stdlib_text.py

@@ -1,0 +1,1 @@
+../../src/hotcold/text_records.py
