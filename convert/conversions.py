@@ -85,7 +85,7 @@ def _write_gpu_index(parts: Parts, out: Path, options: Options) -> None:
         parts.gpu.write(out)
         return
     if options.vram_budget is None:
-        raise InputError("how much memory has the GPU for neurons?", fix="--vram-budget says so, in GiB")
+        raise InputError("the GPU memory for neurons is unknown", fix="set --vram-budget, in GiB")
     firing = parts.need_firing()
     n_neurons = neurons_that_fit(options.vram_budget, bytes_per_neuron(parts.need_model()))
     GpuIndex(hottest_neurons(firing, n_neurons), len(firing[0]), int(options.vram_budget)).write(out)
@@ -111,9 +111,7 @@ def format_of(path: str | Path) -> str:
     """The format that a file or folder has. InputError for none, FormatError for a broken GGUF file."""
     kind = identify(path).kind
     if kind not in FORMATS:
-        raise InputError(
-            "none of the formats that are known", where=path, got=kind, expected=" | ".join(FORMATS)
-        )
+        raise InputError("unknown format", where=path, got=kind, expected=" | ".join(FORMATS))
     return kind
 
 
@@ -127,7 +125,7 @@ def convert(sources: Sequence[str | Path], to: str, out: str | Path, options: Op
     writer = FORMATS[to].write if to in FORMATS else None
     if writer is None:
         targets = [name for name, format in FORMATS.items() if format.write]
-        raise InputError("no format to write", where="--to", got=to, expected=" | ".join(targets))
+        raise InputError("cannot write this format", where="--to", got=to, expected=" | ".join(targets))
     (check_file if to in _FILES else check_replaceable)(out, to, sources)
     formats = [(format_of(source), Path(source)) for source in sources]
     with ExitStack() as stack:

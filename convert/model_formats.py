@@ -47,7 +47,7 @@ def read_bundle(path: Path, parts: Parts, options: Options, stack: ExitStack) ->
     roles = {"powerinfer": "sparse", "gguf": "dense"}
     ready = {format: path / name for format, role in roles.items() for name in manifest.of_role(role)}
     if not ready:
-        raise FormatError("a bundle without GGUF files", where=path)
+        raise FormatError("the bundle has no GGUF files", where=path)
     file = next(iter(ready.values()))
     own = PredictorBundle.load(path / "predictors") if manifest.of_role("predictor") else None
     weights, fingerprint = partial(GGUFCheckpoint, file), manifest.model_fingerprint
@@ -116,8 +116,8 @@ def _say_if_hot_is_lost(model: Model, predictors: PredictorBundle | None) -> Non
     if predictors is None or model.file is None or predictors.layers[0].firing_frequency is not None:
         return
     if any(len(hot) for hot in hot_sets(model.file, len(predictors.layers))):
-        what = "says which neurons are hot, but not how often they fire"
-        log(f"{model.file.path.name}: {what}: all are predicted now, unless another source tells")
+        what = "lists hot neurons, but no firing frequencies"
+        log(f"{model.file.path.name}: {what}; the output has no hot neurons unless a source has them")
 
 
 def _common(model: Model, options: Options) -> dict[str, Any]:
@@ -157,8 +157,8 @@ def _type_of(file: GGUFFile | None, name: str) -> str | None:
 def bytes_per_neuron(model: Model) -> int:
     """Bytes of one neuron's rows of gate, up and down; InputError where the model is in no GGUF file."""
     if model.file is None:
-        fix = "give the GGUF file as a source"
-        raise InputError("the size of a neuron depends on its type", fix=fix)
+        fix = "add the GGUF file as a source"
+        raise InputError("the size of a neuron is unknown", fix=fix)
     names = {f"blk.0.{name}{suffix}.weight" for name in _FFN for suffix in ("", "_exps")}
     total = sum(tensor.data.nbytes for name, tensor in model.file.tensors.items() if name in names)
     architecture = model.file.require("general.architecture", str)

@@ -143,7 +143,7 @@ def _check_vocabulary(sides: Mapping[str, Side], truth: str) -> None:
     expected = sides[truth].n_vocab
     for name, side in sides.items():
         if side.n_vocab != expected:
-            raise InputError("has another vocabulary", where=name, got=side.n_vocab, expected=expected)
+            raise InputError("the vocabulary size differs", where=name, got=side.n_vocab, expected=expected)
 
 
 def _warm_up(sides: Mapping[str, Side], text: Segment) -> None:

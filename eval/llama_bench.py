@@ -58,7 +58,7 @@ class LlamaBench:
         except OSError as error:
             raise InputError(
                 error.strerror or str(error), where=f"--llama-bench {self.path}",
-                fix="give the path of llama.cpp's llama-bench",
+                fix="give the path to llama.cpp's llama-bench",
             ) from error  # fmt: skip
         if done.returncode != 0:
             said = (done.stderr.strip() or done.stdout.strip()).splitlines()
@@ -79,7 +79,7 @@ class LlamaBench:
             ):
                 return row
         raise InputError(
-            "llama-bench gave no figure", where=self.path, got=f"{len(rows)} tests",
+            "llama-bench printed no result", where=self.path, got=f"{len(rows)} tests",
             expected=", ".join(f"{name} {value}" for name, value in wanted.items()),
         )  # fmt: skip
 
@@ -92,5 +92,5 @@ def _parsed(output: str, path: str) -> list[Mapping[str, Any]]:
             "llama-bench printed no JSON", where=path, got=output.strip()[:80] or None
         ) from error
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise InputError("llama-bench printed another JSON", where=path, expected="an array of objects")
+        raise InputError("llama-bench printed unexpected JSON", where=path, expected="an array of objects")
     return rows

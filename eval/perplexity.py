@@ -96,7 +96,9 @@ def _score(tally: _Tally, logits: np.ndarray, targets: np.ndarray, truth: np.nda
 def _mean_divergence(kl: np.ndarray) -> float:
     mean = max(0.0, float(kl.mean()))  # rounding may go below
     if not math.isfinite(mean):
-        raise InputError("the distance is not finite: a token that the reference may say is impossible here")
+        raise InputError(
+            "the KL divergence is not finite: a token that the reference allows has probability 0 here"
+        )
     return mean
 
 

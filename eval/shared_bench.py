@@ -70,7 +70,7 @@ def situations() -> list[Situation]:
         with _quota(1.0):
             return found
     except UnsupportedError as error:
-        log(f"left out: {error}")
+        log(f"skipped: {error}")
         return [situation for situation in found if situation.quota is None]
 
 
@@ -141,7 +141,7 @@ def _quota(cpus: float) -> Iterator[Path]:
         finally:
             group.rmdir()
         return
-    raise UnsupportedError("no cgroup with a CPU quota can be made here", fix="run as root of a cgroup")
+    raise UnsupportedError("cannot create a cgroup with a CPU quota", fix="run as root")
 
 
 def _limit(group: Path, cpus: float) -> None:

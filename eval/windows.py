@@ -33,7 +33,7 @@ def load_tokenizer(bundle: str | Path) -> Tokenizer:
         return build_tokenizer(open_gguf(bundle))
     path = Path(bundle) / "tokenizer.json"
     if not path.is_file():
-        raise InputError("no such file", where=path, fix="give a folder that `hotcold export` wrote")
+        raise InputError("no such file", where=path, fix="give a bundle from `hotcold export`")
     return read_tokenizer(path)
 
 

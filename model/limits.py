@@ -30,7 +30,7 @@ def check_ids(ids: np.ndarray, n_vocab: int) -> None:
 def check_tokens(tokens: np.ndarray, position: int, n_ctx: int, n_vocab: int) -> None:
     """Raise InputError for tokens [n] that an engine cannot append at `position`."""
     if tokens.ndim != 1 or not len(tokens):
-        raise InputError("no tokens to compute")
+        raise InputError("no tokens given")
     if position + len(tokens) > n_ctx:
         got, limit = position + len(tokens), f"at most {n_ctx}"
         raise InputError("the context is full", got=got, expected=limit, fix="raise it with -c")
@@ -42,13 +42,21 @@ def check_tokenizer(tokenizer: Tokenizer, model: PreTrainedModel) -> None:
     rows = model.get_input_embeddings().num_embeddings
     largest = max(tokenizer.get_vocab().values(), default=0)
     if largest >= rows:
-        fix = "the tokenizer is another model's, or tokens were added to it alone"
-        raise InputError("more tokens than embeddings", got=largest + 1, expected=rows, fix=fix)
+        fix = "use the model's own tokenizer, or resize the embeddings"
+        raise InputError(
+            "the tokenizer has more tokens than the model has embeddings",
+            got=largest + 1,
+            expected=rows,
+            fix=fix,
+        )
 
 
 def check_window(model: PreTrainedModel, length: int) -> None:
     """Raise InputError for more tokens in a row than the model has learned positions for."""
     most = learned_positions(model)
     if most is not None and length > most:
-        what, fix = "the model has no positions for so long a window", "lower it with --window"
+        what, fix = (
+            "the window is longer than the positions that the model has learned",
+            "lower it with --window",
+        )
         raise InputError(what, got=length, expected=f"at most {most}", fix=fix)

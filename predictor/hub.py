@@ -56,4 +56,6 @@ def _hub_errors(repo_id: str) -> Iterator[None]:
     except Exception as error:  # the hub client has dozens of error classes of several libraries
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         fix = "check the path, or the hub id and the network"
-        raise InputError(f"neither a folder here nor on the hub: {reason}", where=repo_id, fix=fix) from error
+        raise InputError(
+            f"neither a local folder nor on the hub: {reason}", where=repo_id, fix=fix
+        ) from error

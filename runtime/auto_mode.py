@@ -41,11 +41,11 @@ def choose_mode(model: ModelPath, n_threads: int | None) -> str:
     which, and why."""
     if len(model.modes) == 1:
         mode = model.modes[0]
-        log(f"auto mode: {mode}, which is all that {model.name} offers")
+        log(f"auto mode: {mode}, the only mode that {model.name} offers")
         return mode
     record = _record(model)
     mode, speeds = _remembered(record, model.modes)
-    when = "measured before"
+    when = "measured earlier"
     if not mode:
         with cache.exclusive(record.with_suffix(""), _WAITING, needed=False):
             mode, speeds = _remembered(record, model.modes)  # what another process has found meanwhile
@@ -79,7 +79,7 @@ def _measured(model: ModelPath, n_threads: int | None, record: Path) -> tuple[st
     try:
         write_json(record, {"mode": mode, "tok_s": speeds, "source": str(model.path)})
     except StorageError as error:
-        log(f"auto mode: not remembered, {error}")
+        log(f"auto mode: could not save the result: {error}")
     return mode, speeds
 
 
@@ -99,7 +99,7 @@ def _fit(model: ModelPath) -> bool:
 def _open(model: ModelPath, modes: Sequence[str], n_threads: int | None) -> dict[str, Engine]:
     from hotcold.runtime.engine import Engine
 
-    log(f"auto mode: measuring {', '.join(modes)} of {model.name}, once on this machine")
+    log(f"auto mode: measuring {', '.join(modes)} for {model.name}, once per machine")
     n_ctx = _PROMPT + _TOKENS
     return {mode: Engine(model.file_for(mode), mode, n_threads, n_ctx) for mode in modes}
 

@@ -39,15 +39,17 @@ def find_model(name: str | Path, quant: str | None = None) -> Path:
     path = Path(name).expanduser()
     if not (path.is_dir() and identify(path).kind == "bundle"):
         if path.is_dir() and not (path / "config.json").is_file():
-            what, fix = "neither a bundle nor a checkpoint", "`hotcold export` writes a bundle"
+            what, fix = "neither a bundle nor a checkpoint", "create a bundle with `hotcold export`"
             expected = f"{MANIFEST}, or config.json and *.safetensors"
             raise InputError(what, where=path, expected=expected, fix=fix)
         path = resolve(str(name))
         if path.is_dir():
             return cached_bundle(path, str(name), quant or QUANT)
     if quant:
-        fix = "`hotcold export` or `hotcold convert` writes another"
-        raise InputError("this model's types are what they are", where=path, got=f"--quant {quant}", fix=fix)
+        fix = "create another file with `hotcold export` or `hotcold convert`"
+        raise InputError(
+            "the weights of this model already have their types", where=path, got=f"--quant {quant}", fix=fix
+        )
     return path
 
 
@@ -118,17 +120,17 @@ def _modes_of(file: GGUFFile) -> list[str]:
 
 def _refuse(path: Path, mode: str, offered: Sequence[str]) -> NoReturn:
     fix = {
-        "dense": "a bundle has a dense file too: `hotcold convert --to bundle` writes one",
-        "exact": "`hotcold export` of a model with exact zeros offers it; `hotcold sparsify` makes one",
-        "predicted": "`hotcold train-predictors` makes predictors, `hotcold export --predictors` adds them",
+        "dense": "add a dense file with `hotcold convert --to bundle`",
+        "exact": "export a model with exact zeros, such as one from `hotcold sparsify`",
+        "predicted": "train predictors with `hotcold train-predictors`, and pass them to `hotcold export`",
     }[mode]
-    what = "this model does not offer the mode"
+    what = "this model does not offer this mode"
     raise InputError(what, where=path, got=mode, expected=" or ".join(offered), fix=fix)
 
 
 def _manifest(bundle: Path) -> Manifest:
     if identify(bundle).kind != "bundle":
-        fix = "`hotcold export` writes one"
+        fix = "create one with `hotcold export`"
         raise InputError(f"not a bundle: no {MANIFEST}", where=bundle, fix=fix)
     return Manifest.read(bundle)
 

@@ -30,7 +30,7 @@ def cached_bundle(checkpoint: Path, source: str, quant: str) -> Path:
     """
     key = cache.digest(_content(checkpoint), quant, __version__)
     bundle = cache.folder("models") / key
-    waiting = f"waiting for another process that converts {source}"
+    waiting = f"waiting for another process to convert {source}"
     while True:
         cache.hold(bundle, waiting)
         if _is_whole(bundle):
@@ -72,7 +72,7 @@ def _make(bundle: Path, checkpoint: Path, source: str, quant: str) -> None:
     from hotcold.model.checkpoint import fingerprint
     from hotcold.model.huggingface import HFCheckpoint
 
-    log(f"converting {source} to {quant}, once; `hotcold cache` has more")
+    log(f"converting {source} to {quant}; the result is kept in the cache (see `hotcold cache`)")
     cache.sweep()
     if bundle.is_dir() and not bundle.is_symlink():  # damaged, or killed before its record was written
         shutil.rmtree(bundle)  # under its key, in the cache, there is nothing but what can be made again
@@ -116,8 +116,8 @@ def make_room(but: Path | None = None) -> None:
         if taken <= most:
             return
         if entry.subject != but and cache.remove(entry):
-            log(f"cache: {entry.source} removed, not used for the longest time")
+            log(f"cache: removed {entry.source}, the least recently used model")
             taken -= entry.bytes
     if taken > most:
-        what = f"the models in use take {format_bytes(taken)}, the limit is {format_bytes(most)}"
-        log(f"cache: {what}; {_LIMIT} sets it")
+        what = f"the models in use take {format_bytes(taken)}, more than the limit of {format_bytes(most)}"
+        log(f"cache: {what}; set {_LIMIT} to raise it")

@@ -124,7 +124,10 @@ def test_an_unexpected_error_is_one_line_too(fake, capsys):
 
     fake(run)
     assert cli.main(["run"]) == 1
-    assert capsys.readouterr().err == "hotcold run: unexpected RuntimeError: two lines; use --debug to see where\n"
+    assert (
+        capsys.readouterr().err
+        == "hotcold run: unexpected RuntimeError: two lines; use --debug to see where\n"
+    )
     with pytest.raises(RuntimeError):
         cli.main(["run", "--debug"])
 

@@ -45,7 +45,9 @@ def declared() -> set[str]:
 
 def test_the_two_commands():
     assert marked("demo-command") == "pip install -c constraints.txt '.[demo]' && hotcold demo --out demo"
-    assert marked("test-command") == "pip install -c constraints.txt '.[test]' && pytest -n 2 --dist worksteal"
+    assert (
+        marked("test-command") == "pip install -c constraints.txt '.[test]' && pytest -n 2 --dist worksteal"
+    )
     assert {"demo", "test"} <= set(PROJECT["optional-dependencies"])
 
 

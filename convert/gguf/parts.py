@@ -83,5 +83,5 @@ class Parts:
 
 def _need(part: Any, what: str, expected: str) -> Any:
     if part is None:
-        raise InputError(f"no source has {what}", expected=expected, fix="give one more source")
+        raise InputError(f"no source has {what}", expected=expected, fix="add a source that has them")
     return part

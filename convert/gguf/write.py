@@ -71,7 +71,7 @@ def planned(name: str, shape: Sequence[int], type_name: str, load: Callable[[], 
     def quantized() -> np.ndarray:
         array = load()
         if array.shape != tuple(shape):
-            raise ShapeError("tensor of another shape", where=name, got=array.shape, expected=tuple(shape))
+            raise ShapeError("wrong tensor shape", where=name, got=array.shape, expected=tuple(shape))
         return check_stored(quantize(array, type_name), type_name, name, None)
 
     return TensorPlan(name, tuple(shape), type_name, quantized)
@@ -114,7 +114,7 @@ def _tensor_infos(plans: Sequence[TensorPlan], ids: Mapping[str, int]) -> list[b
 def _checked_bytes(plan: TensorPlan) -> memoryview:
     data = np.ascontiguousarray(plan.load())
     if data.nbytes != plan.n_bytes:
-        raise ShapeError("tensor of another size", where=plan.name, got=data.nbytes, expected=plan.n_bytes)
+        raise ShapeError("wrong tensor size", where=plan.name, got=data.nbytes, expected=plan.n_bytes)
     return data.reshape(-1).view(np.uint8).data
 
 

@@ -41,7 +41,7 @@ def firing_vectors(files: Sequence[SafetensorsFile], folder: Path) -> Firing:
     vectors = [_vector(tensors, folder / f"activation_{number}.pt") for number, tensors in enumerate(files)]
     for number, vector in enumerate(vectors):
         if vector.shape != vectors[0].shape:
-            what, where = "another d_ff than layer 0", folder / f"activation_{number}.pt"
+            what, where = "d_ff differs from layer 0", folder / f"activation_{number}.pt"
             raise ShapeError(what, where=where, got=len(vector), expected=len(vectors[0]))
     return vectors
 
@@ -49,10 +49,10 @@ def firing_vectors(files: Sequence[SafetensorsFile], folder: Path) -> Firing:
 def _vector(tensors: SafetensorsFile, path: Path) -> np.ndarray:
     if list(tensors) != ["tensor"] or len(tensors.shape("tensor")) != 1:
         got = ", ".join(f"{name} {list(tensors.shape(name))}" for name in tensors)
-        raise FormatError("not one vector", where=path, field="tensor", got=got, expected="[d_ff]")
+        raise FormatError("not a single vector", where=path, field="tensor", got=got, expected="[d_ff]")
     vector = tensors.floats("tensor", tensors.shape("tensor"))
     if not (np.isfinite(vector).all() and (vector >= 0).all()):
-        raise FormatError("firing counts are numbers >= 0", where=path, field="tensor")
+        raise FormatError("firing counts must be >= 0", where=path, field="tensor")
     return vector
 
 
@@ -85,14 +85,20 @@ def with_frequencies(bundle: PredictorBundle, firing: Firing, n_tokens: int | No
     """
     shape, expected = (len(firing), len(firing[0])), (bundle.n_layers, bundle.d_ff)
     if shape != expected:
-        raise ShapeError("firing counts of (n_layers, d_ff)", where=bundle.path, got=shape, expected=expected)
+        raise ShapeError(
+            "firing counts have the wrong (n_layers, d_ff)", where=bundle.path, got=shape, expected=expected
+        )
     most = max(float(vector.max()) for vector in firing)
     if n_tokens is None and most > 1:
         raise InputError(
-            "counts, not shares", got=f"up to {most:g}", fix="--counted-tokens tells of how many tokens"
+            "these are counts, not shares",
+            got=f"up to {most:g}",
+            fix="set --counted-tokens to the number of tokens",
         )
     if n_tokens is not None and most > n_tokens:
-        raise InputError("a neuron fires at most once per token", got=f"{most:g}", expected=f"<= {n_tokens}")
+        raise InputError(
+            "a neuron fired more often than there are tokens", got=f"{most:g}", expected=f"<= {n_tokens}"
+        )
     layers = [
         replace(layer, firing_frequency=vector / np.float32(n_tokens or 1))
         for layer, vector in zip(bundle.layers, firing, strict=True)

@@ -17,14 +17,16 @@ EXAMPLE = "hotcold demo --out demo"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `hotcold demo`."""
-    parser.add_argument("--out", required=True, metavar="DIR", help="folder for all that is made")
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder for everything the demo makes")
     parser.add_argument(
-        "--model", default="smollm2", metavar="M", help="another small GGUF model (default smollm2)"
+        "--model", default="smollm2", metavar="M", help="a small GGUF model (default smollm2)"
     )
     parser.add_argument(
-        "--from-scratch", action="store_true", help="train the sparse model here, in 12 minutes of two cores"
+        "--from-scratch",
+        action="store_true",
+        help="train the sparse model now, which takes 12 minutes on two cores",
     )
-    parser.add_argument("--quant", default="q4_0", metavar="Q", help="q4_0 (default), q8_0, f16 or bf16")
+    parser.add_argument("--quant", default="q4_0", metavar="Q", help="q4_0 (default), q8_0, f16, or bf16")
     parser.add_argument("-t", "--threads", type=int, metavar="N", help="threads (default: all CPUs)")
 
 

@@ -76,7 +76,7 @@ def run_steps(steps: Sequence[Step], journal: Path) -> dict[str, Done]:
         key = hashlib.sha256(json.dumps([key, *step.arguments]).encode()).hexdigest()
         title = f"[{number}/{len(steps)}] hotcold {shlex.join(step.arguments)}"
         if not fresh and key in done and (step.output is None or step.output.exists()):
-            log(f"{title}\n      done before, in {done[key].seconds:.0f} s")
+            log(f"{title}\n      already done, in {done[key].seconds:.0f} s")
             results[step.name] = done[key]
             continue
         fresh = True
@@ -95,7 +95,7 @@ def _read(journal: Path) -> dict[str, Done]:
         if all(isinstance(text, str) for text in texts) and isinstance(entry.get("seconds"), int | float):
             found[entry["key"]] = Done(*texts[:2], entry["seconds"], texts[2])
         else:
-            log(f"left out: {journal}: not a finished step")
+            log(f"ignored: {journal}: not a finished step")
     return found
 
 
@@ -117,7 +117,7 @@ def _run(step: Step, key: str) -> Done:
     if child.returncode != 0:
         raise StepError(
             "a step failed", where=step.name, got=f"exit status {child.returncode}", expected=0,
-            fix="see above; run the same command again to go on from there",
+            fix="see above; run the same command again to continue from there",
         )  # fmt: skip
     return Done(step.name, key, time.monotonic() - start, "".join(kept))
 

@@ -138,7 +138,7 @@ def write_synthetic(synthetic: Synthetic, folder: str | Path) -> Path:
         stored=lambda gate: _stored(gate, type_of(synthetic.quant)),
         seed=synthetic.seed,
     )
-    log(f"{synthetic.name}: making synthetic weights")
+    log(f"{synthetic.name}: generating synthetic weights")
     export_bundle(
         model,
         out,

@@ -59,7 +59,7 @@ def tokenizer_metadata(folder: Path, n_vocab: int, config: dict[str, Any]) -> di
 
 def _load(path: Path) -> Tokenizer:
     if not path.is_file():
-        raise InputError("cannot read the file: there is none", where=path)
+        raise InputError("no such file", where=path)
     return read_tokenizer(path)
 
 
@@ -104,12 +104,10 @@ def _pre_tokenizer(data: dict[str, Any], path: Path) -> str:
     whole_words = model.get("ignore_merges", False)
     name = name_of(pre, model["vocab"], whole_words=whole_words)
     if name and PRE_TOKENIZERS[name].whole_words != whole_words:
-        log(f"{path.name}: llama.cpp's {name} has another ignore_merges: words may come apart otherwise")
+        log(f"{path.name}: llama.cpp's {name} sets ignore_merges differently, so words may split differently")
     if name is None:
         expected = " | ".join(PRE_TOKENIZERS)
-        raise UnsupportedError(
-            "a pre-tokenizer that llama.cpp has not", where=path, got=pre, expected=expected
-        )
+        raise UnsupportedError("llama.cpp has no such pre-tokenizer", where=path, got=pre, expected=expected)
     return name
 
 
@@ -125,5 +123,5 @@ def _added_ends(tokenizer: Tokenizer, path: Path) -> dict[str, bool]:
     except UnsupportedError as error:
         raise UnsupportedError(error.what, where=path) from error
     except Exception as error:  # tokenizers raises bare Exceptions
-        raise FormatError(f"a tokenizer that cannot encode: {error}", where=path) from error
+        raise FormatError(f"the tokenizer cannot encode: {error}", where=path) from error
     return {"tokenizer.ggml.add_bos_token": bool(before), "tokenizer.ggml.add_eos_token": bool(after)}

@@ -56,7 +56,7 @@ def build_tokenizer(file: GGUFFile) -> Tokenizer:
     splitting = PRE_TOKENIZERS[pre]
     merges, vocabulary = _merges(file), real_tokens(tokens)
     if not merges:
-        log(f"{file.path.name}: no tokenizer.ggml.merges: text falls apart into single bytes")
+        log(f"{file.path.name}: no tokenizer.ggml.merges; every byte becomes a token")
     try:
         model = BPE(vocabulary, merges, ignore_merges=splitting.whole_words)
     except Exception as error:  # tokenizers raises bare Exceptions, here of merges without a token
@@ -89,7 +89,7 @@ def _merges(file: GGUFFile) -> list[tuple[str, str]]:
     merges = [merge.split(" ", 1) for merge in _strings(file, "merges")]
     if odd := [merge for merge in merges if len(merge) != 2]:
         field = "tokenizer.ggml.merges"
-        raise FormatError("a merge is two pieces", where=file.path, field=field, got=repr(odd[0][0]))
+        raise FormatError("a merge must have two pieces", where=file.path, field=field, got=repr(odd[0][0]))
     return [(left, right) for left, right in merges]
 
 
@@ -100,7 +100,7 @@ def _added_tokens(file: GGUFFile, tokens: list[str]) -> list[AddedToken]:
     types = file.find("tokenizer.ggml.token_type", np.ndarray, np.empty(0))
     if len(types) not in (0, len(tokens)):
         field = "tokenizer.ggml.token_type"
-        raise FormatError("not one type per token", where=file.path, field=field, expected=len(tokens))
+        raise FormatError("wrong number of token types", where=file.path, field=field, expected=len(tokens))
     return [
         AddedToken(token, special=kind != _USER_DEFINED, normalized=False)
         for token, kind in zip(tokens, types, strict=False)

@@ -78,5 +78,5 @@ def _space_prefix(data: dict[str, Any], path: Path) -> bool:
         return kinds[0] == "Prepend"
     got = [*kinds, pre.get("type")]
     raise UnsupportedError(
-        "a byte-fallback tokenizer of an unknown kind", where=path, got=got, expected="Llama 2's"
+        "unknown kind of byte-fallback tokenizer", where=path, got=got, expected="Llama 2's"
     )

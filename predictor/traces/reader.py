@@ -94,7 +94,7 @@ def _refuse_two_parts(values: Mapping[str, Any], path: Path) -> None:
     """Version 1 reported what it had chosen by; its tokens cannot be divided again."""
     if values.get("format") == _FORMAT and values.get("version") == 1:
         raise FormatError(
-            "traces of an older hotcold, without a part for calibration", where=path, field="version",
+            "traces from an older hotcold, without a calibration part", where=path, field="version",
             got=1, expected=_VERSION, fix="run collect-traces again with a new --out",
         )  # fmt: skip
 
@@ -152,9 +152,9 @@ class Traces:
         self.shards = read_manifest(self.folder, self.run)
         missing = self.run.n_layers * self.run.n_shards - len(self.shards)
         if missing:
-            fix = "run the same collect-traces again to finish it"
+            fix = "run the same collect-traces command again to finish them"
             raise InputError(
-                f"these traces are not complete, {missing} shards are missing", where=self.folder, fix=fix
+                f"these traces are incomplete: {missing} shards are missing", where=self.folder, fix=fix
             )
 
     def layer(self, layer: int) -> tuple[np.ndarray, np.ndarray]:
@@ -247,10 +247,10 @@ def _read_tokens(folder: Path, run: TraceRun) -> dict[str, np.ndarray]:
         check_tensor(tensors, name, (run.n_tokens,), dtype, path)
     if tokens_digest(tensors) != run.text_sha256:
         raise MismatchError(
-            "is not of this run", where=path, got=tokens_digest(tensors), expected=run.text_sha256
+            "belongs to a different run", where=path, got=tokens_digest(tensors), expected=run.text_sha256
         )
     if (highest := int(tensors["part"].max())) >= len(PARTS):
-        raise FormatError("no such part", where=path, field="part", got=highest, expected="0, 1 or 2")
+        raise FormatError("unknown part", where=path, field="part", got=highest, expected="0, 1 or 2")
     return tensors
 
 

@@ -98,7 +98,7 @@ def _mismatch(folder: Path, name: str, old: TraceRun, new: TraceRun) -> Mismatch
     return MismatchError(
         f"holds traces of {_OTHER.get(name, 'another ' + name)}",
         where=folder, got=side(new), expected=side(old),
-        fix="give another --out, or delete this folder",
+        fix="choose another --out, or delete this folder",
     )  # fmt: skip
 
 
@@ -111,7 +111,7 @@ def _committed(folder: Path, run: TraceRun) -> list[TraceShard]:
         try:
             entry.read(folder)
         except FormatError as error:
-            log(f"{error}; collecting again from there")
+            log(f"{error}; collecting again from here")
             break
         whole.append(entry)
     text = "".join(entry.line() + "\n" for entry in whole).encode()

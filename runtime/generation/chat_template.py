@@ -37,7 +37,7 @@ def render(template: str, **variables: object) -> str:
     try:
         return _bounded(_environment().from_string(template).generate(**variables))
     except (*failures, AttributeError) as error:
-        raise UnsupportedError(f"the chat template fails: {error}", fix="leave out --chat") from error
+        raise UnsupportedError(f"the chat template fails: {error}", fix="drop --chat") from error
 
 
 def _environment() -> Environment:
@@ -96,6 +96,6 @@ def _bounded(pieces: Iterable[str]) -> str:
         length += len(piece)
         if length > _MAX_CHAT:
             raise UnsupportedError(
-                "the chat template expands without end", expected=f"{_MAX_CHAT} characters"
+                "the chat template produces too much text", expected=f"{_MAX_CHAT} characters"
             )
     return "".join(text)

@@ -48,7 +48,10 @@ class Generation:
         if len(prompt) >= room:
             fix = "raise -c or shorten it"
             raise InputError(
-                "the prompt fills the context", got=len(prompt), expected=f"less than {room}", fix=fix
+                "the prompt does not fit in the context",
+                got=len(prompt),
+                expected=f"less than {room}",
+                fix=fix,
             )
         self._engine, self._sampler, self._stop_ids = engine, sampler, stop_ids
         self._history, self._n_predict = list(prompt), n_predict

@@ -87,7 +87,7 @@ class Vocabulary:
     def chat(self, messages: list[dict[str, str]], **variables: object) -> str:
         """The prompt that the chat template makes of a conversation; raises as above."""
         if self.chat_template is None:
-            raise InputError("this model has no chat template", fix="leave out --chat")
+            raise InputError("this model has no chat template", fix="drop --chat")
         special = {"bos_token": self.bos, "eos_token": self.eos, **self.special_tokens}
         known = {name: token for name, token in special.items() if token}
         return render(self.chat_template, messages=messages, **(known | variables))
@@ -99,9 +99,7 @@ class Vocabulary:
         """The ids of a prompt, with a word on what is seldom meant."""
         bos = self.tokenizer.token_to_id(self.bos)
         if bos is not None and ids[:2] == [bos, bos]:
-            log(
-                f"the prompt begins with {self.bos} twice: it is added to every prompt, leave it out of yours"
-            )
+            log(f"the prompt starts with {self.bos} twice; hotcold adds it, so leave it out of your prompt")
         return ids
 
 

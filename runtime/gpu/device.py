@@ -42,10 +42,10 @@ def open_devices(names: str = "cuda") -> list[torch.device]:
         gpus = [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
         return [gpu for gpu in gpus if torch.cuda.get_device_capability(gpu) >= _OLDEST]
     if len({device.type for device in devices}) > 1 or torch.device("cuda") in devices:
-        raise InputError("devices are GPUs by number, or cpu", got=names, expected="such as cuda:0,cuda:1")
+        raise InputError("not a list of devices", got=names, expected="such as cuda:0,cuda:1")
     gpus = [device for device in devices if device.type == "cuda"]
     if len(set(gpus)) < len(gpus):
-        raise InputError("a GPU is named twice", got=names)
+        raise InputError("a GPU is listed twice", got=names)
     return devices
 
 
@@ -71,7 +71,7 @@ def _check_cuda(device: torch.device) -> None:
         fix = f"install a CUDA build of torch, or {_INSTEAD}"
         raise UnsupportedError("this torch was built without CUDA", got=torch.__version__, fix=fix)
     if not torch.cuda.is_available():
-        what = "no NVIDIA GPU that torch can use: none there, or a driver older than its CUDA"
+        what = "torch finds no NVIDIA GPU, or the driver is older than its CUDA"
         raise UnsupportedError(what, expected=f"CUDA {torch.version.cuda}", fix=_INSTEAD)
     n = torch.cuda.device_count()
     if (device.index or 0) >= n:
@@ -120,7 +120,7 @@ def parse_budgets(text: str, devices: Sequence[torch.device]) -> list[int]:
     sizes = text.split(",")
     if len(sizes) not in (1, len(devices)):
         expected = f"one size, or {len(devices)}"
-        raise InputError("--vram-budget is not for as many devices", got=text, expected=expected)
+        raise InputError("--vram-budget does not match the number of devices", got=text, expected=expected)
     sizes *= len(devices) if len(sizes) == 1 else 1
     return [_budget(size.strip(), device) for size, device in zip(sizes, devices, strict=True)]
 
@@ -132,8 +132,8 @@ def _budget(text: str, device: torch.device) -> int:
     budget = parse_bytes(text)
     if budget > free:
         got, there = format_bytes(budget), f"at most {format_bytes(free)}"
-        what = "--vram-budget is more than is free"
-        raise UnsupportedError(what, where=str(device), got=got, expected=there, fix="use auto")
+        what = "--vram-budget exceeds the free memory"
+        raise UnsupportedError(what, where=str(device), got=got, expected=there, fix="use --vram-budget auto")
     return budget
 
 
@@ -153,5 +153,5 @@ def memory_or_error(device: torch.device) -> Iterator[None]:
     raise UnsupportedError(
         "out of GPU memory",
         where=str(device),
-        fix="a smaller --vram-budget or -c takes less, --backend cpu none",
+        fix="lower --vram-budget or -c, or use --backend cpu",
     )

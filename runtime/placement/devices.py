@@ -48,7 +48,7 @@ def fill(sizes: Sequence[int], fixed: Fixed, budgets: Sequence[int]) -> tuple[li
             best = homes, [n if i in used else 0 for i, n in enumerate(extra)]
     if best is None:
         raise UnsupportedError(
-            "too little GPU memory for embedding, head and buffers",
+            "not enough GPU memory for embedding, head, and buffers",
             got=format_bytes(max(budgets)),
             expected=f"{format_bytes(fixed.on(first=True, last=True))} or more",
             fix="raise --vram-budget, or use --backend cpu",

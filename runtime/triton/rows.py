@@ -60,7 +60,7 @@ class Rows:
         """Rows of a float tensor [n, width], shared with it."""
         if values.ndim != 2 or values.dtype not in _FLOATS.values():
             got = f"{values.dtype} {list(values.shape)}"
-            raise ShapeError("rows must be a float matrix", got=got, expected="[n, width]")
+            raise ShapeError("rows must form a float matrix", got=got, expected="[n, width]")
         return cls(values.contiguous(), values.new_empty((0, 0), dtype=torch.float16), FLOAT, values.shape[1])
 
     @classmethod
@@ -76,7 +76,7 @@ class Rows:
             return cls._from_floats(_FLOATS[type_name], data, width, device)
         if type_name not in _QUANTS:
             known = ", ".join([*_FLOATS, *_QUANTS])
-            raise UnsupportedError("the GPU kernels do not read this type", got=type_name, expected=known)
+            raise UnsupportedError("the GPU kernels do not support this type", got=type_name, expected=known)
         kind, quant_bytes = _QUANTS[type_name]
         blocks = _whole_rows(data, width // _BLOCK * (2 + quant_bytes), width % _BLOCK == 0)
         blocks = blocks.reshape(len(blocks), width // _BLOCK, 2 + quant_bytes)
@@ -131,7 +131,9 @@ def joined(parts: Sequence[Rows]) -> list[Rows]:
 def _whole_rows(data: np.ndarray, row_bytes: int, width_fits: bool) -> np.ndarray:
     if not width_fits or row_bytes == 0 or data.size % row_bytes:
         raise ShapeError(
-            "tensor data is not whole rows", got=f"{data.size} bytes", expected=f"rows of {row_bytes}"
+            "tensor data is not a whole number of rows",
+            got=f"{data.size} bytes",
+            expected=f"rows of {row_bytes}",
         )
     return data.reshape(-1, row_bytes)
 

@@ -132,7 +132,7 @@ def _save(gpu: str, known: dict[str, Tiles], key: str, times: list[float]) -> No
         write_json(path, known)
         write_json(all_times, cache.read_record(all_times) | {key: us})
     except StorageError as error:
-        log(f"tile sizes are not remembered: {error}")
+        log(f"could not save tile sizes: {error}")
 
 
 def _milliseconds(known: dict[str, Tiles], key: str, tiles: Tiles, run: Callable[[], object]) -> float:

@@ -100,6 +100,6 @@ def _words(tokenizer: Tokenizer) -> Tensor:
     ]
     if not fitting:
         raise InputError(
-            "the vocabulary has no words to begin a text with", fix="give the source `generated` no share"
+            "the vocabulary has no words to start a text with", fix="remove `generated` from the text sources"
         )
     return torch.tensor(fitting)

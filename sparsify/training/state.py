@@ -65,7 +65,7 @@ class WorkFolder:
             if found.get(key) != value:
                 raise MismatchError(
                     f"this is the working folder of another run: its {key} differs", where=self.path,
-                    got=found.get(key), expected=value, fix="delete it to start anew, or name another --out",
+                    got=found.get(key), expected=value, fix="delete it to start over, or use another --out",
                 )  # fmt: skip
 
     def states(self) -> list[Saved]:
@@ -92,8 +92,8 @@ class WorkFolder:
         if phase not in self.phases or type(step) is not int or not isinstance(extra, dict):
             raise FormatError("not a training state", where=path, got=f"{phase}, {step}", fix="delete it")
         if path.name != _name(phase, step):
-            got, fix = f"step {step} of {phase}", "delete it, or give it its name again"
-            raise FormatError("a state under another's name", where=path, got=got, fix=fix)
+            got, fix = f"step {step} of {phase}", "delete it, or restore its name"
+            raise FormatError("this state has the wrong file name", where=path, got=got, fix=fix)
         return Saved(path, phase, step, extra)
 
     def save(

@@ -177,7 +177,7 @@ class Trainer:
         good = f"the last good state is {last.path}" if last else "there is no state yet"
         raise DivergedError(
             f"the loss is not finite at step {step}", where=phase.name, got=loss,
-            fix=f"{good}; lower learning.lr or the L1 factor, in a config of another run",
+            fix=f"{good}; lower learning.lr or the L1 factor, and start a new run",
         )  # fmt: skip
 
     def is_done(self, phase: Phase) -> bool:

@@ -185,7 +185,7 @@ def _opened(lock: Path) -> BinaryIO:
         lock.parent.mkdir(parents=True, exist_ok=True)
         return lock.open("ab")
     except OSError as error:
-        fix = "set XDG_CACHE_HOME to a folder that can be written"
+        fix = "set XDG_CACHE_HOME to a writable folder"
         raise StorageError(f"cannot use the cache: {error.strerror}", where=lock.parent, fix=fix) from error
 
 

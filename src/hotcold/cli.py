@@ -106,7 +106,9 @@ def _parser() -> _Parser:
         epilog=f"{groups}\n\nRun `hotcold COMMAND --help` for details.\n\nexample:\n  {EXAMPLE}",
     )
     parser.add_argument("--version", action="version", version=f"hotcold {__version__}")
-    parser.add_argument("command", metavar="COMMAND", help="a command from the list below, followed by its options")
+    parser.add_argument(
+        "command", metavar="COMMAND", help="a command from the list below, followed by its options"
+    )
     return parser
 
 

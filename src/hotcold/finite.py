@@ -55,6 +55,6 @@ def check_logits(logits: np.ndarray) -> np.ndarray:
     peak = logits.max(axis=-1, keepdims=True)
     if not np.isfinite(peak).all():
         got = next(float(value) for value in peak.flat if not np.isfinite(value))
-        fix = "check the model's weights: some are not finite, or too great for its types"
+        fix = "check the model's weights: some are not finite, or too large for their type"
         raise InputError("the model gives logits that are not finite", got=got, fix=fix)
     return peak

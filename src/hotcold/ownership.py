@@ -18,9 +18,9 @@ from hotcold.identify import FIRST, Found, digests, entries, identify
 
 __all__ = ["beside", "check_file", "check_growing", "check_replaceable"]
 
-_MOVE = "give another folder, or move this one away"
-_MOVE_FILE = "give another name, or move this file away"
-_MOVE_IT = "move it away, or give another folder"
+_MOVE = "choose another folder, or move this one away"
+_MOVE_FILE = "choose another name, or move this file away"
+_MOVE_IT = "move it away, or choose another folder"
 _SETTLED_NS = 10**9  # a file that is older than the clock's ticks cannot change without showing it
 _hashed: dict[
     tuple[int, ...], str
@@ -62,7 +62,7 @@ def check_growing(path: str | Path, kind: str, inputs: Sequence[str | Path] = ()
         for name, _ in entries(target):
             if (target / name).is_symlink():
                 raise StorageError(
-                    "a symbolic link, which hotcold did not make", where=target / name, fix=_MOVE
+                    "hotcold did not create this symbolic link", where=target / name, fix=_MOVE
                 )
 
 
@@ -97,7 +97,7 @@ def _place(path: str | Path, inputs: Sequence[str | Path]) -> Iterator[Path]:
         for source in map(Path, inputs):
             if source.exists() and (source.resolve().is_relative_to(target) or _same(source, target)):
                 raise StorageError(
-                    "is or holds what is read", where=target, got=source, fix="give another name"
+                    "the output is, or contains, an input", where=target, got=source, fix="give another name"
                 )
         yield target
     except RuntimeError as error:
@@ -122,7 +122,7 @@ def _check_parent(target: Path) -> None:
     for parent in target.parents:
         found = _found(parent)
         if found.ours and found.files is not None:
-            what = f"would be part of a folder of hotcold's ({found.kind}), which is written as a whole"
+            what = f"inside a folder that hotcold writes as a whole ({found.kind})"
             raise StorageError(what, where=target, got=parent, fix="give another name")
     if os.path.ismount(target):
         raise StorageError("is a mount point", where=target, fix="name a folder in it")
@@ -164,7 +164,9 @@ def _check_untouched(folder: Path, found: Found) -> None:
     for name, is_plain in entries(folder):
         if not is_plain or not found.lists(name):
             raise StorageError(
-                "hotcold did not write this, and would delete it", where=folder / name, fix=_MOVE_IT
+                "hotcold did not write this, and replacing the folder would delete it",
+                where=folder / name,
+                fix=_MOVE_IT,
             )
     listed = {name: entry for name, entry in (found.files or {}).items() if (folder / name).is_file()}
     for name, (size, _) in listed.items():
@@ -190,4 +192,6 @@ def _state(path: Path) -> tuple[int, ...]:
 
 
 def _changed(path: Path) -> StorageError:
-    return StorageError("changed since hotcold wrote it, and would be deleted", where=path, fix=_MOVE_IT)
+    return StorageError(
+        "changed since hotcold wrote it, and replacing the folder would delete it", where=path, fix=_MOVE_IT
+    )

@@ -154,7 +154,7 @@ def remove_files(folder: Path, names: Sequence[str]) -> None:
     try:
         folder.rmdir()
     except OSError as error:
-        log(f"{folder}: the folder stays, as there is more in it than hotcold wrote ({error.strerror})")
+        log(f"{folder}: folder not removed, as it contains more than hotcold wrote ({error.strerror})")
 
 
 def _temporary(path: Path) -> Path:

@@ -67,10 +67,8 @@ def documents(source: str, part: Part | None = None) -> Iterator[Document]:
         found += 1
         yield document
     if not found:
-        what = (
-            "no text in it" if part is None else f"no text in its {part} part: it is too small to be divided"
-        )
-        raise InputError(what, where=source, fix="give a file, a glob or a data set that holds more text")
+        what = "contains no text" if part is None else f"too small to be divided: no text in its {part} part"
+        raise InputError(what, where=source, fix="use a file, a glob, or a data set with more text")
 
 
 def split(documents: Iterable[Document], part: Part) -> Iterator[Document]:
@@ -120,7 +118,7 @@ def token_stream(documents: Iterable[Document], tokenizer: Tokenizer, n_tokens: 
         "the text is too short",
         got=f"{n_tokens - missing} tokens",
         expected=n_tokens,
-        fix="give more text or ask for fewer tokens",
+        fix="provide more text, or ask for fewer tokens",
     )
 
 

@@ -149,7 +149,7 @@ def _broken(error: Exception, path: Path, line: int) -> FormatError:
 def _texts(value: object, where: str, depth: int) -> list[str] | None:
     """The texts in a value, in reading order; None where it is nothing that holds text, such as a number."""
     if depth > _DEEPEST:
-        raise InputError("lists and objects in each other too deep", where=where, expected=_UNDERSTOOD)
+        raise InputError("lists and objects are nested too deeply", where=where, expected=_UNDERSTOOD)
     if isinstance(value, str):
         return [value] if value else []
     if isinstance(value, list | tuple):
@@ -209,4 +209,4 @@ def _refused(value: object, where: str) -> InputError:
     if isinstance(value, dict):
         fields = ", ".join(f"{name} ({type(content).__name__})" for name, content in value.items())
         got = f"an object with {fields or 'nothing in it'}"
-    return InputError("no text field that is known", where=where, got=got, expected=_UNDERSTOOD)
+    return InputError("no known text field", where=where, got=got, expected=_UNDERSTOOD)

@@ -198,7 +198,7 @@ def test_a_prefix_beside_plain_names_of_the_same_tensors_is_refused(families, tm
     folder = write(
         tmp_path / "m", FAMILIES["llama"], tensors | {"module.lm_head.weight": tensors["lm_head.weight"]}
     )
-    with pytest.raises(FormatError, match=r"lm_head\.weight: two tensors of one name"):
+    with pytest.raises(FormatError, match=r"lm_head\.weight: two tensors with the same name"):
         checkpoint.load_model(str(folder))
 
 

@@ -125,7 +125,7 @@ def test_from_pretrained_takes_the_hub_only_where_there_is_no_folder(saved: Path
 
 
 def test_a_name_that_is_nowhere_is_one_line(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="neither a folder here nor on the hub"):
+    with pytest.raises(InputError, match="neither a local folder nor on the hub"):
         PredictorBundle.from_pretrained("no/such/repository")
     with pytest.raises(InputError, match="no predictors here"):
         PredictorBundle.from_pretrained(tmp_path / "nothing")

@@ -200,7 +200,7 @@ def test_a_bundle_without_the_rows_is_refused_with_the_remedy(bundle, tmp_path):
 
 
 def test_other_backends_refuse_it():
-    with pytest.raises(InputError, match="--input-sparsity is for the cpu backend"):
+    with pytest.raises(InputError, match="--input-sparsity requires the cpu backend"):
         BackendOptions(backend="gpu", input_sparsity=0.5)
 
 

@@ -75,7 +75,7 @@ def test_what_runs_is_the_checkpoint(checkpoint):
 
 
 def test_a_type_for_what_has_its_own_is_refused(bundle, checkpoint):
-    with pytest.raises(InputError, match="types are what they are"):
+    with pytest.raises(InputError, match="weights of this model already have their types"):
         find_model(bundle.path, "q4_0")
     with pytest.raises(UnsupportedError, match="unknown quantization"):
         find_model(str(checkpoint), "q2")

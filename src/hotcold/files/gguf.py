@@ -228,7 +228,7 @@ class _Reader:
         limit = (self.size - self.position) // each
         if count > limit:
             raise self.fail(
-                "more than the file can hold", field, at=start, got=count, expected=f"at most {limit}"
+                "more entries than the file can hold", field, at=start, got=count, expected=f"at most {limit}"
             )
         return count
 
@@ -314,7 +314,7 @@ class _Reader:
         array = np.frombuffer(self.buffer, dtype, count, self.position)
         if kind == _BOOL:
             if count and array.max() > 1:
-                raise self.fail("a bool is 0 or 1", key, at=self.position, got=int(array.max()))
+                raise self.fail("a bool must be 0 or 1", key, at=self.position, got=int(array.max()))
             array = array.view(bool)
         self.position += count * dtype.itemsize
         return array
@@ -346,7 +346,10 @@ class _Reader:
         name = self.string(f"tensor[{i}].name", _MAX_NAME)
         if not _NAME.fullmatch(name) or ".." in name:
             raise self.fail(
-                "a tensor name is of letters, digits and _.:+-", f"tensor[{i}].name", at=at, got=ascii(name)
+                "a tensor name may only contain letters, digits, and _.:+-",
+                f"tensor[{i}].name",
+                at=at,
+                got=ascii(name),
             )
         return name
 
@@ -376,12 +379,14 @@ class _Reader:
         block, _ = GGML_QUANT_SIZES[GGMLQuantizationType[type_name]]
         if dims[0] % block:
             expected = f"a multiple of {type_name}'s block of {block}"
-            raise self.fail("rows of broken blocks", f"{name}.dims", at=at, got=dims[0], expected=expected)
+            raise self.fail(
+                "a row is not a whole number of blocks", f"{name}.dims", at=at, got=dims[0], expected=expected
+            )
         n_bytes = row_bytes(type_name, dims[0]) * prod(dims[1:])
         # A zero dimension must not hide that the others are more than any program can index. Whatever the
         # type, values are decoded to floats: a number is taken as eight bytes.
         if 8 * prod(max(size, 1) for size in dims) > _MAX_BYTES:
-            raise self.fail("tensor too big", f"{name}.dims", at=at, got="×".join(map(str, dims)))
+            raise self.fail("tensor too large", f"{name}.dims", at=at, got="×".join(map(str, dims)))
         return n_bytes
 
     def padded(self, n: int) -> int:

@@ -60,7 +60,7 @@ def read_json_lines(path: Path, *, skip_damaged: bool = False) -> list[dict[str,
         except FormatError as error:
             if not skip_damaged:
                 raise
-            log(f"left out: {error}")
+            log(f"ignored: {error}")
     return found
 
 

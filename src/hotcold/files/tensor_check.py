@@ -26,7 +26,7 @@ __all__ = [
 Shape = tuple[int, ...]
 Where = str | Path | None
 
-NOT_QUANTIZED = "take the checkpoint that is not quantized, or a GGUF file"
+NOT_QUANTIZED = "use the unquantized checkpoint, or a GGUF file"
 
 # Rotary tables, and masks of attention that early versions of transformers saved.
 _BUFFERS = re.compile(r"(.*\.)?(rotary_emb\.(inv_freq|(cos|sin)_cached)|(self_)?attn\.masked_bias)")
@@ -107,7 +107,7 @@ def plain_names(names: Iterable[str], where: Where = None) -> tuple[dict[str, st
         prefixes |= dict.fromkeys(taken)
         if name in plain:
             got = f"{plain[name]} and {stored}"
-            raise FormatError("two tensors of one name", where=where, field=name, got=got)
+            raise FormatError("two tensors with the same name", where=where, field=name, got=got)
         plain[name] = stored
     return plain, list(prefixes)
 
@@ -127,6 +127,8 @@ def _unwrapped(name: str) -> tuple[str, list[str]]:
 def _refuse_other_kinds(name: str, where: Where) -> None:
     if _ADAPTER.search(name):
         fix = "merge the adapter first (PEFT's merge_and_unload) and save the whole model"
-        raise UnsupportedError("a weight of an adapter", where=where, got=name, fix=fix)
+        raise UnsupportedError("adapter weights are not supported", where=where, got=name, fix=fix)
     if _QUANTIZED.search(name):
-        raise UnsupportedError("a part of a quantized weight", where=where, got=name, fix=NOT_QUANTIZED)
+        raise UnsupportedError(
+            "quantized weights are not supported", where=where, got=name, fix=NOT_QUANTIZED
+        )

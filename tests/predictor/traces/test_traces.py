@@ -85,7 +85,7 @@ BROKEN = {
     "unknown field": (_edit_run(color="red"), FormatError, "run.json, color: .*no such field"),
     "no tokens": (_edit_file("tokens.safetensors", lambda _: None), FormatError, "safetensors: missing"),
     "tokens cut": (_edit_file("tokens.safetensors", lambda d: d[:90]), FormatError, "not a safetensors file"),
-    "other tokens": (_edit_file("tokens.safetensors", _flip_last), MismatchError, "is not of this run"),
+    "other tokens": (_edit_file("tokens.safetensors", _flip_last), MismatchError, "belongs to a different run"),
     "fewer tokens": (_edit_run(n_tokens=2999), FormatError, "got int32 .3000., expected int32 .2999."),
     "no manifest": (_edit_file("manifest.jsonl", lambda _: None), InputError, "30 shards are missing"),
     "manifest cut": (_edit_file("manifest.jsonl", lambda d: d[:-9]), InputError, "1 shards are missing"),

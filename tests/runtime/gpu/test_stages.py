@@ -229,9 +229,9 @@ def test_triton_is_looked_for(two_gpus, monkeypatch, version, message):
     ("names", "message"),
     [
         ("cuda:0,cuda:2", r"no such GPU \(got cuda:2, expected cuda:0 to cuda:1"),
-        ("cuda:0,cuda:0", r"a GPU is named twice \(got cuda:0,cuda:0"),
-        ("cuda,cuda:0", "devices are GPUs by number, or cpu"),
-        ("cuda:0,cpu", "devices are GPUs by number, or cpu"),
+        ("cuda:0,cuda:0", r"a GPU is listed twice \(got cuda:0,cuda:0"),
+        ("cuda,cuda:0", "not a list of devices"),
+        ("cuda:0,cpu", "not a list of devices"),
         ("cpu,", "unknown device"),
     ],
 )
