@@ -145,7 +145,7 @@ def _same(got: Any, expected: Any, path: Path, field: str) -> None:
     if same:
         return
     raise MismatchError(
-        f"{field} disagrees with the other files", where=path, got=_short(got), expected=_short(expected)
+        f"{field} does not agree with the other files", where=path, got=_short(got), expected=_short(expected)
     )
 
 

@@ -26,7 +26,9 @@ def run(args: argparse.Namespace) -> int:
         print(f"{type(problem).__name__}: {problem}")
     if problems:
         raise MismatchError(
-            f"the bundle is invalid: {len(problems)} problems found", where=args.bundle, fix="export it again"
+            f"the bundle is invalid, problems found: {len(problems)}",
+            where=args.bundle,
+            fix="export it again",
         )
     files = Manifest.read(args.bundle).files.values()
     size = sum(file.bytes for file in files) / 1e6

@@ -298,7 +298,7 @@ CASES: dict[str, Case] = {
     "traces: other tokens": Case(
         TR, put(TOK, lambda data: data[:-1] + b"\0"), Mi, "tokens.safetensors: is not"
     ),
-    "traces: of two parts": Case(TR, keys(RUN, version=1), Fm, "run.json, version: traces of an older"),
+    "traces: of two parts": Case(TR, keys(RUN, version=1), Fm, "run.json, version: traces from an older"),
     "traces: of four parts": Case(TR, fourth_part, Fm, "tokens.safetensors, part: unknown part"),
     "traces: no line": Case(TR, put(LINES, b""), In, "4 shards are missing"),
     "traces: line not JSON": Case(TR, put(LINES, b"x\n"), Fm, "manifest.jsonl, line 1: is not JSON"),

@@ -166,7 +166,7 @@ def test_a_function_that_llama_cpp_lacks_is_told(model, make_predictors, tmp_pat
     assert manifest["llama_cpp_exact"] is False
     err = capsys.readouterr().err
     assert (
-        "llama.cpp will compute another function, with relu instead of fatrelu with thresholds up to 0.25"
+        "llama.cpp will compute a different function: relu instead of fatrelu with thresholds up to 0.25"
         in err
     )
     assert "PowerInfer can only run its own ReLU models" in err

@@ -145,7 +145,7 @@ def test_the_command_lists_what_is_wrong_and_fails(bundle, capsys):
     out, err = capsys.readouterr()
     assert out.startswith(f"FormatError: {bundle}/m.gguf, sha256: damaged")
     assert err.startswith("hotcold verify: error: ")
-    assert "1 found" in err
+    assert "problems found: 1" in err
 
 
 def drop_output(metadata, plans):

@@ -92,7 +92,7 @@ def test_an_endless_pickle_is_stopped_and_named(tmp_path):
     "value, message",
     [
         ([torch.ones(1)], "neither a tensor nor a dictionary of tensors, but list"),
-        ({"a": torch.ones(1), "b": 3}, "the entry 'b' is no tensor"),
+        ({"a": torch.ones(1), "b": 3}, "the entry 'b' is not a tensor"),
         ({"a": torch.ones(1, dtype=torch.complex64)}, "the tensor 'a' does not hold plain numbers"),
     ],
 )

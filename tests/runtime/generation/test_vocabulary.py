@@ -146,7 +146,7 @@ def test_two_beginnings_are_said(bundle, capsys):
     assert loaded.encode("<|im_start|>fox")[0] == 1 and capsys.readouterr().err == ""
     assert loaded.encode("<|im_start|><|im_start|>fox")[:2] == [1, 1]
     assert capsys.readouterr().err == (
-        "the prompt begins with <|im_start|> twice: it is added to every prompt, leave it out of yours\n"
+        "the prompt starts with <|im_start|> twice; hotcold adds it, so leave it out of your prompt\n"
     )
 
 
