@@ -112,7 +112,7 @@ def write_dense(parts: Parts, out: Path, options: Options) -> None:
 
 
 def _say_if_hot_is_lost(model: Model, predictors: PredictorBundle | None) -> None:
-    """A file tells which neurons are hot; what is written is worked out from how often they fire."""
+    """Log if the source has hot neurons but no firing frequencies, from which the output is computed."""
     if predictors is None or model.file is None or predictors.layers[0].firing_frequency is not None:
         return
     if any(len(hot) for hot in hot_sets(model.file, len(predictors.layers))):
@@ -136,7 +136,7 @@ def _copied(model: Model, format: str, out: Path, options: Options) -> bool:
 
 
 def _export_options(model: Model, options: Options) -> ExportOptions:
-    """What is not wished otherwise stays as the source has it."""
+    """Options that are not set keep the source's values."""
     default = ExportOptions()
     body = options.quant or _type_of(model.file, "blk.0.ffn_up") or "f16"
     head = options.head_quant or options.quant or _type_of(model.file, "token_embd") or body

@@ -1,4 +1,4 @@
-"""What stands behind a model's name, and which of its files serves which mode: one answer for every command.
+"""What a model's name refers to, and which of its files serves which mode: one answer for every command.
 
 A model is a bundle's folder, a GGUF file, or one of the names that `hotcold.model.checkpoint` knows. A GGUF
 file runs as it is. A Hugging Face checkpoint becomes a bundle in the user's cache first.
@@ -29,7 +29,7 @@ _PREDICTORS, _NEURON_ROWS = "blk.0.fc1.weight", "blk.0.ffn_down_t.weight"
 def find_model(name: str | Path, quant: str | None = None) -> Path:
     """The bundle's folder or the GGUF file of a model; a checkpoint is converted to `quant`.
 
-    Raises InputError for what is no model, or has a type already, and what conversion raises.
+    Raises InputError for what is not a model or already has a type, and what conversion raises.
     """
     from hotcold.model.checkpoint import resolve
     from hotcold.runtime.model_cache import cached_bundle
@@ -62,12 +62,12 @@ class ModelPath:
 
     @property
     def name(self) -> str:
-        """What people call it."""
+        """The model's name for display."""
         return self.path.name if self.is_file else _manifest(self.path).name
 
     @cached_property
     def modes(self) -> list[str]:
-        """Those of MODES that it offers. Raises InputError, FormatError for what is no model."""
+        """Those of MODES that it offers. Raises InputError or FormatError for what is not a model."""
         if self.is_file:
             return _modes_of(open_gguf(self.path))
         manifest = _manifest(self.path)
@@ -86,7 +86,7 @@ class ModelPath:
         )
 
     def _offers(self, mode: str) -> bool:
-        """A bundle's dense file can be used whatever is wrong with the other."""
+        """A bundle's dense file can be used even if the other one is broken."""
         if mode == "dense" and not self.is_file:
             return bool(_manifest(self.path).of_role("dense"))
         return mode in self.modes
@@ -104,7 +104,7 @@ class ModelPath:
         return file_of_role(self.path, ROLE) if has else None
 
     def content(self) -> str:
-        """A hash over all that is in it: the manifest's own, or that of the GGUF file."""
+        """A hash over its content: the manifest's own, or that of the GGUF file."""
         from hotcold.cache import sha256
 
         if self.is_file:
@@ -136,9 +136,9 @@ def _manifest(bundle: Path) -> Manifest:
 
 
 def file_of_role(bundle: str | Path, *roles: str) -> Path:
-    """The file that has the first of these roles that the bundle has at all.
+    """The file with the first of these roles that the bundle has.
 
-    Raises InputError where there is no bundle or no such file, FormatError where its manifest is broken.
+    Raises InputError if there is no bundle or no such file, FormatError if its manifest is broken.
     """
     manifest = _manifest(Path(bundle))
     names = [name for role in roles for name in manifest.of_role(role)]

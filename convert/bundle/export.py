@@ -94,7 +94,7 @@ def _planned(
     predictors: PredictorBundle | None,
     options: ExportOptions,
 ) -> tuple[ModelFiles, list[GGUFLayout]]:
-    """Check the parts against each other, and say what is not written as it was wished for."""
+    """Check that the parts match, and log what cannot be written as requested."""
     spec = ModelSpec.from_config(source.config)
     check_weights(source, spec)
     if predictors is not None:

@@ -33,7 +33,7 @@ __all__ = ["verify_bundle"]
 def verify_bundle(folder: str | Path) -> list[HotcoldError]:
     """All that is wrong with a bundle: nothing, or damaged files, or the first contradiction between them.
 
-    Raises InputError where there is no manifest, FormatError where it is broken.
+    Raises InputError if there is no manifest, FormatError if it is broken.
     """
     folder = Path(folder)
     manifest = Manifest.read(folder)

@@ -78,7 +78,7 @@ def planned(name: str, shape: Sequence[int], type_name: str, load: Callable[[], 
 
 
 def copied(tensor: Tensor, name: str | None = None, shape: Sequence[int] | None = None) -> TensorPlan:
-    """Plan a tensor of another file byte for byte, under a new name or shape if wished."""
+    """Plan a tensor of another file byte for byte, optionally under a new name or shape."""
     return TensorPlan(name or tensor.name, tuple(shape or tensor.shape), tensor.type, lambda: tensor.data)
 
 

@@ -120,7 +120,7 @@ def _token_text(tokenizer: Tokenizer, file: GGUFFile, key: str) -> str:
 
 
 def _valid(text: str) -> str:
-    """Python carries bytes that are no UTF-8 as lone surrogates, which no tokenizer knows."""
+    """Python represents invalid UTF-8 as lone surrogates, which no tokenizer accepts."""
     try:
         text.encode()
     except UnicodeEncodeError as error:

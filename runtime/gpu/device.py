@@ -115,7 +115,7 @@ def free_bytes(device: torch.device) -> int:
 def parse_budgets(text: str, devices: Sequence[torch.device]) -> list[int]:
     """Bytes of `--vram-budget` for each device: a size for all, or one for each; `auto` is all that is free.
 
-    Raises InputError for what is no size or another number of them, UnsupportedError for more than there is.
+    Raises InputError for an invalid size or number of sizes, UnsupportedError for more than is free.
     """
     sizes = text.split(",")
     if len(sizes) not in (1, len(devices)):
@@ -139,7 +139,7 @@ def _budget(text: str, device: torch.device) -> int:
 
 @contextmanager
 def memory_or_error(device: torch.device) -> Iterator[None]:
-    """Turn running out of GPU memory into one line, with what was loaded so far given back."""
+    """Turn running out of GPU memory into one line, and release what was loaded so far."""
     short = False
     try:
         yield

@@ -1,4 +1,4 @@
-"""`hotcold cache`: what hotcold keeps so as not to make it twice, and how to be rid of it."""
+"""`hotcold cache`: list what hotcold keeps to avoid repeating work, or remove it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """List the entries, or remove them, and say what was freed."""
+    """List the entries, or remove them and print what was freed."""
     found = _matching(args.names)
     if args.action == "list":
         for entry in reversed(found):

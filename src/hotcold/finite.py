@@ -40,7 +40,7 @@ def not_finite(name: str, where: str | Path | None, type_name: str = "") -> Form
 
 
 def perplexity_of(nll: float) -> float:
-    """exp(nll); InputError where that is no number: a NaN, or tokens that are called impossible."""
+    """exp(nll); raises InputError if it is NaN or infinite (tokens with probability 0)."""
     if not nll < _MOST_NLL:
         fix = "check the model's weights, and that the text is for its tokenizer"
         raise InputError("the perplexity is not finite", got=f"{nll:.6g} nats per token", fix=fix)

@@ -24,27 +24,27 @@ __all__ = ["FIRST", "GPU_INDEX", "REPORT", "Found", "digests", "entries", "ident
 
 REPORT = {"format": "hotcold-report", "version": 1}  # what every report of measurements begins with
 
-# The first file of each folder that grows in steps, which is its mark
+# The first file in each folder that grows in steps, which is its mark
 FIRST = {"traces": "run.json", "training": "run.json", "partial": "training.json", "demo": "hotcold.json"}
 
 _MARK, _FORMAT, _VERSION = "hotcold.json", "hotcold-folder", 1
 _MARKED = ("predictors", "model-pt", "activation", "checkpoint", "demo")  # the others have marks of their own
-# PowerInfer's scripts count the files in its folder of activations, so that the mark is not one of them.
+# PowerInfer's scripts count the files in its activation folder, so the mark must not be one of them.
 _MARK_PATHS = {"activation": f"hotcold/{_MARK}"}
 
-# The marks of other names: file -> its `format` -> what the folder is
+# Marks with other names: file -> its `format` -> what the folder is
 _FORMATS = {
     "manifest.json": {"hotcold-bundle": "bundle", "hotcold-state": "state"},
     "run.json": {"hotcold-traces": "traces", "hotcold-training": "training"},
     "training.json": {"hotcold-partial": "partial"},
     "config.json": {"hotcold-predictor": "predictors"},
 }
-# All that may lie in a folder whose mark lists no files, if it is to be replaced
+# What a replaceable folder may contain if its mark lists no files
 _NAMES = {
     "predictors": ("config.json", "model.safetensors", "README.md"),
     "state": ("manifest.json", "model.safetensors", "optimizer.safetensors"),
 }
-# What others write too is known by names alone, and is not ours.
+# What others also write is recognized by names only, and is not ours.
 _OTHERS = {
     "model-pt": ("model_0.pt",),
     "activation": ("activation_0.pt",),
@@ -74,7 +74,7 @@ class Found:
 
 
 def identify(path: str | Path) -> Found:
-    """Say what lies at `path`. FormatError where a file that would tell is broken."""
+    """What is at `path`. Raises FormatError if the file that would tell is broken."""
     path = Path(path)
     if path.is_file():
         return _file(path)
@@ -130,7 +130,7 @@ def entries(folder: Path) -> Iterator[tuple[str, bool]]:
 
 
 def _raise(error: OSError) -> None:
-    """A folder that has vanished meanwhile is no longer there; what cannot be read may hold anything."""
+    """Ignore a folder that has vanished in the meantime; one that cannot be read may contain anything."""
     if not isinstance(error, FileNotFoundError):
         raise error
 
@@ -151,7 +151,7 @@ def _marked(folder: Path) -> Found | None:
 
 
 def _by_format(folder: Path) -> Found:
-    """By the files that would tell, else by names. A broken one counts only where nothing else tells."""
+    """By the files with a format, else by names. A broken file only counts if nothing else identifies it."""
     broken: HotcoldError | None = None
     for name, kinds in _FORMATS.items():
         path = folder / name

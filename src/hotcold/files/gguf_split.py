@@ -1,8 +1,8 @@
-"""The one way to a model's GGUF file: whole, or split as llama.cpp's `gguf-split` does it.
+"""The only way to open a model's GGUF file: whole, or split as by llama.cpp's `gguf-split`.
 
-A split model is `X-00001-of-00003.gguf` and so on. Each part is a GGUF file of its own; the first has the
-model's metadata. All parts must agree on how many they are, and together they must hold as many tensors as
-they say.
+A split model is `X-00001-of-00003.gguf` and so on. Each part is a GGUF file; the first has the model's
+metadata. All parts must agree on the number of parts, and together they must contain as many tensors as they
+say.
 """
 
 from __future__ import annotations
@@ -25,8 +25,7 @@ _NAME = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 def open_gguf(path: str | Path) -> GGUFFile:
     """Read a GGUF file or, given its first part, a split model, whose tensors are then all in one dictionary.
 
-    Raises InputError where a part is missing or `path` is not the first, FormatError where parts do not
-    agree.
+    Raises InputError if a part is missing or `path` is not the first, FormatError if parts disagree.
     """
     first = GGUFFile(path)
     if first.find("split.count", int, 1) == 1:
@@ -91,7 +90,7 @@ def _add(first: GGUFFile, part: GGUFFile, number: int) -> None:
 
 
 def forget_pages(file: GGUFFile) -> None:
-    """Let go of the pages that were read, so that a model need not fit into memory twice, or at all."""
+    """Release the pages that were read, so that a model need not fit in memory twice, or at all."""
     for buffer in file.buffers:
         if isinstance(buffer, mmap.mmap):
             buffer.madvise(mmap.MADV_DONTNEED)
