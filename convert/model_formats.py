@@ -155,7 +155,7 @@ def _type_of(file: GGUFFile | None, name: str) -> str | None:
 
 
 def bytes_per_neuron(model: Model) -> int:
-    """Bytes of one neuron's rows of gate, up and down; InputError where the model is in no GGUF file."""
+    """Bytes of one neuron's rows of gate, up and down; InputError if the model is in no GGUF file."""
     if model.file is None:
         fix = "add the GGUF file as a source"
         raise InputError("the size of a neuron is unknown", fix=fix)

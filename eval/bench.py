@@ -6,7 +6,7 @@ ratios, with a confidence interval (`Ratio`). So does the read bandwidth: it is 
 run of a side, with plain loads and with loads that ask for memory ahead, as the engine's do. The share of it
 that a side reaches is of the best of these readings, since a loop that is slower than the engine would make a
 share of more than all; reported is the median of its runs' own shares. Tokens are those of a text, not random
-ones: how many neurons fire depends on the text. They are fed whatever the engine would have said (teacher
+ones: how many neurons fire depends on the text. They are fed independent of the engine's choices (teacher
 forcing), so that all sides compute the same positions. Only computing is timed (`Side.seconds`), and one run
 of each side before the first round is not counted.
 """
@@ -92,7 +92,7 @@ def bench(
     n_threads: int,
     originals: Mapping[str, Peer | EngineSide] | None = None,
 ) -> Report:
-    """Time all sides on `texts`, then measure the quality of each on `windows`; none where there are none.
+    """Time all sides on `texts`, then measure the quality of each on `windows`; none if there are none.
 
     `peers` are llama.cpp on dense files of the same weights; ratios are to the fastest of them. `truth` names
     the one that computes the same function as ours: KL and same-top-1 are against it, and the other peers,

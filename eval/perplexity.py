@@ -103,7 +103,7 @@ def _mean_divergence(kl: np.ndarray) -> float:
 
 
 def _divergence(log_t: np.ndarray, log_p: np.ndarray) -> np.ndarray:
-    """KL of each row, float64: what the reference never says costs nothing, whatever the engine says."""
+    """KL of each row, float64: what the reference never says costs nothing."""
     share = np.exp(log_t)
     difference = np.subtract(log_t, log_p, out=np.zeros_like(log_t), where=share > 0)
     return (share * difference).sum(axis=1, dtype=np.float64)

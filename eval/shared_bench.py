@@ -75,7 +75,7 @@ def situations() -> list[Situation]:
 
 
 def measure(arguments: Sequence[str], chosen: Sequence[Situation], rounds: int) -> list[Result]:
-    """Run `hotcold run ARGUMENTS` in all situations, `rounds` times. StepError where a run fails."""
+    """Run `hotcold run ARGUMENTS` in all situations, `rounds` times. StepError if a run fails."""
     found: dict[str, list[float]] = {situation.name: [] for situation in chosen}
     with Progress("bench-shared", total=rounds * len(chosen), unit="run") as progress:
         for _ in range(rounds):
@@ -126,7 +126,7 @@ def _busy(n: int, nice: int) -> Iterator[None]:
 
 @contextmanager
 def _quota(cpus: float) -> Iterator[Path]:
-    """A cgroup with a quota, gone afterwards. UnsupportedError where none can be made."""
+    """A cgroup with a quota, gone afterwards. UnsupportedError if none can be made."""
     for own, _ in cgroups():
         group = own / f"hotcold-{os.getpid()}"
         try:

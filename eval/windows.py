@@ -28,7 +28,7 @@ _CHARS_PER_TOKEN = 16  # more than any tokenizer packs into a token on average
 
 
 def load_tokenizer(bundle: str | Path) -> Tokenizer:
-    """The tokenizer of a bundle or GGUF file. InputError or FormatError where it is missing or broken."""
+    """The tokenizer of a bundle or GGUF file. InputError or FormatError if it is missing or broken."""
     if Path(bundle).is_file():
         return build_tokenizer(open_gguf(bundle))
     path = Path(bundle) / "tokenizer.json"
@@ -41,7 +41,7 @@ def text_ids(source: str, tokenizer: Tokenizer, n_tokens: int) -> np.ndarray:
     """The first `n_tokens` ids of `source`, int32, without special tokens.
 
     `stdlib` means its test part, of which nothing was trained or chosen; anything else was given to be
-    measured on, and is taken whole. Raises InputError where the text is too short.
+    measured on, and is taken whole. Raises InputError if the text is too short.
     """
     if n_tokens < 1:
         raise InputError("the number of tokens must be positive", got=n_tokens)

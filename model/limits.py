@@ -38,7 +38,7 @@ def check_tokens(tokens: np.ndarray, position: int, n_ctx: int, n_vocab: int) ->
 
 
 def check_tokenizer(tokenizer: Tokenizer, model: PreTrainedModel) -> None:
-    """Raise InputError where the tokenizer has tokens that the model has no embeddings for."""
+    """Raise InputError if the tokenizer has tokens that the model has no embeddings for."""
     rows = model.get_input_embeddings().num_embeddings
     largest = max(tokenizer.get_vocab().values(), default=0)
     if largest >= rows:

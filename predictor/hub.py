@@ -19,7 +19,7 @@ __all__ = ["downloaded", "pushed"]
 def downloaded(source: str | Path, files: Sequence[str], **options: Any) -> Path:
     """The folder `source`, or the cached download of the repository of that name.
 
-    `options` are those of `huggingface_hub.snapshot_download`. InputError where the hub does not give it.
+    `options` are those of `huggingface_hub.snapshot_download`. InputError if the hub does not give it.
     """
     if Path(source).is_dir() or Path(source).is_absolute():
         return Path(source)

@@ -178,7 +178,7 @@ def _copy(files: list[Path], source: Path, folder: Path, role: str) -> dict[str,
 
 
 def copy_file(source: Path, target: str | Path) -> None:
-    """Copy a file durably. StorageError where the disk does not take it."""
+    """Copy a file durably. StorageError if the write fails."""
     with storage.atomic_file(target) as file, source.open("rb") as content:
         while chunk := content.read(_CHUNK):
             storage.fs.write(file, chunk)

@@ -71,7 +71,7 @@ class Parts:
         return bundle
 
     def need_firing(self) -> list[np.ndarray]:
-        """How often each neuron fires, in counts or shares; InputError where no source tells."""
+        """How often each neuron fires, in counts or shares; InputError if no source tells."""
         firing = self.firing
         if firing is None and self.bundle is not None:
             known = [layer.firing_frequency for layer in self.bundle.layers]

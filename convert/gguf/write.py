@@ -65,7 +65,7 @@ class TensorPlan:
 def planned(name: str, shape: Sequence[int], type_name: str, load: Callable[[], np.ndarray]) -> TensorPlan:
     """Plan a tensor whose `load()` gives floats of `shape`, to be quantized to `type_name`.
 
-    Writing it raises FormatError where one of them does not fit that type.
+    Writing it raises FormatError if one of them does not fit that type.
     """
 
     def quantized() -> np.ndarray:
@@ -87,7 +87,7 @@ def write_gguf(
 ) -> None:
     """Write a GGUF v3 file atomically; `magic` is `GGUF`, or `PWRI` for PowerInfer's sparse models.
 
-    Raises StorageError where the disk does not take it; nothing is left behind then.
+    Raises StorageError if the write fails; nothing is left behind then.
     """
     header = [magic.encode(), struct.pack("<IQQ", _VERSION, len(plans), len(metadata))]
     header += [_string(key) + _value(key, value) for key, value in metadata.items()]

@@ -80,7 +80,7 @@ def counts_of_traces(traces: Traces) -> Firing:
 def with_frequencies(bundle: PredictorBundle, firing: Firing, n_tokens: int | None) -> PredictorBundle:
     """The predictors with these firing frequencies: shares as they are, counts divided by `n_tokens`.
 
-    ShapeError where layers or neurons differ, InputError for counts of an unknown or too small number of
+    ShapeError if layers or neurons differ, InputError for counts of an unknown or too small number of
     tokens.
     """
     shape, expected = (len(firing), len(firing[0])), (bundle.n_layers, bundle.d_ff)

@@ -59,7 +59,7 @@ class GpuIndex:
     vram_capacity: int
 
     def write(self, path: str | Path) -> None:
-        """Write the file atomically. StorageError where the disk does not take it."""
+        """Write the file atomically. StorageError if the write fails."""
         metadata = {
             "general.architecture": GPU_INDEX,
             "generic.gpu_index.block_count": np.uint32(len(self.buckets)),
@@ -85,7 +85,7 @@ class GpuIndex:
 
     @classmethod
     def read(cls, file: GGUFFile) -> GpuIndex:
-        """Raises FormatError where tensors are missing, out of order, or contradict each other."""
+        """Raises FormatError if tensors are missing, out of order, or contradict each other."""
         if file.require("general.architecture", str) != GPU_INDEX:
             got = file.metadata["general.architecture"]
             raise FormatError("not a GPU index", where=file.path, field="general.architecture", got=got)

@@ -132,7 +132,7 @@ def _restore(bundle: PredictorBundle, values: Any, path: Path) -> None:
 
 
 def write_model_pt(bundle: PredictorBundle, out: str | Path) -> None:
-    """Write the directory, which appears as a whole. StorageError where the disk does not take it."""
+    """Write the directory, which appears as a whole. StorageError if the write fails."""
     with (
         storage.atomic_directory(out, "model-pt") as folder,
         Progress("model_N.pt", bundle.n_layers, "layer") as progress,

@@ -91,7 +91,7 @@ def demo(
 ) -> dict[str, object]:
     """Run what is left of the demo in folder `out`, write `report.json` there and return it.
 
-    Raises StepError where a step fails; a rerun goes on from there. StorageError where `out` is none.
+    Raises StepError if a step fails; a rerun goes on from there. StorageError if `out` is none.
     """
     check_growing(out, "demo")
     if not (out / FIRST["demo"]).exists():

@@ -36,7 +36,7 @@ def child_command(arguments: Sequence[str]) -> list[str]:
 
 
 def child_environment() -> dict[str, str]:
-    """That of such a process: its output is UTF-8 whatever the terminal's is, which is our own concern."""
+    """That of such a process: its output is UTF-8, independent of the terminal, which is our own concern."""
     return os.environ | {"PYTHONIOENCODING": "utf-8"}
 
 
@@ -66,7 +66,7 @@ class Done:
 def run_steps(steps: Sequence[Step], journal: Path) -> dict[str, Done]:
     """Run what is not done yet; commands, their output and their time are shown as they come.
 
-    Raises StepError where a step fails; those before it stay done.
+    Raises StepError if a step fails; those before it stay done.
     """
     done = _read(journal)
     results: dict[str, Done] = {}

@@ -74,7 +74,7 @@ def run_parts(todo: Sequence[Part], save: str | Path, seconds: float) -> list[di
     """Run the parts within `seconds`; what became of each, which `save` holds after every one of them.
 
     Keys: `part`, `command`, `status` (done, failed, timed out, skipped), `seconds`, `result` (what it
-    printed, or None) and `error` (its last words, if it failed). StorageError where `save` cannot be written.
+    printed, or None) and `error` (its last words, if it failed). StorageError if `save` cannot be written.
     """
     check_file(save, "report")
     end, found = time.monotonic() + seconds, []

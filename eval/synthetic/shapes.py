@@ -118,7 +118,7 @@ class Synthetic:
 def write_synthetic(synthetic: Synthetic, folder: str | Path) -> Path:
     """Write the bundle under `folder`, unless it is there; returns its path.
 
-    StorageError where something else has its name.
+    StorageError if something else has its name.
 
     Eight layers of the 7B shape take about two minutes, and in Q4_0 2 GB of disk.
     """

@@ -81,7 +81,7 @@ def _pre_tokenizer(file: GGUFFile) -> str:
 
 
 def _strings(file: GGUFFile, name: str) -> list[str]:
-    """An array of strings, empty where the file has none."""
+    """An array of strings, empty if the file has none."""
     return file.find(f"tokenizer.ggml.{name}", list, [])
 
 
@@ -134,7 +134,7 @@ def _end(
 
 
 def token_of(number: object, tokens: list[str], path: Path, field: str) -> str:
-    """The token of a number that metadata gives; FormatError where there is none."""
+    """The token of a number that metadata gives; FormatError if there is none."""
     if type(number) is not int or not 0 <= number < len(tokens):
         expected = f"below {len(tokens)}"
         raise FormatError("no such token", where=path, field=field, got=number, expected=expected)

@@ -27,7 +27,7 @@ _SPACE = "▁"
 
 
 def sentencepiece_tokenizer(file: GGUFFile, tokens: list[str]) -> Tokenizer:
-    """Without added tokens and post-processor. FormatError where scores or types do not fit the tokens."""
+    """Without added tokens and post-processor. FormatError if scores or types do not fit the tokens."""
     from tokenizers import Tokenizer, decoders, normalizers
     from tokenizers.models import BPE
 

@@ -25,7 +25,7 @@ Step = tuple[str, Any]
 class Splitting:
     """The rules of one name.
 
-    `whole_words`: a word that is in the vocabulary is one token, whatever the merges say. `adds_bos`: texts
+    `whole_words`: a word that is in the vocabulary is one token, regardless of merges. `adds_bos`: texts
     begin with the beginning-of-text token, unless a file says otherwise.
     """
 

@@ -17,7 +17,7 @@ _PROBES = ("a", "1", ".", "e")
 
 
 def read_tokenizer(path: Path) -> Tokenizer:
-    """The tokenizer in a file that exists; FormatError where it is none.
+    """The tokenizer in a file that exists; FormatError if it is none.
 
     The library raises bare Exceptions, and where its Rust code panics (a merge of tokens that are not in the
     vocabulary, for one) its own class that is not an Exception.

@@ -74,7 +74,7 @@ class TraceRun:
 
     @classmethod
     def read(cls, folder: Path) -> TraceRun:
-        """Read `run.json`. InputError where there is none, FormatError where a field is missing or wrong."""
+        """Read `run.json`. InputError if there is none, FormatError if a field is missing or wrong."""
         path = folder / "run.json"
         if not path.is_file():
             raise InputError(

@@ -2,7 +2,7 @@
 
 The same environment as `transformers.utils.chat_template_utils`: sandboxed, with loop controls,
 `raise_exception`, `strftime_now`, a `tojson` that leaves HTML alone, and `{% generation %}` blocks, which
-mark what an assistant has said for training and change no text. `tools` and `documents` are None where there
+mark what an assistant has said for training and change no text. `tools` and `documents` are None if there
 are none; a special token that the tokenizer lacks is undefined.
 """
 

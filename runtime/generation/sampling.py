@@ -69,7 +69,7 @@ def candidates(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Ids and probabilities (float64, summing to 1) of the tokens that may come next, likeliest first.
 
-    InputError where the logits are not finite; those of masked tokens may be -inf.
+    InputError if the logits are not finite; those of masked tokens may be -inf.
     """
     check_logits(logits)
     logits = penalise(logits, history, params.repeat_penalty, params.repeat_last_n)

@@ -52,7 +52,7 @@ class Vocabulary:
     def load(cls, bundle: str | Path) -> Self:
         """Read `tokenizer.json` and the metadata of a GGUF file of the bundle, or one GGUF file alone.
 
-        Raises InputError or FormatError where one of them is missing or broken, UnsupportedError for a
+        Raises InputError or FormatError if one of them is missing or broken, UnsupportedError for a
         vocabulary of another kind than BPE or SentencePiece.
         """
         if Path(bundle).is_file():

@@ -35,7 +35,7 @@ class Fixed:
 def fill(sizes: Sequence[int], fixed: Fixed, budgets: Sequence[int]) -> tuple[list[int], list[int]]:
     """Devices of layers of these bytes, from the first on as far as they fit; and the fixed bytes per device.
 
-    Fewer devices are better than more, and earlier than later ones. Raises UnsupportedError where not even
+    Fewer devices are better than more, and earlier than later ones. Raises UnsupportedError if not even
     `fixed` fits.
     """
     pairs = combinations_with_replacement(range(len(budgets)), 2)

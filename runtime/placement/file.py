@@ -36,7 +36,7 @@ def gpuidx_path(plan: str | Path) -> Path:
 def save_placement(placement: Placement, path: str | Path, fingerprint: str | None = None) -> None:
     """Write the plan to `path`, and its `.gpuidx` beside.
 
-    StorageError where the disk does not take them, or files that hotcold did not write are in the way.
+    StorageError if the disk does not take them, or files that hotcold did not write are in the way.
     """
     check_file(path, "placement")
     check_file(gpuidx_path(path), "gpuidx")

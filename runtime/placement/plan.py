@@ -181,7 +181,7 @@ class Placement:
 def place(problem: Problem, time_limit: float = 10.0) -> Placement:
     """The best plan found: by HiGHS within `time_limit` seconds, or by a greedy rule if that is not worse.
 
-    Raises UnsupportedError where not even what is fixed fits the budgets.
+    Raises UnsupportedError if not even what is fixed fits the budgets.
     """
     layers = problem.layers
     frames, neurons = [layer.frame_bytes for layer in layers], [layer.ffn_bytes for layer in layers]

@@ -69,7 +69,7 @@ class Rows:
     ) -> Self:
         """Rows of a GGUF tensor of `type_name` (F32, F16, BF16, Q8_0, Q4_0), its bytes in `data`.
 
-        Raises UnsupportedError for another type, ShapeError where the bytes are not whole rows.
+        Raises UnsupportedError for another type, ShapeError if the bytes are not whole rows.
         """
         data = np.ascontiguousarray(data).reshape(-1).view(np.uint8)
         if type_name in _FLOATS:

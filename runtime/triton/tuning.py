@@ -111,7 +111,7 @@ def tiles_for(kernel: str, device: torch.device, shape: str) -> Tiles:
 def tune(kernel: str, device: torch.device, shape: str, run: Callable[[], object]) -> Tiles:
     """Time `run` (which launches `kernel` through its operator) with every candidate, keep the fastest.
 
-    Does nothing where it was done before, or off a GPU.
+    Does nothing if it was done before, or off a GPU.
     """
     if device.type != "cuda":
         return tiles_for(kernel, device, shape)

@@ -35,7 +35,7 @@ class Sampler:
         *,
         compile: bool | None = None,
     ) -> None:
-        """`compile` (by default on a GPU) compiles a step. InputError where no word can begin a text."""
+        """`compile` (by default on a GPU) compiles a step. InputError if no word can begin a text."""
         self._teacher, self._length, self._settings = teacher, length, settings
         self._device = teacher.device
         self._words = _words(tokenizer)

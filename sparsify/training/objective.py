@@ -54,7 +54,7 @@ class _Objective(nn.Module):
 
 @dataclass(slots=True)
 class _Pass:
-    """What one forward pass collects, by layer. `where` is None where there is no padding."""
+    """What one forward pass collects, by layer. `where` is None if there is no padding."""
 
     where: Tensor | None
     with_l1: bool

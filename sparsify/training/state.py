@@ -46,8 +46,8 @@ class Saved:
 class WorkFolder:
     """`run.json`, `training.jsonl` and `state-PHASE-STEP/` of one run.
 
-    `identity` says what is trained on what. MismatchError where the folder belongs to another run,
-    StorageError where it is not a working folder at all.
+    `identity` says what is trained on what. MismatchError if the folder belongs to another run,
+    StorageError if it is not a working folder at all.
     """
 
     def __init__(self, path: Path, identity: Mapping[str, str], phases: list[str], keep: int = 2) -> None:
@@ -122,7 +122,7 @@ class WorkFolder:
         return read_json_lines(self.log_path)
 
     def _place(self, record: Mapping[str, Any], line: int) -> tuple[int, int]:
-        """Phase and step of a record, in the order of the run; FormatError where it has none."""
+        """Phase and step of a record, in the order of the run; FormatError if it has none."""
         phase, step = record.get("phase"), record.get("step")
         if phase not in self.phases or type(step) is not int:
             fix = "delete this line"

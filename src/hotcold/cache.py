@@ -118,7 +118,7 @@ def _state(path: Path) -> list[int]:
 def exclusive(path: Path, waiting: str, *, needed: bool = True) -> Iterator[None]:
     """Be the only process that creates `path`; logs `waiting` if it has to wait for another.
 
-    Raises StorageError where the cache cannot be written, unless the lock is not `needed`.
+    Raises StorageError if the cache cannot be written, unless the lock is not `needed`.
     """
     with ExitStack() as stack:
         try:

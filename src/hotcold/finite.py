@@ -26,7 +26,7 @@ def all_finite(values: np.ndarray) -> bool:
 
 
 def check_weight(values: np.ndarray, name: str, where: str | Path | None) -> np.ndarray:
-    """The same values; FormatError where one of them is NaN or infinite."""
+    """The same values; FormatError if one of them is NaN or infinite."""
     if not all_finite(values):
         raise not_finite(name, where)
     return values
@@ -50,7 +50,7 @@ def perplexity_of(nll: float) -> float:
 def check_logits(logits: np.ndarray) -> np.ndarray:
     """The greatest logit of each row [..., n_vocab], as [..., 1].
 
-    InputError where it is not a number: a NaN or an infinity among them, or nothing but masked tokens (-inf).
+    InputError if it is not a number: a NaN or an infinity among them, or nothing but masked tokens (-inf).
     """
     peak = logits.max(axis=-1, keepdims=True)
     if not np.isfinite(peak).all():

@@ -3,7 +3,8 @@
 A folder that is written as a whole carries `hotcold.json`, which names its kind and lists every file in it
 with size and sha256; a bundle carries its `manifest.json`, which does the same. A folder that grows in steps
 carries a file with a `format` of hotcold's, the first one that is written there. Without such a mark a folder
-is somebody else's, whatever the names in it. `ownership` says what follows for one that is to be written.
+is somebody else's, regardless of the names in it. `ownership` says what follows for one that is to be
+written.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ class Found:
     """What something is (None: nothing that is known), and whether it bears a mark that only hotcold writes.
 
     `files` are size and sha256 of what lies in a folder, by path; a sha256 of None is that of the mark, which
-    is checked already. None where the mark lists no files.
+    is checked already. None if the mark lists no files.
     """
 
     kind: str | None = None
