@@ -21,12 +21,18 @@ from hotcold.predictor.bundle import PredictorBundle
 from hotcold.predictor.traces.reader import Traces
 from hotcold.progress import Progress
 
-__all__ = ["counts_of_traces", "firing_vectors", "read_activation", "with_frequencies", "write_activation"]
+__all__ = [
+    "counts_of_traces",
+    "firing_vectors",
+    "read_firing_counts",
+    "with_frequencies",
+    "write_firing_counts",
+]
 
 Firing = list[np.ndarray]  # per layer float32 [d_ff]: counts or shares
 
 
-def read_activation(folder: str | Path, *, pickles_allowed: bool) -> Firing:
+def read_firing_counts(folder: str | Path, *, pickles_allowed: bool) -> Firing:
     """Read `activation_0.pt`, `activation_1.pt`, …
 
     Raises InputError (no such files, pickles not allowed), FormatError (no vectors of numbers >= 0),
@@ -56,7 +62,7 @@ def _vector(tensors: SafetensorsFile, path: Path) -> np.ndarray:
     return vector
 
 
-def write_activation(firing: Firing, out: str | Path) -> None:
+def write_firing_counts(firing: Firing, out: str | Path) -> None:
     """Write the directory, which appears as a whole. No other file lies in it, as PowerInfer counts them."""
     with storage.atomic_directory(out, "activation") as folder:
         for number, vector in enumerate(firing):

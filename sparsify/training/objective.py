@@ -65,7 +65,7 @@ class _Pass:
 
 
 class EndToEnd(_Objective):
-    """The whole model: language modelling, KL from the dense model, output errors of FFNs, L1.
+    """The whole model: language modeling, KL from the dense model, output errors of FFNs, L1.
 
     `spread` [n_layers] is what an FFN's error is divided by, see `output_spread`. Terms of `loss` whose
     factor is 0 are not computed. `close` takes its hooks off the model.
@@ -132,7 +132,7 @@ class EndToEnd(_Objective):
             return self.teacher.model(ids, use_cache=False).last_hidden_state, outputs
 
     def _output_terms(self, hidden: Tensor, goal: Tensor | None, ids: Tensor, mask: Tensor) -> list[Tensor]:
-        """Language modelling and KL."""
+        """Language modeling and KL."""
         head = self.student.lm_head.weight
         head = head.to(torch.bfloat16) if self._bf16 else head
         lm = kl = hidden.new_zeros((), dtype=torch.float32)

@@ -12,9 +12,9 @@ from safetensors.torch import save_file
 
 from hotcold.convert.powerinfer.firing_counts import (
     firing_vectors,
-    read_activation,
+    read_firing_counts,
     with_frequencies,
-    write_activation,
+    write_firing_counts,
 )
 from hotcold.convert.powerinfer.model_pt import layer_pairs, read_model_pt, write_model_pt
 from hotcold.errors import FormatError, InputError, MismatchError, ShapeError
@@ -149,7 +149,7 @@ def test_hotcolds_part_of_other_predictors_is_refused(foreign, bundle):
 
 
 def test_activation_files_are_bare_vectors(tmp_path):
-    write_activation([np.zeros(3), np.array([0.25, 1, 0], np.float32)], tmp_path / "activation")
+    write_firing_counts([np.zeros(3), np.array([0.25, 1, 0], np.float32)], tmp_path / "activation")
     vector = torch.load(tmp_path / "activation" / "activation_1.pt", weights_only=True)  # noqa: TID251 - the oracle
     assert vector.dtype == torch.float32 and vector.tolist() == [0.25, 1, 0]
 
@@ -157,7 +157,7 @@ def test_activation_files_are_bare_vectors(tmp_path):
 def test_more_than_ten_layers_stay_in_the_order_of_their_numbers(tmp_path):
     for number in range(12):
         torch.save(torch.tensor([number, 1]), tmp_path / f"activation_{number}.pt")  # int64 counts
-    assert [v[0] for v in read_activation(tmp_path, pickles_allowed=True)] == list(range(12))
+    assert [v[0] for v in read_firing_counts(tmp_path, pickles_allowed=True)] == list(range(12))
 
 
 @pytest.mark.parametrize(
