@@ -1,4 +1,4 @@
-"""`hotcold bench`: tokens/s against llama.cpp, with the quality that was paid for it in the same row."""
+"""`hotcold bench`: tokens/s against llama.cpp, with quality in the same row."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def run(args: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory(prefix="hotcold-bench-") as scratch:
         report = _measure(args, plan, Path(scratch))
     if args.save:
-        check_file(args.save, "report")  # again, after all this time
+        check_file(args.save, "report")  # again, because time has passed
         storage.write_json(args.save, as_json_object(report))
     print(render(report, args.output), flush=True)
     return 0
@@ -164,7 +164,7 @@ def _measure(args: argparse.Namespace, plan: Plan, scratch: Path) -> Report:
 
 
 def _originals(args: argparse.Namespace, n_ctx: int) -> dict[str, Peer | EngineSide]:
-    """The sides of the model that the bundle was made from, as far as they are asked for."""
+    """The requested sides of the model that the bundle was made from."""
     from hotcold.eval import sides
 
     opened = {}
@@ -179,7 +179,7 @@ def _originals(args: argparse.Namespace, n_ctx: int) -> dict[str, Peer | EngineS
 
 
 def _stock(args: argparse.Namespace, plan: Plan, peers: Mapping[str, Peer]) -> list[StockSpeed]:
-    """What a stock llama-bench says, asked before the turns begin, so that a wrong path costs no minutes."""
+    """The figures of a stock llama-bench, taken first, so that a wrong path fails at once."""
     from hotcold.eval.llama_bench import LlamaBench
 
     if not args.llama_bench:
@@ -191,7 +191,7 @@ def _stock(args: argparse.Namespace, plan: Plan, peers: Mapping[str, Peer]) -> l
 def _real(
     args: argparse.Namespace, plan: Plan, modes: list[str]
 ) -> tuple[Path, np.ndarray, list[np.ndarray]]:
-    """The bundle, the ids to time it on, and the windows of the text before them to judge it on."""
+    """The bundle, the ids to time it on, and the windows of the text before them to evaluate it on."""
     from hotcold.eval import sides, windows
 
     args.path, args.bundle = args.bundle or args.path, model_path(args)
@@ -226,7 +226,7 @@ def _synthetic(
 
 
 def _cut(args: argparse.Namespace, ids: np.ndarray, tokenizer: Tokenizer | None = None) -> list[np.ndarray]:
-    """The windows to judge on, none if quality is not asked for."""
+    """The windows to evaluate on; none if no quality is requested."""
     from hotcold.eval.windows import windows
 
     return windows(ids[: args.quality_tokens], args.window, tokenizer) if args.quality_tokens else []

@@ -1,8 +1,7 @@
 """A stock `llama-bench` on the files that we time llama.cpp on, for the record.
 
 Our own llama.cpp runs in this process, in turns with the other sides, which is what ratios need. A reader may
-ask whether it is as fast there as where everybody times it; this is the answer, by the program that everybody
-uses.
+ask whether it is as fast there as in the program that everybody uses. This is the answer.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ _REPETITIONS = 3
 
 @dataclass(frozen=True, slots=True)
 class LlamaBench:
-    """The program at `path`, with what is asked of it: as many threads and tokens as the other sides have."""
+    """The program at `path`, with as many threads and tokens as the other sides."""
 
     path: str
     n_threads: int
@@ -33,11 +32,11 @@ class LlamaBench:
 
     @property
     def depth(self) -> int:
-        """Tokens in the cache before it times anything: as many as our prompts leave there."""
+        """Tokens in the cache before timing starts: as many as our prompts leave there."""
         return self.n_prompt
 
     def run(self, side: str, model: Path) -> StockSpeed:
-        """Time one file. InputError if the program cannot be run, fails, or answers otherwise."""
+        """Time one file. InputError if the program cannot be run, fails, or prints something unexpected."""
         rows = _parsed(self._output(model), self.path)
         prompt = self._row(rows, self.n_prompt, 0)
         generation = self._row(rows, 0, self.n_gen)

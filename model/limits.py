@@ -1,7 +1,7 @@
-"""What a model can be asked: token ids that its embedding has, and no more positions than it has learned.
+"""What a model accepts: token ids that its embedding has, and no more positions than it has learned.
 
-Every place where ids meet a table of weights asks here first, as the table itself would answer with an
-IndexError, or on a GPU with the end of the process.
+Call these before ids index a table of weights: the table would raise a bare IndexError, or on a GPU end the
+process.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ __all__ = ["check_ids", "check_tokenizer", "check_tokens", "check_window"]
 
 
 def check_ids(ids: np.ndarray, n_vocab: int) -> None:
-    """Raise InputError for a token id that an embedding of `n_vocab` rows has not."""
+    """Raise InputError for a token id that is not in an embedding of `n_vocab` rows."""
     if ids.size and (ids.min() < 0 or ids.max() >= n_vocab):
         worst = int(ids.max() if ids.min() >= 0 else ids.min())
         raise InputError("token id outside of the vocabulary", got=worst, expected=f"0 to {n_vocab - 1}")

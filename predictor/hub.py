@@ -19,7 +19,7 @@ __all__ = ["downloaded", "pushed"]
 def downloaded(source: str | Path, files: Sequence[str], **options: Any) -> Path:
     """The folder `source`, or the cached download of the repository of that name.
 
-    `options` are those of `huggingface_hub.snapshot_download`. InputError if the hub does not give it.
+    `options` are those of `huggingface_hub.snapshot_download`. InputError if the hub does not provide it.
     """
     if Path(source).is_dir() or Path(source).is_absolute():
         return Path(source)
@@ -38,7 +38,7 @@ def pushed(
     private: bool | None = None,
     commit_message: str = "Upload activation predictors",
 ) -> None:
-    """Upload files of `folder` as a model repository, made if need be. InputError if the hub refuses."""
+    """Upload files of `folder` as a model repository, created if necessary. InputError if the hub refuses."""
     from huggingface_hub import HfApi
 
     with _hub_errors(repo_id):

@@ -1,4 +1,4 @@
-"""`hotcold demo`: the whole job on SmolLM2-135M, ending with a table of what it gave."""
+"""`hotcold demo`: the whole job on SmolLM2-135M, ending with a table of the results."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import argparse
 from hotcold.cpus import thread_count
 
 HELP = (
-    "Do the whole job on SmolLM2-135M: make it sparse, with trained FFNs if they come with hotcold, record "
-    "its activations, train predictors, export, generate, and measure perplexity and tokens/s beside the "
-    "model as it came, in llama.cpp and in hotcold. Needs the package registry only. Interrupted, it goes on "
-    "where it stopped when it is run again. The figures go to DIR/report.json."
+    "Run every step on SmolLM2-135M: make it sparse with the trained FFNs that come with hotcold, record its "
+    "activations, train predictors, export, generate, and measure perplexity and tokens/s next to the "
+    "original model, in llama.cpp and in hotcold. Only needs the package registry. If interrupted, run the "
+    "same command again to continue. The figures go to DIR/report.json."
 )
 EXAMPLE = "hotcold demo --out demo"
 

@@ -1,6 +1,6 @@
-"""Run `hotcold` command lines one after the other, each once: a rerun goes on where the last one stopped.
+"""Run `hotcold` command lines one after the other, each once: a rerun continues where the last one stopped.
 
-Each step is a process of its own, so that its memory and its thread settings end with it. A journal keeps
+Each step is a separate process, so that its memory and its thread settings end with it. A journal keeps
 what a finished step printed and how long it took. A step is done if the journal has it with the same command,
 after the same steps with the same commands, by the same version, and its output is still there.
 """
@@ -26,7 +26,7 @@ from hotcold.progress import log
 
 __all__ = ["Done", "Step", "StepError", "child_command", "child_environment", "run_steps"]
 
-_PATIENCE_S = 20.0  # for the child, which saves its work at any moment
+_PATIENCE_S = 20.0  # for the child to save its work
 _RUN = "import sys; from hotcold.cli import main; sys.exit(main())"
 
 
@@ -41,7 +41,7 @@ def child_environment() -> dict[str, str]:
 
 
 class StepError(HotcoldError):
-    """A step ended with an exit status other than 0; what was wrong it has said itself, on stderr."""
+    """A step ended with an exit status other than 0; it has printed the reason on stderr."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,14 +64,14 @@ class Done:
 
 
 def run_steps(steps: Sequence[Step], journal: Path) -> dict[str, Done]:
-    """Run what is not done yet; commands, their output and their time are shown as they come.
+    """Run what is not done yet; prints commands, their output, and their time as they come.
 
     Raises StepError if a step fails; those before it stay done.
     """
     done = _read(journal)
     results: dict[str, Done] = {}
     key = hashlib.sha256(__version__.encode()).hexdigest()
-    fresh = False  # once a step is run anew, so are all after it: its output may differ
+    fresh = False  # if a step runs again, so do all later ones, because its output may differ
     for number, step in enumerate(steps, start=1):
         key = hashlib.sha256(json.dumps([key, *step.arguments]).encode()).hexdigest()
         title = f"[{number}/{len(steps)}] hotcold {shlex.join(step.arguments)}"

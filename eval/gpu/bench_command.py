@@ -93,7 +93,7 @@ def run(args: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory(prefix="hotcold-bench-") as scratch:
         report, table = _measure(args, Path(scratch))
     if args.save:
-        check_file(args.save, "report")  # again, after all this time
+        check_file(args.save, "report")  # again, because time has passed
         storage.write_json(args.save, report)
     print(json_text(report) if args.output == "json" else table, flush=True)
     return 0

@@ -1,4 +1,4 @@
-"""`hotcold bench-kernels`: the sparse GPU operators against the dense product and the limit of the bytes."""
+"""`hotcold bench-kernels`: the sparse GPU operators against the dense product and the bandwidth limit."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def _json(plan: KernelPlan, rows: list[KernelRow], device: object) -> str:
 
 
 def device_name(device: object) -> str:
-    """What the hardware calls itself."""
+    """The name that the hardware reports."""
     import torch
 
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"

@@ -1,4 +1,4 @@
-"""`hotcold bench-gpu-all`: every GPU measurement, each in a process of its own, within a time limit."""
+"""`hotcold bench-gpu-all`: every GPU measurement, each in its own process, within a time limit."""
 
 from __future__ import annotations
 

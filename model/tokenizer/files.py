@@ -1,6 +1,6 @@
 """`tokenizer.json` as the `tokenizer.ggml.*` metadata of GGUF, so that llama.cpp splits text the same way.
 
-llama.cpp knows pre-tokenizers by name (`tokenizer.ggml.pre`) and holds their rules in its code. Here
+llama.cpp identifies pre-tokenizers by name (`tokenizer.ggml.pre`) and has their rules in its code. Here
 the name is found from the structure of the pre-tokenizer; one that llama.cpp does not have is refused,
 not guessed.
 """
@@ -40,7 +40,7 @@ def tokenizer_metadata(folder: Path, n_vocab: int, config: dict[str, Any]) -> di
     """The `tokenizer.*` metadata for a model of `n_vocab` embeddings, whose `config.json` is `config`.
 
     Raises InputError or FormatError for missing or broken files, UnsupportedError for a tokenizer that is
-    not a BPE which llama.cpp has too.
+    not a BPE that llama.cpp also has.
     """
     path = folder / "tokenizer.json"
     tokenizer = _load(path)

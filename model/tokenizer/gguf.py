@@ -1,7 +1,7 @@
 """The tokenizer inside a GGUF file, as a `tokenizers.Tokenizer` that agrees with llama.cpp token for token.
 
 transformers rebuilds such tokenizers too, but drops the pre-tokenizer that `tokenizer.ggml.pre` names and
-falls back to GPT-2's, which splits digits and white space otherwise.
+falls back to GPT-2's, which splits digits and white space differently.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["build_tokenizer", "token_of"]
 
 _UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4  # GGUF `tokenizer.ggml.token_type`
-# What llama.cpp takes where a SentencePiece file does not say: which token, and that it is added.
+# llama.cpp's defaults for SentencePiece files: which token, and that it is added.
 _SENTENCEPIECE_BOS, _SENTENCEPIECE_EOS = (1, True), 2
 
 
@@ -70,8 +70,8 @@ def build_tokenizer(file: GGUFFile) -> Tokenizer:
 
 
 def _pre_tokenizer(file: GGUFFile) -> str:
-    """The name of the splitting rules; what llama.cpp takes where a file does not say, with a warning."""
-    if file.magic == "PWRI":  # as old as the llama.cpp that had but one
+    """The name of the splitting rules; without one in the file, llama.cpp's default, with a warning."""
+    if file.magic == "PWRI":  # from an old llama.cpp that had only one
         return file.find("tokenizer.ggml.pre", str, "gpt-2")
     pre = file.find("tokenizer.ggml.pre", str)
     if pre is None:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["real_tokens", "sentencepiece_tokenizer"]
 
 _NORMAL, _UNKNOWN = 1, 2  # llama.cpp: enum llama_token_type
-_LONGEST = 512  # characters of a piece that merges are sought for: the work grows with the square
+_LONGEST = 512  # longest piece, in characters, to search merges for: the work grows with the square
 _SPACE = "▁"
 
 
@@ -47,7 +47,8 @@ def sentencepiece_tokenizer(file: GGUFFile, tokens: list[str]) -> Tokenizer:
 
 
 def real_tokens(tokens: list[str]) -> dict[str, int]:
-    """Tokens and their numbers, without the fillers that GGUF has where embeddings are more than tokens."""
+    """Tokens and their numbers, without the fillers that GGUF has if there are more embeddings than
+    tokens."""
     return {token: number for number, token in enumerate(tokens) if token != f"[PAD{number}]"}
 
 

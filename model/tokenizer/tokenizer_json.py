@@ -1,5 +1,5 @@
-"""The one place where `tokenizer.json` is read: a broken one is a named error, always; and what encoding adds
-to a text."""
+"""The only place where `tokenizer.json` is read, so that a broken one is always a named error; and what
+encoding adds to a text."""
 
 from __future__ import annotations
 

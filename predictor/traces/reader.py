@@ -8,7 +8,7 @@ A trace folder is layer-major, so that a predictor job reads only its own layer,
     manifest.jsonl                          one line per committed shard, in the order of writing
 
 `part` is 0 for train, 1 for calibrate, 2 for test (`hotcold.text`): predictors are trained on the first,
-chosen on the second and judged on the third. `x` is the residual stream before the FFN norm; bit j of
+chosen on the second, and evaluated on the third. `x` is the residual stream before the FFN norm; bit j of
 `active` (little-endian) tells whether `act(gate_j)·up_j` was not zero. A shard without a line in the manifest
 does not exist, so a killed run leaves a valid prefix.
 """
@@ -91,7 +91,7 @@ class TraceRun:
 
 
 def _refuse_two_parts(values: Mapping[str, Any], path: Path) -> None:
-    """Version 1 reported what it had chosen by; its tokens cannot be divided again."""
+    """Version 1 tuned and measured on the same tokens, which cannot be divided again."""
     if values.get("format") == _FORMAT and values.get("version") == 1:
         raise FormatError(
             "traces from an older hotcold, without a calibration part", where=path, field="version",
@@ -170,7 +170,7 @@ class Traces:
                 for name, (width, dtype) in kinds.items():
                     shape, file = (rows.stop - rows.start, width), self.folder / shard.file
                     part = check_tensor(tensors, name, shape, dtype, file)
-                    if name not in whole:  # not sooner: a width is true once a shard has it
+                    if name not in whole:  # not before: a width is only trustworthy once a shard has it
                         whole[name] = np.empty((run.n_tokens, width), dtype)
                     whole[name][rows] = part
         return whole["x"], whole["active"]

@@ -1,4 +1,4 @@
-"""Chat templates as transformers expands them, within bounds: a template came with a model.
+"""Chat templates as transformers expands them, within limits, because a template comes with a model.
 
 The same environment as `transformers.utils.chat_template_utils`: sandboxed, with loop controls,
 `raise_exception`, `strftime_now`, a `tojson` that leaves HTML alone, and `{% generation %}` blocks, which
@@ -25,7 +25,7 @@ _MAX_CHAT = 1 << 22  # characters that one may expand to
 
 
 def render(template: str, **variables: object) -> str:
-    """Expand a chat template. UnsupportedError for one that fails, or that is or grows too long."""
+    """Expand a chat template. UnsupportedError if it fails, or if it or its output is too long."""
     from jinja2 import TemplateError
 
     if len(template) > _MAX_TEMPLATE:

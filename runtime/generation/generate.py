@@ -26,10 +26,11 @@ class _Engine(Protocol):
 
 
 class Generation:
-    """Iterate over it once to get the generated ids; counts and times hold at any moment, also after Ctrl-C.
+    """Iterate over it once to get the generated ids; counts and times are valid at any time, also after
+    Ctrl-C.
 
-    `n_decoded` tokens were run through the model one by one in `decode_seconds`, sampling not counted (it is
-    llama.cpp's "eval time"). The first generated token comes out of the prompt's logits and does not count.
+    `n_decoded` tokens were run through the model one by one in `decode_seconds`, not counting sampling (this
+    is llama.cpp's "eval time"). The first generated token comes from the prompt's logits and does not count.
     """
 
     def __init__(
