@@ -1,6 +1,6 @@
 """Decoding where CPUs are few or shared: one CPU, a quota, more threads than CPUs, other busy programs.
 
-Every figure is that of a `hotcold run` of its own, as a user would start it. The situations take turns in
+Every figure comes from a separate `hotcold run`, as a user would start it. The situations take turns in
 each round, and a ratio is the median of the rounds' own ratios to the same round's reference.
 """
 
@@ -32,7 +32,8 @@ _NICED = 19
 @dataclass(frozen=True, slots=True)
 class Situation:
     """A way to run: with `threads` asked for (None: none), on so many `cpus` or with a `quota` of so many,
-    beside `busy` endless loops of a `nice` level. `reference` names what it is held against."""
+    beside `busy` endless loops of a `nice` level. `reference` names the situation that it is compared
+    with."""
 
     name: str
     reference: str
@@ -53,7 +54,7 @@ class Result:
 
 
 def situations() -> list[Situation]:
-    """What is measured, each after what it is held against."""
+    """What is measured, each after its reference."""
     n = available_cpus()
     alone, one = f"{n} CPUs", "1 CPU"
     found = [
@@ -112,7 +113,7 @@ def _tokens_per_second(arguments: Sequence[str], situation: Situation) -> float:
 
 @contextmanager
 def _busy(n: int, nice: int) -> Iterator[None]:
-    """`n` processes that do nothing, as fast as they can."""
+    """`n` processes in an endless loop."""
     loop = [sys.executable, "-c", "while True: pass"]
     lower = partial(os.setpriority, os.PRIO_PROCESS, 0, nice) if nice else None
     processes = [subprocess.Popen(loop, preexec_fn=lower) for _ in range(n)]

@@ -1,7 +1,7 @@
-"""One face for everything that is measured: an engine with a stopwatch.
+"""One interface for everything that is measured: an engine with a stopwatch.
 
-A side is hotcold in one mode or llama.cpp. `seconds` grows only while the engine computes, so that making
-batches and looking at logits is charged to no one.
+A side is hotcold in one mode, or llama.cpp. `seconds` grows only while the engine computes, so that preparing
+batches and reading logits is not counted.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ MODES = ("dense", "exact", "predicted", "auto")
 
 
 class Side(Protocol):
-    """What a benchmark asks of an engine. Ids are integers, logits float32."""
+    """What a benchmark needs from an engine. Ids are integers, logits float32."""
 
     n_vocab: int
     n_ctx: int
@@ -104,7 +104,7 @@ def check_offered(modes: Sequence[str], bundle: str | Path) -> None:
 
 
 def chosen_modes(modes: Sequence[str], bundle: str | Path, n_threads: int) -> list[str]:
-    """The same with what `auto` stands for in its place; all that the model offers where there are none."""
+    """The same with `auto` replaced by its choice; all that the model offers if none are given."""
     from hotcold.runtime.auto_mode import choose_mode
 
     model = ModelPath(bundle)
@@ -113,14 +113,14 @@ def chosen_modes(modes: Sequence[str], bundle: str | Path, n_threads: int) -> li
 
 
 def side_name(mode: str, input_sparsity: float) -> str:
-    """What a mode is called in reports."""
+    """The name of a mode in reports."""
     return f"{mode} (attention inputs {1 - input_sparsity:.0%})" if input_sparsity else mode
 
 
 def open_side(
     bundle: str | Path, mode: str, *, n_threads: int, n_ctx: int, input_sparsity: float = 0.0
 ) -> Side:
-    """Load a bundle in a mode of ours, with `input_sparsity` of the attention's inputs left out, or its dense
+    """Load a bundle in a mode of ours, skipping `input_sparsity` of the attention's inputs, or its dense
     file in llama.cpp.
 
     Raises InputError for an unknown mode, and what the engines raise for files they cannot take.

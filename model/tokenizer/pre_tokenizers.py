@@ -36,8 +36,8 @@ class Splitting:
     def build(self, vocabulary: Collection[str]) -> PreTokenizer:
         """The pre-tokenizer for a vocabulary of byte-level tokens.
 
-        It drops the bytes that have no token, and lets nothing be merged across them, as llama.cpp does. (BPE
-        left to itself drops them first and then merges their neighbors.)
+        It drops bytes without a token and prevents merges across them, as llama.cpp does. (BPE alone drops
+        them first and then merges their neighbors.)
         """
         from tokenizers.pre_tokenizers import Sequence
 

@@ -35,7 +35,7 @@ _STOP_NAMES = (
 
 @dataclass(frozen=True, slots=True)
 class Vocabulary:
-    """What a bundle knows about text.
+    """Everything in a bundle that is about text.
 
     `chat_template` is the default one; `special_tokens` are those that templates know beside `bos_token` and
     `eos_token`: `unk_token`, `pad_token`, ….
@@ -96,7 +96,7 @@ class Vocabulary:
         return self.tokenizer.encode(text, add_special_tokens=False).ids
 
     def _checked(self, ids: list[int]) -> list[int]:
-        """The ids of a prompt, with a word on what is seldom meant."""
+        """The ids of a prompt; logs what is rarely intended."""
         bos = self.tokenizer.token_to_id(self.bos)
         if bos is not None and ids[:2] == [bos, bos]:
             log(f"the prompt starts with {self.bos} twice; hotcold adds it, so leave it out of your prompt")
@@ -132,7 +132,7 @@ class TextStream:
     """Turns token ids into text as they come; what it returns, joined, is the decoded text.
 
     A character may be spread over several tokens, and some decoders (sentencepiece) treat the first token of
-    a text in another way. So a few tokens before are decoded along, and a text that ends in the replacement
+    a text in another way. So a few earlier tokens are decoded too, and a text that ends in the replacement
     character, the sign of an unfinished one, is held back until it is whole.
     """
 

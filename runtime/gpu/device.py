@@ -1,4 +1,4 @@
-"""The device: found, or refused in one line that says what is missing and what works instead."""
+"""Open a device, or raise an error that says what is missing and what works instead."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def operators(device: torch.device) -> ModuleType:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that a model may take: what is free on a GPU, less a margin; on a CPU, what is available."""
+    """Memory that a model may use: what is free on a GPU, minus a margin, or what is available on a CPU."""
     if device.type == "cuda":
         return max(0, torch.cuda.mem_get_info(device)[0] - _MARGIN)
     return available_memory()
@@ -147,7 +147,7 @@ def memory_or_error(device: torch.device) -> Iterator[None]:
         short = True
     if not short:
         return
-    # Outside of the handler, where no traceback keeps tensors alive.
+    # Outside of the handler, so that no traceback keeps tensors alive.
     if device.type == "cuda":
         torch.cuda.empty_cache()
     raise UnsupportedError(
