@@ -91,7 +91,7 @@ def _special_token(tokenizer: Tokenizer, name: str) -> int | None:
 
 
 def _words(tokenizer: Tokenizer) -> Tensor:
-    """Tokens that can begin a text: capitalised words without a space before them."""
+    """Tokens that can begin a text: capitalized words without a space before them."""
     texts = (tokenizer.decode([token]) for token in range(tokenizer.get_vocab_size()))
     fitting = [
         token

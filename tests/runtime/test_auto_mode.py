@@ -88,7 +88,7 @@ def test_a_damaged_record_is_measured_anew(bundle, records, content):
 def test_where_there_is_no_choice_nothing_is_measured(make_bundle, records, capsys):
     silu = make_bundle(activation="silu")
     assert Engine.load(silu.path, n_threads=1).mode == "dense"
-    assert "auto mode: dense, which is all that tiny offers" in capsys.readouterr().err
+    assert "auto mode: dense, the only mode that tiny offers" in capsys.readouterr().err
     assert not records.exists()
 
 

@@ -87,13 +87,13 @@ def test_two_processes_convert_once_and_say_the_same(checkpoint, models):
     told = [racer.communicate() for racer in racers]
     assert [racer.returncode for racer in racers] == [0, 0, 0], told
     assert len({out for out, _ in told}) == 1
-    assert sum("to q8_0, once" in err for _, err in told) == 1
+    assert sum("to q8_0; the result is kept" in err for _, err in told) == 1
     assert len(bundles(models)) == 1
 
 
 def test_a_killed_conversion_leaves_nothing_that_is_used(checkpoint, models):
     code = (
-        "import os, signal; from hotcold.convert import export\n"
+        "import os, signal; from hotcold.convert.bundle import export\n"
         f"export.is_exact = lambda _: os.kill(os.getpid(), signal.SIGKILL)\n{RUN}"
     )
     child = subprocess.run([sys.executable, "-c", code, "run", str(checkpoint), "-p", "a", "-n", "1"])
