@@ -63,7 +63,7 @@ def test_inputs_left_out_change_what_is_said(bundle, capsys):
 
 def test_auto_mode_is_measured_once(bundle, capsys, monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    for when in ("now", "before"):
+    for when in ("now", "earlier"):
         assert hotcold_run(bundle, "-p", "fox", "-n", "3", mode="auto") == 0
         err = capsys.readouterr().err
         (mode,) = re.findall(
