@@ -41,7 +41,7 @@ _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_
 
 
 class DivergedError(HotcoldError):
-    """The loss is no number any more. The weights are those of the step before."""
+    """The loss became NaN or infinite. The weights are those of the previous step."""
 
 
 @dataclass(frozen=True, slots=True)
