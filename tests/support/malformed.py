@@ -296,7 +296,7 @@ CASES: dict[str, Case] = {
     "traces: unknown key": Case(TR, keys(RUN, color=1), Fm, "run.json, color: wrong or missing"),
     "traces: tokens cut": Case(TR, put(TOK, lambda data: data[:-1]), Fm, TOK),
     "traces: other tokens": Case(
-        TR, put(TOK, lambda data: data[:-1] + b"\0"), Mi, "tokens.safetensors: is not"
+        TR, put(TOK, lambda data: data[:-1] + b"\0"), Mi, "tokens.safetensors: belongs"
     ),
     "traces: of two parts": Case(TR, keys(RUN, version=1), Fm, "run.json, version: traces from an older"),
     "traces: of four parts": Case(TR, fourth_part, Fm, "tokens.safetensors, part: unknown part"),
@@ -381,7 +381,7 @@ CASES: dict[str, Case] = {
         VO,
         vocabulary(GPT2, PRE, AB, array("tokenizer.ggml.token_type", I32, 1, bytes(4))),
         Fm,
-        "token_type: not",
+        "token_type: wrong number",
     ),
     "vocabulary: no such bos": Case(
         VO,
