@@ -101,7 +101,7 @@ def test_a_token_that_both_mask_is_no_distance():
     assert (found["a"].kl, found["a"].same_top) == (0, 1)
     unmasked = Table(np.float32([[1, 2, 3]] * 2))
     assert 0 < compare({"a": unmasked, "b": masked}, [np.array([0, 1])], "b")["a"].kl < 3
-    with pytest.raises(InputError, match="KL divergence is not finite"):  # what the reference says, the other never does
+    with pytest.raises(InputError, match="KL divergence"):  # what the reference says, the other never does
         compare({"a": masked, "b": unmasked}, [np.array([0, 1])], "b")
 
 
