@@ -21,7 +21,7 @@ from hotcold.convert.model_formats import (
     write_dense,
     write_sparse,
 )
-from hotcold.convert.powerinfer.firing_counts import counts_of_traces, read_activation, write_activation
+from hotcold.convert.powerinfer.firing_counts import counts_of_traces, read_firing_counts, write_firing_counts
 from hotcold.convert.powerinfer.gpu_index import GpuIndex, hottest_neurons, neurons_that_fit
 from hotcold.convert.powerinfer.model_pt import read_model_pt, write_model_pt
 from hotcold.errors import InputError
@@ -63,12 +63,15 @@ def _write_model_pt(parts: Parts, out: Path, options: Options) -> None:
     write_model_pt(parts.need_predictors(options), out)
 
 
-def _read_activation(path: Path, parts: Parts, options: Options, stack: ExitStack) -> None:
-    parts.firing, parts.firing_tokens = read_activation(path, pickles_allowed=options.pickles_allowed), None
+def _read_firing_counts(path: Path, parts: Parts, options: Options, stack: ExitStack) -> None:
+    parts.firing, parts.firing_tokens = (
+        read_firing_counts(path, pickles_allowed=options.pickles_allowed),
+        None,
+    )
 
 
-def _write_activation(parts: Parts, out: Path, options: Options) -> None:
-    write_activation(parts.need_firing(), out)
+def _write_firing_counts(parts: Parts, out: Path, options: Options) -> None:
+    write_firing_counts(parts.need_firing(), out)
 
 
 def _read_traces(path: Path, parts: Parts, options: Options, stack: ExitStack) -> None:
@@ -85,7 +88,7 @@ def _write_gpu_index(parts: Parts, out: Path, options: Options) -> None:
         parts.gpu.write(out)
         return
     if options.vram_budget is None:
-        raise InputError("how much memory has the GPU for neurons?", fix="--vram-budget says so, in GiB")
+        raise InputError("the GPU memory for neurons is unknown", fix="set --vram-budget, in GiB")
     firing = parts.need_firing()
     n_neurons = neurons_that_fit(options.vram_budget, bytes_per_neuron(parts.need_model()))
     GpuIndex(hottest_neurons(firing, n_neurons), len(firing[0]), int(options.vram_budget)).write(out)
@@ -97,7 +100,7 @@ FORMATS = {
     "gguf": Format("a dense GGUF file for stock llama.cpp", read_gguf, write_dense),
     "predictors": Format("a predictor bundle's folder", _read_predictors, _write_predictors),
     "model-pt": Format("PowerInfer's folder of model_N.pt", _read_model_pt, _write_model_pt),
-    "activation": Format("PowerInfer's folder of activation_N.pt", _read_activation, _write_activation),
+    "activation": Format("PowerInfer's folder of activation_N.pt", _read_firing_counts, _write_firing_counts),
     "gpuidx": Format("PowerInfer's .generated.gpuidx file", _read_gpu_index, _write_gpu_index),
     "traces": Format("a folder of traces", _read_traces, None),
     "checkpoint": Format("a Hugging Face checkpoint's folder", read_checkpoint, None),
@@ -111,9 +114,7 @@ def format_of(path: str | Path) -> str:
     """The format that a file or folder has. InputError for none, FormatError for a broken GGUF file."""
     kind = identify(path).kind
     if kind not in FORMATS:
-        raise InputError(
-            "none of the formats that are known", where=path, got=kind, expected=" | ".join(FORMATS)
-        )
+        raise InputError("unknown format", where=path, got=kind, expected=" | ".join(FORMATS))
     return kind
 
 
@@ -127,7 +128,7 @@ def convert(sources: Sequence[str | Path], to: str, out: str | Path, options: Op
     writer = FORMATS[to].write if to in FORMATS else None
     if writer is None:
         targets = [name for name, format in FORMATS.items() if format.write]
-        raise InputError("no format to write", where="--to", got=to, expected=" | ".join(targets))
+        raise InputError("cannot write this format", where="--to", got=to, expected=" | ".join(targets))
     (check_file if to in _FILES else check_replaceable)(out, to, sources)
     formats = [(format_of(source), Path(source)) for source in sources]
     with ExitStack() as stack:

@@ -21,8 +21,8 @@ Convert models, predictors and firing statistics between the formats of hotcold,
   traces       what collect-traces wrote                 (source only)       firing
   checkpoint   a Hugging Face folder                     (source only)       model
 
-The format of a source is seen from what lies there. Several sources complete each other: predictors, model-pt
-and activation go before what a model brings along."""
+The format of each source is detected. Several sources complete each other: predictors, model-pt, and
+activation take precedence over what a model brings along."""
 EXAMPLE = "hotcold convert 7b/ 7b-Predictor/ --allow-pickle --to powerinfer --out 7b.powerinfer.gguf"
 
 _QUANTS = ["q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "f16", "bf16", "f32"]
@@ -33,18 +33,28 @@ _GIB = 1 << 30
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     add = parser.add_argument
-    add("sources", nargs="+", type=Path, metavar="SOURCE", help="files and folders in any of these formats")
+    add("sources", nargs="+", type=Path, metavar="SOURCE", help="file or folder in any of these formats")
     add("--to", required=True, choices=_TARGETS, help="the format to write")
     add("--out", required=True, type=Path, metavar="PATH", help="the file or folder to write")
-    add("--allow-pickle", action="store_true", help="read .pt files, in a process that can do nothing else")
-    add("--quant", choices=_QUANTS, help="type of the matrices (default: that of the source)")
-    add("--head-quant", choices=_QUANTS, help="type of embedding and head (default: that of the source)")
-    add("--predictor-quant", choices=_QUANTS, help="type of the predictors (default: that of the source)")
-    add("--hot-frequency", type=float, metavar="SHARE", help="neurons that fire this often are hot (0.5)")
-    add("--counted-tokens", type=int, metavar="N", help="activation files are counts over N tokens")
+    add("--allow-pickle", action="store_true", help="read .pt files, in a sandboxed process")
+    add("--quant", choices=_QUANTS, help="type of the weight matrices (default: same as the source)")
+    add("--head-quant", choices=_QUANTS, help="type of the embedding and head (default: same as the source)")
+    add("--predictor-quant", choices=_QUANTS, help="type of the predictors (default: same as the source)")
+    add(
+        "--hot-frequency",
+        type=float,
+        metavar="SHARE",
+        help="share of tokens from which on a neuron is hot (default: 0.5)",
+    )
+    add(
+        "--counted-tokens",
+        type=int,
+        metavar="N",
+        help="activation: number of tokens that the firing counts cover",
+    )
     add("--vram-budget", type=float, metavar="GIB", help="gpuidx: GPU memory for neurons, in GiB")
-    add("--attention-rows", action="store_true", help="bundle: write the attention matrices by input too")
-    add("--name", help="the model's name in the files (default: that of the source)")
+    add("--attention-rows", action="store_true", help="bundle: also write the attention matrices by input")
+    add("--name", help="the model's name in the files (default: same as the source)")
 
 
 def run(args: argparse.Namespace) -> int:

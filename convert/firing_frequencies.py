@@ -28,7 +28,10 @@ def firing_frequencies(
     if got != [d_ff] * n_layers:
         shape = (len(found), *sorted(set(got)))
         raise ShapeError(
-            "firing counts of (n_layers, d_ff)", where=folder, got=shape, expected=(n_layers, d_ff)
+            "firing counts have the wrong (n_layers, d_ff)",
+            where=folder,
+            got=shape,
+            expected=(n_layers, d_ff),
         )
     return found
 
@@ -42,7 +45,7 @@ def _read(folder: Path, pickles: bool) -> list[np.ndarray]:
         case "activation":
             return _of_activation_files(folder, pickles)
     fix = "give a bundle with predictors, a trace folder, or a folder of activation_N.pt"
-    raise InputError("nothing here tells how often neurons fire", where=folder, fix=fix)
+    raise InputError("no firing frequencies found", where=folder, fix=fix)
 
 
 def _of_predictors(folder: Path) -> list[np.ndarray]:
@@ -50,7 +53,7 @@ def _of_predictors(folder: Path) -> list[np.ndarray]:
 
     layers = PredictorBundle.load(folder).layers
     if any(layer.firing_frequency is None for layer in layers):
-        raise InputError("these predictors do not tell how often neurons fire", where=folder)
+        raise InputError("these predictors have no firing frequencies", where=folder)
     return [np.asarray(layer.firing_frequency, np.float32) for layer in layers]
 
 

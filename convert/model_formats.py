@@ -46,7 +46,7 @@ def read_bundle(path: Path, parts: Parts, options: Options, stack: ExitStack) ->
     roles = {"powerinfer": "sparse", "gguf": "dense"}
     ready = {format: path / name for format, role in roles.items() for name in manifest.of_role(role)}
     if not ready:
-        raise FormatError("a bundle without GGUF files", where=path)
+        raise FormatError("the bundle has no GGUF files", where=path)
     file = next(iter(ready.values()))
     own = PredictorBundle.load(path / "predictors") if manifest.of_role("predictor") else None
     weights, fingerprint = partial(GGUFCheckpoint, file), manifest.model_fingerprint
@@ -113,12 +113,12 @@ def write_dense(parts: Parts, out: Path, options: Options) -> None:
 
 
 def _say_if_hot_is_lost(model: Model, predictors: PredictorBundle | None) -> None:
-    """A file tells which neurons are hot; what is written is worked out from how often they fire."""
+    """Log if the source has hot neurons but no firing frequencies, from which the output is computed."""
     if predictors is None or model.file is None or predictors.layers[0].firing_frequency is not None:
         return
     if any(len(hot) for hot in hot_sets(model.file, len(predictors.layers))):
-        what = "says which neurons are hot, but not how often they fire"
-        log(f"{model.file.path.name}: {what}: all are predicted now, unless another source tells")
+        what = "lists hot neurons, but no firing frequencies"
+        log(f"{model.file.path.name}: {what}; the output has no hot neurons unless a source has them")
 
 
 def _common(model: Model, options: Options) -> dict[str, Any]:
@@ -137,7 +137,7 @@ def _copied(model: Model, format: str, out: Path, options: Options) -> bool:
 
 
 def _export_options(model: Model, options: Options) -> ExportOptions:
-    """What is not wished otherwise stays as the source has it."""
+    """Options that are not set keep the source's values."""
     default = ExportOptions()
     body = options.quant or _type_of(model.file, "up") or "f16"
     head = options.head_quant or options.quant or _type_of(model.file, "embedding") or body
@@ -157,10 +157,10 @@ def _type_of(file: GGUFFile | None, slot: str) -> str | None:
 
 
 def bytes_per_neuron(model: Model) -> int:
-    """Bytes of one neuron's rows of gate, up and down; InputError where the model is in no GGUF file."""
+    """Bytes of one neuron's rows of gate, up and down; InputError if the model is in no GGUF file."""
     if model.file is None:
-        fix = "give the GGUF file as a source"
-        raise InputError("the size of a neuron depends on its type", fix=fix)
+        fix = "add the GGUF file as a source"
+        raise InputError("the size of a neuron is unknown", fix=fix)
     slots, names = ("gate", "up", "down"), names_in(model.file)
     ends = ("", "_exps", "_t")
     names = {f"{names[slot].format(0)}{end}.weight" for slot in slots if slot in names for end in ends}

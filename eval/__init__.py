@@ -1,1 +1,1 @@
-"""Speed beside the quality that was paid for it: bench, perplexity, roofline, reports."""
+"""Speed and its price in quality: bench, perplexity, roofline, reports."""

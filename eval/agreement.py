@@ -1,7 +1,7 @@
-"""Whether the engines on a device say what the CPU engine says.
+"""Whether the engines on a device agree with the CPU engine.
 
 The CPU engine continues a prompt greedily, and every other engine is given the same tokens one by one. So one
-near tie that falls the other way does not make all that follows incomparable.
+near tie that goes the other way does not make everything after it incomparable.
 """
 
 from __future__ import annotations

@@ -3,12 +3,12 @@
 A shared machine drifts by a third within minutes and every program drifts with it, so the sides take turns
 inside each round, in an order that changes from round to round, and a ratio is the median of the rounds' own
 ratios, with a confidence interval (`Ratio`). So does the read bandwidth: it is measured before and after each
-run of a side, with plain loads and with loads that ask for memory ahead, as the engine's do. The share of it
-that a side reaches is of the best of these readings, since a loop that is slower than the engine would make a
-share of more than all; reported is the median of its runs' own shares. Tokens are those of a text, not random
-ones: how many neurons fire depends on the text. They are fed whatever the engine would have said (teacher
-forcing), so that all sides compute the same positions. Only computing is timed (`Side.seconds`), and one run
-of each side before the first round is not counted.
+run of a side, with plain loads and with prefetching, as in the engine. The share of a side is relative to the
+best of these readings, since a loop slower than the engine would give a share above 100 %; the report has the
+median of its runs' own shares. Tokens are those of a text, not random ones: how many neurons fire depends on
+the text. They are fed independent of the engine's choices (teacher forcing), so that all sides compute the
+same positions. Only computing is timed (`Side.seconds`), and one run of each side before the first round is
+not counted.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from hotcold.progress import Progress
 
 __all__ = ["Plan", "Segment", "bench", "segments"]
 
-_SETTLE_S = 0.02  # idle worker threads of the side before spin for some milliseconds before they sleep
+_SETTLE_S = 0.02  # idle worker threads of the previous side spin for some milliseconds before they sleep
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +73,7 @@ class _Speed:
 
 
 _Round = Mapping[str, _Speed]
-_Reading = tuple[float, float]  # of the read bandwidth in GB/s: plain, and asking ahead
+_Reading = tuple[float, float]  # of the read bandwidth in GB/s: plain, and prefetching
 
 
 def segments(ids: np.ndarray, plan: Plan) -> list[Segment]:
@@ -92,12 +92,12 @@ def bench(
     n_threads: int,
     originals: Mapping[str, Peer | EngineSide] | None = None,
 ) -> Report:
-    """Time all sides on `texts`, then measure the quality of each on `windows`; none where there are none.
+    """Time all sides on `texts`, then measure the quality of each on `windows`; none if there are none.
 
     `peers` are llama.cpp on dense files of the same weights; ratios are to the fastest of them. `truth` names
     the one that computes the same function as ours: KL and same-top-1 are against it, and the other peers,
     which compute something else at the same cost, get no quality. `originals` are the model that was made
-    sparse, in any engine: all rows have their ratios to them as well, and they have a perplexity.
+    sparse, in any engine: all rows also have ratios to them, and they have a perplexity.
     """
     originals = originals or {}
     sides: dict[str, Peer | EngineSide] = {**originals, **peers, **ours}
@@ -139,11 +139,11 @@ def bench(
 
 
 def _check_vocabulary(sides: Mapping[str, Side], truth: str) -> None:
-    """All are fed the same ids."""
+    """All sides get the same ids, so their vocabularies must have the same size."""
     expected = sides[truth].n_vocab
     for name, side in sides.items():
         if side.n_vocab != expected:
-            raise InputError("has another vocabulary", where=name, got=side.n_vocab, expected=expected)
+            raise InputError("the vocabulary size differs", where=name, got=side.n_vocab, expected=expected)
 
 
 def _warm_up(sides: Mapping[str, Side], text: Segment) -> None:
@@ -197,7 +197,7 @@ def _time(side: Side, segment: Segment) -> tuple[float, float]:
 
 
 def _activity(side: EngineSide, texts: Sequence[Segment]) -> Activity:
-    """What was counted in the timed rounds; recall takes a pass more, which looks at what was skipped."""
+    """What was counted in the timed rounds; recall takes another pass, which looks at what was skipped."""
     engine = side.engine
     if engine.mode == "predicted":
         engine.reset_stats()

@@ -1,4 +1,4 @@
-"""`hotcold bench`: tokens/s against llama.cpp, with the quality that was paid for it in the same row."""
+"""`hotcold bench`: tokens/s against llama.cpp, with quality in the same row."""
 
 from __future__ import annotations
 
@@ -22,13 +22,12 @@ if TYPE_CHECKING:
     from hotcold.eval.sides import EngineSide, Peer
 
 HELP = (
-    "Measure tokens/s against llama.cpp, as ratios with confidence intervals. llama.cpp on the dense "
-    "file and hotcold in each mode run in turns, with as many threads, on the same text, fed token by token. "
-    "Each row has its quality: sparsity, recall, perplexity, and the share of equal top tokens and the KL "
-    "divergence against llama.cpp's logits. llama.cpp's speed is that of the faster of two dense files: the "
-    "one that computes the same function, and a plain `llama` file with the same tensors. Bandwidth is what "
-    "the faster of two read loops has beside each run. A model of random weights has no quality, and none is "
-    "shown."
+    "Measure tokens/s against llama.cpp, as ratios with confidence intervals. llama.cpp on the dense file "
+    "and hotcold in each mode take turns on the same text with the same number of threads, one token at a "
+    "time. Each row also shows quality: sparsity, recall, perplexity, the KL divergence from llama.cpp's "
+    "logits, and how often both agree on the top token. llama.cpp runs the faster of two dense files: one "
+    "that computes the same function, and a plain `llama` file with the same tensors. Memory bandwidth is "
+    "measured next to each run, as the better of two read loops. Quality is not shown for random weights."
 )
 EXAMPLE = "hotcold bench --bundle demo/bundle -t 2 -r 7 -o md"
 
@@ -41,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `hotcold bench`; those that llama-bench has bear its names."""
     add_model_arguments(parser).add_argument(
         "--synthetic", metavar="SHAPE",
-        help="random weights: llama-2-7b, llama-2-13b, mistral-7b or smollm2-135m",
+        help="use random weights in the shape of llama-2-7b, llama-2-13b, mistral-7b, or smollm2-135m",
     )  # fmt: skip
     add = parser.add_argument
     add("-t", "--threads", type=int, metavar="N", help="threads (default: all CPUs)")
@@ -50,37 +49,36 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("-n", "--n-gen", type=int, default=64, metavar="N", help="tokens per generation (default 64)")
     add(
         "--modes", "--mode", metavar="LIST",
-        help="of dense, exact, predicted, auto (default: all that the model offers)",
+        help="modes from dense, exact, predicted, auto (default: all that the model offers)",
     )  # fmt: skip
     add(
         "--input-sparsity", type=float, default=0.0, metavar="SHARE",
-        help="also run each mode, loaded once more, with this share of the attention's inputs left out",
+        help="also run each mode with this share of the attention inputs skipped",
     )  # fmt: skip
     add("-o", "--output", default="md", choices=("md", "csv", "json", "jsonl"))
-    add("--save", metavar="FILE", help="write the JSON object to this file too")
+    add("--save", metavar="FILE", help="also write the report as JSON to this file")
     add(
         "--text", default="stdlib", metavar="SRC",
-        help="file, glob or data set id, measured whole; or stdlib (default): the test part of Python's own "
-        "English text, of which nothing was trained or chosen",
+        help="file, glob, or data set id, measured as a whole; or stdlib (default): the test part of the "
+        "English text that comes with Python, which no training or tuning uses",
     )  # fmt: skip
     add(
         "--quality-tokens", type=int, metavar="N",
-        help=f"tokens for perplexity and KL, 0 for none (default {_QUALITY_TOKENS}; of random weights 0)",
+        help=f"tokens for perplexity and KL; 0: skip them (default {_QUALITY_TOKENS}; 0 for random weights)",
     )  # fmt: skip
-    add("--window", type=int, default=512, metavar="N", help="tokens a window of perplexity (default 512)")
+    add("--window", type=int, default=512, metavar="N", help="tokens per perplexity window (default 512)")
     add(
         "--original", metavar="DIR",
-        help="a bundle of the model that this one was made from: its dense file takes turns too, in "
-        "llama.cpp and in hotcold, and every row has its ratios to both",
+        help="a bundle of the model that this one was made from; its dense file also runs, in llama.cpp and "
+        "in hotcold, and every row shows its ratios to both",
     )  # fmt: skip
     add(
         "--gguf", metavar="M",
-        help="the same for a dense GGUF file in llama.cpp, such as that model as it came; or smollm2",
+        help="also run this dense GGUF file in llama.cpp, such as the original model; or smollm2",
     )  # fmt: skip
     add(
         "--llama-bench", metavar="PATH",
-        help="also run this llama-bench of llama.cpp's on the same files, with as many threads and tokens, "
-        "and give its figures for the record",
+        help="also run this llama-bench from llama.cpp on the same files, with as many threads and tokens",
     )  # fmt: skip
     _add_synthetic_arguments(parser.add_argument_group("synthetic models"))
     add_llama_options(parser)
@@ -88,16 +86,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_synthetic_arguments(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
-    add("--layers", type=int, metavar="N", help="layers (default: all of the shape)")
-    add("--sparsity", type=float, default=0.89, metavar="S", help="mean share of idle neurons (default 0.89)")
+    add("--layers", type=int, metavar="N", help="number of layers (default: all)")
+    add(
+        "--sparsity",
+        type=float,
+        default=0.89,
+        metavar="S",
+        help="mean share of neurons that do not fire (default 0.89)",
+    )
     add_quant_argument(group, "; synthetic: q4_0 (default), q8_0, f16 or bf16")
-    add("--predictor-quant", default="q8_0", metavar="Q", help="of the predictors (default q8_0)")
-    add("--predictor-rank", type=int, metavar="R", help="multiple of 64 (default: d_model / 16)")
+    add("--predictor-quant", default="q8_0", metavar="Q", help="type of the predictors (default q8_0)")
+    add(
+        "--predictor-rank",
+        type=int,
+        metavar="R",
+        help="rank of the predictors, a multiple of 64 (default: d_model / 16)",
+    )
     add(
         "--noise", type=float, default=0.36, metavar="X",
-        help="part of a gate that no predictor can know, to 1 that it can (default 0.36)",
+        help="unpredictable part of each gate, relative to the predictable part (default 0.36)",
     )  # fmt: skip
-    add("--cache", metavar="DIR", help="keep the synthetic files here for the next time")
+    add("--cache", metavar="DIR", help="keep the synthetic files in this folder for the next run")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -121,7 +130,7 @@ def run(args: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory(prefix="hotcold-bench-") as scratch:
         report = _measure(args, plan, Path(scratch))
     if args.save:
-        check_file(args.save, "report")  # again, after all this time
+        check_file(args.save, "report")  # again, because time has passed
         storage.write_json(args.save, as_json_object(report))
     print(render(report, args.output), flush=True)
     return 0
@@ -155,7 +164,7 @@ def _measure(args: argparse.Namespace, plan: Plan, scratch: Path) -> Report:
 
 
 def _originals(args: argparse.Namespace, n_ctx: int) -> dict[str, Peer | EngineSide]:
-    """The sides of the model that the bundle was made from, as far as they are asked for."""
+    """The requested sides of the model that the bundle was made from."""
     from hotcold.eval import sides
 
     opened = {}
@@ -170,7 +179,7 @@ def _originals(args: argparse.Namespace, n_ctx: int) -> dict[str, Peer | EngineS
 
 
 def _stock(args: argparse.Namespace, plan: Plan, peers: Mapping[str, Peer]) -> list[StockSpeed]:
-    """What a stock llama-bench says, asked before the turns begin, so that a wrong path costs no minutes."""
+    """The figures of a stock llama-bench, taken first, so that a wrong path fails at once."""
     from hotcold.eval.llama_bench import LlamaBench
 
     if not args.llama_bench:
@@ -182,7 +191,7 @@ def _stock(args: argparse.Namespace, plan: Plan, peers: Mapping[str, Peer]) -> l
 def _real(
     args: argparse.Namespace, plan: Plan, modes: list[str]
 ) -> tuple[Path, np.ndarray, list[np.ndarray]]:
-    """The bundle, the ids to time it on, and the windows of the text before them to judge it on."""
+    """The bundle, the ids to time it on, and the windows of the text before them to evaluate it on."""
     from hotcold.eval import sides, windows
 
     args.path, args.bundle = args.bundle or args.path, model_path(args)
@@ -217,7 +226,7 @@ def _synthetic(
 
 
 def _cut(args: argparse.Namespace, ids: np.ndarray, tokenizer: Tokenizer | None = None) -> list[np.ndarray]:
-    """The windows to judge on, none if quality is not asked for."""
+    """The windows to evaluate on; none if no quality is requested."""
     from hotcold.eval.windows import windows
 
     return windows(ids[: args.quality_tokens], args.window, tokenizer) if args.quality_tokens else []

@@ -1,8 +1,7 @@
 """A stock `llama-bench` on the files that we time llama.cpp on, for the record.
 
 Our own llama.cpp runs in this process, in turns with the other sides, which is what ratios need. A reader may
-ask whether it is as fast there as where everybody times it; this is the answer, by the program that everybody
-uses.
+ask whether it is as fast there as in the program that everybody uses. This is the answer.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ _REPETITIONS = 3
 
 @dataclass(frozen=True, slots=True)
 class LlamaBench:
-    """The program at `path`, with what is asked of it: as many threads and tokens as the other sides have."""
+    """The program at `path`, with as many threads and tokens as the other sides."""
 
     path: str
     n_threads: int
@@ -33,11 +32,11 @@ class LlamaBench:
 
     @property
     def depth(self) -> int:
-        """Tokens in the cache before it times anything: as many as our prompts leave there."""
+        """Tokens in the cache before timing starts: as many as our prompts leave there."""
         return self.n_prompt
 
     def run(self, side: str, model: Path) -> StockSpeed:
-        """Time one file. InputError if the program cannot be run, fails, or answers otherwise."""
+        """Time one file. InputError if the program cannot be run, fails, or prints something unexpected."""
         rows = _parsed(self._output(model), self.path)
         prompt = self._row(rows, self.n_prompt, 0)
         generation = self._row(rows, 0, self.n_gen)
@@ -58,7 +57,7 @@ class LlamaBench:
         except OSError as error:
             raise InputError(
                 error.strerror or str(error), where=f"--llama-bench {self.path}",
-                fix="give the path of llama.cpp's llama-bench",
+                fix="give the path to llama.cpp's llama-bench",
             ) from error  # fmt: skip
         if done.returncode != 0:
             said = (done.stderr.strip() or done.stdout.strip()).splitlines()
@@ -79,7 +78,7 @@ class LlamaBench:
             ):
                 return row
         raise InputError(
-            "llama-bench gave no figure", where=self.path, got=f"{len(rows)} tests",
+            "llama-bench printed no result", where=self.path, got=f"{len(rows)} tests",
             expected=", ".join(f"{name} {value}" for name, value in wanted.items()),
         )  # fmt: skip
 
@@ -92,5 +91,5 @@ def _parsed(output: str, path: str) -> list[Mapping[str, Any]]:
             "llama-bench printed no JSON", where=path, got=output.strip()[:80] or None
         ) from error
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise InputError("llama-bench printed another JSON", where=path, expected="an array of objects")
+        raise InputError("llama-bench printed unexpected JSON", where=path, expected="an array of objects")
     return rows

@@ -1,4 +1,4 @@
-"""What a figure was measured on: a speed without its machine says nothing."""
+"""The machine that a figure was measured on: a speed without its machine means nothing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Quality of one engine or of several on the same windows: perplexity, and the distance to a reference.
+"""Quality of one or several engines on the same windows: perplexity, and the distance to a reference.
 
 Perplexity is exp of the mean negative log-likelihood (nll) over all scored positions. Its standard error is
 ppl · sd(nll) / sqrt(n) (first-order, as llama.cpp's `llama-perplexity` gives it). Against a reference:
@@ -26,7 +26,7 @@ _ROWS = (
 
 @dataclass(frozen=True, slots=True)
 class Quality:
-    """What an engine's distributions are worth. `same_top` (share) and `kl` (nats) need a reference."""
+    """The quality of an engine's distributions. `same_top` (share) and `kl` (nats) need a reference."""
 
     ppl: float
     stderr: float
@@ -53,7 +53,7 @@ class _Tally:
 def perplexity(
     side: Side, windows: Sequence[np.ndarray], on_tokens: Callable[[int], None] = lambda _: None
 ) -> Quality:
-    """Perplexity of one engine; `on_tokens` is told how many tokens were worked, for progress bars."""
+    """Perplexity of one engine; `on_tokens` gets the number of tokens done, for progress bars."""
     return compare({"it": side}, windows, on_tokens=on_tokens)["it"]
 
 
@@ -63,7 +63,7 @@ def compare(
     reference: str | None = None,
     on_tokens: Callable[[int], None] = lambda _: None,
 ) -> dict[str, Quality]:
-    """Quality of each side on the same windows; the others are held against the side named `reference`."""
+    """Quality of each side on the same windows; the others are compared with the side named `reference`."""
     tallies = {name: _Tally() for name in sides}
     for ids in windows:
         truth = _logits(sides[reference], ids) if reference else None
@@ -97,12 +97,14 @@ def _score(tally: _Tally, logits: np.ndarray, targets: np.ndarray, truth: np.nda
 def _mean_divergence(kl: np.ndarray) -> float:
     mean = max(0.0, float(kl.mean()))  # rounding may go below
     if not math.isfinite(mean):
-        raise InputError("the distance is not finite: a token that the reference may say is impossible here")
+        raise InputError(
+            "the KL divergence is not finite: a token that the reference allows has probability 0 here"
+        )
     return mean
 
 
 def _divergence(log_t: np.ndarray, log_p: np.ndarray) -> np.ndarray:
-    """KL of each row, float64: what the reference never says costs nothing, whatever the engine says."""
+    """KL of each row, float64: what the reference never says costs nothing."""
     share = np.exp(log_t)
     difference = np.subtract(log_t, log_p, out=np.zeros_like(log_t), where=share > 0)
     return (share * difference).sum(axis=1, dtype=np.float64)

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 HELP = (
     "Measure perplexity in any mode, with its standard error. Every mode sees the same windows of token ids; "
-    "each window starts from an empty context and is scored from its second token on. No BOS is put in "
-    "unless the tokenizer adds one."
+    "each window starts from an empty context and is scored from its second token on. BOS is added only if "
+    "the tokenizer adds it."
 )
 EXAMPLE = "hotcold perplexity --bundle demo/bundle --mode exact,predicted"
 
@@ -32,25 +32,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_quant_argument(parser)
     parser.add_argument(
         "--mode", "--modes", default="auto", metavar="LIST",
-        help="of dense, exact, predicted, llama.cpp, and auto: the fastest that the model offers (auto); "
-        "dense and exact differ a little where down is quantized: by its rows here, by its columns there",
+        help="modes from dense, exact, predicted, llama.cpp, and auto (default), the fastest that the model "
+        "offers; dense and exact differ slightly where down is quantized, along a different axis in each",
     )  # fmt: skip
     parser.add_argument(
         "--gguf", metavar="M",
-        help="also measure this dense GGUF file in llama.cpp, with the bundle's tokenizer; or smollm2",
+        help="also measure this dense GGUF file (or smollm2) in llama.cpp, with the bundle's tokenizer",
     )  # fmt: skip
     parser.add_argument(
         "--text", default="stdlib", metavar="SRC",
-        help="file, glob or data set id, measured whole; or stdlib (default): the test part of Python's own "
-        "English text, of which nothing was trained or chosen",
+        help="file, glob, or data set id, measured as a whole; or stdlib (default): the test part of the "
+        "English text that comes with Python, which no training or tuning uses",
     )  # fmt: skip
-    parser.add_argument("--tokens", type=int, default=8192, metavar="N", help="tokens of text (default 8192)")
-    parser.add_argument("--window", type=int, default=512, metavar="N", help="tokens a window (default 512)")
+    parser.add_argument(
+        "--tokens", type=int, default=8192, metavar="N", help="number of tokens to measure (default 8192)"
+    )
+    parser.add_argument(
+        "--window", type=int, default=512, metavar="N", help="tokens per window (default 512)"
+    )
     parser.add_argument(
         "--reference", metavar="MODE",
-        help="also measure how far the distributions are from this mode's: mean KL divergence and the share "
-        "of equal most likely tokens. `--mode llama.cpp --reference dense` says what llama.cpp makes of a "
-        "model whose function it lacks",
+        help="also compare the distributions with this mode's: mean KL divergence, and how often both agree "
+        "on the top token. `--mode llama.cpp --reference dense` shows how far off llama.cpp is when it "
+        "cannot compute the model's function",
     )  # fmt: skip
     add_input_sparsity(parser)
     add_llama_options(parser)
@@ -58,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--json",
         action="store_true",
-        help="print one JSON object per mode, the last of them as the last line",
+        help="print one JSON object per mode, one per line",
     )
 
 
@@ -72,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
     known = (*MODES, LLAMA_CPP)
     modes = checked_modes(args.mode, known)
     if args.input_sparsity and LLAMA_CPP in modes:
-        raise InputError("llama.cpp leaves no inputs out", where="--input-sparsity", got=args.input_sparsity)
+        raise InputError("llama.cpp cannot skip inputs", where="--input-sparsity", got=args.input_sparsity)
     reference = checked_modes(args.reference, known)[0] if args.reference else None
     args.threads = thread_count(args.threads)
     args.bundle = model_path(args)

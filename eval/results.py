@@ -1,4 +1,4 @@
-"""What a benchmark found, as plain values: rows of speed with the quality that was paid for it."""
+"""The results of a benchmark, as plain values: rows with speed and quality."""
 
 from __future__ import annotations
 
@@ -31,14 +31,13 @@ class Spread:
 
 @dataclass(frozen=True, slots=True)
 class Ratio(Spread):
-    """A speed over another one, from paired rounds, with a confidence interval for what more rounds would
-    give.
+    """A speed over another one, from paired rounds, with a confidence interval.
 
     The interval is Student's t over the logarithms of the rounds' own ratios, turned back: that of their
     geometric mean (the paired comparison of Georges, Buytaert and Eeckhout, "Statistically rigorous Java
     performance evaluation", OOPSLA 2007, on logarithms, in which a ratio and its inverse weigh the same). It
-    takes rounds as independent, which their order and their own pieces of text are for. Of one round there is
-    none: NaN.
+    assumes independent rounds, which is why each has its own order and piece of text. For one round there is
+    no interval: NaN.
     """
 
     ci_low: float
@@ -72,7 +71,7 @@ class StockSpeed:
 class Activity:
     """What one of our modes computed on the benchmark's tokens; `parts` are bytes per token.
 
-    What a mode does not tell is NaN: a dense one has no sparsity, and only predicted mode predicts.
+    What does not apply to a mode is NaN: dense has no sparsity, and only predicted mode predicts.
     """
 
     sparsity: float
@@ -87,7 +86,7 @@ class Row:
     """One side. Speeds in tokens/s; ratios are to the fastest llama.cpp of each kind, from paired rounds.
 
     `to_originals` has the ratios of generation to the sides of the model that was made sparse, by their
-    names. `share` is that of the read bandwidth beside each run which generation reached.
+    names. `share` is the part of the read bandwidth, measured beside each run, that generation reached.
     """
 
     side: str
@@ -109,7 +108,7 @@ class Report:
     `baseline` and `baseline_prompt` name the rows that the ratios of generation and of prompts are taken to,
     `truth` the llama.cpp that computes the same function as ours. `bandwidth` is the best read bandwidth that
     was measured beside each run, in GB/s, of which `bandwidth_plain` has the readings with plain loads and
-    `bandwidth_prefetching` those that ask for memory ahead. `settings` and `machine` are shown as they are.
+    `bandwidth_prefetching` those with prefetching. `settings` and `machine` are shown as they are.
     """
 
     rows: Sequence[Row]

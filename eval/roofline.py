@@ -1,7 +1,7 @@
 """The ceiling that a decoder can reach on this machine: bytes it must read per token over bytes per second.
 
 Decoding one token reads every weight that the token needs once, and little else matters; so a speed is judged
-by the share of the measured read bandwidth that it comes to. Bytes are of the weights as stored in the file
+by its share of the measured read bandwidth. Bytes are of the weights as stored in the file
 (what any implementation must read) plus the KV cache.
 """
 
@@ -17,7 +17,7 @@ from hotcold.files.gguf_split import open_gguf
 __all__ = ["PARTS", "Roofline", "dense_bytes_per_token", "read_bandwidth"]
 
 PARTS = ("attention", "predictor", "ffn", "head", "kv", "other")
-_PROBE_BYTES = 1 << 28  # several times any last-level cache that we have met
+_PROBE_BYTES = 1 << 28  # several times any last-level cache that we have seen
 _KV_BYTES = 2  # both engines keep keys and values as F16
 
 
@@ -42,7 +42,7 @@ class Roofline:
         return tok_s * self.bytes_per_token / 1e9
 
     def share(self, tok_s: float) -> float:
-        """Share of the ceiling that `tok_s` reaches; above 1 where weights stay in the caches."""
+        """Share of the ceiling that `tok_s` reaches; above 1 if weights stay in the caches."""
         return tok_s / self.ceiling
 
 
@@ -50,8 +50,8 @@ def read_bandwidth(n_threads: int, n_bytes: int | None = None, *, prefetching: b
     """Read bandwidth of the memory in GB/s with `n_threads`, by a loop over `n_bytes`
     (256 MiB).
 
-    Plain loads, as other tools measure it; or with `prefetching` ahead of them, as the engine does, which is
-    faster on some machines. What a machine can give is the larger of both.
+    With plain loads, as other tools measure it, or with `prefetching`, as in the engine, which is faster on
+    some machines. The limit of a machine is the larger of both.
     """
     from hotcold.runtime.cpu import _cpu
 

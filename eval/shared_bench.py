@@ -1,6 +1,6 @@
 """Decoding where CPUs are few or shared: one CPU, a quota, more threads than CPUs, other busy programs.
 
-Every figure is that of a `hotcold run` of its own, as a user would start it. The situations take turns in
+Every figure comes from a separate `hotcold run`, as a user would start it. The situations take turns in
 each round, and a ratio is the median of the rounds' own ratios to the same round's reference.
 """
 
@@ -33,7 +33,8 @@ _NICED = 19
 @dataclass(frozen=True, slots=True)
 class Situation:
     """A way to run: with `threads` asked for (None: none), on so many `cpus` or with a `quota` of so many,
-    beside `busy` endless loops of a `nice` level. `reference` names what it is held against."""
+    beside `busy` endless loops of a `nice` level. `reference` names the situation that it is compared
+    with."""
 
     name: str
     reference: str
@@ -54,7 +55,7 @@ class Result:
 
 
 def situations() -> list[Situation]:
-    """What is measured, each after what it is held against."""
+    """What is measured, each after its reference."""
     n = available_cpus()
     alone, one = f"{n} CPUs", "1 CPU"
     found = [
@@ -71,12 +72,12 @@ def situations() -> list[Situation]:
         with _quota(1.0):
             return found
     except UnsupportedError as error:
-        log(f"left out: {error}")
+        log(f"skipped: {error}")
         return [situation for situation in found if situation.quota is None]
 
 
 def measure(arguments: Sequence[str], chosen: Sequence[Situation], rounds: int) -> list[Result]:
-    """Run `hotcold run ARGUMENTS` in all situations, `rounds` times. StepError where a run fails."""
+    """Run `hotcold run ARGUMENTS` in all situations, `rounds` times. StepError if a run fails."""
     found: dict[str, list[float]] = {situation.name: [] for situation in chosen}
     with Progress("bench-shared", total=rounds * len(chosen), unit="run") as progress:
         for _ in range(rounds):
@@ -113,7 +114,7 @@ def _tokens_per_second(arguments: Sequence[str], situation: Situation) -> float:
 
 @contextmanager
 def _busy(n: int, nice: int) -> Iterator[None]:
-    """`n` processes that do nothing, as fast as they can."""
+    """`n` processes in an endless loop."""
     loop = [sys.executable, "-c", "while True: pass"]
     lower = partial(os.setpriority, os.PRIO_PROCESS, 0, nice) if nice else None
     processes = [subprocess.Popen(loop, preexec_fn=lower) for _ in range(n)]
@@ -127,7 +128,7 @@ def _busy(n: int, nice: int) -> Iterator[None]:
 
 @contextmanager
 def _quota(cpus: float) -> Iterator[Path]:
-    """A cgroup with a quota, gone afterwards. UnsupportedError where none can be made."""
+    """A cgroup with a quota, gone afterwards. UnsupportedError if none can be made."""
     for own, _ in cgroups():
         group = own / f"hotcold-{os.getpid()}"
         try:
@@ -142,7 +143,7 @@ def _quota(cpus: float) -> Iterator[Path]:
         finally:
             group.rmdir()
         return
-    raise UnsupportedError("no cgroup with a CPU quota can be made here", fix="run as root of a cgroup")
+    raise UnsupportedError("cannot create a cgroup with a CPU quota", fix="run as root")
 
 
 def _limit(group: Path, cpus: float) -> None:

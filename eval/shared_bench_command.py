@@ -8,9 +8,9 @@ from hotcold.errors import InputError
 from hotcold.files.json import json_text
 
 HELP = (
-    "Measure how decoding fares on one CPU, under a cgroup quota of one CPU (where cgroups can be made), "
-    "with more threads than CPUs, and beside other busy programs of equal and of low priority, each against "
-    "the same without that. Run it on a machine that does nothing else."
+    "Measure decoding on one CPU, under a cgroup quota of one CPU (where cgroups can be created), with more "
+    "threads than CPUs, and next to busy programs of equal and of low priority. Each situation is compared "
+    "with an undisturbed run. Use a machine that does nothing else."
 )
 EXAMPLE = "hotcold bench-shared --bundle demo/bundle --mode exact"
 
@@ -20,8 +20,16 @@ _PROMPT = "A computer program is"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `hotcold bench-shared`."""
     add = parser.add_argument
-    add("-m", "--model", "--bundle", dest="bundle", required=True, metavar="PATH", help="what `run` takes")
-    add("--mode", default="exact", metavar="M", help="dense, exact or predicted (default: %(default)s)")
+    add(
+        "-m",
+        "--model",
+        "--bundle",
+        dest="bundle",
+        required=True,
+        metavar="PATH",
+        help="a model, as for `hotcold run`",
+    )
+    add("--mode", default="exact", metavar="M", help="dense, exact, or predicted (default: %(default)s)")
     add("-r", "--repetitions", type=int, default=5, metavar="N", help="rounds (default: %(default)s)")
     add("-n", "--n-gen", type=int, default=256, metavar="N", help="tokens per run (default: %(default)s)")
     add("-o", "--output", default="md", choices=("md", "json"))

@@ -1,7 +1,7 @@
-"""One face for everything that is measured: an engine with a stopwatch.
+"""One interface for everything that is measured: an engine with a stopwatch.
 
-A side is hotcold in one mode or llama.cpp. `seconds` grows only while the engine computes, so that making
-batches and looking at logits is charged to no one.
+A side is hotcold in one mode, or llama.cpp. `seconds` grows only while the engine computes, so that preparing
+batches and reading logits is not counted.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ MODES = ("dense", "exact", "predicted", "auto")
 
 
 class Side(Protocol):
-    """What a benchmark asks of an engine. Ids are integers, logits float32."""
+    """What a benchmark needs from an engine. Ids are integers, logits float32."""
 
     n_vocab: int
     n_ctx: int
@@ -108,7 +108,7 @@ def check_offered(modes: Sequence[str], bundle: str | Path) -> None:
 
 
 def chosen_modes(modes: Sequence[str], bundle: str | Path, n_threads: int) -> list[str]:
-    """The same with what `auto` stands for in its place; all that the model offers where there are none."""
+    """The same with `auto` replaced by its choice; all that the model offers if none are given."""
     from hotcold.runtime.auto_mode import choose_mode
 
     model = ModelPath(bundle)
@@ -117,7 +117,7 @@ def chosen_modes(modes: Sequence[str], bundle: str | Path, n_threads: int) -> li
 
 
 def side_name(mode: str, input_sparsity: float) -> str:
-    """What a mode is called in reports."""
+    """The name of a mode in reports."""
     return f"{mode} (attention inputs {1 - input_sparsity:.0%})" if input_sparsity else mode
 
 
@@ -139,6 +139,8 @@ def open_ours(
     bundle: str | Path, mode: str, *, n_threads: int, n_ctx: int, input_sparsity: float = 0.0
 ) -> EngineSide:
     """The part of `open_side` that has no llama.cpp."""
+
+    from hotcold.runtime.cpu.engine import CpuEngine
 
     return EngineSide(CpuEngine.load(bundle, mode, n_threads, n_ctx, input_sparsity))
 

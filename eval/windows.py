@@ -1,8 +1,8 @@
 """The tokens that every engine is measured on: one text, cut once, the same ids for all.
 
 A text becomes one stream of token ids, and the stream is cut into windows of a fixed length; what is left
-over is dropped. Each window starts from an empty context, and every position after its first is scored. No
-BOS token is put in unless the tokenizer itself adds one; then each window begins with it, unscored.
+over is dropped. Each window starts from an empty context, and every position after its first is scored. BOS
+is only added if the tokenizer adds it; each window then begins with it, unscored.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ _CHARS_PER_TOKEN = 16  # more than any tokenizer packs into a token on average
 
 
 def load_tokenizer(bundle: str | Path) -> Tokenizer:
-    """The tokenizer of a bundle or GGUF file. InputError or FormatError where it is missing or broken."""
+    """The tokenizer of a bundle or GGUF file. InputError or FormatError if it is missing or broken."""
     if Path(bundle).is_file():
         return build_tokenizer(open_gguf(bundle))
     path = Path(bundle) / "tokenizer.json"
     if not path.is_file():
-        raise InputError("no such file", where=path, fix="give a folder that `hotcold export` wrote")
+        raise InputError("no such file", where=path, fix="give a bundle from `hotcold export`")
     return read_tokenizer(path)
 
 
 def text_ids(source: str, tokenizer: Tokenizer, n_tokens: int) -> np.ndarray:
     """The first `n_tokens` ids of `source`, int32, without special tokens.
 
-    `stdlib` means its test part, of which nothing was trained or chosen; anything else was given to be
-    measured on, and is taken whole. Raises InputError where the text is too short.
+    `stdlib` means its test part, which no training or tuning uses. Any other source was named to be measured,
+    and is used as a whole. Raises InputError if the text is too short.
     """
     if n_tokens < 1:
         raise InputError("the number of tokens must be positive", got=n_tokens)

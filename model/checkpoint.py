@@ -79,7 +79,9 @@ def resolve(model: str) -> Path:
     if _HUB_ID.fullmatch(model) and path.suffix != ".gguf":
         return _download(model)
     raise InputError(
-        "no such model", where=model, fix=f"give an HF directory, a .gguf file, a hub id, or {_SMOLLM2!r}"
+        "no such model",
+        where=model,
+        fix=f"use a Hugging Face directory, a .gguf file, a hub id, or {_SMOLLM2!r}",
     )
 
 
@@ -97,7 +99,9 @@ def _checked_directory(path: Path) -> Path:
         fix = "merge the adapter first (PEFT's merge_and_unload) and save the whole model"
         raise UnsupportedError("an adapter, not a model", where=path, fix=fix)
     if not (path / "config.json").is_file():
-        raise InputError("no config.json in this folder", where=path, fix="give an HF checkpoint's folder")
+        raise InputError(
+            "no config.json in this folder", where=path, fix="use the folder of a Hugging Face checkpoint"
+        )
     if not any(path.glob("*.safetensors")):
         raise InputError("no *.safetensors in this folder", where=path, fix="save it as safetensors")
     return path
@@ -109,7 +113,7 @@ def _checked_gguf(path: Path) -> Path:
     if magic not in _GGUF_MAGICS:
         raise FormatError(
             "not a GGUF file", where=path, offset=0, field="magic", got=magic, expected="GGUF or PWRI",
-            fix="give an HF directory or a .gguf file",
+            fix="use a Hugging Face directory or a .gguf file",
         )  # fmt: skip
     return path
 
@@ -124,7 +128,7 @@ def _download(model: str) -> Path:
     except Exception as error:  # the hub client has dozens of error classes of several libraries
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(
-            f"neither a file nor a folder here, nor to be had from the hub: {reason}", where=model,
+            f"not a local file or folder, and not available from the hub: {reason}", where=model,
             fix="check the path, or the hub id and the network",
         ) from error  # fmt: skip
 
@@ -159,7 +163,9 @@ def _configuring(path: Path) -> Iterator[None]:
         raise
     except of_values as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise FormatError(f"transformers makes no model of this config: {reason}", where=path) from error
+        raise FormatError(
+            f"transformers cannot build a model from this config: {reason}", where=path
+        ) from error
 
 
 def load_model(model: str, dtype: str = "float32") -> PreTrainedModel:

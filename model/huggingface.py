@@ -75,7 +75,7 @@ class HFCheckpoint:
         for file, original in self._files.values():
             file.check_floats(original)
         if prefixes:
-            log(f"{self.path.name}: {' and '.join(prefixes)} taken off the names of its tensors")
+            log(f"{self.path.name}: {' and '.join(prefixes)} removed from the names of its tensors")
         self._settle_head()
 
     def _refuse_quantized(self) -> None:
@@ -97,7 +97,7 @@ class HFCheckpoint:
         if head[0].same(head[1], *embedding):
             del self._files[f"{names['head']}.weight"]
         else:
-            log(f"{self.path.name}: its config ties the head to the embedding, but it has a head of its own")
+            log(f"{self.path.name}: a separate head overrides the tied embedding of its config")
             self.config["tie_word_embeddings"] = False
 
     @property

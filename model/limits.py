@@ -1,7 +1,7 @@
-"""What a model can be asked: token ids that its embedding has, and no more positions than it has learned.
+"""What a model accepts: token ids that its embedding has, and no more positions than it has learned.
 
-Every place where ids meet a table of weights asks here first, as the table itself would answer with an
-IndexError, or on a GPU with the end of the process.
+Call these before ids index a table of weights: the table would raise a bare IndexError, or on a GPU end the
+process.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ __all__ = ["check_ids", "check_tokenizer", "check_tokens", "check_window", "n_em
 
 
 def check_ids(ids: np.ndarray, n_vocab: int) -> None:
-    """Raise InputError for a token id that an embedding of `n_vocab` rows has not."""
+    """Raise InputError for a token id that is not in an embedding of `n_vocab` rows."""
     if ids.size and (ids.min() < 0 or ids.max() >= n_vocab):
         worst = int(ids.max() if ids.min() >= 0 else ids.min())
         raise InputError("token id outside of the vocabulary", got=worst, expected=f"0 to {n_vocab - 1}")
@@ -36,7 +36,7 @@ def n_embeddings(model: PreTrainedModel) -> int:
 def check_tokens(tokens: np.ndarray, position: int, n_ctx: int, n_vocab: int) -> None:
     """Raise InputError for tokens [n] that an engine cannot append at `position`."""
     if tokens.ndim != 1 or not len(tokens):
-        raise InputError("no tokens to compute")
+        raise InputError("no tokens given")
     if position + len(tokens) > n_ctx:
         got, limit = position + len(tokens), f"at most {n_ctx}"
         raise InputError("the context is full", got=got, expected=limit, fix="raise it with -c")
@@ -44,17 +44,25 @@ def check_tokens(tokens: np.ndarray, position: int, n_ctx: int, n_vocab: int) ->
 
 
 def check_tokenizer(tokenizer: Tokenizer, model: PreTrainedModel) -> None:
-    """Raise InputError where the tokenizer has tokens that the model has no embeddings for."""
+    """Raise InputError if the tokenizer has tokens that the model has no embeddings for."""
     rows = n_embeddings(model)
     largest = max(tokenizer.get_vocab().values(), default=0)
     if largest >= rows:
-        fix = "the tokenizer is another model's, or tokens were added to it alone"
-        raise InputError("more tokens than embeddings", got=largest + 1, expected=rows, fix=fix)
+        fix = "use the model's own tokenizer, or resize the embeddings"
+        raise InputError(
+            "the tokenizer has more tokens than the model has embeddings",
+            got=largest + 1,
+            expected=rows,
+            fix=fix,
+        )
 
 
 def check_window(model: PreTrainedModel, length: int) -> None:
     """Raise InputError for more tokens in a row than the model has learned positions for."""
     most = learned_positions(model)
     if most is not None and length > most:
-        what, fix = "the model has no positions for so long a window", "lower it with --window"
+        what, fix = (
+            "the window is longer than the positions that the model has learned",
+            "lower it with --window",
+        )
         raise InputError(what, got=length, expected=f"at most {most}", fix=fix)

@@ -203,7 +203,9 @@ def read_config(folder: Path) -> _Config:
     path = folder / "config.json"
     if not path.is_file():
         raise InputError(
-            "no predictors here (no config.json)", where=folder, fix="make them with train-predictors"
+            "no predictors in this folder (no config.json)",
+            where=folder,
+            fix="make them with train-predictors",
         )
     return parse_config(parse_json(path.read_bytes(), path), path)
 

@@ -19,7 +19,7 @@ __all__ = ["downloaded", "pushed"]
 def downloaded(source: str | Path, files: Sequence[str], **options: Any) -> Path:
     """The folder `source`, or the cached download of the repository of that name.
 
-    `options` are those of `huggingface_hub.snapshot_download`. InputError where the hub does not give it.
+    `options` are those of `huggingface_hub.snapshot_download`. InputError if the hub does not provide it.
     """
     if Path(source).is_dir() or Path(source).is_absolute():
         return Path(source)
@@ -38,7 +38,7 @@ def pushed(
     private: bool | None = None,
     commit_message: str = "Upload activation predictors",
 ) -> None:
-    """Upload files of `folder` as a model repository, made if need be. InputError if the hub refuses."""
+    """Upload files of `folder` as a model repository, created if necessary. InputError if the hub refuses."""
     from huggingface_hub import HfApi
 
     with _hub_errors(repo_id):
@@ -56,4 +56,6 @@ def _hub_errors(repo_id: str) -> Iterator[None]:
     except Exception as error:  # the hub client has dozens of error classes of several libraries
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         fix = "check the path, or the hub id and the network"
-        raise InputError(f"neither a folder here nor on the hub: {reason}", where=repo_id, fix=fix) from error
+        raise InputError(
+            f"neither a local folder nor on the hub: {reason}", where=repo_id, fix=fix
+        ) from error

@@ -1,4 +1,4 @@
-"""Reading files that others wrote: whatever is wrong with one becomes a FormatError with file and field."""
+"""Read files that others wrote: every problem becomes a FormatError with file and field."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 
 def from_fields(cls: type[T], values: Mapping[str, Any], path: Path, prefix: str = "") -> T:
-    """Make a dataclass of ints and strings; every field must be there, with its type, and no other."""
+    """Make a dataclass of ints and strings; every field must be present, with its type, and no others."""
     kinds = get_type_hints(cls)
     for name in (*kinds, *values):
         kind, got = kinds.get(name), values.get(name)

@@ -1,9 +1,9 @@
 """`--mode auto`: the fastest of the modes that a model offers, measured once per model and machine.
 
-Which one wins depends on row length, sparsity and memory bandwidth: predictors pay for themselves on wide
-models and cost more than they save on narrow ones. So it is measured. As the modes round differently, the
-answer is kept in the user's cache under the content of the model, hotcold's version and the CPU: so that
-greedy decoding gives one text per model and machine, whatever the number of threads was that first time.
+Which one wins depends on row length, sparsity, and memory bandwidth: predictors pay off on wide models and
+cost more than they save on narrow ones. So it is measured. Since the modes round differently, the answer is
+kept in the user's cache under the content of the model, hotcold's version, and the CPU. So greedy decoding
+gives one text per model and machine, regardless of the number of threads at the first time.
 """
 
 from __future__ import annotations
@@ -37,18 +37,20 @@ _WAITING = "auto mode: another process is measuring this model; waiting for it"
 
 
 def choose_mode(model: ModelPath, n_threads: int | None) -> str:
-    """One of the modes that the model offers, from the cache or from a measurement of a second or two; says
-    which, and why."""
+    """Choose one of the modes that the model offers, from the cache or from a measurement of a second or two,
+    and log it with the reason."""
     if len(model.modes) == 1:
         mode = model.modes[0]
-        log(f"auto mode: {mode}, which is all that {model.name} offers")
+        log(f"auto mode: {mode}, the only mode that {model.name} offers")
         return mode
     record = _record(model)
     mode, speeds = _remembered(record, model.modes)
-    when = "measured before"
+    when = "measured earlier"
     if not mode:
         with cache.exclusive(record.with_suffix(""), _WAITING, needed=False):
-            mode, speeds = _remembered(record, model.modes)  # what another process has found meanwhile
+            mode, speeds = _remembered(
+                record, model.modes
+            )  # another process may have measured it in the meantime
             if not mode:
                 mode, speeds, when = *_measured(model, n_threads, record), "measured now"
     told = ", ".join(f"{name} {speed:.1f}" for name, speed in speeds.items())
@@ -78,19 +80,19 @@ def _measured(model: ModelPath, n_threads: int | None, record: Path) -> tuple[st
     try:
         write_json(record, {"mode": mode, "tok_s": speeds, "source": str(model.path)})
     except StorageError as error:
-        log(f"auto mode: not remembered, {error}")
+        log(f"auto mode: could not save the result: {error}")
     return mode, speeds
 
 
 def _tokens_per_second(model: ModelPath, n_threads: int | None) -> dict[str, float]:
-    """Medians of passes over the same tokens, the modes in turns, so that a busy moment meets all of them."""
+    """Medians of passes over the same tokens, in turns, so that a busy moment affects all modes."""
     groups = [model.modes] if _fit(model) else [[mode] for mode in model.modes]
     races = [_race(_open(model, modes, n_threads)) for modes in groups]
     return {mode: speed for race in races for mode, speed in race.items()}
 
 
 def _fit(model: ModelPath) -> bool:
-    """Whether the weights of all modes fit into half of the free memory at once."""
+    """Whether the weights of all modes fit in half of the free memory together."""
     files = [path for mode in model.modes for path in open_gguf(model.file_for(mode)).paths]
     return 2 * sum(path.stat().st_size for path in files) < available_memory()
 
@@ -98,7 +100,7 @@ def _fit(model: ModelPath) -> bool:
 def _open(model: ModelPath, modes: Sequence[str], n_threads: int | None) -> dict[str, Engine]:
     from hotcold.runtime.cpu.engine import CpuEngine
 
-    log(f"auto mode: measuring {', '.join(modes)} of {model.name}, once on this machine")
+    log(f"auto mode: measuring {', '.join(modes)} for {model.name}, once per machine")
     n_ctx = _PROMPT + _TOKENS
     rows = model.input_rows(any_share=False)
     return {mode: CpuEngine(model.file_for(mode), mode, n_threads, n_ctx, input_rows=rows) for mode in modes}

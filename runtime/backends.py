@@ -51,7 +51,7 @@ class BackendOptions:
         if self.backend not in BACKENDS:
             raise InputError("unknown backend", got=self.backend, expected=" | ".join(BACKENDS))
         if self.input_sparsity and self.backend != "cpu":
-            raise InputError("--input-sparsity is for the cpu backend", got=self.backend)
+            raise InputError("--input-sparsity requires the cpu backend", got=self.backend)
 
     @classmethod
     def of(cls, args: argparse.Namespace) -> Self:
@@ -64,32 +64,33 @@ def add_backend_arguments(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add(
         "--backend", choices=BACKENDS, default="cpu",
-        help="cpu; gpu: all on GPUs; hybrid: hot neurons there, cold ones on the CPU (%(default)s)",
+        help="cpu; gpu: everything on GPUs; hybrid: hot neurons on GPUs, cold ones on the CPU (%(default)s)",
     )  # fmt: skip
     add(
         "--device", default="cuda", metavar="LIST",
-        help="cuda: as many GPUs as are needed; cuda:1; cuda:0,cuda:1: layers go there in this order; cpu or "
-        "cpu,cpu: torch stands in for GPUs (%(default)s)",
+        help="cuda: as many GPUs as needed; cuda:0,cuda:1: these GPUs, filled with layers in this order; "
+        "cpu or cpu,cpu: torch on the CPU stands in for GPUs (%(default)s)",
     )  # fmt: skip
     add(
         "--vram-budget", default="auto", metavar="SIZES",
-        help="gpu, hybrid: memory to use, such as 6G on each device (without a unit: GiB), or 6G,4G; auto: "
-        "all that is free",
+        help="gpu, hybrid: memory to use per device, such as 6G, or 6G,4G for two devices (default unit: "
+        "GiB); auto: all free memory (%(default)s)",
     )  # fmt: skip
     add("--place", metavar="FILE", help="hybrid: use this plan, or PowerInfer's .gpuidx")
     add(
         "--firing", metavar="DIR",
-        help="hybrid: traces, predictors, or activation_N.pt that tell what is hot (the bundle's predictors)",
+        help="hybrid: traces, predictors, or activation_N.pt files with firing frequencies (default: the "
+        "bundle's predictors)",
     )  # fmt: skip
     add_input_sparsity(group)
-    add("--allow-pickle", action="store_true", help="--firing may hold pickles; they are read in a sandbox")
+    add("--allow-pickle", action="store_true", help="allow pickles in --firing; they are read in a sandbox")
 
 
 def add_input_sparsity(group: argparse._ActionsContainer) -> None:
     """Declare `--input-sparsity`."""
     group.add_argument(
         "--input-sparsity", type=float, default=0.0, metavar="SHARE",
-        help="cpu: leave out this share of the attention matrices' inputs, the smallest; it costs quality "
+        help="cpu: skip this share of the attention matrices' inputs, the smallest ones; costs quality "
         "(%(default)s)",
     )  # fmt: skip
 
@@ -171,7 +172,7 @@ def make_placement(
 def _frequencies(
     bundle: str | Path, n_layers: int, d_ff: int, options: BackendOptions
 ) -> Sequence[np.ndarray] | None:
-    """How often each neuron fires; None, with a word about it, where nothing tells."""
+    """How often each neuron fires; logs it and returns None if that is unknown."""
     from hotcold.convert.firing_frequencies import firing_frequencies
 
     if options.firing:
@@ -179,9 +180,7 @@ def _frequencies(
     try:
         return firing_frequencies(bundle, n_layers, d_ff)
     except InputError:
-        log(
-            "nothing tells how often neurons fire, so they are placed as if all were alike; --firing can tell"
-        )
+        log("firing frequencies are unknown: all neurons are treated alike; pass --firing to provide them")
         return None
 
 
@@ -200,4 +199,4 @@ def _save(placement: Placement, bundle: str | Path, mode: str) -> None:
         save_placement(placement, saved, _fingerprint(open_gguf(path)))
         log(f"plan: {saved}")
     except StorageError as error:
-        log(f"the plan is not saved: {error}")
+        log(f"could not save the plan: {error}")

@@ -1,4 +1,4 @@
-"""What stands behind a model's name, and which of its files serves which mode: one answer for every command.
+"""What a model's name refers to, and which of its files serves which mode: one answer for every command.
 
 A model is a bundle's folder, a GGUF file, or one of the names that `hotcold.model.checkpoint` knows. A GGUF
 file runs as it is. A Hugging Face checkpoint becomes a bundle in the user's cache first.
@@ -29,7 +29,7 @@ QUANT = "q8_0"  # of checkpoints that are run
 def find_model(name: str | Path, quant: str | None = None) -> Path:
     """The bundle's folder or the GGUF file of a model; a checkpoint is converted to `quant`.
 
-    Raises InputError for what is no model, or has a type already, and what conversion raises.
+    Raises InputError for what is not a model or already has a type, and what conversion raises.
     """
     from hotcold.model.checkpoint import resolve
     from hotcold.runtime.model_cache import cached_bundle
@@ -39,15 +39,17 @@ def find_model(name: str | Path, quant: str | None = None) -> Path:
     path = Path(name).expanduser()
     if not (path.is_dir() and identify(path).kind == "bundle"):
         if path.is_dir() and not (path / "config.json").is_file():
-            what, fix = "neither a bundle nor a checkpoint", "`hotcold export` writes a bundle"
+            what, fix = "neither a bundle nor a checkpoint", "create a bundle with `hotcold export`"
             expected = f"{MANIFEST}, or config.json and *.safetensors"
             raise InputError(what, where=path, expected=expected, fix=fix)
         path = resolve(str(name))
         if path.is_dir():
             return cached_bundle(path, str(name), quant or QUANT)
     if quant:
-        fix = "`hotcold export` or `hotcold convert` writes another"
-        raise InputError("this model's types are what they are", where=path, got=f"--quant {quant}", fix=fix)
+        fix = "create another file with `hotcold export` or `hotcold convert`"
+        raise InputError(
+            "the weights of this model already have their types", where=path, got=f"--quant {quant}", fix=fix
+        )
     return path
 
 
@@ -60,12 +62,12 @@ class ModelPath:
 
     @property
     def name(self) -> str:
-        """What people call it."""
+        """The model's name for display."""
         return self.path.name if self.is_file else _manifest(self.path).name
 
     @cached_property
     def modes(self) -> list[str]:
-        """Those of MODES that it offers. Raises InputError, FormatError for what is no model."""
+        """Those of MODES that it offers. Raises InputError or FormatError for what is not a model."""
         if self.is_file:
             return _modes_of(open_gguf(self.path))
         manifest = _manifest(self.path)
@@ -84,7 +86,7 @@ class ModelPath:
         )
 
     def _offers(self, mode: str) -> bool:
-        """A bundle's dense file can be used whatever is wrong with the other."""
+        """A bundle's dense file can be used even if the other one is broken."""
         if mode == "dense" and not self.is_file:
             return bool(_manifest(self.path).of_role("dense"))
         return mode in self.modes
@@ -105,7 +107,7 @@ class ModelPath:
         return file_of_role(self.path, wanted[0]) if wanted else None
 
     def content(self) -> str:
-        """A hash over all that is in it: the manifest's own, or that of the GGUF file."""
+        """A hash over its content: the manifest's own, or that of the GGUF file."""
         from hotcold.cache import sha256
 
         if self.is_file:
@@ -122,25 +124,25 @@ def _modes_of(file: GGUFFile) -> list[str]:
 
 def _refuse(path: Path, mode: str, offered: Sequence[str]) -> NoReturn:
     fix = {
-        "dense": "a bundle has a dense file too: `hotcold convert --to bundle` writes one",
-        "exact": "`hotcold export` of a model with exact zeros offers it; `hotcold sparsify` makes one",
-        "predicted": "`hotcold train-predictors` makes predictors, `hotcold export --predictors` adds them",
+        "dense": "add a dense file with `hotcold convert --to bundle`",
+        "exact": "export a model with exact zeros, such as one from `hotcold sparsify`",
+        "predicted": "train predictors with `hotcold train-predictors`, and pass them to `hotcold export`",
     }[mode]
-    what = "this model does not offer the mode"
+    what = "this model does not offer this mode"
     raise InputError(what, where=path, got=mode, expected=" or ".join(offered), fix=fix)
 
 
 def _manifest(bundle: Path) -> Manifest:
     if identify(bundle).kind != "bundle":
-        fix = "`hotcold export` writes one"
+        fix = "create one with `hotcold export`"
         raise InputError(f"not a bundle: no {MANIFEST}", where=bundle, fix=fix)
     return Manifest.read(bundle)
 
 
 def file_of_role(bundle: str | Path, *roles: str) -> Path:
-    """The file that has the first of these roles that the bundle has at all.
+    """The file with the first of these roles that the bundle has.
 
-    Raises InputError where there is no bundle or no such file, FormatError where its manifest is broken.
+    Raises InputError if there is no bundle or no such file, FormatError if its manifest is broken.
     """
     manifest = _manifest(Path(bundle))
     names = [name for role in roles for name in manifest.of_role(role)]

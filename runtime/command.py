@@ -23,14 +23,14 @@ if TYPE_CHECKING:
 __all__ = ["EXAMPLE", "HELP", "add_arguments", "run"]
 
 HELP = (
-    "Generate text, streaming. Options are named as in llama.cpp. A GGUF file runs as it is; a Hugging Face "
-    "model is converted into a bundle first, which is kept (`hotcold cache`)."
+    "Generate text. Options have the same names as in llama.cpp. A GGUF file runs as it is; a Hugging Face "
+    "model is first converted into a bundle, which is kept in a cache (`hotcold cache`)."
 )
 EXAMPLE = 'hotcold run --bundle demo/bundle -p "Once upon a time" -n 64 --temp 0'
 
 _INTERRUPTED = 130
 _MOST = (1 << 31) - 1
-_RANDOM_SEED = (1 << 32) - 1  # llama.cpp's way to say -1
+_RANDOM_SEED = (1 << 32) - 1  # what llama.cpp takes for -1
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,55 +38,75 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
     add_quant_argument(parser)
     prompt = parser.add_mutually_exclusive_group()
-    prompt.add_argument("-p", "--prompt", help=r"the text to go on from; \n in it is a new line")
+    prompt.add_argument("-p", "--prompt", help=r"text to continue; \n stands for a newline")
     prompt.add_argument("-f", "--file", metavar="FILE", help="read the prompt from a UTF-8 file")
     parser.add_argument("-e", "--escape", action="store_true", default=True, help=argparse.SUPPRESS)
+    parser.add_argument("--no-escape", dest="escape", action="store_false", help=r"do not interpret \n in -p")
     parser.add_argument(
-        "--no-escape", dest="escape", action="store_false", help=r"take \n in -p for two characters"
+        "-cnv", "--chat", action="store_true", help="format the prompt with the model's chat template"
     )
     parser.add_argument(
-        "-cnv", "--chat", action="store_true", help="ask the prompt through the chat template"
-    )
-    parser.add_argument(
-        "-n", "--n-predict", type=int, default=-1, help="tokens to generate; -1: until the end"
+        "-n",
+        "--n-predict",
+        type=int,
+        default=-1,
+        help="tokens to generate; -1: until the text ends (%(default)s)",
     )
     parser.add_argument(
         "-c",
         "--ctx-size",
         type=int,
         default=2048,
-        help="context size in tokens; 0: the model's (%(default)s)",
+        help="context size in tokens; 0: the model's own (%(default)s)",
     )
-    parser.add_argument("-t", "--threads", type=int, help="threads (the engine's choice)")
+    parser.add_argument("-t", "--threads", type=int, help="threads (default: all CPUs)")
     modes = ("auto", "predicted", "exact", "dense")
     parser.add_argument(
         "--mode", choices=modes, default="auto",
-        help="which neurons to compute: all, those that fire, or the predicted ones; auto: the fastest that "
-        "the model offers, measured once (%(default)s)",
+        help="which neurons to compute: dense: all, exact: those that fire, predicted: those predicted to "
+        "fire; auto: whichever is fastest for this model, measured once (%(default)s)",
     )  # fmt: skip
-    parser.add_argument("--ignore-eos", action="store_true", help="go on after the end-of-text token")
-    parser.add_argument("--no-display-prompt", action="store_true", help="print only what is generated")
+    parser.add_argument("--ignore-eos", action="store_true", help="continue past the end-of-text token")
+    parser.add_argument("--no-display-prompt", action="store_true", help="print only the generated text")
     _add_sampling(parser.add_argument_group("sampling"))
     group = parser.add_argument_group("where to compute")
     add_backend_arguments(group)
-    group.add_argument("--dry-run", action="store_true", help="hybrid: print the plan and load nothing")
+    group.add_argument("--dry-run", action="store_true", help="hybrid: print the plan and exit")
     add_llama_options(parser, generates=True)
 
 
 def _add_sampling(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--temp", type=float, default=0.8, help="temperature; 0: greedy (%(default)s)")
-    group.add_argument("--top-k", type=int, default=40, help="likeliest tokens kept; 0: all (%(default)s)")
-    group.add_argument("--top-p", type=float, default=0.95, help="probability kept; 1: all (%(default)s)")
     group.add_argument(
-        "--min-p", type=float, default=0.05, help="least odds against the likeliest (%(default)s)"
+        "--top-k", type=int, default=40, help="keep only the k most likely tokens; 0: all (%(default)s)"
     )
     group.add_argument(
-        "--repeat-penalty", type=float, default=1.0, help="divides recent logits (%(default)s)"
+        "--top-p",
+        type=float,
+        default=0.95,
+        help="keep the most likely tokens up to this total probability; 1: all (%(default)s)",
     )
     group.add_argument(
-        "--repeat-last-n", type=int, default=64, help="tokens it looks back; -1: all (%(default)s)"
+        "--min-p",
+        type=float,
+        default=0.05,
+        help="drop tokens below this fraction of the top probability (%(default)s)",
     )
-    group.add_argument("-s", "--seed", type=int, default=-1, help="seed; -1: a new one (%(default)s)")
+    group.add_argument(
+        "--repeat-penalty",
+        type=float,
+        default=1.0,
+        help="penalty on recently used tokens; 1: none (%(default)s)",
+    )
+    group.add_argument(
+        "--repeat-last-n",
+        type=int,
+        default=64,
+        help="number of recent tokens to penalize; -1: all (%(default)s)",
+    )
+    group.add_argument(
+        "-s", "--seed", type=int, default=-1, help="random seed; -1: a new one each time (%(default)s)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -123,13 +143,13 @@ def _print_plan(args: argparse.Namespace) -> int:
 
     options = BackendOptions.of(args)
     if options.backend != "hybrid":
-        raise InputError("--dry-run prints the plan of a hybrid run", fix="add --backend hybrid")
+        raise InputError("--dry-run requires the hybrid backend", fix="add --backend hybrid")
     print(plan_table(make_placement(args.bundle, args.mode, args.threads, args.ctx_size, options)))
     return 0
 
 
 def _check(args: argparse.Namespace) -> None:
-    """Refuse numbers out of range, and give llama.cpp's special ones their meaning."""
+    """Check ranges, and translate llama.cpp's special values."""
     for option, value, least, most in (("-n", args.n_predict, -2, None), ("-c", args.ctx_size, 0, _MOST)):
         if value < least or (most and value > most):
             expected = f"{least} to {most}" if most else f"{least} or more"
@@ -160,7 +180,7 @@ def _sampling_params(args: argparse.Namespace) -> SamplingParams:
     from hotcold.runtime.generation.sampling import SamplingParams
 
     return SamplingParams(
-        temp=max(args.temp, 0.0),  # below: greedy, as in llama.cpp, and all tokens
+        temp=max(args.temp, 0.0),  # negative means greedy, and for top_k all tokens, as in llama.cpp
         top_k=max(args.top_k, 0),
         top_p=args.top_p,
         min_p=args.min_p,
@@ -175,7 +195,7 @@ def _print(text: str) -> None:
 
 
 def _stream(generation: Generation, vocabulary: Vocabulary) -> bool:
-    """Print the text as it comes; whether Ctrl-C ended it."""
+    """Print the text as it is generated; return whether Ctrl-C ended it."""
     from hotcold.runtime.generation.vocabulary import TextStream
 
     stream = TextStream(vocabulary.tokenizer)
@@ -193,7 +213,7 @@ def _report(
     generation: Generation, engine: Engine | GpuEngine, sampler: Sampler, input_sparsity: float
 ) -> None:
     if generation.stopped_by == "context":
-        log(f"stopped: the context of {engine.n_ctx} tokens is full; -c raises it")
+        log(f"stopped: the context of {engine.n_ctx} tokens is full; raise it with -c")
     prompt = f"{generation.n_prompt} tokens{_rate(generation.n_prompt, generation.prompt_seconds)}"
     generated = f"{generation.n_generated} tokens{_rate(generation.n_decoded, generation.decode_seconds)}"
     seed = f", seed {sampler.seed}" if sampler.params.temp > 0 else ""
@@ -201,11 +221,11 @@ def _report(
     log(f"generation: {generated}{seed}")
     log(f"neurons:    {_neurons(engine.stats(), engine.mode)} ({engine.mode} mode, -t {engine.n_threads})")
     if input_sparsity:
-        log(f"inputs:     {input_sparsity:.1%} of those of the attention matrices left out")
+        log(f"inputs:     {input_sparsity:.1%} of the attention inputs skipped")
     elif left_out := engine.stats().input_sparsity:
         from hotcold.runtime.stats import show_inputs
 
-        log(f"inputs:     left out by the model's rules: {show_inputs(left_out)}")
+        log(f"inputs:     skipped by the model's rules: {show_inputs(left_out)}")
     if measured := getattr(engine, "measured", None):  # what a hybrid engine tells besides
         for line in measured().lines():
             log(line)
@@ -216,6 +236,6 @@ def _rate(n_tokens: int, seconds: float) -> str:
 
 
 def _neurons(stats: Stats, mode: str) -> str:
-    """What was really computed, over prompt and generation, of all layers' neurons."""
+    """The share of neurons that were computed, over prompt, generation, and all layers."""
     fired = f"{1 - stats.sparsity:.1%} fired"
     return f"{fired}, {1 - stats.predicted_sparsity:.1%} predicted" if mode == "predicted" else fired

@@ -150,4 +150,4 @@ def check_context_size(n_ctx: int) -> None:
     """Raise InputError unless so many tokens can be counted."""
     if not 1 <= n_ctx <= _MOST_TOKENS:
         expected = f"1 to {_MOST_TOKENS} tokens"
-        raise InputError("no such size of a context", got=n_ctx, expected=expected, fix="change -c")
+        raise InputError("context size out of range", got=n_ctx, expected=expected, fix="change -c")

@@ -7,14 +7,14 @@ from pathlib import Path
 
 __all__ = ["add_model_arguments", "add_quant_argument", "model_path"]
 
-_WHAT = "a bundle, a GGUF file (PowerInfer's too), a Hugging Face directory or hub id, or smollm2"
+_WHAT = "a bundle, a GGUF file (PowerInfer's included), a Hugging Face directory or hub id, or smollm2"
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> argparse._MutuallyExclusiveGroup:
-    """Declare the model, by its place or by option; returns the group of what may stand instead."""
+    """Declare the model, as a positional or an option; returns the group, for alternatives to it."""
     group = parser.add_mutually_exclusive_group(required=True)
     group.add_argument("path", nargs="?", metavar="MODEL", help=_WHAT)
-    group.add_argument("-m", "--model", "--bundle", dest="bundle", metavar="MODEL", help="the same")
+    group.add_argument("-m", "--model", "--bundle", dest="bundle", metavar="MODEL", help="the same as MODEL")
     return group
 
 
@@ -22,7 +22,7 @@ def add_quant_argument(group: argparse._ActionsContainer, more: str = "") -> Non
     """Declare the type of a checkpoint's matrices."""
     group.add_argument(
         "--quant", metavar="Q",
-        help=f"a Hugging Face model is converted to this first: q8_0 (default), q4_0, f16, …{more}",
+        help=f"type to convert a Hugging Face model to: q8_0 (default), q4_0, f16, …{more}",
     )  # fmt: skip
 
 

@@ -1,8 +1,9 @@
-"""Bundles of Hugging Face checkpoints, made when one is to be run and kept in the user's cache.
+"""Bundles of Hugging Face checkpoints, created when a checkpoint is run, and kept in the user's cache.
 
-An entry is known by the content of the checkpoint, the quantization and hotcold's version, so that it is
-made again when one of them changes. It counts once its record is there, which is written last. While a
-process runs a bundle it holds a lock on it; the least recently used of the others go when the cache is full.
+The key of an entry is the content of the checkpoint, the quantization, and hotcold's version, so it is
+created again when one of them changes. An entry counts once its record exists, which is written last. A
+process that runs a bundle holds a lock on it; the least recently used of the others are removed when the
+cache is full.
 """
 
 from __future__ import annotations
@@ -24,13 +25,13 @@ _LIMIT = "HOTCOLD_CACHE_LIMIT"
 
 
 def cached_bundle(checkpoint: Path, source: str, quant: str) -> Path:
-    """The bundle of an HF directory, with matrices of type `quant`; made now if it is not there.
+    """The bundle of an HF directory, with matrices of type `quant`; created now if it does not exist.
 
-    `source` is what the user calls the model. Raises what `export_bundle` raises.
+    `source` is the user's name for the model. Raises what `export_bundle` raises.
     """
     key = cache.digest(_content(checkpoint), quant, __version__)
     bundle = cache.folder("models") / key
-    waiting = f"waiting for another process that converts {source}"
+    waiting = f"waiting for another process to convert {source}"
     while True:
         cache.hold(bundle, waiting)
         if _is_whole(bundle):
@@ -53,7 +54,7 @@ def _record(bundle: Path) -> Path:
 
 
 def _is_whole(bundle: Path) -> bool:
-    """Whether the record is there, and each file with the size that the manifest gives it."""
+    """Whether the record exists, and each file has the size that the manifest says."""
     from hotcold.convert.bundle.manifest import Manifest
     from hotcold.errors import HotcoldError
 
@@ -72,10 +73,10 @@ def _make(bundle: Path, checkpoint: Path, source: str, quant: str) -> None:
     from hotcold.model.checkpoint import fingerprint
     from hotcold.model.huggingface import HFCheckpoint
 
-    log(f"converting {source} to {quant}, once; `hotcold cache` has more")
+    log(f"converting {source} to {quant}; the result is kept in the cache (see `hotcold cache`)")
     cache.sweep()
     if bundle.is_dir() and not bundle.is_symlink():  # damaged, or killed before its record was written
-        shutil.rmtree(bundle)  # under its key, in the cache, there is nothing but what can be made again
+        shutil.rmtree(bundle)  # in the cache, under its key, everything can be recreated
     manifest = export_bundle(
         HFCheckpoint(checkpoint),
         bundle,
@@ -90,18 +91,18 @@ def _make(bundle: Path, checkpoint: Path, source: str, quant: str) -> None:
 
 
 def _plain_name(source: str) -> str:
-    """The model's own name as the base name of files."""
+    """The model's name as the base name of files."""
     return re.sub(r"[^\w.+-]", "_", Path(source).resolve().name).lstrip("._+-") or "model"
 
 
 def limit() -> int:
     """Bytes that bundles may take: HOTCOLD_CACHE_LIMIT, or 50 GiB, or a tenth of the free disk if that is
-    less. InputError for what is no size."""
+    less. Raises InputError if it is not a size."""
     if text := os.environ.get(_LIMIT):
         return parse_bytes(text)
     folder = cache.folder("models")
     there = next(path for path in (folder, *folder.parents) if path.exists())
-    # What the cache has taken would be free without it.
+    # What the cache occupies would be free without it.
     return min(_MOST, (shutil.disk_usage(there).free + _taken()) // _SHARE)
 
 
@@ -116,8 +117,8 @@ def make_room(but: Path | None = None) -> None:
         if taken <= most:
             return
         if entry.subject != but and cache.remove(entry):
-            log(f"cache: {entry.source} removed, not used for the longest time")
+            log(f"cache: removed {entry.source}, the least recently used model")
             taken -= entry.bytes
     if taken > most:
-        what = f"the models in use take {format_bytes(taken)}, the limit is {format_bytes(most)}"
-        log(f"cache: {what}; {_LIMIT} sets it")
+        what = f"the models in use take {format_bytes(taken)}, more than the limit of {format_bytes(most)}"
+        log(f"cache: {what}; set {_LIMIT} to raise it")

@@ -23,7 +23,7 @@ def parse_bytes(text: str) -> int:
     if not 0 <= value < float("inf"):
         raise InputError("not a size in bytes", got=text, expected="such as 6G, 512M, or auto")
     if not (unit or byte) and value >= _UNITS["T"] << 10:  # a number of bytes, as was meant before
-        fix = f"write {text.strip()}B for bytes"
+        fix = f"write {text.strip()}B to mean bytes"
         raise InputError("a number without a unit is GiB", got=text, fix=fix)
     return int(value)
 

@@ -23,12 +23,12 @@ EXAMPLE = "hotcold sparsify --model smollm2 --method relu --out sparse-smollm2"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of all methods; those that are left out keep the method's defaults."""
     add = parser.add_argument
-    add("--model", required=True, metavar="M", help="HF directory, .gguf file, hub id, or smollm2")
+    add("--model", required=True, metavar="M", help="Hugging Face directory, .gguf file, hub id, or smollm2")
     add("--method", default="relu", metavar="NAME", help=f"{' | '.join(METHODS)} (default: %(default)s)")
-    add("--out", required=True, type=Path, metavar="DIR", help="where the HF checkpoint goes")
+    add("--out", required=True, type=Path, metavar="DIR", help="folder for the sparse checkpoint")
     add(
         "--work", type=Path, metavar="DIR",
-        help="folder for what it takes to go on after a kill (default: OUT.training)",
+        help="working folder, needed to resume (default: OUT.training)",
     )  # fmt: skip
     add(
         "--config", metavar="FILE",
@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--dry-run",
         action="store_const",
         const=True,
-        help="print stages, tokens, memory and time, and do nothing",
+        help="print stages, tokens, memory, and time, and exit",
     )
     add(
         "--sparsity", type=float, metavar="S",
@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group(f"for --method {shared_by('text')}").add_argument
     add(
         "--text", metavar="SRC",
-        help="file, glob, data set id, or stdlib, the text that Python carries (default: stdlib)",
+        help="file, glob, data set id, or stdlib, the text that comes with Python (default: stdlib)",
     )  # fmt: skip
     add(
         "--tokens", type=int, metavar="N",
@@ -57,21 +57,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group(f"for --method {shared_by('l1')}").add_argument
     add(
         "--generated", type=float, metavar="SHARE",
-        help=f"share of them from text that the dense model writes itself (default: {DEFAULT_GENERATED})",
+        help=f"share of the tokens that the dense model generates (default: {DEFAULT_GENERATED})",
     )  # fmt: skip
     add(
         "--l1", type=float, metavar="PEAK",
-        help=f"final factor of the L1 term: higher is sparser and less exact (default: {DEFAULT_L1})",
+        help=f"final factor of the L1 term; higher is sparser and less accurate (default: {DEFAULT_L1})",
     )  # fmt: skip
     add(
         "--l1-reduction", metavar="R",
-        help=f"over what the L1 norm is averaged: {' | '.join(REDUCTIONS)} (default: mean)",
+        help=f"how the L1 norm is reduced: {' | '.join(REDUCTIONS)} (default: mean)",
     )  # fmt: skip
     add(
         "--no-quantize", dest="quantize", action="store_const", const=False,
         help="do not train for the rounding of Q4_0",
     )  # fmt: skip
-    add("--seed", type=int, metavar="S", help="of sampling and shuffling (default: 0)")
+    add("--seed", type=int, metavar="S", help="random seed for sampling and shuffling (default: 0)")
     add = parser.add_argument_group(f"for --method {shared_by('sites')}").add_argument
     add(
         "--sites", metavar="LIST",

@@ -99,7 +99,7 @@ class L1:
 
 @dataclass(frozen=True, slots=True)
 class Loss:
-    """Factors of the loss terms: language modelling, KL from the dense model, each FFN's output error."""
+    """Factors of the loss terms: language modeling, KL from the dense model, each FFN's output error."""
 
     lm: float = 0.0
     kl: float = 1.0
@@ -309,7 +309,7 @@ def _sequence(arguments: tuple[Any, ...], value: Any, where: str) -> tuple[Any, 
         raise InputError("a value of another type", where=where, got=repr(value), expected="a list")
     hints = [arguments[0]] * len(value) if arguments[-1] is Ellipsis else list(arguments)
     if len(hints) != len(value):
-        raise InputError("a list of another length", where=where, got=len(value), expected=len(hints))
+        raise InputError("wrong list length", where=where, got=len(value), expected=len(hints))
     return tuple(
         _value(hint, item, f"{where}[{i}]") for i, (hint, item) in enumerate(zip(hints, value, strict=True))
     )

@@ -42,6 +42,14 @@ def test_help_names_every_command_and_an_example():
     assert "example:\n  hotcold demo --out demo\n" in result.stdout
 
 
+def test_help_lists_the_commands_by_step_of_the_road():
+    out = installed("hotcold", "--help").stdout
+    titles = [out.index(f"\n{title}:\n") for title in cli.GROUPS]
+    assert titles == sorted(titles)
+    assert list(cli.GROUPS["start here"]) == ["demo", "run", "bench", "perplexity", "inspect"]
+    assert len(cli.COMMANDS) == sum(map(len, cli.GROUPS.values()))
+
+
 @pytest.mark.parametrize("name", cli.COMMANDS)
 def test_each_help_shows_an_example_that_its_own_parser_takes(name, capsys):
     with pytest.raises(SystemExit) as end:
@@ -87,10 +95,10 @@ def test_version():
     [
         (
             ["benhc"],
-            "hotcold: error: unknown command 'benhc', did you mean 'bench'?; `hotcold --help` explains",
+            "hotcold: error: unknown command 'benhc', did you mean 'bench'?; see `hotcold --help`",
         ),
         (["colect-trace"], "did you mean 'collect-traces'?"),
-        (["zzz"], "hotcold: error: unknown command 'zzz'; `hotcold --help` explains"),
+        (["zzz"], "hotcold: error: unknown command 'zzz'; see `hotcold --help`"),
         ([], "the following arguments are required: COMMAND"),
         (["run", "--bundle", "b", "-p", "x", "--foo"], "hotcold run: error: unrecognized arguments: --foo"),
         (["run", "--bundle", "b", "-p", "x", "--top-k", "many"], "--top-k: invalid int value: 'many'"),
@@ -116,7 +124,10 @@ def test_an_unexpected_error_is_one_line_too(fake, capsys):
 
     fake(run)
     assert cli.main(["run"]) == 1
-    assert capsys.readouterr().err == "hotcold run: unexpected RuntimeError: two lines; --debug shows where\n"
+    assert (
+        capsys.readouterr().err
+        == "hotcold run: unexpected RuntimeError: two lines; use --debug to see where\n"
+    )
     with pytest.raises(RuntimeError):
         cli.main(["run", "--debug"])
 
@@ -133,7 +144,7 @@ def test_ctrl_c(fake, capsys):
 
     fake(run)
     assert cli.main(["run"]) == 130
-    assert "interrupted; what was committed stays" in capsys.readouterr().err
+    assert "interrupted; finished work is kept" in capsys.readouterr().err
 
 
 def test_the_status_of_a_command_is_that_of_the_process(fake):

@@ -17,6 +17,7 @@ from hotcold.cli import COMMANDS
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+COMMANDS_PAGE = (ROOT / "docs/commands.md").read_text()
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 FOLDERS = ("predictor", "runtime", "convert", "eval", "sparsify", "src")
 # Import names that differ from those of their distributions.
@@ -54,13 +55,13 @@ def test_ci_runs_the_test_command_of_the_readme():
     assert "<!-- test-command -->" in script and 'bash -euo pipefail -c "$command"' in script
 
 
-def readme_commands() -> list[str]:
-    blocks = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
+def documented_commands() -> list[str]:
+    blocks = re.findall(r"```bash\n(.*?)```", README + COMMANDS_PAGE, re.DOTALL)
     return [line for block in blocks for line in block.splitlines() if line.startswith("hotcold ")]
 
 
-@pytest.mark.parametrize("command", readme_commands())
-def test_commands_of_the_readme_parse(command):
+@pytest.mark.parametrize("command", documented_commands())
+def test_documented_commands_parse(command):
     _, name, *arguments = shlex.split(command, comments=True)
     module = importlib.import_module(COMMANDS[name][0])
     parser = argparse.ArgumentParser(exit_on_error=False)
@@ -69,8 +70,12 @@ def test_commands_of_the_readme_parse(command):
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_the_readme_tells_of_every_command(name):
-    assert f"**`{name}`**" in README
+def test_the_docs_describe_every_command(name):
+    assert f"**`{name}`**" in README and f"- **`{name}`**" in COMMANDS_PAGE
+
+
+def test_the_readme_is_short():
+    assert len(README.splitlines()) <= 150
 
 
 def test_links_lead_somewhere():

@@ -55,7 +55,7 @@ def export_bundle(
     it, or `out` is something else than a bundle as hotcold wrote it). `out` is then as it was.
     """
     if not _NAME.fullmatch(name):
-        raise InputError("a bundle's name is a plain file name", where="name", got=repr(name))
+        raise InputError("not a plain file name", where="name", got=repr(name))
     check_replaceable(out, "bundle", [folder] if folder else [])
     model, layouts = _planned(source, name, fingerprint, folder, predictors, options or ExportOptions())
     for line in _limits(model, layouts, predictors):
@@ -80,7 +80,7 @@ def export_file(
     """Write one GGUF file of a bundle, that of `role` `dense` or `sparse`, as `out`; raises as above."""
     model, layouts = _planned(source, name, fingerprint, folder, predictors, options or ExportOptions())
     if role == "sparse" and not model.spec.is_sparse:
-        raise _never_zero("there is no file by neurons", model.spec)
+        raise _never_zero("no sparse file can be written", model.spec)
     for layout in layouts:
         if layout.role == role:
             for line in _limits(model, [layout], predictors):
@@ -96,7 +96,7 @@ def _planned(
     predictors: PredictorBundle | None,
     options: ExportOptions,
 ) -> tuple[ModelFiles, list[GGUFLayout]]:
-    """Check the parts against each other, and say what is not written as it was wished for."""
+    """Check that the parts match, and log what cannot be written as requested."""
     spec = ModelSpec.from_config(source.config)
     check_weights(source, spec)
     if predictors is not None:
@@ -106,7 +106,7 @@ def _planned(
     weights = score_weights(spec, source.load)
     layouts = [replace(layout, metadata=layout.metadata | weights) for layout in layouts]
     if types := source.quantized_types:
-        log(f"the source is quantized ({', '.join(types)}): its loss stays in what is written")
+        log(f"the source is quantized ({', '.join(types)}); its rounding errors carry over to the output")
     for line in fallbacks:
         log(line)
     return model, layouts
@@ -119,7 +119,7 @@ def _check_predictors(predictors: PredictorBundle, spec: ModelSpec, fingerprint:
 
 
 def _never_zero(so: str, spec: ModelSpec) -> UnsupportedError:
-    what, expected = f"this activation never gives zero, so that {so}", "an activation that gives zeros"
+    what, expected = f"this activation is never zero, so {so}", "an activation that gives zeros"
     return UnsupportedError(what, got=spec.activation, expected=expected, fix="sparsify it first")
 
 
@@ -128,16 +128,16 @@ def _limits(model: ModelFiles, layouts: list[GGUFLayout], predictors: PredictorB
     spec, lines = model.spec, []
     files = {layout.role: layout.file for layout in layouts}
     if "dense" in files and (found := differences(spec)):
-        what = f"llama.cpp will compute another function, with {' and '.join(found)}"
-        measure = "`hotcold perplexity --mode llama.cpp --reference dense` says how far off that is"
+        what = f"llama.cpp will compute a different function: {' and '.join(found)}"
+        measure = "`hotcold perplexity --mode llama.cpp --reference dense` measures the difference"
         lines.append(f"{files['dense']}: {what}; {measure}")
     if "sparse" in files and predictors is None:
-        what = "no predictors: for hotcold's exact mode; PowerInfer itself cannot run it"
+        what = "no predictors: hotcold can run it in exact mode, PowerInfer cannot run it"
         lines.append(f"{files['sparse']}: {what}")
     elif "sparse" in files and not predictors.kind.in_powerinfer:
         lines.append(f"{files['sparse']}: PowerInfer itself knows no {predictors.kind.name} predictors")
     elif "sparse" in files and not runs_in_powerinfer(spec, model.options.types().body):
-        lines.append(f"{files['sparse']}: PowerInfer itself runs only its own ReLU models in f16 or q4_0")
+        lines.append(f"{files['sparse']}: PowerInfer can only run its own ReLU models, in f16 or q4_0")
     return lines
 
 
@@ -184,7 +184,7 @@ def _copy(files: list[Path], source: Path, folder: Path, role: str) -> dict[str,
 
 
 def copy_file(source: Path, target: str | Path) -> None:
-    """Copy a file durably. StorageError where the disk does not take it."""
+    """Copy a file durably. StorageError if the write fails."""
     with storage.atomic_file(target) as file, source.open("rb") as content:
         while chunk := content.read(_CHUNK):
             storage.fs.write(file, chunk)

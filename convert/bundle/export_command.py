@@ -15,7 +15,9 @@ from hotcold.ownership import check_replaceable
 if TYPE_CHECKING:
     from hotcold.model.huggingface import WeightSource
 
-HELP = "Write a model as a bundle: dense GGUF for llama.cpp, sparse GGUF for hotcold and PowerInfer."
+HELP = (
+    "Write a model as a bundle: a dense GGUF file for llama.cpp and a sparse one for hotcold and PowerInfer."
+)
 EXAMPLE = "hotcold export --model sparse/ --predictors predictors/ --quant q4_0 --out bundle/"
 
 _QUANTS = ["q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "f16", "bf16", "f32"]
@@ -24,31 +26,31 @@ _QUANTS = ["q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "f16", "bf16", "f32"]
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     add = parser.add_argument
-    add("--model", required=True, help="HF directory, .gguf file, hub id, or smollm2")
+    add("--model", required=True, help="Hugging Face directory, .gguf file, hub id, or smollm2")
     add(
         "--predictors",
         type=Path,
         metavar="DIR",
-        help="predictor bundle; without it there is no predicted mode",
+        help="predictor bundle; without one, the bundle has no predicted mode",
     )
     add("--out", required=True, type=Path, metavar="DIR", help="the bundle to write")
-    add("--quant", default="q4_0", choices=_QUANTS, help="type of the matrices (default: %(default)s)")
-    add("--head-quant", choices=_QUANTS, help="type of embedding and head (default: that of --quant)")
+    add("--quant", default="q4_0", choices=_QUANTS, help="type of the weight matrices (default: %(default)s)")
+    add("--head-quant", choices=_QUANTS, help="type of the embedding and head (default: same as --quant)")
     add(
         "--predictor-quant",
         default="q8_0",
         choices=_QUANTS,
         help="type of the predictors (default: %(default)s)",
     )
-    add("--name", help="base name of the files (default: that of the model)")
+    add("--name", help="base name of the files (default: the model's name)")
     add(
         "--hot-frequency", type=float, default=0.5, metavar="SHARE",
-        help="neurons that fire on this share of tokens are always computed (default: %(default)s)",
+        help="always compute neurons that fire on at least this share of tokens (default: %(default)s)",
     )  # fmt: skip
     add(
         "--attention-rows",
         action="store_true",
-        help="write the attention matrices by input too: `--input-sparsity` of other commands needs them",
+        help="also write the attention matrices by input, which --input-sparsity of other commands needs",
     )
 
 
@@ -59,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
     from hotcold.predictor.bundle import PredictorBundle
 
     if not 0 < args.hot_frequency < math.inf:
-        raise InputError("a share is above 0", where="--hot-frequency", got=args.hot_frequency)
+        raise InputError("must be above 0", where="--hot-frequency", got=args.hot_frequency)
     path = Path(resolve(args.model))
     check_replaceable(args.out, "bundle", [path, *([args.predictors] if args.predictors else [])])
     options = ExportOptions(

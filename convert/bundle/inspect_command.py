@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "path", type=Path, metavar="FILE|DIR", help="a GGUF file, GPU index, bundle or predictor bundle"
     )
-    parser.add_argument("--json", action="store_true", help="print one JSON object with everything")
+    parser.add_argument("--json", action="store_true", help="print everything as one JSON object")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -18,7 +18,7 @@ MANIFEST = "manifest.json"
 FORMAT, VERSION = "hotcold-bundle", 1
 ROLES = ("dense", "sparse", "attention", "inputs", "predictor", "tokenizer", "config")
 
-_LISTS = ("source_quantized", "llama_cpp_differences")  # of strings, empty where they are missing
+_LISTS = ("source_quantized", "llama_cpp_differences")  # of strings, empty if they are missing
 
 _FORMER = {"source_quantised": "source_quantized"}  # keys of version 1 as it was spelled first
 
@@ -73,7 +73,7 @@ class Manifest:
 
     @classmethod
     def read(cls, folder: str | Path) -> Self:
-        """Read and check the manifest of a bundle. InputError where there is none, FormatError if broken."""
+        """Read and check the manifest of a bundle. InputError if there is none, FormatError if broken."""
         path = Path(folder) / MANIFEST
         values = read_json(path)
         sha256 = values.pop("sha256", None)

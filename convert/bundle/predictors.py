@@ -24,12 +24,12 @@ def check_predictors(
     got = (predictors.n_layers, predictors.d_model, predictors.d_ff)
     expected = (spec.n_layers, spec.d_model, spec.d_ff)
     if got != expected:
-        what = "predictors of another shape (n_layers, d_model, d_ff)"
+        what = "the predictors have the wrong (n_layers, d_model, d_ff)"
         raise ShapeError(what, where=where, got=got, expected=expected)
     if predictors.model_fingerprint != fingerprint:
         raise MismatchError(
             "predictors of another model", where=where, got=predictors.model_fingerprint[:12],
-            expected=fingerprint[:12], fix="train them on traces of this very model",
+            expected=fingerprint[:12], fix="train them on traces of this model",
         )  # fmt: skip
 
 

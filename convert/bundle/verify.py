@@ -34,7 +34,7 @@ __all__ = ["verify_bundle"]
 def verify_bundle(folder: str | Path) -> list[HotcoldError]:
     """All that is wrong with a bundle: nothing, or damaged files, or the first contradiction between them.
 
-    Raises InputError where there is no manifest, FormatError where it is broken.
+    Raises InputError if there is no manifest, FormatError if it is broken.
     """
     folder = Path(folder)
     manifest = Manifest.read(folder)
@@ -50,7 +50,7 @@ def verify_bundle(folder: str | Path) -> list[HotcoldError]:
 def _damaged(folder: Path, manifest: Manifest) -> Iterator[HotcoldError]:
     present = {str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir()}
     for name in sorted(present - {*manifest.files, MANIFEST}):
-        yield FormatError("a file that the manifest does not list", where=folder / name)
+        yield FormatError("not listed in the manifest", where=folder / name)
     total = sum(file.bytes for file in manifest.files.values())
     with Progress("verify", total >> 20, "MB") as progress:
         seen = 0
@@ -79,7 +79,9 @@ def _check_content(folder: Path, manifest: Manifest) -> None:
     total = sum(file.bytes for file in manifest.files.values())
     if spec.n_vocab > total:  # whose tokens would fill the memory
         where = folder / "config.json"
-        raise FormatError("more tokens than bytes", where=where, field="vocab_size", got=spec.n_vocab)
+        raise FormatError(
+            "the vocabulary is larger than the file", where=where, field="vocab_size", got=spec.n_vocab
+        )
     predicted = bool(manifest.of_role("predictor"))
     predictors = PredictorBundle.load(folder / "predictors") if predicted else None
     if predictors is not None:

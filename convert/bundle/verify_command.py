@@ -7,7 +7,7 @@ from pathlib import Path
 
 from hotcold.errors import MismatchError
 
-HELP = "Check a bundle: the hash of every file, every shape, and that all parts belong together."
+HELP = "Check a bundle: the hash of every file, every shape, and that all parts belong to the same model."
 EXAMPLE = "hotcold verify bundle/"
 
 
@@ -26,9 +26,11 @@ def run(args: argparse.Namespace) -> int:
         print(f"{type(problem).__name__}: {problem}")
     if problems:
         raise MismatchError(
-            f"the bundle is broken: {len(problems)} found", where=args.bundle, fix="export it again"
+            f"the bundle is invalid, problems found: {len(problems)}",
+            where=args.bundle,
+            fix="export it again",
         )
     files = Manifest.read(args.bundle).files.values()
     size = sum(file.bytes for file in files) / 1e6
-    print(f"{args.bundle}: {len(files)} files, {size:.1f} MB, all as they should be")
+    print(f"{args.bundle}: {len(files)} files, {size:.1f} MB, no problems found")
     return 0

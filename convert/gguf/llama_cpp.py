@@ -42,7 +42,7 @@ def architecture_of(spec: ModelSpec) -> str:
 
 
 def differences(spec: ModelSpec) -> list[str]:
-    """In what llama.cpp's function differs from the model's; nothing where it is the same."""
+    """In what llama.cpp's function differs from the model's; nothing if it is the same."""
     architecture, found = ARCHITECTURES[architecture_of(spec)], []
     threshold = spec.firing.highest
     activation = "relu" if spec.activation == "fatrelu" and not threshold else spec.activation
@@ -92,7 +92,7 @@ def write_llama_twin(source: str | Path, target: str | Path) -> None:
     """Write a one-expert `smallthinker` file's tensors, byte for byte, under the plain `llama` architecture.
 
     llama.cpp then applies SiLU, so the text is nonsense; the file is there to measure the speed of a graph
-    without routing. UnsupportedError where `source` is not a one-expert file.
+    without routing. UnsupportedError if `source` is not a one-expert file.
     """
     file = open_gguf(source)
     architecture = file.require("general.architecture", str)

@@ -71,7 +71,7 @@ class Parts:
         return bundle
 
     def need_firing(self) -> list[np.ndarray]:
-        """How often each neuron fires, in counts or shares; InputError where no source tells."""
+        """How often each neuron fires, in counts or shares; InputError if no source tells."""
         firing = self.firing
         if firing is None and self.bundle is not None:
             known = [layer.firing_frequency for layer in self.bundle.layers]
@@ -83,5 +83,5 @@ class Parts:
 
 def _need(part: Any, what: str, expected: str) -> Any:
     if part is None:
-        raise InputError(f"no source has {what}", expected=expected, fix="give one more source")
+        raise InputError(f"no source has {what}", expected=expected, fix="add a source that has them")
     return part

@@ -65,20 +65,20 @@ class TensorPlan:
 def planned(name: str, shape: Sequence[int], type_name: str, load: Callable[[], np.ndarray]) -> TensorPlan:
     """Plan a tensor whose `load()` gives floats of `shape`, to be quantized to `type_name`.
 
-    Writing it raises FormatError where one of them does not fit that type.
+    Writing it raises FormatError if one of them does not fit that type.
     """
 
     def quantized() -> np.ndarray:
         array = load()
         if array.shape != tuple(shape):
-            raise ShapeError("tensor of another shape", where=name, got=array.shape, expected=tuple(shape))
+            raise ShapeError("wrong tensor shape", where=name, got=array.shape, expected=tuple(shape))
         return check_stored(quantize(array, type_name), type_name, name, None)
 
     return TensorPlan(name, tuple(shape), type_name, quantized)
 
 
 def copied(tensor: Tensor, name: str | None = None, shape: Sequence[int] | None = None) -> TensorPlan:
-    """Plan a tensor of another file byte for byte, under a new name or shape if wished."""
+    """Plan a tensor of another file byte for byte, optionally under a new name or shape."""
     return TensorPlan(name or tensor.name, tuple(shape or tensor.shape), tensor.type, lambda: tensor.data)
 
 
@@ -87,7 +87,7 @@ def write_gguf(
 ) -> None:
     """Write a GGUF v3 file atomically; `magic` is `GGUF`, or `PWRI` for PowerInfer's sparse models.
 
-    Raises StorageError where the disk does not take it; nothing is left behind then.
+    Raises StorageError if the write fails; nothing is left behind then.
     """
     header = [magic.encode(), struct.pack("<IQQ", _VERSION, len(plans), len(metadata))]
     header += [_string(key) + _value(key, value) for key, value in metadata.items()]
@@ -114,7 +114,7 @@ def _tensor_infos(plans: Sequence[TensorPlan], ids: Mapping[str, int]) -> list[b
 def _checked_bytes(plan: TensorPlan) -> memoryview:
     data = np.ascontiguousarray(plan.load())
     if data.nbytes != plan.n_bytes:
-        raise ShapeError("tensor of another size", where=plan.name, got=data.nbytes, expected=plan.n_bytes)
+        raise ShapeError("wrong tensor size", where=plan.name, got=data.nbytes, expected=plan.n_bytes)
     return data.reshape(-1).view(np.uint8).data
 
 

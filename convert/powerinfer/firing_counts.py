@@ -21,12 +21,18 @@ from hotcold.predictor.bundle import PredictorBundle
 from hotcold.predictor.traces.reader import Traces
 from hotcold.progress import Progress
 
-__all__ = ["counts_of_traces", "firing_vectors", "read_activation", "with_frequencies", "write_activation"]
+__all__ = [
+    "counts_of_traces",
+    "firing_vectors",
+    "read_firing_counts",
+    "with_frequencies",
+    "write_firing_counts",
+]
 
 Firing = list[np.ndarray]  # per layer float32 [d_ff]: counts or shares
 
 
-def read_activation(folder: str | Path, *, pickles_allowed: bool) -> Firing:
+def read_firing_counts(folder: str | Path, *, pickles_allowed: bool) -> Firing:
     """Read `activation_0.pt`, `activation_1.pt`, …
 
     Raises InputError (no such files, pickles not allowed), FormatError (no vectors of numbers >= 0),
@@ -41,7 +47,7 @@ def firing_vectors(files: Sequence[SafetensorsFile], folder: Path) -> Firing:
     vectors = [_vector(tensors, folder / f"activation_{number}.pt") for number, tensors in enumerate(files)]
     for number, vector in enumerate(vectors):
         if vector.shape != vectors[0].shape:
-            what, where = "another d_ff than layer 0", folder / f"activation_{number}.pt"
+            what, where = "d_ff differs from layer 0", folder / f"activation_{number}.pt"
             raise ShapeError(what, where=where, got=len(vector), expected=len(vectors[0]))
     return vectors
 
@@ -49,14 +55,14 @@ def firing_vectors(files: Sequence[SafetensorsFile], folder: Path) -> Firing:
 def _vector(tensors: SafetensorsFile, path: Path) -> np.ndarray:
     if list(tensors) != ["tensor"] or len(tensors.shape("tensor")) != 1:
         got = ", ".join(f"{name} {list(tensors.shape(name))}" for name in tensors)
-        raise FormatError("not one vector", where=path, field="tensor", got=got, expected="[d_ff]")
+        raise FormatError("not a single vector", where=path, field="tensor", got=got, expected="[d_ff]")
     vector = tensors.floats("tensor", tensors.shape("tensor"))
     if not (np.isfinite(vector).all() and (vector >= 0).all()):
-        raise FormatError("firing counts are numbers >= 0", where=path, field="tensor")
+        raise FormatError("firing counts must be >= 0", where=path, field="tensor")
     return vector
 
 
-def write_activation(firing: Firing, out: str | Path) -> None:
+def write_firing_counts(firing: Firing, out: str | Path) -> None:
     """Write the directory, which appears as a whole. No other file lies in it, as PowerInfer counts them."""
     with storage.atomic_directory(out, "activation") as folder:
         for number, vector in enumerate(firing):
@@ -80,19 +86,25 @@ def counts_of_traces(traces: Traces) -> Firing:
 def with_frequencies(bundle: PredictorBundle, firing: Firing, n_tokens: int | None) -> PredictorBundle:
     """The predictors with these firing frequencies: shares as they are, counts divided by `n_tokens`.
 
-    ShapeError where layers or neurons differ, InputError for counts of an unknown or too small number of
+    ShapeError if layers or neurons differ, InputError for counts of an unknown or too small number of
     tokens.
     """
     shape, expected = (len(firing), len(firing[0])), (bundle.n_layers, bundle.d_ff)
     if shape != expected:
-        raise ShapeError("firing counts of (n_layers, d_ff)", where=bundle.path, got=shape, expected=expected)
+        raise ShapeError(
+            "firing counts have the wrong (n_layers, d_ff)", where=bundle.path, got=shape, expected=expected
+        )
     most = max(float(vector.max()) for vector in firing)
     if n_tokens is None and most > 1:
         raise InputError(
-            "counts, not shares", got=f"up to {most:g}", fix="--counted-tokens tells of how many tokens"
+            "these are counts, not shares",
+            got=f"up to {most:g}",
+            fix="set --counted-tokens to the number of tokens",
         )
     if n_tokens is not None and most > n_tokens:
-        raise InputError("a neuron fires at most once per token", got=f"{most:g}", expected=f"<= {n_tokens}")
+        raise InputError(
+            "a neuron fired more often than there are tokens", got=f"{most:g}", expected=f"<= {n_tokens}"
+        )
     layers = [
         replace(layer, firing_frequency=vector / np.float32(n_tokens or 1))
         for layer, vector in zip(bundle.layers, firing, strict=True)

@@ -59,7 +59,7 @@ class GpuIndex:
     vram_capacity: int
 
     def write(self, path: str | Path) -> None:
-        """Write the file atomically. StorageError where the disk does not take it."""
+        """Write the file atomically. StorageError if the write fails."""
         metadata = {
             "general.architecture": GPU_INDEX,
             "generic.gpu_index.block_count": np.uint32(len(self.buckets)),
@@ -85,7 +85,7 @@ class GpuIndex:
 
     @classmethod
     def read(cls, file: GGUFFile) -> GpuIndex:
-        """Raises FormatError where tensors are missing, out of order, or contradict each other."""
+        """Raises FormatError if tensors are missing, out of order, or contradict each other."""
         if file.require("general.architecture", str) != GPU_INDEX:
             got = file.metadata["general.architecture"]
             raise FormatError("not a GPU index", where=file.path, field="general.architecture", got=got)
@@ -94,7 +94,7 @@ class GpuIndex:
         expected = [f"blk.{n}.{name}" for n in range(n_layers) for name in ("gpu_idx", "gpu_bucket")]
         if names != expected or not names:
             wrong = next((a for a, b in zip(names, expected, strict=False) if a != b), "tensors")
-            raise FormatError("tensors are found by their position", where=file.path, field=wrong)
+            raise FormatError("wrong order of tensors", where=file.path, field=wrong)
         buckets = [_bucket(file, layer) for layer in range(n_layers)]
         return cls(buckets, len(_int32(file, "blk.0.gpu_idx")), file.require(_CAPACITY, int))
 
@@ -102,9 +102,9 @@ class GpuIndex:
 def _bucket(file: GGUFFile, layer: int) -> np.ndarray:
     mask, bucket = _int32(file, f"blk.{layer}.gpu_idx"), _int32(file, f"blk.{layer}.gpu_bucket")
     if len(mask) != len(_int32(file, "blk.0.gpu_idx")):
-        raise FormatError("another d_ff than layer 0", where=file.path, field=f"blk.{layer}.gpu_idx")
+        raise FormatError("d_ff differs from layer 0", where=file.path, field=f"blk.{layer}.gpu_idx")
     if not np.array_equal(np.flatnonzero(mask), bucket) or not np.isin(mask, (0, 1)).all():
-        what = "not the ascending indices of the ones of gpu_idx"
+        what = "not the ascending indices of the ones in gpu_idx"
         raise FormatError(what, where=file.path, field=f"blk.{layer}.gpu_bucket")
     return bucket
 
@@ -113,7 +113,7 @@ def _int32(file: GGUFFile, name: str) -> np.ndarray:
     tensor = file.tensors[name]
     if tensor.type != "I32" or len(tensor.shape) != 1:
         got = f"{tensor.type} {list(tensor.shape)}"
-        raise FormatError("not a vector of I32", where=file.path, field=name, got=got)
+        raise FormatError("not an I32 vector", where=file.path, field=name, got=got)
     return tensor.data.view("<i4")
 
 

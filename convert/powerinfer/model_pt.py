@@ -51,8 +51,8 @@ def read_model_pt(
     if "hotcold" in config:
         _restore(bundle, config["hotcold"], folder / "config.json")
     if not bundle.model_fingerprint:
-        fix = "give the model among the sources too"
-        raise InputError("these predictors do not say of which model they are", where=folder, fix=fix)
+        fix = "add the model as a source"
+        raise InputError("these predictors do not name their model", where=folder, fix=fix)
     return bundle
 
 
@@ -82,7 +82,7 @@ def _pair(tensors: SafetensorsFile, path: Path) -> tuple[np.ndarray, np.ndarray]
     if sorted(tensors) != sorted(_KEYS):
         got, expected = ", ".join(sorted(tensors)), ", ".join(_KEYS)
         raise FormatError(
-            "not the tensors of a predictor", where=path, field="keys", got=got, expected=expected
+            "wrong tensors for a predictor", where=path, field="keys", got=got, expected=expected
         )
     fc1, fc2 = (tensors.floats(key, tensors.shape(key)) for key in _KEYS)
     if fc1.ndim != 2 or fc2.ndim != 2 or fc1.shape[0] != fc2.shape[1] or 0 in (*fc1.shape, *fc2.shape):
@@ -99,7 +99,7 @@ def _check_same_widths(pairs: list[tuple[np.ndarray, np.ndarray]], folder: Path)
         if width != widths[0]:
             where = folder / f"model_{number}.pt"
             raise ShapeError(
-                "another (d_model, d_ff) than layer 0", where=where, got=width, expected=widths[0]
+                "(d_model, d_ff) differs from layer 0", where=where, got=width, expected=widths[0]
             )
 
 
@@ -118,7 +118,7 @@ def _restore(bundle: PredictorBundle, values: Any, path: Path) -> None:
     config = parse_config(dict(values), path)
     shape = (bundle.kind.name, bundle.n_layers, bundle.d_model, bundle.d_ff, bundle.ranks)
     if (config.kind, config.n_layers, config.d_model, config.d_ff, config.ranks) != shape:
-        raise MismatchError("hotcold's part is of other files than those beside it", where=path)
+        raise MismatchError("hotcold's metadata belongs to other files", where=path)
     if bundle.model_fingerprint not in ("", config.model_fingerprint):
         raise MismatchError(
             "predictors of another model", where=path, got=config.model_fingerprint[:12],

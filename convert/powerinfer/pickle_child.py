@@ -56,9 +56,9 @@ def _floats(value: Any) -> dict[str, torch.Tensor]:
         raise TypeError(f"holds neither a tensor nor a dictionary of tensors, but {type(value).__name__}")
     for name, tensor in named.items():
         if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
-            raise TypeError(f"the entry {name!r:.40} is no tensor")
+            raise TypeError(f"the entry {name!r:.40} is not a tensor")
         if tensor.is_complex() or tensor.is_sparse or tensor.is_quantized:
-            raise TypeError(f"the tensor {name!r:.40} is not of plain numbers")
+            raise TypeError(f"the tensor {name!r:.40} does not hold plain numbers")
     return {name: tensor.detach().float().contiguous().clone() for name, tensor in named.items()}
 
 

@@ -52,8 +52,8 @@ def read_pickles(
     anything but tensors, or need more time or memory than files of their size should.
     """
     if not allowed:
-        fix = "--allow-pickle reads it in a process that can do nothing but give tensors back"
-        raise InputError("a pickle, which is a program, not data", where=paths[0], fix=fix)
+        fix = "pass --allow-pickle to read it in a sandbox"
+        raise InputError("a pickle, which can run code", where=paths[0], fix=fix)
     for path in paths:
         if not path.is_file():
             raise InputError("no such file", where=path)
@@ -75,7 +75,7 @@ def _run(paths: Sequence[Path], folder: Path, seconds: int, memory: int) -> None
             stderr=subprocess.PIPE, timeout=_START_S + 2 * seconds, check=False,
         )  # fmt: skip
     except subprocess.TimeoutExpired as error:
-        raise _refused(paths, folder, "does not come to an end") from error
+        raise _refused(paths, folder, "does not finish") from error
     if done.returncode:
         raise _refused(paths, folder, _reason(done, seconds))
 
@@ -83,7 +83,7 @@ def _run(paths: Sequence[Path], folder: Path, seconds: int, memory: int) -> None
 def _reason(done: subprocess.CompletedProcess[bytes], seconds: int) -> str:
     last = done.stderr[-2000:].decode(errors="replace").strip().splitlines()[-1:]
     if done.returncode < 0:
-        return f"needs more than {seconds} s or the memory that a file of its size should"
+        return f"needs more than {seconds} s, or more memory than a file of its size should"
     return ascii("".join(last)[:300])[1:-1] or f"exit status {done.returncode}"
 
 

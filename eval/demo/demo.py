@@ -1,6 +1,7 @@
-"""The whole job on a small real model: from a SiLU checkpoint to speed and perplexity of its sparse self.
+"""The whole job on a small real model, from a SiLU checkpoint to the speed and perplexity of its sparse
+version.
 
-Every step is one of the commands that a user would give; `report.json` gathers what they measured.
+Every step is a command that a user would run; `report.json` gathers what they measured.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ def demo_steps(
 ) -> list[Step]:
     """The commands of the demo, in order. `model` must be a GGUF file, or a name that stands for one.
 
-    The FFNs that come with hotcold are taken where they fit, unless `from_scratch`.
+    The FFNs that come with hotcold are used if they fit the model, unless `from_scratch`.
     """
     trained = model == BASE and FILE.is_file() and not from_scratch
     method = "pretrained" if trained else "relu"
@@ -91,7 +92,7 @@ def demo(
 ) -> dict[str, object]:
     """Run what is left of the demo in folder `out`, write `report.json` there and return it.
 
-    Raises StepError where a step fails; a rerun goes on from there. StorageError where `out` is none.
+    Raises StepError if a step fails; a rerun goes on from there. StorageError if `out` is none.
     """
     check_growing(out, "demo")
     if not (out / FIRST["demo"]).exists():

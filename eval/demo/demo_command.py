@@ -1,4 +1,4 @@
-"""`hotcold demo`: the whole job on SmolLM2-135M, ending with a table of what it gave."""
+"""`hotcold demo`: the whole job on SmolLM2-135M, ending with a table of the results."""
 
 from __future__ import annotations
 
@@ -7,24 +7,26 @@ import argparse
 from hotcold.cpus import thread_count
 
 HELP = (
-    "Do the whole job on SmolLM2-135M: make it sparse, with trained FFNs if they come with hotcold, record "
-    "its activations, train predictors, export, generate, and measure perplexity and tokens/s beside the "
-    "model as it came, in llama.cpp and in hotcold. Needs the package registry only. Interrupted, it goes on "
-    "where it stopped when it is run again. The figures go to DIR/report.json."
+    "Run every step on SmolLM2-135M: make it sparse with the trained FFNs that come with hotcold, record its "
+    "activations, train predictors, export, generate, and measure perplexity and tokens/s next to the "
+    "original model, in llama.cpp and in hotcold. Only needs the package registry. If interrupted, run the "
+    "same command again to continue. The figures go to DIR/report.json."
 )
 EXAMPLE = "hotcold demo --out demo"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `hotcold demo`."""
-    parser.add_argument("--out", required=True, metavar="DIR", help="folder for all that is made")
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder for everything the demo makes")
     parser.add_argument(
-        "--model", default="smollm2", metavar="M", help="another small GGUF model (default smollm2)"
+        "--model", default="smollm2", metavar="M", help="a small GGUF model (default smollm2)"
     )
     parser.add_argument(
-        "--from-scratch", action="store_true", help="train the sparse model here, in 12 minutes of two cores"
+        "--from-scratch",
+        action="store_true",
+        help="train the sparse model now, which takes 12 minutes on two cores",
     )
-    parser.add_argument("--quant", default="q4_0", metavar="Q", help="q4_0 (default), q8_0, f16 or bf16")
+    parser.add_argument("--quant", default="q4_0", metavar="Q", help="q4_0 (default), q8_0, f16, or bf16")
     parser.add_argument("-t", "--threads", type=int, metavar="N", help="threads (default: all CPUs)")
 
 

@@ -1,6 +1,6 @@
-"""Run `hotcold` command lines one after the other, each once: a rerun goes on where the last one stopped.
+"""Run `hotcold` command lines one after the other, each once: a rerun continues where the last one stopped.
 
-Each step is a process of its own, so that its memory and its thread settings end with it. A journal keeps
+Each step is a separate process, so that its memory and its thread settings end with it. A journal keeps
 what a finished step printed and how long it took. A step is done if the journal has it with the same command,
 after the same steps with the same commands, by the same version, and its output is still there.
 """
@@ -26,7 +26,7 @@ from hotcold.progress import log
 
 __all__ = ["Done", "Step", "StepError", "child_command", "child_environment", "run_steps"]
 
-_PATIENCE_S = 20.0  # for the child, which saves its work at any moment
+_PATIENCE_S = 20.0  # for the child to save its work
 _RUN = "import sys; from hotcold.cli import main; sys.exit(main())"
 
 
@@ -36,12 +36,12 @@ def child_command(arguments: Sequence[str]) -> list[str]:
 
 
 def child_environment() -> dict[str, str]:
-    """That of such a process: its output is UTF-8 whatever the terminal's is, which is our own concern."""
+    """That of such a process: its output is UTF-8, independent of the terminal, which is our own concern."""
     return os.environ | {"PYTHONIOENCODING": "utf-8"}
 
 
 class StepError(HotcoldError):
-    """A step ended with an exit status other than 0; what was wrong it has said itself, on stderr."""
+    """A step ended with an exit status other than 0; it has printed the reason on stderr."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,19 +64,19 @@ class Done:
 
 
 def run_steps(steps: Sequence[Step], journal: Path) -> dict[str, Done]:
-    """Run what is not done yet; commands, their output and their time are shown as they come.
+    """Run what is not done yet; prints commands, their output, and their time as they come.
 
-    Raises StepError where a step fails; those before it stay done.
+    Raises StepError if a step fails; those before it stay done.
     """
     done = _read(journal)
     results: dict[str, Done] = {}
     key = hashlib.sha256(__version__.encode()).hexdigest()
-    fresh = False  # once a step is run anew, so are all after it: its output may differ
+    fresh = False  # if a step runs again, so do all later ones, because its output may differ
     for number, step in enumerate(steps, start=1):
         key = hashlib.sha256(json.dumps([key, *step.arguments]).encode()).hexdigest()
         title = f"[{number}/{len(steps)}] hotcold {shlex.join(step.arguments)}"
         if not fresh and key in done and (step.output is None or step.output.exists()):
-            log(f"{title}\n      done before, in {done[key].seconds:.0f} s")
+            log(f"{title}\n      already done, in {done[key].seconds:.0f} s")
             results[step.name] = done[key]
             continue
         fresh = True
@@ -95,7 +95,7 @@ def _read(journal: Path) -> dict[str, Done]:
             case {"name": str(name), "key": str(key), "seconds": int() | float() as took, "stdout": str(out)}:
                 found[key] = Done(name, key, took, out)
             case _:
-                log(f"left out: {journal}: not a finished step")
+                log(f"ignored: {journal}: not a finished step")
     return found
 
 
@@ -117,7 +117,7 @@ def _run(step: Step, key: str) -> Done:
     if child.returncode != 0:
         raise StepError(
             "a step failed", where=step.name, got=f"exit status {child.returncode}", expected=0,
-            fix="see above; run the same command again to go on from there",
+            fix="see above; run the same command again to continue from there",
         )  # fmt: skip
     return Done(step.name, key, time.monotonic() - start, "".join(kept))
 

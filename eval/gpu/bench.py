@@ -1,9 +1,9 @@
 """Decoding speed with a GPU: all on the device, or shared with the CPU at several memory budgets.
 
-Sides are loaded one after the other, as two of them may not fit: a machine with a GPU is taken to be quiet,
-and the spread over the rounds tells whether it was. Every side decodes the same text, fed token by token.
-Peak memory is what torch's allocator held at most; the plan's is what `runtime/placement/` expected, and for
-accelerate the weights that stay on the device.
+Sides are loaded one after the other, because two of them may not fit. A machine with a GPU is assumed to be
+quiet, and the spread over the rounds shows whether it was. Every side decodes the same text, fed token by
+token. Peak memory is what torch's allocator held at most; the plan's is what `runtime/placement/` expected,
+and for accelerate the weights that stay on the device.
 """
 
 from __future__ import annotations
@@ -47,16 +47,16 @@ class GpuSide:
 
     @property
     def name(self) -> str:
-        """As it stands in the table."""
+        """Its name in the table."""
         at = f" {self.share:.0%}" if self.share is not None else ""
         return f"{self.backend}{at} {self.mode}".strip()
 
 
 @dataclass(frozen=True, slots=True)
 class GpuRow:
-    """What one side did. Speeds in tokens/s, sizes in bytes; what a side does not tell is None.
+    """What one side did. Speeds in tokens/s, sizes in bytes; what a side does not report is None.
 
-    Of a side that could not run at all only `error` is told.
+    For a side that could not run, only `error` is set.
     """
 
     side: GpuSide
@@ -109,7 +109,8 @@ def bench_gpu(
 ) -> list[GpuRow]:
     """Measure all sides on `texts`; `bandwidth` is the device's, in bytes per second.
 
-    One that cannot run, for lack of memory say, costs no other its row; if none can, the last one raises.
+    A side that cannot run, for example for lack of memory, does not affect the others; if none can, the last
+    one raises.
     """
     n_ctx = max(len(text.prompt) + len(text.generated) for text in texts)
     rows = []

@@ -14,9 +14,10 @@ if TYPE_CHECKING:
     import numpy as np
 
 HELP = (
-    "Measure decoding with a GPU: each mode on the GPU alone, and at shares of the model's size hybrid, "
-    "where `dense` is whole layers on either side, llama.cpp, and transformers with accelerate's offloading. "
-    "With telemetry, and peak memory beside the plan's."
+    "Measure decoding with a GPU. Each mode runs on the GPU alone and, for each memory budget, on GPU and "
+    "CPU together (hybrid), where `dense` assigns whole layers to either side. Optionally, llama.cpp and "
+    "transformers with accelerate's offloading run at the same budgets. The table shows telemetry, and peak "
+    "memory next to the planned one."
 )
 EXAMPLE = "hotcold bench-gpu --bundle demo/bundle --backends gpu,hybrid --budgets 25,50,75"
 
@@ -24,38 +25,59 @@ EXAMPLE = "hotcold bench-gpu --bundle demo/bundle --backends gpu,hybrid --budget
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `hotcold bench-gpu`."""
     model = parser.add_mutually_exclusive_group(required=True)
-    model.add_argument("--bundle", metavar="DIR", help="a folder that `hotcold export` wrote")
-    model.add_argument("--synthetic", metavar="SHAPE", help="random weights, as `hotcold bench` makes them")
+    model.add_argument("--bundle", metavar="DIR", help="a bundle from `hotcold export`")
+    model.add_argument(
+        "--synthetic", metavar="SHAPE", help="use random weights, as `hotcold bench --synthetic` does"
+    )
     add = parser.add_argument
     add(
         "--backends", default="gpu,hybrid", metavar="LIST",
-        help="of gpu, hybrid, llama.cpp, accelerate (%(default)s)",
+        help="backends from gpu, hybrid, llama.cpp, accelerate (%(default)s)",
     )  # fmt: skip
-    add("-m", "--modes", default="dense,exact,predicted", metavar="LIST", help="(%(default)s)")
-    add("--budgets", default="25,50,75", metavar="LIST", help="percent of the model's bytes (%(default)s)")
+    add(
+        "-m",
+        "--modes",
+        default="dense,exact,predicted",
+        metavar="LIST",
+        help="modes to measure (%(default)s)",
+    )
+    add(
+        "--budgets",
+        default="25,50,75",
+        metavar="LIST",
+        help="GPU memory, in percent of the model's size (%(default)s)",
+    )
     add(
         "--device", default="cuda:0", metavar="LIST",
-        help="a GPU, or several in order, of which each has the budget: cuda:0,cuda:1; cpu for a dry run "
+        help="one GPU, or several such as cuda:0,cuda:1, each with the full budget; cpu: dry run "
         "(%(default)s)",
     )  # fmt: skip
-    add("-t", "--threads", type=int, metavar="N", help="threads of the CPU's share (default: all CPUs)")
+    add("-t", "--threads", type=int, metavar="N", help="CPU threads (default: all CPUs)")
     add("-r", "--repetitions", type=int, default=5, metavar="N", help="rounds (%(default)s)")
     add("-p", "--n-prompt", type=int, default=64, metavar="N", help="tokens per prompt (%(default)s)")
     add("-n", "--n-gen", type=int, default=128, metavar="N", help="tokens per generation (%(default)s)")
-    add("--check", action="store_true", help="compare with the CPU engine's greedy tokens, and time nothing")
+    add("--check", action="store_true", help="only compare greedy tokens with the CPU engine's")
     add(
         "--text",
         default="stdlib",
         metavar="SRC",
-        help="text for --bundle, stdlib being its test part (%(default)s)",
+        help="text for --bundle; stdlib: its test part (%(default)s)",
     )
     add("-o", "--output", default="md", choices=("md", "json"))
-    add("--save", metavar="FILE", help="write the JSON object to this file too")
+    add("--save", metavar="FILE", help="also write the report as JSON to this file")
     group = parser.add_argument_group("synthetic models")
-    group.add_argument("--layers", type=int, metavar="N", help="layers (default: all of the shape)")
-    group.add_argument("--sparsity", type=float, default=0.89, metavar="S", help="idle neurons (%(default)s)")
-    group.add_argument("--quant", default="bf16", metavar="Q", help="q4_0, q8_0, f16 or bf16 (%(default)s)")
-    group.add_argument("--cache", metavar="DIR", help="keep the synthetic files here for the next time")
+    group.add_argument("--layers", type=int, metavar="N", help="number of layers (default: all)")
+    group.add_argument(
+        "--sparsity",
+        type=float,
+        default=0.89,
+        metavar="S",
+        help="share of neurons that do not fire (%(default)s)",
+    )
+    group.add_argument("--quant", default="bf16", metavar="Q", help="q4_0, q8_0, f16, or bf16 (%(default)s)")
+    group.add_argument(
+        "--cache", metavar="DIR", help="keep the synthetic files in this folder for the next run"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -71,7 +93,7 @@ def run(args: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory(prefix="hotcold-bench-") as scratch:
         report, table = _measure(args, Path(scratch))
     if args.save:
-        check_file(args.save, "report")  # again, after all this time
+        check_file(args.save, "report")  # again, because time has passed
         storage.write_json(args.save, report)
     print(json_text(report) if args.output == "json" else table, flush=True)
     return 0
@@ -123,7 +145,9 @@ def _percent(text: str) -> float:
     except ValueError:
         share = -1.0
     if not 0 < share <= 10:
-        raise InputError("--budgets are percents", got=text, expected="such as 25,50,75")
+        raise InputError(
+            "not a list of percentages", where="--budgets", got=text, expected="such as 25,50,75"
+        )
     return share
 
 

@@ -1,8 +1,8 @@
-"""The sparse operators by themselves: time against torch's dense product and against the limit of the bytes.
+"""The sparse operators alone: time against torch's dense product and against the bandwidth limit.
 
-An operator is timed over so many copies of its weights, in turns, that even their active rows fit no cache:
-what is measured is memory. On a GPU the turns are one CUDA graph, which leaves launching out; the dense
-product gets the same treatment. The byte limit is the bytes of the active rows over the measured bandwidth.
+An operator is timed in turns over enough copies of its weights that even their active rows fit in no cache,
+so it measures memory. On a GPU the turns are one CUDA graph, which excludes launching; the dense product gets
+the same treatment. The byte limit is the bytes of the active rows over the measured bandwidth.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class KernelRow:
 
     @property
     def limit_us(self) -> float:
-        """The least time that the bytes allow."""
+        """The minimum time for its bytes."""
         return 1e6 * self.bytes / self.bandwidth
 
     @property
@@ -97,7 +97,7 @@ class _Inputs:
             values = torch.randn(plan.d_ff, plan.d_model, generator=random, device=device)
             return Rows.of((values / plan.d_model**0.5).to(dtype))
 
-        # Exactly the asked-for number of neurons fire: the greatest scores.
+        # Exactly the requested number of neurons fire: those with the highest scores.
         self.n_active = round(plan.d_ff * (1 - plan.sparsity))
         self.row_bytes = plan.d_model * dtype.itemsize
         self.ffns = [(matrix(), matrix(), matrix()) for _ in range(self._copies())]
@@ -229,9 +229,9 @@ def _graph_times(turn: Callable[[], None], rounds: int) -> list[float]:
 
 
 def check_kernels(plan: KernelPlan, device: torch.device) -> dict[str, float]:
-    """Relative errors of all operators against the reference in float32; MismatchError for one too great.
+    """Relative errors of all operators against the reference in float32; MismatchError if one is too large.
 
-    Small shapes make it fit for compute-sanitizer, which slows a kernel a hundredfold.
+    Use small shapes with compute-sanitizer, which slows a kernel a hundredfold.
     """
     inputs, ops = _Inputs(plan, device), operators(device)
     gate, up, down = inputs.ffns[0]

@@ -1,4 +1,4 @@
-"""`hotcold bench-kernels`: the sparse GPU operators against the dense product and the limit of the bytes."""
+"""`hotcold bench-kernels`: the sparse GPU operators against the dense product and the bandwidth limit."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ if TYPE_CHECKING:
     from hotcold.eval.gpu.kernel_bench import KernelPlan, KernelRow
 
 HELP = (
-    "Time the sparse operators S2 (up), S3 (down) and the whole FFN on a device, with weights in turns that "
-    "no cache holds, against torch's dense product and against the bytes over the measured bandwidth."
+    "Time the sparse operators S2 (up), S3 (down), and the whole FFN on a device. Copies of the weights take "
+    "turns so that no cache holds them. The table compares with torch's dense product and with the time "
+    "that reading the weights takes at the measured bandwidth."
 )
 EXAMPLE = "hotcold bench-kernels --shape llama-2-7b --dtype bf16 --sparsity 0.89"
 
@@ -23,14 +24,25 @@ EXAMPLE = "hotcold bench-kernels --shape llama-2-7b --dtype bf16 --sparsity 0.89
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `hotcold bench-kernels`."""
     add = parser.add_argument
-    add("--shape", default="llama-2-7b", metavar="NAME", help="of `hotcold bench --synthetic` (%(default)s)")
-    add("--d-model", type=int, metavar="N", help="instead of the shape's")
-    add("--d-ff", type=int, metavar="N", help="instead of the shape's")
-    add("--dtype", default="bf16", metavar="T", help="bf16, f16 or f32 (%(default)s)")
-    add("--sparsity", type=float, default=0.89, metavar="S", help="share of idle neurons (%(default)s)")
+    add(
+        "--shape",
+        default="llama-2-7b",
+        metavar="NAME",
+        help="a shape of `hotcold bench --synthetic` (%(default)s)",
+    )
+    add("--d-model", type=int, metavar="N", help="override d_model of the shape")
+    add("--d-ff", type=int, metavar="N", help="override d_ff of the shape")
+    add("--dtype", default="bf16", metavar="T", help="bf16, f16, or f32 (%(default)s)")
+    add(
+        "--sparsity",
+        type=float,
+        default=0.89,
+        metavar="S",
+        help="share of neurons that do not fire (%(default)s)",
+    )
     add("--device", default="cuda", help="cuda, cuda:N, or cpu for a dry run (%(default)s)")
     add("-r", "--repetitions", type=int, default=30, metavar="N", help="rounds (%(default)s)")
-    add("--check", action="store_true", help="compare with the references and time nothing")
+    add("--check", action="store_true", help="only compare with the reference operators")
     add("-o", "--output", default="md", choices=("md", "json"))
 
 

@@ -1,8 +1,8 @@
 """All measurements of docs/performance-gpu.md, one process each, within a time limit.
 
-A GPU may be there for minutes only, and one illegal access ends a process with all that it knows. So each
-part is a `hotcold` command of its own; what it printed is saved as soon as it is done, and a part that fails,
-or that would not end in time, costs no other its result.
+A GPU may be available for minutes only, and one illegal access ends a process and loses its results. So each
+part is a separate `hotcold` command. Its output is saved as soon as it is done, and a part that fails or
+would not finish in time does not affect the others.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _FEW = ("--layers", "8")
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A command line behind `hotcold`, and how long it is thought to take; it is not begun with less left."""
+    """A command line behind `hotcold`, and its expected duration; it is not started with less time left."""
 
     name: str
     seconds: float
@@ -40,7 +40,7 @@ def _decode(shape: str, backend: str, *more: str) -> tuple[str, ...]:
     return ("bench-gpu", "--synthetic", shape, "--quant", "bf16", "--backends", backend, *more)
 
 
-# In order of importance. Seconds are guesses for 16 CPUs and an H100, with all weights made anew.
+# In order of importance. Seconds are guesses for 16 CPUs and an H100, generating all weights.
 PARTS = (
     Part("check", 60, ("bench-kernels", "--d-model", "544", "--d-ff", "1000", "--check")),
     Part("kernels-7b", 90, ("bench-kernels", "--shape", "llama-2-7b")),
@@ -52,7 +52,7 @@ PARTS = (
     Part("gpu-7b-8l", 180, _decode("llama-2-7b", "gpu", *_FEW)),
     Part("hybrid-7b", 150, _decode("llama-2-7b", "hybrid", *_FEW, "-m", "dense,predicted", "-r", "3")),
     Part("hybrid-13b", 240, _decode("llama-2-13b", "hybrid", *_FEW, "-m", "dense,predicted", "-r", "3")),
-    # Every token of these brings gigabytes over the bus: few of them, and none of the others' time at stake.
+    # Each token of these moves gigabytes over the bus, so they generate few, in parts of their own.
     Part("accelerate-7b", 150, _decode("llama-2-7b", "accelerate", *_FEW, "-n", "8", "-r", "3")),
     Part("accelerate-13b", 240, _decode("llama-2-13b", "accelerate", *_FEW, "-n", "8", "-r", "3")),
     Part("gpu-7b", 420, _decode("llama-2-7b", "gpu", "-r", "3")),
@@ -71,10 +71,10 @@ def parts(names: Sequence[str], device: str, cache: str | None) -> list[Part]:
 
 
 def run_parts(todo: Sequence[Part], save: str | Path, seconds: float) -> list[dict[str, Any]]:
-    """Run the parts within `seconds`; what became of each, which `save` holds after every one of them.
+    """Run the parts within `seconds`; returns the outcome of each, which is saved to `save` after each part.
 
     Keys: `part`, `command`, `status` (done, failed, timed out, skipped), `seconds`, `result` (what it
-    printed, or None) and `error` (its last words, if it failed). StorageError where `save` cannot be written.
+    printed, or None) and `error` (its last words, if it failed). StorageError if `save` cannot be written.
     """
     check_file(save, "report")
     end, found = time.monotonic() + seconds, []

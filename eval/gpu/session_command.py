@@ -1,4 +1,4 @@
-"""`hotcold bench-gpu-all`: every GPU measurement, each in a process of its own, within a time limit."""
+"""`hotcold bench-gpu-all`: every GPU measurement, each in its own process, within a time limit."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from hotcold.files.json import json_text
 
 HELP = (
     "Run the measurements of docs/performance-gpu.md within a time limit, the most important first, each in "
-    "a process of its own. The JSON file has what is done so far at any moment; what fails costs no other."
+    "its own process. The JSON file is updated after each part. A part that fails does not stop the others."
 )
 EXAMPLE = "hotcold bench-gpu-all --save session.json --minutes 9 --parts check,kernels-7b,kernels-13b"
 
@@ -16,11 +16,17 @@ EXAMPLE = "hotcold bench-gpu-all --save session.json --minutes 9 --parts check,k
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `hotcold bench-gpu-all`."""
     add = parser.add_argument
-    add("--save", required=True, metavar="FILE", help="write the results to this file, part by part")
-    add("--parts", metavar="LIST", help="which parts, in their fixed order (default: all)")
-    add("--minutes", type=float, default=9.0, metavar="M", help="for all of them (%(default)s)")
+    add("--save", required=True, metavar="FILE", help="write the results to this file after each part")
+    add("--parts", metavar="LIST", help="parts to run, in their fixed order (default: all)")
+    add(
+        "--minutes",
+        type=float,
+        default=9.0,
+        metavar="M",
+        help="time limit for all parts together (%(default)s)",
+    )
     add("--device", default="cuda:0", help="cuda:N, or cpu for a dry run (%(default)s)")
-    add("--cache", metavar="DIR", help="keep the synthetic files here for the parts that follow")
+    add("--cache", metavar="DIR", help="keep the synthetic files in this folder for later parts")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -90,7 +90,7 @@ def _uses_amx(path: Path, library: ModuleType) -> bool:
         _amx_fails = subprocess.run(command, capture_output=True).returncode == -signal.SIGILL
         if _amx_fails:
             fix = "build it with Clang: CC=clang CXX=clang++ pip install --force-reinstall llama-cpp-python"
-            log(f"llama.cpp's AMX code fails here: it runs without it, and with weights as they are; {fix}")
+            log(f"llama.cpp's AMX code fails here; running without AMX and without repacking; {fix}")
     return not _amx_fails
 
 
@@ -115,7 +115,7 @@ class LlamaCpp:
         self._lib = _library()
         if n_gpu_layers and not self._lib.llama_supports_gpu_offload():
             raise UnsupportedError(
-                "this llama.cpp was built without a GPU", fix="leave llama.cpp out of --backends"
+                "this llama.cpp was built without GPU support", fix="remove llama.cpp from --backends"
             )
         self._n_gpu_layers = n_gpu_layers
         self.path, self.n_ctx, self.n_threads = Path(path), n_ctx, n_threads
@@ -155,7 +155,7 @@ class LlamaCpp:
         if not context:
             self._lib.llama_model_free(model)
             raise UnsupportedError(
-                "llama.cpp cannot make a context", where=self.path, got=f"{self.n_ctx} positions"
+                "llama.cpp cannot create a context", where=self.path, got=f"{self.n_ctx} positions"
             )
         return context
 

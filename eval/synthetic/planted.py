@@ -4,13 +4,13 @@ What fires comes out of the weights, as in a trained model. A gate row is
 
     g_j = A_j · Bᵀ + noise + b_j · m
 
-B spans a subspace of few dimensions, so a low-rank predictor can know the first term; the noise it cannot.
+B spans a subspace of few dimensions, so a low-rank predictor can learn the first term, but not the noise.
 m is the mean direction of the FFN's input, along which b_j moves neuron j's gate up or down until the neuron
 fires as often as it should. These frequencies follow a power law: a few neurons always, most rarely.
 
 The offsets depend on what enters a layer, so the layers are made one after the other while some hundred
-tokens run through them; `calibrate` keeps little of each layer, and `PlantedModel.load` makes any matrix
-again from the seed when it is wanted. No more than one layer's matrices are ever in memory.
+tokens run through them; `calibrate` keeps little of each layer, and `PlantedModel.load` regenerates any
+matrix from the seed when it is needed. No more than one layer's matrices are ever in memory.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _CALIBRATION_TOKENS = 256
 
 @dataclass(frozen=True, slots=True)
 class _Layer:
-    """What it takes to make a layer's matrices again.
+    """What is needed to regenerate a layer's matrices.
 
     `basis` float32 [rank, d_model] has orthonormal rows, the first of them m; `offsets` float32 [d_ff] are b.
     """
@@ -53,7 +53,7 @@ class _Layer:
 
 @dataclass(frozen=True, slots=True)
 class LayerActivity:
-    """One layer on the calibration tokens, as a predictor's teacher sees it.
+    """One layer on the calibration tokens, as data for training a predictor.
 
     `inputs` float32 [tokens, d_model] is the residual stream before the FFN norm; `fired` is bool
     [tokens, d_ff]. But for its noise a gate is `factors` [d_ff, rank] times `basis` [rank, d_model] times h.
@@ -69,8 +69,8 @@ class PlantedModel:
     """A `WeightSource`: a ReLU Llama of the given shape whose neurons fire with mean sparsity `sparsity`.
 
     `rank` is the dimension of the planted subspace and m together, `noise` the norm of a gate row's noise
-    against 1 of its planted part. `stored` gives what is left of a gate matrix when it has been quantized:
-    what fires is decided after that. Norms are ones; matrices are float32.
+    against 1 of its planted part. `stored` rounds a gate matrix as quantization does, because that decides
+    what fires. Norms are ones; matrices are float32.
     """
 
     def __init__(
@@ -95,7 +95,7 @@ class PlantedModel:
 
     @property
     def quantized_types(self) -> list[str]:
-        """None: the weights are made, not read."""
+        """None: the weights are generated, not read."""
         return []
 
     def names(self) -> set[str]:
@@ -131,7 +131,7 @@ class PlantedModel:
     # --- making it
 
     def calibrate(self) -> Iterator[LayerActivity]:
-        """Make the layers one after the other; yields what some tokens give in each."""
+        """Generate the layers one after the other; yields the activity of some tokens in each."""
         ids = pseudo_text(self.spec.n_vocab, _CALIBRATION_TOKENS, seed=self.seed + 1)
         x = self.load("model.embed_tokens.weight")[ids]
         with Progress("calibrate", total=self.spec.n_layers, unit="layer") as progress:

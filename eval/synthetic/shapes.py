@@ -1,8 +1,8 @@
 """Synthetic bundles: the shapes of well-known models with random weights, for speed without downloads.
 
 The files are those of any bundle, written by the same code, so that both llama.cpp and hotcold read them as
-they read a real model. Which neurons fire, and which are predicted, comes out of the weights (see `planted`);
-what the model says means nothing. Every name and report says that it is synthetic.
+they read a real model. Which neurons fire, and which are predicted, follows from the weights (see `planted`);
+the model's text means nothing. Every name and report says that it is synthetic.
 """
 
 from __future__ import annotations
@@ -111,15 +111,15 @@ class Synthetic:
 
     @property
     def fingerprint(self) -> str:
-        """64 hex digits over all that the files depend on."""
+        """64 hex digits over everything that the files depend on."""
         made_by = {**asdict(self), "hotcold": __version__}
         return hashlib.sha256(repr(sorted(made_by.items())).encode()).hexdigest()
 
 
 def write_synthetic(synthetic: Synthetic, folder: str | Path) -> Path:
-    """Write the bundle under `folder`, unless it is there; returns its path.
+    """Write the bundle under `folder`, unless it exists; returns its path.
 
-    StorageError where something else has its name.
+    StorageError if something else has its name.
 
     Eight layers of the 7B shape take about two minutes, and in Q4_0 2 GB of disk.
     """
@@ -139,7 +139,7 @@ def write_synthetic(synthetic: Synthetic, folder: str | Path) -> Path:
         stored=lambda gate: _stored(gate, type_of(synthetic.quant)),
         seed=synthetic.seed,
     )
-    log(f"{synthetic.name}: making synthetic weights")
+    log(f"{synthetic.name}: generating synthetic weights")
     export_bundle(
         model,
         out,
@@ -179,7 +179,7 @@ def planted_predictor(activity: LayerActivity) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _stored(weight: np.ndarray, type_name: str) -> np.ndarray:
-    """What is left of a matrix once it has been quantized."""
+    """A matrix after quantization."""
     return dequantize(Tensor("predictor", weight.shape, type_name, quantize(weight, type_name)))
 
 

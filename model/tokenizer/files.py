@@ -1,6 +1,6 @@
 """`tokenizer.json` as the `tokenizer.ggml.*` metadata of GGUF, so that llama.cpp splits text the same way.
 
-llama.cpp knows pre-tokenizers by name (`tokenizer.ggml.pre`) and holds their rules in its code. Here
+llama.cpp identifies pre-tokenizers by name (`tokenizer.ggml.pre`) and has their rules in its code. Here
 the name is found from the structure of the pre-tokenizer; one that llama.cpp does not have is refused,
 not guessed.
 """
@@ -40,7 +40,7 @@ def tokenizer_metadata(folder: Path, n_vocab: int, config: dict[str, Any]) -> di
     """The `tokenizer.*` metadata for a model of `n_vocab` embeddings, whose `config.json` is `config`.
 
     Raises InputError or FormatError for missing or broken files, UnsupportedError for a tokenizer that is
-    not a BPE which llama.cpp has too.
+    not a BPE that llama.cpp also has.
     """
     path = folder / "tokenizer.json"
     tokenizer = _load(path)
@@ -59,7 +59,7 @@ def tokenizer_metadata(folder: Path, n_vocab: int, config: dict[str, Any]) -> di
 
 def _load(path: Path) -> Tokenizer:
     if not path.is_file():
-        raise InputError("cannot read the file: there is none", where=path)
+        raise InputError("no such file", where=path)
     return read_tokenizer(path)
 
 
@@ -104,12 +104,10 @@ def _pre_tokenizer(data: dict[str, Any], path: Path) -> str:
     whole_words = model.get("ignore_merges", False)
     name = name_of(pre, model["vocab"], whole_words=whole_words)
     if name and PRE_TOKENIZERS[name].whole_words != whole_words:
-        log(f"{path.name}: llama.cpp's {name} has another ignore_merges: words may come apart otherwise")
+        log(f"{path.name}: llama.cpp's {name} sets ignore_merges differently, so words may split differently")
     if name is None:
         expected = " | ".join(PRE_TOKENIZERS)
-        raise UnsupportedError(
-            "a pre-tokenizer that llama.cpp has not", where=path, got=pre, expected=expected
-        )
+        raise UnsupportedError("llama.cpp has no such pre-tokenizer", where=path, got=pre, expected=expected)
     return name
 
 
@@ -125,5 +123,5 @@ def _added_ends(tokenizer: Tokenizer, path: Path) -> dict[str, bool]:
     except UnsupportedError as error:
         raise UnsupportedError(error.what, where=path) from error
     except Exception as error:  # tokenizers raises bare Exceptions
-        raise FormatError(f"a tokenizer that cannot encode: {error}", where=path) from error
+        raise FormatError(f"the tokenizer cannot encode: {error}", where=path) from error
     return {"tokenizer.ggml.add_bos_token": bool(before), "tokenizer.ggml.add_eos_token": bool(after)}

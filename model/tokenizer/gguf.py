@@ -1,7 +1,7 @@
 """The tokenizer inside a GGUF file, as a `tokenizers.Tokenizer` that agrees with llama.cpp token for token.
 
 transformers rebuilds such tokenizers too, but drops the pre-tokenizer that `tokenizer.ggml.pre` names and
-falls back to GPT-2's, which splits digits and white space otherwise.
+falls back to GPT-2's, which splits digits and white space differently.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["build_tokenizer", "token_of"]
 
 _UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4  # GGUF `tokenizer.ggml.token_type`
-# What llama.cpp takes where a SentencePiece file does not say: which token, and that it is added.
+# llama.cpp's defaults for SentencePiece files: which token, and that it is added.
 _SENTENCEPIECE_BOS, _SENTENCEPIECE_EOS = (1, True), 2
 
 
@@ -56,7 +56,7 @@ def build_tokenizer(file: GGUFFile) -> Tokenizer:
     splitting = PRE_TOKENIZERS[pre]
     merges, vocabulary = _merges(file), real_tokens(tokens)
     if not merges:
-        log(f"{file.path.name}: no tokenizer.ggml.merges: text falls apart into single bytes")
+        log(f"{file.path.name}: no tokenizer.ggml.merges; every byte becomes a token")
     try:
         model = BPE(vocabulary, merges, ignore_merges=splitting.whole_words)
     except Exception as error:  # tokenizers raises bare Exceptions, here of merges without a token
@@ -70,8 +70,8 @@ def build_tokenizer(file: GGUFFile) -> Tokenizer:
 
 
 def _pre_tokenizer(file: GGUFFile) -> str:
-    """The name of the splitting rules; what llama.cpp takes where a file does not say, with a warning."""
-    if file.magic == "PWRI":  # as old as the llama.cpp that had but one
+    """The name of the splitting rules; without one in the file, llama.cpp's default, with a warning."""
+    if file.magic == "PWRI":  # from an old llama.cpp that had only one
         return file.find("tokenizer.ggml.pre", str, "gpt-2")
     pre = file.find("tokenizer.ggml.pre", str)
     if pre is None:
@@ -81,7 +81,7 @@ def _pre_tokenizer(file: GGUFFile) -> str:
 
 
 def _strings(file: GGUFFile, name: str) -> list[str]:
-    """An array of strings, empty where the file has none."""
+    """An array of strings, empty if the file has none."""
     return file.find(f"tokenizer.ggml.{name}", list, [])
 
 
@@ -89,7 +89,7 @@ def _merges(file: GGUFFile) -> list[tuple[str, str]]:
     merges = [merge.split(" ", 1) for merge in _strings(file, "merges")]
     if odd := [merge for merge in merges if len(merge) != 2]:
         field = "tokenizer.ggml.merges"
-        raise FormatError("a merge is two pieces", where=file.path, field=field, got=repr(odd[0][0]))
+        raise FormatError("a merge must have two pieces", where=file.path, field=field, got=repr(odd[0][0]))
     return [(left, right) for left, right in merges]
 
 
@@ -100,7 +100,7 @@ def _added_tokens(file: GGUFFile, tokens: list[str]) -> list[AddedToken]:
     types = file.find("tokenizer.ggml.token_type", np.ndarray, np.empty(0))
     if len(types) not in (0, len(tokens)):
         field = "tokenizer.ggml.token_type"
-        raise FormatError("not one type per token", where=file.path, field=field, expected=len(tokens))
+        raise FormatError("wrong number of token types", where=file.path, field=field, expected=len(tokens))
     return [
         AddedToken(token, special=kind != _USER_DEFINED, normalized=False)
         for token, kind in zip(tokens, types, strict=False)
@@ -134,7 +134,7 @@ def _end(
 
 
 def token_of(number: object, tokens: list[str], path: Path, field: str) -> str:
-    """The token of a number that metadata gives; FormatError where there is none."""
+    """The token of a number that metadata gives; FormatError if there is none."""
     if type(number) is not int or not 0 <= number < len(tokens):
         expected = f"below {len(tokens)}"
         raise FormatError("no such token", where=path, field=field, got=number, expected=expected)

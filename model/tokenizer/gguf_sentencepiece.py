@@ -22,12 +22,12 @@ if TYPE_CHECKING:
 __all__ = ["real_tokens", "sentencepiece_tokenizer"]
 
 _NORMAL, _UNKNOWN = 1, 2  # llama.cpp: enum llama_token_type
-_LONGEST = 512  # characters of a piece that merges are sought for: the work grows with the square
+_LONGEST = 512  # longest piece, in characters, to search merges for: the work grows with the square
 _SPACE = "▁"
 
 
 def sentencepiece_tokenizer(file: GGUFFile, tokens: list[str]) -> Tokenizer:
-    """Without added tokens and post-processor. FormatError where scores or types do not fit the tokens."""
+    """Without added tokens and post-processor. FormatError if scores or types do not fit the tokens."""
     from tokenizers import Tokenizer, decoders, normalizers
     from tokenizers.models import BPE
 
@@ -47,7 +47,8 @@ def sentencepiece_tokenizer(file: GGUFFile, tokens: list[str]) -> Tokenizer:
 
 
 def real_tokens(tokens: list[str]) -> dict[str, int]:
-    """Tokens and their numbers, without the fillers that GGUF has where embeddings are more than tokens."""
+    """Tokens and their numbers, without the fillers that GGUF has if there are more embeddings than
+    tokens."""
     return {token: number for number, token in enumerate(tokens) if token != f"[PAD{number}]"}
 
 

@@ -1,7 +1,7 @@
 """How byte-level BPE splits text into words, by the names that GGUF has for it (`tokenizer.ggml.pre`).
 
-llama.cpp holds the rules of each name in its code (`llama-vocab.cpp`), Hugging Face in each `tokenizer.json`.
-One table serves both ways: a name gives steps that split as llama.cpp does, and steps give the name.
+llama.cpp has the rules of each name in its code (`llama-vocab.cpp`), Hugging Face in each `tokenizer.json`.
+One table serves both directions: a name gives steps that split as llama.cpp does, and steps give the name.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Step = tuple[str, Any]
 class Splitting:
     """The rules of one name.
 
-    `whole_words`: a word that is in the vocabulary is one token, whatever the merges say. `adds_bos`: texts
+    `whole_words`: a word that is in the vocabulary is one token, regardless of merges. `adds_bos`: texts
     begin with the beginning-of-text token, unless a file says otherwise.
     """
 
@@ -36,8 +36,8 @@ class Splitting:
     def build(self, vocabulary: Collection[str]) -> PreTokenizer:
         """The pre-tokenizer for a vocabulary of byte-level tokens.
 
-        It drops the bytes that have no token, and lets nothing be merged across them, as llama.cpp does. (BPE
-        left to itself drops them first and then merges their neighbors.)
+        It drops bytes without a token and prevents merges across them, as llama.cpp does. (BPE alone drops
+        them first and then merges their neighbors.)
         """
         from tokenizers.pre_tokenizers import Sequence
 
@@ -46,7 +46,7 @@ class Splitting:
 
 
 def name_of(pre_tokenizer: dict[str, Any], vocabulary: Collection[str], *, whole_words: bool) -> str | None:
-    """What GGUF calls the `pre_tokenizer` of a tokenizer.json; None for one that llama.cpp has not.
+    """What GGUF calls the `pre_tokenizer` of a tokenizer.json; None if llama.cpp has no such name.
 
     Of several names it is the one with the same `whole_words`. Where there is none, `whole_words` is lost:
     words that are tokens, but that merges do not reach, come apart.
@@ -76,7 +76,7 @@ def _build(step: Step) -> PreTokenizer:
 
 
 def _removal(vocabulary: Collection[str]) -> list[PreTokenizer]:
-    """The step that removes the bytes without a token, where there are any."""
+    """The step that removes bytes without a token, if there are any."""
     from tokenizers import Regex
     from tokenizers.pre_tokenizers import ByteLevel, Split
 
@@ -167,10 +167,10 @@ PRE_TOKENIZERS: dict[str, Splitting] = {
     **dict.fromkeys(("gpt-4o", "llama4"), _gpt4o),
     "deepseek-coder": Splitting(_deepseek_coder(rf"((?!\s){_ASIAN})+")),
     "falcon": Splitting(_falcon(r"[\p{P}\$\+<=>\^~\|`]+")),
-    # what llama.cpp does where a file does not say
+    # llama.cpp's default if a file does not say
     "default": Splitting(_falcon(r"[\p{P}\$\+<=>\^~\|]+", r"\p{N}+")),
 }
-# What Hugging Face's files have where llama.cpp splits a little otherwise.
+# What Hugging Face's files have where llama.cpp splits slightly differently.
 _SPELT: dict[str, tuple[Step, ...]] = {
     "tekken": (("Split", _by_case(*_CASES, *_TEKKEN)), _BYTES),
     "gpt-4o": (("Split", _by_case(*_CASES, *_GPT4O)), _BYTES),

@@ -66,7 +66,7 @@ def _types(tokens: list[str], types: list[int], unknown: str | None) -> list[int
 def _space_prefix(data: dict[str, Any], path: Path) -> bool:
     """Whether a space is put in front of the text. Old files have a normalizer for it, new ones Metaspace.
 
-    Metaspace puts none where the text begins with one, llama.cpp does: such texts differ by one token.
+    Metaspace puts none if the text begins with one, llama.cpp does: such texts differ by one token.
     """
     normalizer, pre = data.get("normalizer") or {}, data.get("pre_tokenizer") or {}
     steps = normalizer.get("normalizers", [normalizer] if normalizer else [])
@@ -78,5 +78,5 @@ def _space_prefix(data: dict[str, Any], path: Path) -> bool:
         return kinds[0] == "Prepend"
     got = [*kinds, pre.get("type")]
     raise UnsupportedError(
-        "a byte-fallback tokenizer of an unknown kind", where=path, got=got, expected="Llama 2's"
+        "unknown kind of byte-fallback tokenizer", where=path, got=got, expected="Llama 2's"
     )

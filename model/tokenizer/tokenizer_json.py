@@ -1,5 +1,5 @@
-"""The one place where `tokenizer.json` is read: a broken one is a named error, always; and what encoding adds
-to a text."""
+"""The only place where `tokenizer.json` is read, so that a broken one is always a named error; and what
+encoding adds to a text."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _PROBES = ("a", "1", ".", "e")
 
 
 def read_tokenizer(path: Path) -> Tokenizer:
-    """The tokenizer in a file that exists; FormatError where it is none.
+    """The tokenizer in a file that exists; FormatError if it is none.
 
     The library raises bare Exceptions, and where its Rust code panics (a merge of tokens that are not in the
-    vocabulary, for one) a class of its own that is no Exception.
+    vocabulary, for one) its own class that is not an Exception.
     """
     from tokenizers import Tokenizer
 
@@ -30,7 +30,7 @@ def read_tokenizer(path: Path) -> Tokenizer:
         raise
     except BaseException as error:
         raise FormatError(f"not a tokenizer: {error}", where=path) from error
-    # How long its training's texts were is no limit to ours; transformers forgets it too.
+    # The length of its training texts does not limit ours; transformers ignores it too.
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer

@@ -19,25 +19,27 @@ if TYPE_CHECKING:
 
     from hotcold.predictor.traces.reader import TraceRun, TraceShard
 
-HELP = "Run a model over text and record, per token and FFN layer, the input and which neurons fired."
+HELP = "Run a model over text and record the input of every FFN layer and the neurons that fired, per token."
 EXAMPLE = "hotcold collect-traces --model sparse --text stdlib --tokens 40000 --out traces"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
-    parser.add_argument("--model", required=True, help="HF directory, .gguf file, hub id, or smollm2")
-    parser.add_argument("--text", default="stdlib", help="file, glob, HF data set id, or stdlib (default)")
+    parser.add_argument(
+        "--model", required=True, help="Hugging Face directory, .gguf file, hub id, or smollm2"
+    )
+    parser.add_argument("--text", default="stdlib", help="file, glob, data set id, or stdlib (default)")
     parser.add_argument(
         "--tokens",
         type=int,
         default=40_000,
         help="tokens to run over, 5%% of them for calibration and 5%% for test",
     )
-    parser.add_argument("--out", required=True, help="folder of the traces; run again to resume")
-    parser.add_argument("--window", type=int, default=256, help="tokens of context at most (default 256)")
+    parser.add_argument("--out", required=True, help="folder for the traces; run again to resume")
+    parser.add_argument("--window", type=int, default=256, help="longest context, in tokens (default 256)")
     parser.add_argument("--shard-tokens", type=int, default=4096, help="tokens per shard (default 4096)")
     parser.add_argument(
-        "-t", "--threads", type=int, help="windows at a time, on a CPU each (default: all CPUs)"
+        "-t", "--threads", type=int, help="windows to process at a time, one per CPU (default: all CPUs)"
     )
     parser.add_argument("--json", action="store_true", help="print the sparsity table as one JSON object")
 
@@ -59,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
     described = _describe(args, model, tokens, n_threads)
     with TraceWriter.open(args.out, described, tokens) as writer:
         if writer.shards:
-            log(f"{args.out}: resuming, {len(writer.shards)} shards are there")
+            log(f"{args.out}: resuming after {len(writer.shards)} shards")
         collect(model, checkpoint.ffn_layers(model), tokens, writer, n_threads)
     _report(writer.run, writer.shards, as_json=args.json)
     return 0

@@ -8,7 +8,7 @@ A trace folder is layer-major, so that a predictor job reads only its own layer,
     manifest.jsonl                          one line per committed shard, in the order of writing
 
 `part` is 0 for train, 1 for calibrate, 2 for test (`hotcold.text`): predictors are trained on the first,
-chosen on the second and judged on the third. `x` is the residual stream before the FFN norm; bit j of
+chosen on the second, and evaluated on the third. `x` is the residual stream before the FFN norm; bit j of
 `active` (little-endian) tells whether `act(gate_j)·up_j` was not zero. A shard without a line in the manifest
 does not exist, so a killed run leaves a valid prefix.
 """
@@ -74,7 +74,7 @@ class TraceRun:
 
     @classmethod
     def read(cls, folder: Path) -> TraceRun:
-        """Read `run.json`. InputError where there is none, FormatError where a field is missing or wrong."""
+        """Read `run.json`. InputError if there is none, FormatError if a field is missing or wrong."""
         path = folder / "run.json"
         if not path.is_file():
             raise InputError(
@@ -91,10 +91,10 @@ class TraceRun:
 
 
 def _refuse_two_parts(values: Mapping[str, Any], path: Path) -> None:
-    """Version 1 reported what it had chosen by; its tokens cannot be divided again."""
+    """Version 1 tuned and measured on the same tokens, which cannot be divided again."""
     if values.get("format") == _FORMAT and values.get("version") == 1:
         raise FormatError(
-            "traces of an older hotcold, without a part for calibration", where=path, field="version",
+            "traces from an older hotcold, without a calibration part", where=path, field="version",
             got=1, expected=_VERSION, fix="run collect-traces again with a new --out",
         )  # fmt: skip
 
@@ -152,9 +152,9 @@ class Traces:
         self.shards = read_manifest(self.folder, self.run)
         missing = self.run.n_layers * self.run.n_shards - len(self.shards)
         if missing:
-            fix = "run the same collect-traces again to finish it"
+            fix = "run the same collect-traces command again to finish them"
             raise InputError(
-                f"these traces are not complete, {missing} shards are missing", where=self.folder, fix=fix
+                f"these traces are incomplete: {missing} shards are missing", where=self.folder, fix=fix
             )
 
     def layer(self, layer: int) -> tuple[np.ndarray, np.ndarray]:
@@ -170,7 +170,7 @@ class Traces:
                 for name, (width, dtype) in kinds.items():
                     shape, file = (rows.stop - rows.start, width), self.folder / shard.file
                     part = check_tensor(tensors, name, shape, dtype, file)
-                    if name not in whole:  # not sooner: a width is true once a shard has it
+                    if name not in whole:  # not before: a width is only trustworthy once a shard has it
                         whole[name] = np.empty((run.n_tokens, width), dtype)
                     whole[name][rows] = part
         return whole["x"], whole["active"]
@@ -247,10 +247,10 @@ def _read_tokens(folder: Path, run: TraceRun) -> dict[str, np.ndarray]:
         check_tensor(tensors, name, (run.n_tokens,), dtype, path)
     if tokens_digest(tensors) != run.text_sha256:
         raise MismatchError(
-            "is not of this run", where=path, got=tokens_digest(tensors), expected=run.text_sha256
+            "belongs to a different run", where=path, got=tokens_digest(tensors), expected=run.text_sha256
         )
     if (highest := int(tensors["part"].max())) >= len(PARTS):
-        raise FormatError("no such part", where=path, field="part", got=highest, expected="0, 1 or 2")
+        raise FormatError("unknown part", where=path, field="part", got=highest, expected="0, 1 or 2")
     return tensors
 
 

@@ -1,7 +1,7 @@
 """Writing traces so that a kill at any moment costs at most one shard, and the rest comes out byte for byte.
 
 Shards are committed in one fixed order, shard-major, and each depends only on its own tokens. So the manifest
-of a broken-off run is a prefix of the finished one, and resuming is writing what is missing.
+of an interrupted run is a prefix of the finished one, and resuming means writing what is missing.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _OTHER = {
 
 
 class TraceWriter:
-    """Begins or resumes a trace folder. `run` is the one on disk, `shards` what is committed so far."""
+    """Starts or resumes a trace folder. `run` is the one on disk, `shards` what is committed so far."""
 
     def __init__(self, folder: Path, run: TraceRun, shards: list[TraceShard]) -> None:
         self.folder, self.run, self.shards = folder, run, shards
@@ -73,7 +73,7 @@ class TraceWriter:
 
 
 def _begin(folder: Path, run: TraceRun, tokens: Mapping[str, np.ndarray]) -> TraceRun:
-    """Write what the shards rest on, or check that what is there is the same; returns the run on disk."""
+    """Write what the shards depend on, or check that it is the same on disk; returns the run on disk."""
     check_growing(folder, "traces")
     if not (folder / "run.json").exists():
         storage.write_json(folder / "run.json", run.to_json())  # first, as it is the mark of the folder
@@ -98,7 +98,7 @@ def _mismatch(folder: Path, name: str, old: TraceRun, new: TraceRun) -> Mismatch
     return MismatchError(
         f"holds traces of {_OTHER.get(name, 'another ' + name)}",
         where=folder, got=side(new), expected=side(old),
-        fix="give another --out, or delete this folder",
+        fix="choose another --out, or delete this folder",
     )  # fmt: skip
 
 
@@ -111,7 +111,7 @@ def _committed(folder: Path, run: TraceRun) -> list[TraceShard]:
         try:
             entry.read(folder)
         except FormatError as error:
-            log(f"{error}; collecting again from there")
+            log(f"{error}; collecting again from here")
             break
         whole.append(entry)
     text = "".join(entry.line() + "\n" for entry in whole).encode()

@@ -46,7 +46,7 @@ class TrainOptions:
             raise InputError("unknown kind of predictor", where="--kind", got=self.kind, expected=known)
         if self.rank < 1 or self.rank % _RANK_BLOCK:
             raise InputError(
-                "a rank that cannot be quantized",
+                "this rank cannot be quantized",
                 where="--rank", got=self.rank, expected=f"a multiple of {_RANK_BLOCK}",
             )  # fmt: skip
         if not 0 < self.target_recall <= 1:

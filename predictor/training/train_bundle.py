@@ -159,7 +159,7 @@ def _begin(partial: Path, description: dict[str, Any], n_layers: int) -> None:
         if read_json(path) == description:
             log(f"{partial}: {len(finished)} layers are finished")
             return
-        log(f"{partial}: of other traces or options, so that training begins anew")
+        log(f"{partial}: from other traces or options; training starts over")
     for layer in finished:
         storage.fs.unlink(partial / layer)
     storage.write_json(path, description)
@@ -180,5 +180,5 @@ def _read_layer(file: Path, kind: Kind) -> LayerPredictor:
         metrics = LayerMetrics(**figures["metrics"])
         return LayerPredictor(fc1, fc2, float(figures["threshold"]), frequency, metrics, bias, kind)
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
-        fix = "delete this file: only its layer is trained again"
+        fix = "delete this file; only its layer will be trained again"
         raise FormatError(f"a damaged layer of unfinished training ({error})", where=file, fix=fix) from error

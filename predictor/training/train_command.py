@@ -27,8 +27,8 @@ _OF_KINDS = {"epochs": "epochs", "batch": "batch", "learning_rate": "lr", "seed"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
-    parser.add_argument("--traces", required=True, help="folder made by collect-traces")
-    parser.add_argument("--out", required=True, help="folder of the predictor bundle")
+    parser.add_argument("--traces", required=True, help="folder from `hotcold collect-traces`")
+    parser.add_argument("--out", required=True, help="folder for the predictor bundle")
     parser.add_argument("--kind", default="lowrank-mlp", help="lowrank-mlp (default) or svd")
     parser.add_argument("--model", help="the model that was traced; svd needs it")
     parser.add_argument("--rank", type=int, help="hidden size, a multiple of 32 (default: 4·sqrt(d_model))")
@@ -36,15 +36,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--target-recall",
         type=float,
         default=0.97,
-        help="share of firing neurons to predict, on the tokens for calibration (default 0.97)",
+        help="share of firing neurons to predict, on the calibration tokens (default 0.97)",
     )
     network = parser.add_argument_group("lowrank-mlp")
-    network.add_argument("--epochs", type=int, help="passes over the traces at most (default 10)")
+    network.add_argument("--epochs", type=int, help="maximum number of passes over the traces (default 10)")
     network.add_argument("--batch", type=int, help="tokens per step (default 512)")
     network.add_argument("--lr", type=float, help="peak learning rate (default 0.01)")
-    network.add_argument("--seed", type=int, help="of weights and batches (default 0)")
+    network.add_argument("--seed", type=int, help="random seed for weights and batches (default 0)")
     parser.add_argument(
-        "-t", "--threads", type=int, help="layers at a time, on a CPU each (default: all CPUs)"
+        "-t", "--threads", type=int, help="layers to train at a time, one per CPU (default: all CPUs)"
     )
     parser.add_argument("--json", action="store_true", help="print the table as one JSON object")
 

@@ -19,6 +19,6 @@ def kept_bytes(tensor: Tensor) -> int:
 
 
 def log_converted(file: GGUFFile, types: set[str]) -> None:
-    """Say which types of a file did."""
+    """Log which types of a file were converted to F16."""
     if types:
-        log(f"{file.path.name}: {', '.join(sorted(types))} became F16, for want of kernels")
+        log(f"{file.path.name}: no kernels for {', '.join(sorted(types))}, converted to F16")

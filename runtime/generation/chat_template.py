@@ -1,8 +1,8 @@
-"""Chat templates as transformers expands them, within bounds: a template came with a model.
+"""Chat templates as transformers expands them, within limits, because a template comes with a model.
 
 The same environment as `transformers.utils.chat_template_utils`: sandboxed, with loop controls,
 `raise_exception`, `strftime_now`, a `tojson` that leaves HTML alone, and `{% generation %}` blocks, which
-mark what an assistant has said for training and change no text. `tools` and `documents` are None where there
+mark what an assistant has said for training and change no text. `tools` and `documents` are None if there
 are none; a special token that the tokenizer lacks is undefined.
 """
 
@@ -25,7 +25,7 @@ _MAX_CHAT = 1 << 22  # characters that one may expand to
 
 
 def render(template: str, **variables: object) -> str:
-    """Expand a chat template. UnsupportedError for one that fails, or that is or grows too long."""
+    """Expand a chat template. UnsupportedError if it fails, or if it or its output is too long."""
     from jinja2 import TemplateError
 
     if len(template) > _MAX_TEMPLATE:
@@ -37,7 +37,7 @@ def render(template: str, **variables: object) -> str:
     try:
         return _bounded(_environment().from_string(template).generate(**variables))
     except (*failures, AttributeError) as error:
-        raise UnsupportedError(f"the chat template fails: {error}", fix="leave out --chat") from error
+        raise UnsupportedError(f"the chat template fails: {error}", fix="drop --chat") from error
 
 
 def _environment() -> Environment:
@@ -96,6 +96,6 @@ def _bounded(pieces: Iterable[str]) -> str:
         length += len(piece)
         if length > _MAX_CHAT:
             raise UnsupportedError(
-                "the chat template expands without end", expected=f"{_MAX_CHAT} characters"
+                "the chat template produces too much text", expected=f"{_MAX_CHAT} characters"
             )
     return "".join(text)

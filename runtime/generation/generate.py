@@ -17,10 +17,11 @@ __all__ = ["Generation"]
 
 
 class Generation:
-    """Iterate over it once to get the generated ids; counts and times hold at any moment, also after Ctrl-C.
+    """Iterate over it once to get the generated ids; counts and times are valid at any time, also after
+    Ctrl-C.
 
-    `n_decoded` tokens were run through the model one by one in `decode_seconds`, sampling not counted (it is
-    llama.cpp's "eval time"). The first generated token comes out of the prompt's logits and does not count.
+    `n_decoded` tokens were run through the model one by one in `decode_seconds`, not counting sampling (this
+    is llama.cpp's "eval time"). The first generated token comes from the prompt's logits and does not count.
     """
 
     def __init__(
@@ -39,7 +40,10 @@ class Generation:
         if len(prompt) >= room:
             fix = "raise -c or shorten it"
             raise InputError(
-                "the prompt fills the context", got=len(prompt), expected=f"less than {room}", fix=fix
+                "the prompt does not fit in the context",
+                got=len(prompt),
+                expected=f"less than {room}",
+                fix=fix,
             )
         self._sequence, self._sampler, self._stop_ids = sequence, sampler, stop_ids
         self._history, self._n_predict = list(prompt), n_predict

@@ -1,8 +1,8 @@
 """llama.cpp's options that hotcold does not have, so that its command lines can be pasted.
 
-One that changes nothing but speed, memory or the log is ignored, in one line that says so and what to use
-instead. One that would change the text is refused by name, as to ignore it would be a silent lie, unless its
-value says what happens here anyway.
+An option that only affects speed, memory, or the log is ignored, and one line says so and what to use
+instead. An option that would change the text is refused, since ignoring it would be a silent lie, unless its
+value is what hotcold does anyway.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from hotcold.progress import log
 __all__ = ["add_llama_options"]
 
 _FLAG, _VALUE, _MAYBE = 0, None, "?"  # argparse's nargs
-_GPU = "`run --backend gpu` or `--backend hybrid` uses a GPU"
-_DEVICES = "`run --device` and `--vram-budget` say what goes to which GPU"
-_BLOCKS = "the size of a block of the prompt is chosen here"
-_MEMORY = "weights are packed into memory once, no file stays mapped"
-_KERNELS = "attention has one kernel"
-_CPUS = "`taskset` chooses CPUs"
-_OTHER = "nothing here corresponds to it"
-_LOG = "figures go to stderr; --no-display-prompt leaves the prompt out"
-_SHIFT = "the context does not shift: generation stops where it is full"
-_CHAT = "--chat asks through the model's own template, and nothing else does"
+_GPU = "use `run --backend gpu` or `--backend hybrid` for a GPU"
+_DEVICES = "use `run --device` and `--vram-budget` to assign layers to GPUs"
+_BLOCKS = "hotcold chooses the batch size of the prompt"
+_MEMORY = "weights are packed into memory once, and no file stays mapped"
+_KERNELS = "there is only one attention kernel"
+_CPUS = "use `taskset` to choose CPUs"
+_OTHER = "hotcold has no such setting"
+_LOG = "statistics go to stderr; use --no-display-prompt to omit the prompt"
+_SHIFT = "the context does not shift; generation stops when it is full"
+_CHAT = "only --chat uses the model's chat template"
 
 # names, arguments, what is said
 _IGNORED: list[tuple[str, Any, str]] = [
@@ -43,12 +43,12 @@ _IGNORED: list[tuple[str, Any, str]] = [
     ("--mlock", _FLAG, _MEMORY),
     ("--no-mmap", _FLAG, _MEMORY),
     ("--mmap", _FLAG, _MEMORY),
-    ("-tb --threads-batch", _VALUE, "-t is for prompt and generation"),
+    ("-tb --threads-batch", _VALUE, "-t sets the threads for prompt and generation"),
     ("-C --cpu-mask", _VALUE, _CPUS),
     ("-Cr --cpu-range", _VALUE, _CPUS),
     ("--cpu-strict", _VALUE, _CPUS),
-    ("--numa", _VALUE, "`numactl` places memory"),
-    ("--prio", _VALUE, "`nice` sets priorities"),
+    ("--numa", _VALUE, "use `numactl` to place memory"),
+    ("--prio", _VALUE, "use `nice` to set priorities"),
     ("--poll", _VALUE, _OTHER),
     ("--no-repack -nr", _FLAG, _MEMORY),
     ("--check-tensors", _FLAG, "weights are always checked"),
@@ -91,12 +91,12 @@ _REFUSED: list[tuple[str, Any, str | None, str]] = [
     ("--yarn-beta-fast", _VALUE, "-1", "positions are as the model says"),
     ("-gan --grp-attn-n", _VALUE, "1", "positions are as the model says"),
     ("-gaw --grp-attn-w", _VALUE, "512", "positions are as the model says"),
-    ("--override-kv", _VALUE, None, "metadata are those of the file"),
+    ("--override-kv", _VALUE, None, "metadata comes from the file"),
     ("--lora", _VALUE, None, "adapters are not applied: merge them first"),
     ("--lora-scaled", _VALUE, None, "adapters are not applied: merge them first"),
     ("--control-vector", _VALUE, None, "control vectors are not applied"),
 ]
-_SAMPLER = "there is no such sampler here"
+_SAMPLER = "hotcold has no such sampler"
 _REFUSED_IN_RUN: list[tuple[str, Any, str | None, str]] = [
     ("--mirostat", _VALUE, "0", _SAMPLER),
     ("--mirostat-lr", _VALUE, None, _SAMPLER),
@@ -115,9 +115,9 @@ _REFUSED_IN_RUN: list[tuple[str, Any, str | None, str]] = [
     ("--grammar", _VALUE, None, "grammars are not offered"),
     ("--grammar-file", _VALUE, None, "grammars are not offered"),
     ("-j --json-schema", _VALUE, None, "grammars are not offered"),
-    ("-r --reverse-prompt", _VALUE, None, "only end-of-text tokens end a text"),
+    ("-r --reverse-prompt", _VALUE, None, "only end-of-text tokens stop generation"),
     ("-sp --special", _FLAG, None, "special tokens are not printed"),
-    ("-sys --system-prompt", _VALUE, None, "--chat asks the prompt alone"),
+    ("-sys --system-prompt", _VALUE, None, "--chat sends only the prompt"),
     ("--chat-template", _VALUE, None, "--chat takes the model's own template"),
     ("--chat-template-file", _VALUE, None, "--chat takes the model's own template"),
     ("--in-prefix", _VALUE, None, "the prompt is -p or -f alone"),
@@ -152,7 +152,7 @@ class _Refused(argparse.Action):
         option_string: str | None = None,
     ) -> None:  # fmt: skip
         if self._neutral is None or not _equal(values, self._neutral):
-            parser.error(f"{option_string} is llama.cpp's, and would change the text: {self._why}")
+            parser.error(f"{option_string} is a llama.cpp option that would change the text: {self._why}")
 
 
 def _equal(value: str, neutral: str) -> bool:
@@ -163,8 +163,8 @@ def _equal(value: str, neutral: str) -> bool:
 
 
 def add_llama_options(parser: argparse.ArgumentParser, *, generates: bool = False) -> None:
-    """Accept llama.cpp's options beside a command's own, without a word in its help; `generates`: also those
-    of generating text."""
+    """Accept llama.cpp's options beside a command's own, hidden from its help; `generates` adds the
+    options for generating text."""
     for names, nargs, why in _IGNORED + (_IGNORED_IN_RUN if generates else []):
         _add(parser, names, nargs, action=_Ignored, why=why)
     for names, nargs, neutral, why in _REFUSED + (_REFUSED_IN_RUN if generates else []):

@@ -1,4 +1,4 @@
-"""The prompt of a command line: UTF-8 whatever the locale, with llama.cpp's escapes, or out of a file."""
+"""The prompt of a command line: UTF-8 in any locale, with llama.cpp's escapes, or from a file."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 Order (llama.cpp, `common/common.h`, `samplers`): repeat penalty, top-k, top-p, min-p, temperature, draw. So
 top-p and min-p see the model's own probabilities, before the temperature changes them. Mirostat, DRY, XTC,
-typical and top-n-sigma, all off by default there, are not offered.
+typical and top-n-sigma, all off by default there, are not supported.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class SamplingParams:
     top_p: float = 0.95  # 1: off
     min_p: float = 0.05  # 0: off
     repeat_penalty: float = 1.0  # 1: off
-    repeat_last_n: int = 64  # tokens that the penalty looks back on; -1: all of them
+    repeat_last_n: int = 64  # number of recent tokens to penalize; -1: all
     seed: int = -1  # -1: a new one each time
 
     def __post_init__(self) -> None:
@@ -59,7 +59,7 @@ class Sampler:
         """The next token id, given its logits, float32 [n_vocab], and all ids before it."""
         ids, probabilities = candidates(logits, history, self.params)
         cumulative = np.cumsum(probabilities)
-        # Scaled by the last sum, which rounding may have left a little beside 1.
+        # Scaled by the last sum, which may differ slightly from 1 by rounding.
         drawn = int(np.searchsorted(cumulative, self._rng.random() * cumulative[-1], side="right"))
         return int(ids[min(drawn, len(ids) - 1)])
 
@@ -67,12 +67,12 @@ class Sampler:
 def candidates(
     logits: np.ndarray, history: Sequence[int], params: SamplingParams
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Ids and probabilities (float64, summing to 1) of the tokens that may come next, likeliest first.
+    """Ids and probabilities (float64, summing to 1) of the tokens that may come next, most likely first.
 
-    InputError where the logits are not finite; those of masked tokens may be -inf.
+    InputError if the logits are not finite; those of masked tokens may be -inf.
     """
     check_logits(logits)
-    logits = penalise(logits, history, params.repeat_penalty, params.repeat_last_n)
+    logits = penalize(logits, history, params.repeat_penalty, params.repeat_last_n)
     ids, logits = top_k(logits, 1 if params.temp == 0 else params.top_k)
     # Both filters keep a prefix of the sorted candidates.
     kept = min(top_p(logits, params.top_p), min_p(logits, params.min_p))
@@ -85,19 +85,20 @@ def softmax(logits: np.ndarray) -> np.ndarray:
     return weights / weights.sum()
 
 
-def penalise(logits: np.ndarray, history: Sequence[int], penalty: float, last_n: int) -> np.ndarray:
+def penalize(logits: np.ndarray, history: Sequence[int], penalty: float, last_n: int) -> np.ndarray:
     """Make each of the last `last_n` tokens less likely, once: divide positive logits, multiply others."""
     recent = history if last_n < 0 else history[max(0, len(history) - last_n) :]
     if penalty == 1 or not len(recent):
         return logits
     seen = np.unique(np.asarray(recent, np.int64))
-    penalised = logits.copy()
-    penalised[seen] = np.where(logits[seen] > 0, logits[seen] / penalty, logits[seen] * penalty)
-    return penalised
+    penalized = logits.copy()
+    penalized[seen] = np.where(logits[seen] > 0, logits[seen] / penalty, logits[seen] * penalty)
+    return penalized
 
 
 def top_k(logits: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Ids and logits of the `k` likeliest tokens (0: all), likeliest first, of equals the lower id first."""
+    """Ids and logits of the `k` most likely tokens (0: all), most likely first, for ties the lower id
+    first."""
     ids = np.arange(len(logits))
     if 0 < k < len(logits):
         # Everything that ties with the k-th stays in until the stable sort has put lower ids first.

@@ -35,7 +35,7 @@ _STOP_NAMES = (
 
 @dataclass(frozen=True, slots=True)
 class Vocabulary:
-    """What a bundle knows about text.
+    """Everything in a bundle that is about text.
 
     `chat_template` is the default one; `special_tokens` are those that templates know beside `bos_token` and
     `eos_token`: `unk_token`, `pad_token`, ….
@@ -52,7 +52,7 @@ class Vocabulary:
     def load(cls, bundle: str | Path) -> Self:
         """Read `tokenizer.json` and the metadata of a GGUF file of the bundle, or one GGUF file alone.
 
-        Raises InputError or FormatError where one of them is missing or broken, UnsupportedError for a
+        Raises InputError or FormatError if one of them is missing or broken, UnsupportedError for a
         vocabulary of another kind than BPE or SentencePiece.
         """
         if Path(bundle).is_file():
@@ -87,7 +87,7 @@ class Vocabulary:
     def chat(self, messages: list[dict[str, str]], **variables: object) -> str:
         """The prompt that the chat template makes of a conversation; raises as above."""
         if self.chat_template is None:
-            raise InputError("this model has no chat template", fix="leave out --chat")
+            raise InputError("this model has no chat template", fix="drop --chat")
         special = {"bos_token": self.bos, "eos_token": self.eos, **self.special_tokens}
         known = {name: token for name, token in special.items() if token}
         return render(self.chat_template, messages=messages, **(known | variables))
@@ -96,12 +96,10 @@ class Vocabulary:
         return self.tokenizer.encode(text, add_special_tokens=False).ids
 
     def _checked(self, ids: list[int]) -> list[int]:
-        """The ids of a prompt, with a word on what is seldom meant."""
+        """The ids of a prompt; logs what is rarely intended."""
         bos = self.tokenizer.token_to_id(self.bos)
         if bos is not None and ids[:2] == [bos, bos]:
-            log(
-                f"the prompt begins with {self.bos} twice: it is added to every prompt, leave it out of yours"
-            )
+            log(f"the prompt starts with {self.bos} twice; hotcold adds it, so leave it out of your prompt")
         return ids
 
 
@@ -122,7 +120,7 @@ def _token_text(tokenizer: Tokenizer, file: GGUFFile, key: str) -> str:
 
 
 def _valid(text: str) -> str:
-    """Python carries bytes that are no UTF-8 as lone surrogates, which no tokenizer knows."""
+    """Python represents invalid UTF-8 as lone surrogates, which no tokenizer accepts."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -134,7 +132,7 @@ class TextStream:
     """Turns token ids into text as they come; what it returns, joined, is the decoded text.
 
     A character may be spread over several tokens, and some decoders (sentencepiece) treat the first token of
-    a text in another way. So a few tokens before are decoded along, and a text that ends in the replacement
+    a text in another way. So a few earlier tokens are decoded too, and a text that ends in the replacement
     character, the sign of an unfinished one, is held back until it is whole.
     """
 

@@ -1,4 +1,4 @@
-"""The device: found, or refused in one line that says what is missing and what works instead."""
+"""Open a device, or raise an error that says what is missing and what works instead."""
 
 from __future__ import annotations
 
@@ -42,10 +42,10 @@ def open_devices(names: str = "cuda") -> list[torch.device]:
         gpus = [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
         return [gpu for gpu in gpus if torch.cuda.get_device_capability(gpu) >= _OLDEST]
     if len({device.type for device in devices}) > 1 or torch.device("cuda") in devices:
-        raise InputError("devices are GPUs by number, or cpu", got=names, expected="such as cuda:0,cuda:1")
+        raise InputError("not a list of devices", got=names, expected="such as cuda:0,cuda:1")
     gpus = [device for device in devices if device.type == "cuda"]
     if len(set(gpus)) < len(gpus):
-        raise InputError("a GPU is named twice", got=names)
+        raise InputError("a GPU is listed twice", got=names)
     return devices
 
 
@@ -71,7 +71,7 @@ def _check_cuda(device: torch.device) -> None:
         fix = f"install a CUDA build of torch, or {_INSTEAD}"
         raise UnsupportedError("this torch was built without CUDA", got=torch.__version__, fix=fix)
     if not torch.cuda.is_available():
-        what = "no NVIDIA GPU that torch can use: none there, or a driver older than its CUDA"
+        what = "torch finds no NVIDIA GPU, or the driver is older than its CUDA"
         raise UnsupportedError(what, expected=f"CUDA {torch.version.cuda}", fix=_INSTEAD)
     n = torch.cuda.device_count()
     if (device.index or 0) >= n:
@@ -106,7 +106,7 @@ def operators(device: torch.device) -> ModuleType:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that a model may take: what is free on a GPU, less a margin; on a CPU, what is available."""
+    """Memory that a model may use: what is free on a GPU, minus a margin, or what is available on a CPU."""
     if device.type == "cuda":
         return max(0, torch.cuda.mem_get_info(device)[0] - _MARGIN)
     return available_memory()
@@ -115,12 +115,12 @@ def free_bytes(device: torch.device) -> int:
 def parse_budgets(text: str, devices: Sequence[torch.device]) -> list[int]:
     """Bytes of `--vram-budget` for each device: a size for all, or one for each; `auto` is all that is free.
 
-    Raises InputError for what is no size or another number of them, UnsupportedError for more than there is.
+    Raises InputError for an invalid size or number of sizes, UnsupportedError for more than is free.
     """
     sizes = text.split(",")
     if len(sizes) not in (1, len(devices)):
         expected = f"one size, or {len(devices)}"
-        raise InputError("--vram-budget is not for as many devices", got=text, expected=expected)
+        raise InputError("--vram-budget does not match the number of devices", got=text, expected=expected)
     sizes *= len(devices) if len(sizes) == 1 else 1
     return [_budget(size.strip(), device) for size, device in zip(sizes, devices, strict=True)]
 
@@ -132,14 +132,14 @@ def _budget(text: str, device: torch.device) -> int:
     budget = parse_bytes(text)
     if budget > free:
         got, there = format_bytes(budget), f"at most {format_bytes(free)}"
-        what = "--vram-budget is more than is free"
-        raise UnsupportedError(what, where=str(device), got=got, expected=there, fix="use auto")
+        what = "--vram-budget exceeds the free memory"
+        raise UnsupportedError(what, where=str(device), got=got, expected=there, fix="use --vram-budget auto")
     return budget
 
 
 @contextmanager
 def memory_or_error(device: torch.device) -> Iterator[None]:
-    """Turn running out of GPU memory into one line, with what was loaded so far given back."""
+    """Turn running out of GPU memory into one line, and release what was loaded so far."""
     short = False
     try:
         yield
@@ -147,11 +147,11 @@ def memory_or_error(device: torch.device) -> Iterator[None]:
         short = True
     if not short:
         return
-    # Outside of the handler, where no traceback keeps tensors alive.
+    # Outside of the handler, so that no traceback keeps tensors alive.
     if device.type == "cuda":
         torch.cuda.empty_cache()
     raise UnsupportedError(
         "out of GPU memory",
         where=str(device),
-        fix="a smaller --vram-budget or -c takes less, --backend cpu none",
+        fix="lower --vram-budget or -c, or use --backend cpu",
     )

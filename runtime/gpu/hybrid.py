@@ -104,10 +104,12 @@ def _check_inputs(file: GGUFFile, shape: ModelSpec) -> None:
 def _check_placement(placement: Placement, shape: ModelSpec, mode: str, n_devices: int) -> None:
     got = (len(placement.layers), placement.layers[0].d_ff)
     if got != (shape.n_layers, shape.d_ff):
-        raise MismatchError("a plan for another model", got=got, expected=(shape.n_layers, shape.d_ff))
+        raise MismatchError("this plan is for another model", got=got, expected=(shape.n_layers, shape.d_ff))
     split = [i for i, layer in enumerate(placement.layers) if layer.on_device and len(layer.cold)]
     if mode == "dense" and split:
-        raise MismatchError("dense mode needs a plan of whole layers", got=f"layer {split[0]} is split")
+        raise MismatchError("dense mode needs a plan with whole layers", got=f"layer {split[0]} is split")
     if placement.spans[-1][0] >= n_devices:
-        got, fix = f"{n_devices} here", "name as many with --device"
-        raise MismatchError("a plan for more devices", got=got, expected=len(placement.budgets), fix=fix)
+        got, fix = f"{n_devices} here", "list as many with --device"
+        raise MismatchError(
+            "this plan is for more devices", got=got, expected=len(placement.budgets), fix=fix
+        )

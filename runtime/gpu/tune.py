@@ -54,7 +54,7 @@ def _products(weights: DeviceWeights, mode: str) -> list[Rows]:
 def _alike(products: Sequence[Rows]) -> list[list[Rows]]:
     """In groups of about one shape, and of one type.
 
-    Triton compiles a kernel anew where n is no multiple of 16, which it must not while a graph is recorded.
+    Triton recompiles a kernel if n is not a multiple of 16, which must not happen while a graph is recorded.
     """
     groups: dict[tuple, list[Rows]] = defaultdict(list)
     for rows in products:

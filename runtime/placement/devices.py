@@ -35,7 +35,7 @@ class Fixed:
 def fill(sizes: Sequence[int], fixed: Fixed, budgets: Sequence[int]) -> tuple[list[int], list[int]]:
     """Devices of layers of these bytes, from the first on as far as they fit; and the fixed bytes per device.
 
-    Fewer devices are better than more, and earlier than later ones. Raises UnsupportedError where not even
+    Fewer devices are better than more, and earlier than later ones. Raises UnsupportedError if not even
     `fixed` fits.
     """
     pairs = combinations_with_replacement(range(len(budgets)), 2)
@@ -48,7 +48,7 @@ def fill(sizes: Sequence[int], fixed: Fixed, budgets: Sequence[int]) -> tuple[li
             best = homes, [n if i in used else 0 for i, n in enumerate(extra)]
     if best is None:
         raise UnsupportedError(
-            "too little GPU memory for embedding, head and buffers",
+            "not enough GPU memory for embedding, head, and buffers",
             got=format_bytes(max(budgets)),
             expected=f"{format_bytes(fixed.on(first=True, last=True))} or more",
             fix="raise --vram-budget, or use --backend cpu",

@@ -36,7 +36,7 @@ def gpuidx_path(plan: str | Path) -> Path:
 def save_placement(placement: Placement, path: str | Path, fingerprint: str | None = None) -> None:
     """Write the plan to `path`, and its `.gpuidx` beside.
 
-    StorageError where the disk does not take them, or files that hotcold did not write are in the way.
+    StorageError if the disk does not take them, or files that hotcold did not write are in the way.
     """
     check_file(path, "placement")
     check_file(gpuidx_path(path), "gpuidx")
@@ -85,10 +85,10 @@ def load_placement(path: str | Path, n_layers: int, d_ff: int, fingerprint: str 
         placement, of = _from_json(path)
     got = (len(placement.layers), placement.layers[0].d_ff)
     if got != (n_layers, d_ff):
-        what = "a plan for another model, by its (n_layers, d_ff)"
+        what = "this plan is for another model: (n_layers, d_ff) differs"
         raise MismatchError(what, where=path, got=got, expected=(n_layers, d_ff))
     if of and fingerprint and of != fingerprint:
-        what = "a plan for another model, by its fingerprint"
+        what = "this plan is for another model: the fingerprint differs"
         raise MismatchError(what, where=path, got=of, expected=fingerprint)
     return placement
 
@@ -105,15 +105,15 @@ def _from_json(path: Path) -> tuple[Placement, str | None]:
         budgets = tuple(map(int, value.get("budgets", [int(value["budget"])])))
         fixed = tuple(map(int, value.get("fixed", [int(value["fixed_bytes"])])))
     except (KeyError, TypeError, ValueError) as error:
-        raise FormatError("a field is missing or of another type", where=path, got=error) from error
+        raise FormatError("a field is missing or has the wrong type", where=path, got=error) from error
     framed = [layer.on_device for layer in layers]
     if not layers or framed != sorted(framed, reverse=True):
         raise FormatError("layers on the device must come first", where=path, field="layers")
     homes = [layer.device for layer in layers if layer.on_device]
     if homes != sorted(homes) or not set(homes) <= set(range(len(budgets))):
-        raise FormatError("layers must be on devices in order", where=path, field="layers")
+        raise FormatError("layers must be assigned to devices in order", where=path, field="layers")
     if len(fixed) != len(budgets) or not budgets:
-        raise FormatError("sizes must be there for each device", where=path, field="budgets")
+        raise FormatError("there must be one size per device", where=path, field="budgets")
     return Placement(tuple(layers), budgets, fixed, method="file"), value.get("model_fingerprint")
 
 
@@ -121,7 +121,7 @@ def _layer(entry: dict[str, Any], d_ff: int, path: Path, i: int) -> PlacedLayer:
     hot = np.asarray(entry["hot"], np.int64).reshape(-1)
     ascending = (np.diff(hot) > 0).all() and (not len(hot) or (hot[0] >= 0 and hot[-1] < d_ff))
     if not ascending or (len(hot) and not entry["on_device"]):
-        what = "hot neurons must ascend, be below d_ff, and lie on the device"
+        what = "hot neurons must be ascending, below d_ff, and on the device"
         raise FormatError(what, where=path, field=f"layers[{i}].hot")
     figures = {name: entry[name] for name in ("hit_rate", "device_bytes", "cpu_bytes")}
     device = int(entry.get("device", 0))

@@ -74,7 +74,7 @@ class LayerLoad:
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """A model to be placed within these bytes per device; `fixed` must be there at all events."""
+    """A model to be placed within these bytes per device; `fixed` is always needed."""
 
     layers: Sequence[LayerLoad]
     fixed: Fixed
@@ -179,9 +179,9 @@ class Placement:
 
 
 def place(problem: Problem, time_limit: float = 10.0) -> Placement:
-    """The best plan found: by HiGHS within `time_limit` seconds, by a greedy rule where that is no worse.
+    """The best plan found: by HiGHS within `time_limit` seconds, or by a greedy rule if that is not worse.
 
-    Raises UnsupportedError where not even what is fixed fits the budgets.
+    Raises UnsupportedError if not even what is fixed fits the budgets.
     """
     layers = problem.layers
     frames, neurons = [layer.frame_bytes for layer in layers], [layer.ffn_bytes for layer in layers]

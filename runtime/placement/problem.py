@@ -62,7 +62,7 @@ def make_problem(
 def whole_model(file: GGUFFile, mode: str, n_ctx: int, budgets: Sequence[int]) -> list[int]:
     """The device of each layer if all of it is on one, from the first layer on as far as these bytes go.
 
-    Raises UnsupportedError where not even embedding and head fit.
+    Raises UnsupportedError if not even embedding and head fit.
     """
     weights = FileWeights.read(file)
     cache = _cache_bytes(weights.spec, n_ctx)

@@ -34,7 +34,7 @@ def group_size(d_ff: int) -> int:
 
 
 def solver_counts(times: Sequence[FfnTime], budget: int, time_limit: float) -> list[int] | None:
-    """Neurons per layer by scipy's HiGHS; None where it finds nothing in time."""
+    """Neurons per layer by scipy's HiGHS; None if it finds nothing in time."""
     from scipy.optimize import Bounds, LinearConstraint, milp
 
     if not times:
@@ -103,7 +103,7 @@ class _Programme:
         return csr_array((values, columns, ends), shape=(len(self._rows), self.n_variables))
 
     def counts(self, v: np.ndarray) -> list[int]:
-        """Whole groups of each layer, and none where they are too few for the split; within the budget."""
+        """Whole groups of each layer, and none if they are too few for the split; within the budget."""
         found = []
         for layer, edges in enumerate(self.edges):
             neurons = v[self.at[layer] : self.at[layer + 1]] @ np.diff(edges)

@@ -60,7 +60,7 @@ class Rows:
         """Rows of a float tensor [n, width], shared with it."""
         if values.ndim != 2 or values.dtype not in _FLOATS.values():
             got = f"{values.dtype} {list(values.shape)}"
-            raise ShapeError("rows must be a float matrix", got=got, expected="[n, width]")
+            raise ShapeError("rows must form a float matrix", got=got, expected="[n, width]")
         return cls(values.contiguous(), values.new_empty((0, 0), dtype=torch.float16), FLOAT, values.shape[1])
 
     @classmethod
@@ -69,14 +69,14 @@ class Rows:
     ) -> Self:
         """Rows of a GGUF tensor of `type_name` (F32, F16, BF16, Q8_0, Q4_0), its bytes in `data`.
 
-        Raises UnsupportedError for another type, ShapeError where the bytes are not whole rows.
+        Raises UnsupportedError for another type, ShapeError if the bytes are not whole rows.
         """
         data = np.ascontiguousarray(data).reshape(-1).view(np.uint8)
         if type_name in _FLOATS:
             return cls._from_floats(_FLOATS[type_name], data, width, device)
         if type_name not in _QUANTS:
             known = ", ".join([*_FLOATS, *_QUANTS])
-            raise UnsupportedError("the GPU kernels do not read this type", got=type_name, expected=known)
+            raise UnsupportedError("the GPU kernels do not support this type", got=type_name, expected=known)
         kind, quant_bytes = _QUANTS[type_name]
         blocks = _whole_rows(data, width // _BLOCK * (2 + quant_bytes), width % _BLOCK == 0)
         blocks = blocks.reshape(len(blocks), width // _BLOCK, 2 + quant_bytes)
@@ -131,7 +131,9 @@ def joined(parts: Sequence[Rows]) -> list[Rows]:
 def _whole_rows(data: np.ndarray, row_bytes: int, width_fits: bool) -> np.ndarray:
     if not width_fits or row_bytes == 0 or data.size % row_bytes:
         raise ShapeError(
-            "tensor data is not whole rows", got=f"{data.size} bytes", expected=f"rows of {row_bytes}"
+            "tensor data is not a whole number of rows",
+            got=f"{data.size} bytes",
+            expected=f"rows of {row_bytes}",
         )
     return data.reshape(-1, row_bytes)
 

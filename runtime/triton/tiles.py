@@ -1,6 +1,6 @@
 """What the kernels share: reading weights, finding the neurons that fire, dots with rows and sums of rows.
 
-All read weights through `row_tile`: [ROWS, BLOCK] of float32 whatever the stored type, where a row that is
+All read weights through `row_tile`: [ROWS, BLOCK] of float32 for any stored type, where a row that is
 not `live` costs no memory traffic. TOKENS is the batch rounded up to a power of two, `tokens` the true one;
 what a token too many comes to is stored by nobody.
 

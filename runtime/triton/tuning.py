@@ -111,7 +111,7 @@ def tiles_for(kernel: str, device: torch.device, shape: str) -> Tiles:
 def tune(kernel: str, device: torch.device, shape: str, run: Callable[[], object]) -> Tiles:
     """Time `run` (which launches `kernel` through its operator) with every candidate, keep the fastest.
 
-    Does nothing where it was done before, or off a GPU.
+    Does nothing if it was done before, or off a GPU.
     """
     if device.type != "cuda":
         return tiles_for(kernel, device, shape)
@@ -132,7 +132,7 @@ def _save(gpu: str, known: dict[str, Tiles], key: str, times: list[float]) -> No
         write_json(path, known)
         write_json(all_times, cache.read_record(all_times) | {key: us})
     except StorageError as error:
-        log(f"tile sizes are not remembered: {error}")
+        log(f"could not save tile sizes: {error}")
 
 
 def _milliseconds(known: dict[str, Tiles], key: str, tiles: Tiles, run: Callable[[], object]) -> float:

@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from hotcold.sparsify.measure.card import Load
 
 HELP = (
-    "Measure perplexity and the sparsity of each layer for the dense model, for the same with another "
-    "activation and no training, for each stage that a training run kept (checkpoints.stages in its config), "
-    "and for other models; print the tables as Markdown."
+    "Measure perplexity and the sparsity of each layer, and print tables in Markdown. Rows are the dense "
+    "model, the same model with a sparse activation but no training, each stage that a training run kept "
+    "(checkpoints.stages in its config), and other models."
 )
 EXAMPLE = "hotcold sparsity-card --dense smollm2 --model sparse --text wikitext.txt"
 
@@ -25,21 +25,25 @@ EXAMPLE = "hotcold sparsity-card --dense smollm2 --model sparse --text wikitext.
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `hotcold sparsity-card`."""
     add = parser.add_argument
-    add("--dense", required=True, metavar="M", help="the model that was made sparse")
-    add(
-        "--model", action="append", default=[], metavar="M", help="a sparse model; can be given several times"
-    )
-    add("--config", metavar="FILE", help="the config of the training run (default: ReLU)")
-    add("--work", type=Path, metavar="DIR", help="the working folder of the run, for its stages")
-    add("--q4-0", action="store_true", help="with every matrix rounded to Q4_0")
-    add("--text", default="stdlib", metavar="SRC", help="file, glob, data set id or stdlib (default)")
+    add("--dense", required=True, metavar="M", help="the original dense model")
+    add("--model", action="append", default=[], metavar="M", help="a sparse model; can be repeated")
+    add("--config", metavar="FILE", help="config of the training run (default: ReLU)")
+    add("--work", type=Path, metavar="DIR", help="working folder of the run, to include its stages")
+    add("--q4-0", action="store_true", help="round every matrix to Q4_0")
+    add("--text", default="stdlib", metavar="SRC", help="file, glob, data set id, or stdlib (default)")
     add(
         "--part", default="test", choices=("test", "calibrate", "all"),
-        help="its test part, of which nothing was trained or chosen, the part that thresholds are chosen on, "
-        "or all of it (default: %(default)s)",
+        help="part of the text: test, which no training or tuning uses; calibrate, which thresholds are "
+        "chosen on; or all (default: %(default)s)",
     )  # fmt: skip
-    add("--tokens", type=int, default=8192, metavar="N", help="tokens of it (default: %(default)s)")
-    add("--window", type=int, default=512, metavar="N", help="tokens a window (default: %(default)s)")
+    add(
+        "--tokens",
+        type=int,
+        default=8192,
+        metavar="N",
+        help="number of tokens to measure (default: %(default)s)",
+    )
+    add("--window", type=int, default=512, metavar="N", help="tokens per window (default: %(default)s)")
 
 
 def run(args: argparse.Namespace) -> int:

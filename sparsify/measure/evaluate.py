@@ -36,7 +36,7 @@ class Quality:
 def measure(model: PreTrainedModel, windows: Tensor) -> Quality:
     """Perplexity and sparsity on `windows` [n, length], each seen without what came before it.
 
-    InputError where the perplexity is not finite, and for ids or lengths that the model has no embeddings
+    InputError if the perplexity is not finite, and for ids or lengths that the model has no embeddings
     for.
     """
     check_ids(windows.cpu().numpy(), n_embeddings(model))

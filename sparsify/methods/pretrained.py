@@ -51,11 +51,13 @@ def unpack(dense: PreTrainedModel, base_fingerprint: str, path: Path = FILE) -> 
     model, ShapeError for another size.
     """
     if not path.is_file():
-        raise InputError("these trained FFNs are not installed", where=path, fix="train: --method relu")
+        raise InputError(
+            "these trained FFNs are not installed", where=path, fix="train your own with --method relu"
+        )
     metadata, tensors = _read(path)
     if metadata["base"] != base_fingerprint:
         raise MismatchError(
-            "made for another dense model", where=path, got=base_fingerprint, expected=metadata["base"]
+            "made for a different dense model", where=path, got=base_fingerprint, expected=metadata["base"]
         )
     dense.requires_grad_(False)
     for name, weight, transposed in list(_matrices(dense)):

@@ -57,7 +57,7 @@ def thresholded(model: PreTrainedModel, thresholds: Sequence[float]):  # noqa: A
     name = model.config.hidden_act
     if name != "relu" and not name.startswith("fatrelu_"):
         raise UnsupportedError(
-            "thresholds can be shifted in ReLU models only", got=name, expected="relu | fatrelu_T",
+            "only ReLU models have thresholds to shift", got=name, expected="relu | fatrelu_T",
             fix="make the model sparse first: hotcold sparsify",
         )  # fmt: skip
     layers = ffn_layers(model)

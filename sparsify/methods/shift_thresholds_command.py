@@ -23,10 +23,10 @@ if TYPE_CHECKING:
     from hotcold.text import Part
 
 HELP = (
-    "Raise the threshold below which a gate counts as zero (FATReLU, ProSparse's third step), print sparsity "
-    "and perplexity for each on the calibrate part of a text, and save the model with the sparsest one that "
-    "keeps perplexity there within the budget. What that one gives on the test part, which chose nothing, is "
-    "printed below. Interrupted, it goes on where it stopped when it is run again."
+    "Raise the threshold below which a gate counts as zero (FATReLU, ProSparse's third step). For each "
+    "threshold, print sparsity and perplexity on the calibrate part of a text, and save the model with the "
+    "sparsest one within the perplexity budget. Its figures on the test part, which was not used to choose "
+    "it, are printed below. If interrupted, run the same command again to continue."
 )
 EXAMPLE = "hotcold shift-thresholds --model sparse --budget 1.01 --out sparser"
 
@@ -38,14 +38,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `hotcold shift-thresholds`."""
     add = parser.add_argument
     add("--model", required=True, metavar="M", help="a ReLU model: HF directory or hub id")
-    add("--out", required=True, type=Path, metavar="DIR", help="where the HF checkpoint goes")
+    add("--out", required=True, type=Path, metavar="DIR", help="folder for the new checkpoint")
     add(
         "--budget", type=float, default=1.01, metavar="X",
-        help="perplexity may grow by this factor (default: %(default)s)",
+        help="largest allowed factor on perplexity (default: %(default)s)",
     )  # fmt: skip
     add(
         "--per-layer", action="store_true",
-        help="a threshold per layer, at an equal error of each FFN's output, instead of one for all",
+        help="use one threshold per layer, with equal output errors, instead of one for all layers",
     )  # fmt: skip
     add(
         "--try", dest="knobs", metavar="LIST",
@@ -62,16 +62,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "(default)",
     )  # fmt: skip
     add("--tokens", type=int, default=8192, metavar="N", help="tokens of each part (default: %(default)s)")
-    add("--window", type=int, default=512, metavar="N", help="tokens a window (default: %(default)s)")
+    add("--window", type=int, default=512, metavar="N", help="tokens per window (default: %(default)s)")
 
 
 def run(args: argparse.Namespace) -> int:
     """Measure the curve, print it, and save the chosen model."""
     knobs = _knobs(args.knobs or (_SHARES if args.per_layer else _GLOBAL))
     if args.budget < 1:
-        raise InputError(
-            "the budget is a factor on perplexity", where="--budget", got=args.budget, expected=">= 1"
-        )
+        raise InputError("must be a factor on perplexity", where="--budget", got=args.budget, expected=">= 1")
     check_replaceable(args.out, "checkpoint", [args.model])
     check_file(_curve(args), "curve")
 
@@ -116,7 +114,7 @@ def _knobs(given: str) -> list[float]:
     try:
         knobs = sorted({0.0, *map(float, given.split(","))})
     except ValueError as error:
-        raise InputError("not numbers between commas", where="--try", got=given) from error
+        raise InputError("not a comma-separated list of numbers", where="--try", got=given) from error
     if knobs[0] < 0:
         raise InputError("must not be negative", where="--try", got=knobs[0])
     return knobs
@@ -144,7 +142,7 @@ def _journal(
             try:
                 points[entry["point"]["knob"]] = Point(**entry["point"])
             except (KeyError, TypeError):
-                log(f"left out: {path}: not a point of the curve")
+                log(f"ignored: {path}: not a point of the curve")
 
     def write(point: Point) -> None:
         storage.append_line(path, json.dumps({"run": run, "point": asdict(point)}))

@@ -192,7 +192,7 @@ def read_windows(
     """Tokenise documents until they fill windows of `n_tokens` in all; int64 [n, length].
 
     There are fewer where the documents end before; documents follow each other without a gap. Raises
-    InputError where there is not one window; `where` names the text in its message.
+    InputError if there is not one window; `where` names the text in its message.
     """
     stream = np.fromiter(_tokens(documents, tokenizer, n_tokens), dtype=np.int64)
     n = len(stream) // length

@@ -35,7 +35,7 @@ class Sampler:
         *,
         compile: bool | None = None,
     ) -> None:
-        """`compile` (by default on a GPU) compiles a step. InputError where no word can begin a text."""
+        """`compile` (by default on a GPU) compiles a step. InputError if no word can begin a text."""
         self._teacher, self._length, self._settings = teacher, length, settings
         self._device = teacher.device
         self._words = _words(tokenizer)
@@ -91,7 +91,7 @@ def _special_token(tokenizer: Tokenizer, name: str) -> int | None:
 
 
 def _words(tokenizer: Tokenizer) -> Tensor:
-    """Tokens that can begin a text: capitalised words without a space before them."""
+    """Tokens that can begin a text: capitalized words without a space before them."""
     texts = (tokenizer.decode([token]) for token in range(tokenizer.get_vocab_size()))
     fitting = [
         token
@@ -100,6 +100,6 @@ def _words(tokenizer: Tokenizer) -> Tensor:
     ]
     if not fitting:
         raise InputError(
-            "the vocabulary has no words to begin a text with", fix="give the source `generated` no share"
+            "the vocabulary has no words to start a text with", fix="remove `generated` from the text sources"
         )
     return torch.tensor(fitting)

@@ -17,7 +17,7 @@ _NEVER = (1 << 31) - 1
 
 
 def keep_big_buffers() -> bool:
-    """Keep freed memory inside this process from now on; False where the C library is not glibc."""
+    """Keep freed memory inside this process from now on; False if the C library is not glibc."""
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError):

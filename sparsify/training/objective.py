@@ -56,7 +56,7 @@ class _Objective(nn.Module, Generic[_Teacher]):
 
 @dataclass(slots=True)
 class _Pass:
-    """What one forward pass collects, by layer. `where` is None where there is no padding."""
+    """What one forward pass collects, by layer. `where` is None if there is no padding."""
 
     where: Tensor | None
     with_l1: bool
@@ -67,7 +67,7 @@ class _Pass:
 
 
 class EndToEnd(_Objective[PreTrainedModel | None]):
-    """The whole model: language modelling, KL from the dense model, output errors of FFNs, L1.
+    """The whole model: language modeling, KL from the dense model, output errors of FFNs, L1.
 
     `spread` [n_layers] is what an FFN's error is divided by, see `output_spread`. Terms of `loss` whose
     factor is 0 are not computed. `close` takes its hooks off the model.
@@ -134,7 +134,7 @@ class EndToEnd(_Objective[PreTrainedModel | None]):
             return self.teacher.model(ids, use_cache=False).last_hidden_state, outputs
 
     def _output_terms(self, hidden: Tensor, goal: Tensor | None, ids: Tensor, mask: Tensor) -> list[Tensor]:
-        """Language modelling and KL."""
+        """Language modeling and KL."""
         head = self.student.lm_head.weight
         head = head.to(torch.bfloat16) if self._bf16 else head
         lm = kl = hidden.new_zeros((), dtype=torch.float32)

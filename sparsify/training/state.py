@@ -46,8 +46,8 @@ class Saved:
 class WorkFolder:
     """`run.json`, `training.jsonl` and `state-PHASE-STEP/` of one run.
 
-    `identity` says what is trained on what. MismatchError where the folder belongs to another run,
-    StorageError where it is not a working folder at all.
+    `identity` says what is trained on what. MismatchError if the folder belongs to another run,
+    StorageError if it is not a working folder at all.
     """
 
     def __init__(self, path: Path, identity: Mapping[str, str], phases: list[str], keep: int = 2) -> None:
@@ -65,7 +65,7 @@ class WorkFolder:
             if found.get(key) != value:
                 raise MismatchError(
                     f"this is the working folder of another run: its {key} differs", where=self.path,
-                    got=found.get(key), expected=value, fix="delete it to start anew, or name another --out",
+                    got=found.get(key), expected=value, fix="delete it to start over, or use another --out",
                 )  # fmt: skip
 
     def states(self) -> list[Saved]:
@@ -92,8 +92,8 @@ class WorkFolder:
         if phase not in self.phases or type(step) is not int or not isinstance(extra, dict):
             raise FormatError("not a training state", where=path, got=f"{phase}, {step}", fix="delete it")
         if path.name != _name(phase, step):
-            got, fix = f"step {step} of {phase}", "delete it, or give it its name again"
-            raise FormatError("a state under another's name", where=path, got=got, fix=fix)
+            got, fix = f"step {step} of {phase}", "delete it, or restore its name"
+            raise FormatError("this state has the wrong file name", where=path, got=got, fix=fix)
         return Saved(path, phase, step, extra)
 
     def save(
@@ -122,7 +122,7 @@ class WorkFolder:
         return read_json_lines(self.log_path)
 
     def _place(self, record: Mapping[str, Any], line: int) -> tuple[int, int]:
-        """Phase and step of a record, in the order of the run; FormatError where it has none."""
+        """Phase and step of a record, in the order of the run; FormatError if it has none."""
         phase, step = record.get("phase"), record.get("step")
         if phase not in self.phases or type(step) is not int:
             fix = "delete this line"

@@ -46,7 +46,7 @@ def read_rows(path: Path, length: int) -> Tensor:
     try:
         ids = load_file(path)["ids"]
     except (OSError, KeyError, SafetensorError) as error:
-        raise FormatError("no token ids in it", where=path, got=str(error)) from error
+        raise FormatError("contains no token ids", where=path, got=str(error)) from error
     if ids.dim() != 2 or ids.shape[1] != length or ids.is_floating_point() or not len(ids):
         raise ShapeError(
             "not windows of token ids", where=path, got=list(ids.shape), expected=f"[n, {length}]"

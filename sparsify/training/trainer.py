@@ -41,7 +41,7 @@ _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_
 
 
 class DivergedError(HotcoldError):
-    """The loss is no number any more. The weights are those of the step before."""
+    """The loss became NaN or infinite. The weights are those of the previous step."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,7 +179,7 @@ class Trainer:
         good = f"the last good state is {last.path}" if last else "there is no state yet"
         raise DivergedError(
             f"the loss is not finite at step {step}", where=phase.name, got=loss,
-            fix=f"{good}; lower learning.lr or the L1 factor, in a config of another run",
+            fix=f"{good}; lower learning.lr or the L1 factor, and start a new run",
         )  # fmt: skip
 
     def is_done(self, phase: Phase) -> bool:

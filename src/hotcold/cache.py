@@ -1,12 +1,12 @@
-"""The user's cache: one folder, `$XDG_CACHE_HOME/hotcold`, for all that hotcold can make again.
+"""The user's cache: one folder, `$XDG_CACHE_HOME/hotcold`, for everything that hotcold can recreate.
 
-    models/KEY/, models/KEY.json   bundles of checkpoints, and what is known of them (runtime/model_cache.py)
+    models/KEY/, models/KEY.json   bundles of checkpoints, and their records (runtime/model_cache.py)
     auto-mode/KEY.json             which mode is fastest (runtime/auto_mode.py)
     triton/GPU.json                tile sizes (runtime/triton/tuning.py)
     hashes/KEY.json                sha256 of files that have not changed since
 
-Files are replaced as wholes, so that a reader sees the old or the new one. What must be made once by one of
-several processes is made under a lock (`KEY.lock` beside it), which ends with the process.
+Files are replaced as a whole, so that a reader sees either the old or the new one. What only one of several
+processes may create is created under a lock (`KEY.lock` beside it), which ends with the process.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ __all__ = [
 ]
 
 _KEY = "[0-9a-f]" * 24
-# What hotcold writes there, by folder; other files are somebody else's.
+# What hotcold writes there, by folder; other files belong to others.
 _RECORDS = {
     "models": f"{_KEY}.json",
     "auto-mode": f"{_KEY}.json",
@@ -56,7 +56,7 @@ _held: dict[Path, BinaryIO] = {}  # locks that last as long as this process
 
 
 def folder(kind: str) -> Path:
-    """Where things of one kind are, whether it is there yet or not. InputError where there is no home."""
+    """The folder for one kind, which may not exist yet. Raises InputError if there is no home folder."""
     named = Path(os.environ.get("XDG_CACHE_HOME", ""))
     try:
         root = named if named.is_absolute() else Path.home() / ".cache"  # as the XDG specification has it
@@ -66,12 +66,12 @@ def folder(kind: str) -> Path:
 
 
 def digest(*parts: object) -> str:
-    """A key that is the same for the same parts, which JSON can say."""
+    """A key that depends only on the parts, which must be JSON."""
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """An object of JSON; empty where there is none, or it is damaged: it can be made again."""
+    """A JSON object; empty if it is missing or damaged, since it can be recreated."""
     try:
         found = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError):
@@ -80,7 +80,7 @@ def read_record(path: Path) -> dict[str, Any]:
 
 
 def sha256(path: Path) -> str:
-    """Hex sha256 of a file; of a large one it is remembered while size, times and inode stay the same."""
+    """Hex sha256 of a file; for a large one it is cached while size, times, and inode stay the same."""
     path = path.resolve()
     if path.stat().st_size < _SMALL:
         return storage.sha256_file(path)
@@ -116,9 +116,9 @@ def _state(path: Path) -> list[int]:
 
 @contextmanager
 def exclusive(path: Path, waiting: str, *, needed: bool = True) -> Iterator[None]:
-    """Be the only process that makes `path`; one that has to wait for another says `waiting` first.
+    """Be the only process that creates `path`; logs `waiting` if it has to wait for another.
 
-    Raises StorageError where the cache cannot be written, unless the lock is not `needed`.
+    Raises StorageError if the cache cannot be written, unless the lock is not `needed`.
     """
     with ExitStack() as stack:
         try:
@@ -130,20 +130,20 @@ def exclusive(path: Path, waiting: str, *, needed: bool = True) -> Iterator[None
 
 
 def hold(path: Path, waiting: str) -> None:
-    """Keep `path` from being made or removed by others till this process ends, or releases it."""
+    """Keep others from creating or removing `path` until this process ends or releases it."""
     if path not in _held and (file := _lock(path, fcntl.LOCK_SH, waiting)):
         _held[path] = file
 
 
 def release(path: Path) -> None:
-    """Let others have what was held."""
+    """End a `hold`."""
     if file := _held.pop(path, None):
         file.close()
 
 
 @contextmanager
 def _locked(path: Path, how: int, waiting: str | None) -> Iterator[bool]:
-    """Whether the lock was had: without `waiting` one that another process holds is not waited for."""
+    """Whether the lock was acquired; without `waiting`, this does not wait for another process."""
     try:
         file = _lock(path, how, waiting)
     except BlockingIOError:
@@ -159,7 +159,7 @@ def _locked(path: Path, how: int, waiting: str | None) -> Iterator[bool]:
 def _lock(path: Path, how: int, waiting: str | None) -> BinaryIO | None:
     """An open file whose lock is held; None on a file system without locks.
 
-    Who removes an entry removes its lock file too, so that what was waited for may be gone: then again.
+    Removing an entry also removes its lock file, so the lock may be on a deleted file: then try again.
     """
     lock = path.with_name(f"{path.name}.lock")
     while True:
@@ -185,7 +185,7 @@ def _opened(lock: Path) -> BinaryIO:
         lock.parent.mkdir(parents=True, exist_ok=True)
         return lock.open("ab")
     except OSError as error:
-        fix = "set XDG_CACHE_HOME to a folder that can be written"
+        fix = "set XDG_CACHE_HOME to a writable folder"
         raise StorageError(f"cannot use the cache: {error.strerror}", where=lock.parent, fix=fix) from error
 
 
@@ -198,7 +198,7 @@ def _is_still(file: BinaryIO, lock: Path) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One thing in the cache. `record` is the file that tells of it, `source` what it was made from."""
+    """One entry of the cache. `record` is the file that describes it, `source` what it was made from."""
 
     kind: str
     record: Path
@@ -208,7 +208,7 @@ class Entry:
 
     @property
     def name(self) -> str:
-        """What people call it."""
+        """The name that `hotcold cache` shows."""
         return f"{self.kind}/{self.record.stem}"
 
     @property
@@ -218,11 +218,11 @@ class Entry:
 
 
 def entries(*kinds: str) -> list[Entry]:
-    """What is in the cache, of these kinds or of all, the least recently used first."""
+    """The entries of these kinds, or of all, the least recently used first."""
     found = []
     for kind in kinds or _RECORDS:
         for path in folder(kind).glob(_RECORDS[kind]):
-            with suppress(OSError):  # removed meanwhile
+            with suppress(OSError):  # removed in the meantime
                 found.append(_entry(kind, path))
     return sorted(found, key=lambda entry: entry.used)
 
@@ -261,14 +261,14 @@ def remove(entry: Entry) -> bool:
 
 
 def _remove_empty(path: Path) -> None:
-    """Remove a folder and those in it, as far as they hold no files."""
+    """Remove a folder and its sub-folders, except those with files."""
     for directory, _, _ in os.walk(path, topdown=False):
         with suppress(OSError):
             Path(directory).rmdir()
 
 
 def sweep() -> None:
-    """Delete what killed conversions left."""
+    """Delete what killed conversions left behind."""
     for path in folder("models").glob(_UNFINISHED):
         with suppress(OSError):
             descriptor = os.open(path, os.O_RDONLY)

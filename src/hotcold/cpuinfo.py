@@ -1,4 +1,4 @@
-"""What Linux says of the machine: figures and choices made by timing hold for it alone."""
+"""What Linux says about the machine, since measured figures and choices only hold for it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ __all__ = ["available_memory", "cpu_name", "cpuinfo"]
 
 
 def cpuinfo() -> dict[str, str]:
-    """The first processor's entry of /proc/cpuinfo; empty where there is no such file."""
+    """The first processor's entry of /proc/cpuinfo; empty if there is no such file."""
     path = Path("/proc/cpuinfo")
     if not path.exists():
         return {}
@@ -19,12 +19,12 @@ def cpuinfo() -> dict[str, str]:
 
 
 def cpu_name() -> str:
-    """The model of the CPU, or what comes nearest to it."""
+    """The model name of the CPU, or the closest thing to it."""
     return cpuinfo().get("model name") or platform.processor() or platform.machine()
 
 
 def available_memory() -> int:
-    """Bytes that can be taken without swapping, as the kernel reckons."""
+    """The kernel's estimate of the bytes that can be allocated without swapping."""
     path = Path("/proc/meminfo")
     for line in path.read_text().splitlines() if path.exists() else ():
         name, _, value = line.partition(":")

@@ -1,8 +1,8 @@
-"""How many CPUs this process may really use: its affinity mask, and the quota of its cgroup.
+"""How many CPUs this process may use, by its affinity mask and the quota of its cgroup.
 
 A container with a limit of one CPU sees all CPUs of the host. Threads beyond the limit add no speed: they
-wait for each other while the kernel holds one of them back. joblib knows both limits too, but rounds a quota
-up and looks at the root of a cgroup file system alone.
+wait for each other while the kernel holds one of them back. joblib also respects both limits, but rounds a
+quota up and only looks at the root of a cgroup file system.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _said: set[tuple[int, int]] = set()
 def thread_count(asked: int | None = None) -> int:
     """The number of threads to run: one per available CPU, or fewer if fewer are `asked` for.
 
-    More than there are CPUs is capped, with one line about it. InputError for fewer than one.
+    More threads than CPUs are capped, and a log line says so. Raises InputError for fewer than one.
     """
     cpus = available_cpus()
     if asked is None:
@@ -45,10 +45,10 @@ def thread_count(asked: int | None = None) -> int:
 
 
 def torch_threads(asked: int | None = None) -> int:
-    """Give torch its threads, as many as `thread_count` says, and return their number.
+    """Set torch's threads to `thread_count(asked)` and return their number.
 
-    Call it before anything imports torch: OpenMP's threads then sleep soon where they wait. By default they
-    spin for milliseconds, and beside another busy program most of the time is lost to that. Not for a process
+    Call it before anything imports torch, so that waiting OpenMP threads sleep early. By default they spin
+    for milliseconds, which wastes most of the time next to another busy program. Do not use it in a process
     that measures llama.cpp, whose barriers would sleep too.
     """
     n_threads = thread_count(asked)
@@ -65,9 +65,10 @@ def in_threads(
 ) -> Iterator[R]:
     """Yield `work(item)` in the order of the items, `n_threads` of them at a time, each on one CPU.
 
-    torch and numpy run single-threaded in there. So nobody waits at a barrier for a thread whose CPU another
-    program has, and the results do not depend on `n_threads`. The first exception, Ctrl-C too, ends it: items
-    that have not begun are left out, and `stopped` is set for those at work, which are waited for.
+    torch and numpy run single-threaded in it. So no thread waits at a barrier for one whose CPU another
+    program occupies, and the results do not depend on `n_threads`. The first exception, including Ctrl-C,
+    ends it: items that have not started are skipped, and `stopped` is set for running ones, which are waited
+    for.
     """
     import torch
     from threadpoolctl import threadpool_limits
@@ -89,7 +90,7 @@ def available_cpus() -> int:
 
 
 def _quotas(process: Path) -> Iterator[float]:
-    """The limits in CPUs on a process by its cgroup and those around it; `process` is its folder in /proc."""
+    """The limits, in CPUs, that a process's cgroup and its parents set; `process` is its folder in /proc."""
     for folder, mount in cgroups(process):
         for place in (folder, *folder.parents):
             yield from _limit(place)
@@ -102,11 +103,11 @@ def cgroups(process: Path = Path("/proc/self")) -> Iterator[tuple[Path, Path]]:
     try:
         groups = dict(_groups((process / "cgroup").read_text()))
         mounts = list(_mounts((process / "mountinfo").read_text()))
-    except OSError:  # no /proc: no limit that could be known
+    except OSError:  # without /proc, no limit can be known
         return
     for controller, root, mount in mounts:
         if (group := groups.get(controller)) is not None:
-            # A container may see its own cgroup as the root of the mount, under the path that it has outside.
+            # A container may see its own cgroup as the root of the mount, under its outside path.
             inside = group.removeprefix(root) if root != "/" else group
             yield mount / inside.lstrip("/"), mount
 
@@ -135,7 +136,7 @@ def _mounts(text: str) -> Iterator[tuple[str, str, Path]]:
 
 
 def _limit(folder: Path) -> Iterator[float]:
-    """CPUs that a cgroup may use at a time; nothing where it has no limit."""
+    """CPUs that a cgroup may use at a time; empty if it has no limit."""
     try:
         if (folder / "cpu.max").is_file():  # version 2: "QUOTA PERIOD" or "max PERIOD"
             quota, period = (folder / "cpu.max").read_text().split()

@@ -1,4 +1,4 @@
-"""Digests: of a file's bytes, and of the JSON object that carries its own."""
+"""Digests of files, and of JSON objects that contain their own digest."""
 
 from __future__ import annotations
 
@@ -25,5 +25,5 @@ def sha256_file(path: str | Path, on_bytes: Callable[[int], None] | None = None)
 
 
 def seal(values: Mapping[str, Any]) -> str:
-    """Hex sha256 over a JSON object, whatever its white space and the order of its keys."""
+    """Hex sha256 over a JSON object, independent of white space and the order of its keys."""
     return hashlib.sha256(json.dumps(values, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

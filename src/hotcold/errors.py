@@ -22,7 +22,7 @@ _LONGEST = 300  # characters of a value in a message
 
 
 class HotcoldError(Exception):
-    """Base of every error that a user can cause or cure.
+    """Base of every error that a user can cause or fix.
 
     `what` is a short sentence; the others are optional: `where` a path, key or offset, `got` and `expected`
     the two sides of a failed check, `fix` the next step.
@@ -55,7 +55,7 @@ class HotcoldError(Exception):
 
 
 def _short(value: object) -> str:
-    """What a file says may be megabytes long, or move the cursor of a terminal."""
+    """Shorten a value: what a file says may be megabytes long."""
     text = str(value)
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"
 

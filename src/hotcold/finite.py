@@ -26,7 +26,7 @@ def all_finite(values: np.ndarray) -> bool:
 
 
 def check_weight(values: np.ndarray, name: str, where: str | Path | None) -> np.ndarray:
-    """The same values; FormatError where one of them is NaN or infinite."""
+    """The same values; FormatError if one of them is NaN or infinite."""
     if not all_finite(values):
         raise not_finite(name, where)
     return values
@@ -40,7 +40,7 @@ def not_finite(name: str, where: str | Path | None, type_name: str = "") -> Form
 
 
 def perplexity_of(nll: float) -> float:
-    """exp(nll); InputError where that is no number: a NaN, or tokens that are called impossible."""
+    """exp(nll); raises InputError if it is NaN or infinite (tokens with probability 0)."""
     if not nll < _MOST_NLL:
         fix = "check the model's weights, and that the text is for its tokenizer"
         raise InputError("the perplexity is not finite", got=f"{nll:.6g} nats per token", fix=fix)
@@ -50,11 +50,11 @@ def perplexity_of(nll: float) -> float:
 def check_logits(logits: np.ndarray) -> np.ndarray:
     """The greatest logit of each row [..., n_vocab], as [..., 1].
 
-    InputError where it is not a number: a NaN or an infinity among them, or nothing but masked tokens (-inf).
+    InputError if it is not a number: a NaN or an infinity among them, or nothing but masked tokens (-inf).
     """
     peak = logits.max(axis=-1, keepdims=True)
     if not np.isfinite(peak).all():
         got = next(float(value) for value in peak.flat if not np.isfinite(value))
-        fix = "check the model's weights: some are not finite, or too great for its types"
+        fix = "check the model's weights: some are not finite, or too large for their type"
         raise InputError("the model gives logits that are not finite", got=got, fix=fix)
     return peak

@@ -3,7 +3,8 @@
 A folder that is written as a whole carries `hotcold.json`, which names its kind and lists every file in it
 with size and sha256; a bundle carries its `manifest.json`, which does the same. A folder that grows in steps
 carries a file with a `format` of hotcold's, the first one that is written there. Without such a mark a folder
-is somebody else's, whatever the names in it. `ownership` says what follows for one that is to be written.
+is somebody else's, regardless of the names in it. `ownership` says what follows for one that is to be
+written.
 """
 
 from __future__ import annotations
@@ -24,27 +25,27 @@ __all__ = ["FIRST", "GPU_INDEX", "REPORT", "Found", "digests", "entries", "ident
 
 REPORT = {"format": "hotcold-report", "version": 1}  # what every report of measurements begins with
 
-# The first file of each folder that grows in steps, which is its mark
+# The first file in each folder that grows in steps, which is its mark
 FIRST = {"traces": "run.json", "training": "run.json", "partial": "training.json", "demo": "hotcold.json"}
 
 _MARK, _FORMAT, _VERSION = "hotcold.json", "hotcold-folder", 1
 _MARKED = ("predictors", "model-pt", "activation", "checkpoint", "demo")  # the others have marks of their own
-# PowerInfer's scripts count the files in its folder of activations, so that the mark is not one of them.
+# PowerInfer's scripts count the files in its activation folder, so the mark must not be one of them.
 _MARK_PATHS = {"activation": f"hotcold/{_MARK}"}
 
-# The marks of other names: file -> its `format` -> what the folder is
+# Marks with other names: file -> its `format` -> what the folder is
 _FORMATS = {
     "manifest.json": {"hotcold-bundle": "bundle", "hotcold-state": "state"},
     "run.json": {"hotcold-traces": "traces", "hotcold-training": "training"},
     "training.json": {"hotcold-partial": "partial"},
     "config.json": {"hotcold-predictor": "predictors"},
 }
-# All that may lie in a folder whose mark lists no files, if it is to be replaced
+# What a replaceable folder may contain if its mark lists no files
 _NAMES = {
     "predictors": ("config.json", "model.safetensors", "README.md"),
     "state": ("manifest.json", "model.safetensors", "optimizer.safetensors"),
 }
-# What others write too is known by names alone, and is not ours.
+# What others also write is recognized by names only, and is not ours.
 _OTHERS = {
     "model-pt": ("model_0.pt",),
     "activation": ("activation_0.pt",),
@@ -61,7 +62,7 @@ class Found:
     """What something is (None: nothing that is known), and whether it bears a mark that only hotcold writes.
 
     `files` are size and sha256 of what lies in a folder, by path; a sha256 of None is that of the mark, which
-    is checked already. None where the mark lists no files.
+    is checked already. None if the mark lists no files.
     """
 
     kind: str | None = None
@@ -74,7 +75,7 @@ class Found:
 
 
 def identify(path: str | Path) -> Found:
-    """Say what lies at `path`. FormatError where a file that would tell is broken."""
+    """What is at `path`. Raises FormatError if the file that would tell is broken."""
     path = Path(path)
     if path.is_file():
         return _file(path)
@@ -130,7 +131,7 @@ def entries(folder: Path) -> Iterator[tuple[str, bool]]:
 
 
 def _raise(error: OSError) -> None:
-    """A folder that has vanished meanwhile is no longer there; what cannot be read may hold anything."""
+    """Ignore a folder that has vanished in the meantime; one that cannot be read may contain anything."""
     if not isinstance(error, FileNotFoundError):
         raise error
 
@@ -151,7 +152,7 @@ def _marked(folder: Path) -> Found | None:
 
 
 def _by_format(folder: Path) -> Found:
-    """By the files that would tell, else by names. A broken one counts only where nothing else tells."""
+    """By the files with a format, else by names. A broken file only counts if nothing else identifies it."""
     broken: HotcoldError | None = None
     for name, kinds in _FORMATS.items():
         path = folder / name

@@ -1,7 +1,7 @@
-"""What may be written where: nothing that hotcold did not write is ever replaced, deleted or appended to.
+"""What may be written where: hotcold never replaces, deletes, or appends to anything that it did not write.
 
-Every command asks here first, before any work, about all that it will write; `storage.atomic_directory` asks
-again before it swaps folders. What a thing is, and whose, is for `hotcold.identify` to say.
+Every command checks everything that it will write here, before any work; `storage.atomic_directory` checks
+again before it swaps folders. `hotcold.identify` decides what a thing is, and whether hotcold wrote it.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ from hotcold.identify import FIRST, Found, digests, entries, identify
 
 __all__ = ["beside", "check_file", "check_growing", "check_replaceable"]
 
-_MOVE = "give another folder, or move this one away"
-_MOVE_FILE = "give another name, or move this file away"
-_MOVE_IT = "move it away, or give another folder"
-_SETTLED_NS = 10**9  # a file that is older than the clock's ticks cannot change without showing it
+_MOVE = "choose another folder, or move this one away"
+_MOVE_FILE = "choose another name, or move this file away"
+_MOVE_IT = "move it away, or choose another folder"
+_SETTLED_NS = 10**9  # a file older than a clock tick cannot change without changing its times
 _hashed: dict[
     tuple[int, ...], str
 ] = {}  # sha256 of files by their state, so that a second check costs nothing
 
 
 def check_replaceable(path: str | Path, kind: str, inputs: Sequence[str | Path] = ()) -> None:
-    """Refuse to write a folder of this kind as a whole to `path`, unless that would cost nobody anything.
+    """Raise StorageError unless a folder of this kind can be written as a whole to `path` without any loss.
 
-    There must be nothing, an empty folder, or one of the same kind that hotcold wrote and in which every file
-    is still as it wrote it; and none of `inputs` may be this folder or lie in it. Raises StorageError, which
-    names the first file that is not hotcold's. Large folders take the time of reading them.
+    `path` must be nothing, an empty folder, or a folder of the same kind in which every file is still as
+    hotcold wrote it, and none of `inputs` may be this folder or in it. The error names the first file that is
+    not hotcold's. Large folders are read, which takes time.
     """
     with _place(path, inputs) as target:
         _check_parent(target)
@@ -44,10 +44,10 @@ def check_replaceable(path: str | Path, kind: str, inputs: Sequence[str | Path] 
 
 
 def check_growing(path: str | Path, kind: str, inputs: Sequence[str | Path] = ()) -> None:
-    """Refuse to begin or go on with a folder of this kind, which grows in steps.
+    """Raise StorageError unless a folder of this kind, which grows in steps, can be started or continued.
 
-    There must be nothing, an empty folder, or one with the mark of this kind. Raises StorageError, or
-    FormatError where the mark is damaged.
+    `path` must be nothing, an empty folder, or one with the mark of this kind. Raises FormatError if the mark
+    is damaged.
     """
     with _place(path, inputs) as target:
         _check_parent(target)
@@ -55,21 +55,22 @@ def check_growing(path: str | Path, kind: str, inputs: Sequence[str | Path] = ()
             return
         if not os.access(target, os.W_OK | os.X_OK):
             raise StorageError("no permission to write here", where=target)
-        first = re.compile(rf"\.{re.escape(FIRST[kind])}\.[0-9a-f]{{8}}\.tmp")  # a killed process leaves that
+        first = re.compile(rf"\.{re.escape(FIRST[kind])}\.[0-9a-f]{{8}}\.tmp")  # what a killed process leaves
         if all(first.fullmatch(entry.name) for entry in target.iterdir()):
             return
         _check_kind(target, kind, identify(target))
         for name, _ in entries(target):
             if (target / name).is_symlink():
                 raise StorageError(
-                    "a symbolic link, which hotcold did not make", where=target / name, fix=_MOVE
+                    "hotcold did not create this symbolic link", where=target / name, fix=_MOVE
                 )
 
 
 def check_file(path: str | Path, kind: str, inputs: Sequence[str | Path] = ()) -> None:
-    """Refuse to write a file of this kind to `path`: there must be none, an empty one or one of hotcold's.
+    """Raise StorageError unless a file of this kind can be written to `path`.
 
-    It must be none of `inputs`, and no part of a folder that was written as a whole. Raises StorageError.
+    `path` must be nothing, an empty file, or a file of this kind that hotcold wrote. It must not be one of
+    `inputs`, or inside a folder that was written as a whole.
     """
     with _place(path, inputs) as target:
         _check_parent(target)
@@ -83,21 +84,21 @@ def check_file(path: str | Path, kind: str, inputs: Sequence[str | Path] = ()) -
 
 
 def beside(path: str | Path, suffix: str) -> Path:
-    """`PATH` with a suffix; also for `.` and `..`, whose names are not what they are called."""
+    """`PATH` with a suffix, also for `.` and `..`, which have no name of their own."""
     path = Path(os.path.abspath(path))  # noqa: PTH100 - resolve() would follow a link
     return path.with_name(f"{path.name}{suffix}")
 
 
 @contextmanager
 def _place(path: str | Path, inputs: Sequence[str | Path]) -> Iterator[Path]:
-    """What `path` leads to. Links are followed: it is the ownership of what they point to that counts."""
+    """What `path` resolves to. Links are followed, because the ownership of their target counts."""
     try:
         target = Path(path).resolve()
         _check_special(target)
         for source in map(Path, inputs):
             if source.exists() and (source.resolve().is_relative_to(target) or _same(source, target)):
                 raise StorageError(
-                    "is or holds what is read", where=target, got=source, fix="give another name"
+                    "the output is, or contains, an input", where=target, got=source, fix="give another name"
                 )
         yield target
     except RuntimeError as error:
@@ -118,11 +119,11 @@ def _check_special(target: Path) -> None:
 
 
 def _check_parent(target: Path) -> None:
-    """Whether `target` can be made, or exchanged for another, and is no part of something whole."""
+    """Check that `target` can be created or replaced, and is not inside a folder written as a whole."""
     for parent in target.parents:
         found = _found(parent)
         if found.ours and found.files is not None:
-            what = f"would be part of a folder of hotcold's ({found.kind}), which is written as a whole"
+            what = f"inside a folder that hotcold writes as a whole ({found.kind})"
             raise StorageError(what, where=target, got=parent, fix="give another name")
     if os.path.ismount(target):
         raise StorageError("is a mount point", where=target, fix="name a folder in it")
@@ -134,7 +135,7 @@ def _check_parent(target: Path) -> None:
 
 
 def _is_folder(target: Path) -> bool:
-    """False where there is nothing; StorageError where there is something else."""
+    """False if there is nothing; StorageError if there is something else."""
     if target.exists() and not target.is_dir():
         raise StorageError("a file, not a folder", where=target, fix="give another name")
     return target.is_dir()
@@ -143,7 +144,7 @@ def _is_folder(target: Path) -> bool:
 def _found(target: Path) -> Found:
     try:
         return identify(target)
-    except HotcoldError:  # a file of a name that hotcold uses, and which it did not write, or no longer
+    except HotcoldError:  # a file with a name that hotcold uses, but which it did not write, or not like this
         return Found()
 
 
@@ -160,11 +161,13 @@ def _check_kind(target: Path, kind: str, found: Found, fix: str = _MOVE) -> None
 
 
 def _check_untouched(folder: Path, found: Found) -> None:
-    """Names and sizes first, as hashing may take a while."""
+    """Check names and sizes first, because hashing may take a while."""
     for name, is_plain in entries(folder):
         if not is_plain or not found.lists(name):
             raise StorageError(
-                "hotcold did not write this, and would delete it", where=folder / name, fix=_MOVE_IT
+                "hotcold did not write this, and replacing the folder would delete it",
+                where=folder / name,
+                fix=_MOVE_IT,
             )
     listed = {name: entry for name, entry in (found.files or {}).items() if (folder / name).is_file()}
     for name, (size, _) in listed.items():
@@ -190,4 +193,6 @@ def _state(path: Path) -> tuple[int, ...]:
 
 
 def _changed(path: Path) -> StorageError:
-    return StorageError("changed since hotcold wrote it, and would be deleted", where=path, fix=_MOVE_IT)
+    return StorageError(
+        "changed since hotcold wrote it, and replacing the folder would delete it", where=path, fix=_MOVE_IT
+    )

@@ -1,4 +1,4 @@
-"""Where the trained FFNs lie that come with hotcold; `hotcold.sparsify.methods.pretrained` reads them."""
+"""Where the trained FFNs that come with hotcold are; `hotcold.sparsify.methods.pretrained` reads them."""
 
 from __future__ import annotations
 

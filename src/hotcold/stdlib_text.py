@@ -37,8 +37,8 @@ _COMMENT_MARK = re.compile(r"^[ \t]*#+ ?", re.MULTILINE)
 def stdlib_documents() -> Iterator[tuple[str, str]]:
     """Yield (id, text) of each topic (`topic/NAME`) and each module (`module/a.b.c`) of the standard library.
 
-    The order is that of a hash of the id: fixed, and a fair sample wherever a reader stops. A paragraph that
-    an earlier document held is left out, so that no text is on both sides of a split by document.
+    The order is by a hash of the id: fixed, and a fair sample wherever a reader stops. Repeated paragraphs
+    are dropped, so that no text is on both sides of a split by document.
     """
     seen: set[str] = set()
     sources = {**_topics(), **_modules()}

@@ -1,9 +1,9 @@
-"""Every durable write of hotcold, so that a kill or a full disk leaves the old state or the new one.
+"""All durable writes of hotcold: a kill or a full disk leaves either the old state or the new one.
 
 The recipe is the usual one: write a temporary file in the same folder, fsync it, rename it over the target,
-fsync the folder. Folders are swapped with `renameat2`: no other way never shows half of one.
+fsync the folder. Folders are swapped with `renameat2`, the only way that never shows half of one.
 
-`FileSystem` holds the system calls that this takes; tests put one in its place that makes the n-th one fail.
+`FileSystem` has the system calls for this; tests replace it with one that makes the n-th call fail.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ _DTYPES = {
 
 
 class FileSystem:
-    """The system calls behind a durable write. One instance, `fs`, is used; tests put a failing one there."""
+    """The system calls behind a durable write. Tests replace the only instance, `fs`, with a failing one."""
 
     def open(self, path: Path, mode: Literal["rb", "ab", "xb"]) -> BinaryIO:
         return open(path, mode)  # noqa: PTH123 - the one place where files are opened for writing
@@ -70,7 +70,7 @@ class FileSystem:
         os.replace(source, target)  # noqa: PTH105
 
     def exchange(self, first: Path, second: Path) -> None:
-        """Swap two paths in one step; OSError with ENOSYS or EINVAL where the file system cannot."""
+        """Swap two paths in one step; OSError with ENOSYS or EINVAL if the file system cannot."""
         renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
         if renameat2 is None:
             raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
@@ -96,8 +96,8 @@ fs = FileSystem()
 def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
     """Open a binary file that appears under `path` only when the block ends without an exception.
 
-    Raises StorageError where the disk does not take it; `path` then still holds what it held before. Whether
-    that may be replaced, `ownership.check_file` says.
+    Raises StorageError if the write fails; `path` is then as it was before. `ownership.check_file` says
+    whether it may be replaced.
     """
     path = Path(path).resolve()
     with _as_storage_error(path):
@@ -117,11 +117,11 @@ def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
 
 @contextmanager
 def atomic_directory(path: str | Path, kind: str) -> Iterator[Path]:
-    """Yield an empty sibling folder that takes the place of `path` when the block ends without an exception.
+    """Yield an empty sibling folder that replaces `path` when the block ends without an exception.
 
-    It then bears the mark of its kind, which lists all that was written (see `identify`). Raises StorageError
-    where the disk does not take it and, at once and again at the end, where `path` holds anything but such a
-    folder as hotcold wrote it; `path` then still holds what it held before.
+    It then has the mark of its kind, which lists everything that was written (see `identify`). Raises
+    StorageError if the write fails and, both first and last, if `path` is anything but such a folder as
+    hotcold wrote it; `path` is then as it was before.
     """
     check_replaceable(path, kind)
     path = Path(path).resolve()
@@ -139,13 +139,13 @@ def atomic_directory(path: str | Path, kind: str) -> Iterator[Path]:
             fs.fsync_directory(path.parent)
         finally:
             os.close(descriptor)
-            _discard(temporary)  # by now it is gone, holds the old state, or what came of a failure
+            _discard(temporary)  # by now it is gone, or has the old state, or the remains of a failure
 
 
 def remove_files(folder: Path, names: Sequence[str]) -> None:
     """Delete these files of a folder in this order, then the folder if nothing else is in it.
 
-    What hotcold did not write stays, and a line says so. StorageError where a file cannot be deleted.
+    What hotcold did not write stays, and a log line says so. Raises StorageError if a file cannot be deleted.
     """
     with _as_storage_error(folder):
         for name in names:
@@ -154,7 +154,7 @@ def remove_files(folder: Path, names: Sequence[str]) -> None:
     try:
         folder.rmdir()
     except OSError as error:
-        log(f"{folder}: the folder stays, as there is more in it than hotcold wrote ({error.strerror})")
+        log(f"{folder}: folder not removed, as it contains more than hotcold wrote ({error.strerror})")
 
 
 def _temporary(path: Path) -> Path:
@@ -167,7 +167,7 @@ def _is_temporary(name: str, path: Path) -> bool:
 
 
 def _new_file(path: Path) -> tuple[Path, BinaryIO]:
-    """A temporary file, open and locked."""
+    """Create a temporary file, open and locked."""
     while True:
         temporary = _temporary(path)
         file = fs.open(temporary, "xb")
@@ -177,7 +177,7 @@ def _new_file(path: Path) -> tuple[Path, BinaryIO]:
 
 
 def _new_folder(path: Path) -> tuple[Path, int]:
-    """A temporary folder, and the descriptor that holds the lock on it."""
+    """Create a temporary folder; returns it with the descriptor that holds its lock."""
     while True:
         temporary = _temporary(path)
         temporary.mkdir()
@@ -189,13 +189,13 @@ def _new_folder(path: Path) -> tuple[Path, int]:
 
 
 def _is_held(descriptor: int, path: Path) -> bool:
-    """Lock what has just been made; False if another process was faster, and sweeps it away as abandoned."""
+    """Lock a new file or folder; False if another process was faster and sweeps it away as abandoned."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     except OSError:
-        return True  # a file system without locks, on which nobody sweeps
+        return True  # a file system without locks, where nobody sweeps
     try:
         return os.path.samestat(os.fstat(descriptor), path.stat())
     except FileNotFoundError:
@@ -203,7 +203,7 @@ def _is_held(descriptor: int, path: Path) -> bool:
 
 
 def _sweep(path: Path) -> None:
-    """Delete what a killed process left of its try at `path`. One still at work holds a lock on its own."""
+    """Delete what killed processes left of their attempts at `path`. Running ones hold a lock."""
     with suppress(OSError):
         for stale in path.parent.iterdir():
             if _is_temporary(stale.name, path) and not stale.is_symlink():
@@ -214,7 +214,7 @@ def _sweep(path: Path) -> None:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[bool]:
-    """Lock a file or folder while the block lasts; False if another process has, or there are no locks."""
+    """Lock a file or folder for the block; False if another process has the lock, or there are no locks."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     try:
         yield _lock(descriptor)
@@ -231,7 +231,7 @@ def _lock(descriptor: int) -> bool:
 
 
 def _discard(path: Path) -> None:
-    """Delete a temporary file or folder; failing to must not hide the error that led here."""
+    """Delete a temporary file or folder; a failure must not hide the original error."""
     with suppress(OSError):
         if path.is_dir():
             shutil.rmtree(path)
@@ -240,7 +240,7 @@ def _discard(path: Path) -> None:
 
 
 def _sync_tree(folder: Path) -> None:
-    """Make durable what others wrote into `folder` without fsync."""
+    """Sync what others wrote to `folder` without fsync."""
     for directory, _, files in os.walk(folder):
         for name in files:
             with fs.open(Path(directory, name), "rb") as file:
@@ -264,7 +264,7 @@ def _put_in_place(temporary: Path, path: Path) -> None:
 def _exchange_in_steps(temporary: Path, path: Path) -> None:
     """Safe against errors, but a power cut between the steps leaves the old state beside `path`."""
     old = _temporary(path)
-    with _locked(path):  # or another process would take it for abandoned
+    with _locked(path):  # otherwise another process would consider it abandoned
         fs.replace(path, old)
         try:
             fs.replace(temporary, path)
@@ -289,7 +289,7 @@ def _as_storage_error(path: Path) -> Iterator[None]:
 
 
 def write_bytes(path: str | Path, data: bytes | memoryview) -> None:
-    """Write `data` to `path`, durably and all at once."""
+    """Write `data` to `path`, durably and atomically."""
     with atomic_file(path) as file:
         fs.write(file, data)
 
@@ -304,7 +304,7 @@ def write_tensors(
 ) -> None:
     """Write numpy arrays as one safetensors file, one at a time. The bytes depend on the arguments alone.
 
-    They are those of the `safetensors` library, which would hold a copy of all arrays at once.
+    They are the same as from the `safetensors` library, which would hold a copy of all arrays at once.
     """
     ordered = sorted(tensors.items(), key=lambda item: (-list(_DTYPES).index(item[1].dtype.name), item[0]))
     with atomic_file(path) as file:
@@ -329,7 +329,7 @@ def _tensors_header(ordered: list[tuple[str, np.ndarray]], metadata: Mapping[str
 def append_line(path: str | Path, line: str) -> None:
     """Append one line to a journal and fsync it; StorageError leaves the journal as it was.
 
-    A kill may leave a last line without newline: readers must ignore it, the next append cuts it off.
+    A kill may leave a last line without a newline: readers must ignore it, and the next append removes it.
     """
     path = Path(path).resolve()
     with _as_storage_error(path):
@@ -350,7 +350,7 @@ def append_line(path: str | Path, line: str) -> None:
 
 
 def _end_of_last_line(path: Path) -> int:
-    """Bytes up to and with the last newline, searched from the end."""
+    """Bytes up to and including the last newline, searched from the end."""
     with path.open("rb") as file:
         position = file.seek(0, os.SEEK_END)
         while position > 0:

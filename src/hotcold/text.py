@@ -1,10 +1,10 @@
 """Text sources: files, globs, Hugging Face data sets and Python's own text, as documents and as tokens.
 
 Everything that learns from text or is measured on it reads it here, so that all agree on what a document is
-and on which of three parts it belongs to: `train` is learnt from, `calibrate` chooses (an epoch, a
-threshold), and `test` is reported. `_part_at` is the one rule. A document belongs to a part as a whole, by
-the hash of its id; a long plain file, whose pieces are neighbors, is three runs instead, in the order of the
-parts.
+and on which of three parts it belongs to: `train` is for training, `calibrate` for choices (an epoch, a
+threshold), and `test` for reported figures. `_part_at` is the only rule. A document belongs to a part as a
+whole, by the hash of its id; a long plain file, whose pieces are neighbors, is three runs instead, in the
+order of the parts.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _RECORD_SUFFIXES = (".jsonl", ".ndjson", ".json")
 class Document:
     """One text that is never divided between parts; `id` is stable across machines.
 
-    A piece of a long file also has `left`: the share of the file from the piece's beginning on, 1 for the
+    A piece of a long file also has `left`: the share of the file from the start of the piece on, 1 for the
     first.
     """
 
@@ -58,7 +58,7 @@ def documents(source: str, part: Part | None = None) -> Iterator[Document]:
     `source` is a file (`.jsonl` and `.json`: a document per record, see `text_records`; else plain text, if
     long in pieces of about 4,000 characters that end at a blank line), a glob of such files, `stdlib`, a
     Hugging Face data set id `NAME[:CONFIG[:SPLIT]]`, or a folder with the Parquet files of a data set.
-    InputError where there is no such source, nothing in it or in the part, or a record that is not
+    Raises InputError if there is no such source, no text in it or in the part, or a record that is not
     understood, FormatError for broken JSON.
     """
     found = 0
@@ -67,10 +67,8 @@ def documents(source: str, part: Part | None = None) -> Iterator[Document]:
         found += 1
         yield document
     if not found:
-        what = (
-            "no text in it" if part is None else f"no text in its {part} part: it is too small to be divided"
-        )
-        raise InputError(what, where=source, fix="give a file, a glob or a data set that holds more text")
+        what = "contains no text" if part is None else f"too small to be divided: no text in its {part} part"
+        raise InputError(what, where=source, fix="use a file, a glob, or a data set with more text")
 
 
 def split(documents: Iterable[Document], part: Part) -> Iterator[Document]:
@@ -81,7 +79,7 @@ def split(documents: Iterable[Document], part: Part) -> Iterator[Document]:
 
 
 def part_of(document: Document) -> Part:
-    """The part that a document belongs to, by what it is alone, whatever stands beside it."""
+    """The part that a document belongs to, independent of other documents."""
     return _part_at(_hashed(document.id) if document.left is None else document.left)
 
 
@@ -100,8 +98,8 @@ def _hashed(document_id: str) -> float:
 def token_stream(documents: Iterable[Document], tokenizer: Tokenizer, n_tokens: int) -> list[np.ndarray]:
     """Token ids per document, each int32 [length], `n_tokens` in all: the last document is cut to fit.
 
-    Special tokens are added as the tokenizer says, so that a model that wants a BOS token sees one per
-    document. InputError if the documents hold fewer tokens.
+    The tokenizer adds its special tokens, so a model that expects BOS sees one per document. Raises
+    InputError if the documents have fewer tokens.
     """
     import numpy as np
 
@@ -120,7 +118,7 @@ def token_stream(documents: Iterable[Document], tokenizer: Tokenizer, n_tokens: 
         "the text is too short",
         got=f"{n_tokens - missing} tokens",
         expected=n_tokens,
-        fix="give more text or ask for fewer tokens",
+        fix="provide more text, or ask for fewer tokens",
     )
 
 
@@ -143,7 +141,7 @@ def _open(source: str) -> Iterator[Document]:
 
 
 def _paths(source: str) -> list[Path]:
-    """The files that `source` names; the name itself goes before its meaning as a glob."""
+    """The files that `source` names; an existing name takes precedence over its meaning as a glob."""
     if not source:
         raise InputError(
             "the text source is empty", fix="give a file, a glob, a Hugging Face data set id, or stdlib"
@@ -158,7 +156,7 @@ def _paths(source: str) -> list[Path]:
 
 
 def _named(paths: list[Path]) -> Iterator[tuple[Path, str]]:
-    """Each file with its name below the folder of all, so that `a/x.txt` and `b/x.txt` are two documents."""
+    """Each file with its name below the common folder, so that `a/x.txt` and `b/x.txt` are two documents."""
     folder = os.path.commonpath([path.parent for path in paths]) or "."
     for path in paths:
         yield path, Path(os.path.relpath(path, folder)).as_posix()
@@ -175,7 +173,7 @@ def _read(path: Path) -> str:
 
 
 def _read_plain(path: Path, name: str) -> Iterator[Document]:
-    """A short file as it is, a long one in pieces, of which none lies in two parts."""
+    """A short file as it is, a long one in pieces, each of which is in one part."""
     text = _read(path)
     if len(text) <= _CHUNK_CHARS:
         yield Document(f"{name}#0", text)
@@ -228,7 +226,7 @@ def _dataset(source: str) -> Iterator[Document]:
     name, config, part = (*source.split(":"), None, None)[:3]
     try:
         records = load_dataset(name, config, split=part or "train", streaming=True)
-    except Exception as error:  # the hub, the network and the data set's own files fail in many classes
+    except Exception as error:  # the hub, the network, and the data set's files raise errors of many classes
         raise InputError(
             "cannot load this data set", where=source, got=f"{type(error).__name__}: {error}"
         ) from error

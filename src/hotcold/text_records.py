@@ -1,4 +1,4 @@
-"""Records as people keep them, and the text that is in one.
+"""Common kinds of records, and the text in them.
 
 A file of records is JSON lines or one JSON array (an object with the array under a key such as `data` too). A
 record is a string, or an object with fields that are known to hold text: plain text, instructions, questions
@@ -6,8 +6,8 @@ and answers, and conversations, whose messages are `{"role", "content"}` or Shar
 content being a string or a list of parts. All known fields of a record are taken, prompts before answers, and
 joined by newlines; nothing else is put between them. Where `text` or a conversation has all the other fields
 word for word, as Alpaca's `text` has, they are not repeated. Ids, labels, scores, titles and URLs are not
-text. A record in which nothing is known, or a known field that cannot be read, is refused: nothing is learnt
-from a misunderstanding.
+text. A record without a known field, or with a known field that cannot be read, is refused rather than
+misunderstood.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from hotcold.errors import FormatError, InputError
 
 __all__ = ["file_records", "record_text"]
 
-# Fields that hold text, in the order in which they are read, whatever theirs is in a record.
+# Fields with text, in the order in which they are read, independent of their order in a record.
 _FIELDS = (
     "system", "system_prompt", "text", "texts", "content", "contents", "document", "article", "passage",
     "body", "paragraphs", "abstract", "sentence", "sentence1", "sentence2", "premise", "hypothesis",
@@ -61,7 +61,7 @@ def file_records(text: str, path: Path) -> Iterator[tuple[int, Any, str]]:
 
 
 def record_text(record: object, where: str) -> str:
-    """All text of one record. InputError, with what was found and what is understood, where there is none."""
+    """All text of one record; InputError, with what was found and is understood, if there is none."""
     texts = _texts(record, where, 0)
     if texts is None:
         raise _refused(record, where)
@@ -81,7 +81,7 @@ def _lines(text: str, path: Path) -> Iterator[tuple[int, Any, str]]:
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             try:
-                record = json.loads(line.lstrip("\ufeff"))  # files that were put together keep their marks
+                record = json.loads(line.lstrip("\ufeff"))  # concatenated files keep their byte order marks
             except (ValueError, RecursionError) as error:
                 raise _broken(error, path, number) from error
             yield number, record, f"{path}, line {number}"
@@ -147,9 +147,9 @@ def _broken(error: Exception, path: Path, line: int) -> FormatError:
 
 
 def _texts(value: object, where: str, depth: int) -> list[str] | None:
-    """The texts in a value, in reading order; None where it is nothing that holds text, such as a number."""
+    """The texts in a value, in reading order; None if it cannot contain text, such as a number."""
     if depth > _DEEPEST:
-        raise InputError("lists and objects in each other too deep", where=where, expected=_UNDERSTOOD)
+        raise InputError("lists and objects are nested too deeply", where=where, expected=_UNDERSTOOD)
     if isinstance(value, str):
         return [value] if value else []
     if isinstance(value, list | tuple):
@@ -175,12 +175,12 @@ def _of_list(values: list | tuple, where: str, depth: int) -> list[str] | None:
 
 
 def _has_no_text(value: dict) -> bool:
-    """An image, a sound or a call, which says that it is one."""
+    """An image, a sound, or a call, by its own declaration."""
     return value.get("type", "text") != "text" or any(name in value for name in _CALLS)
 
 
 def _of_object(fields: dict, where: str, depth: int) -> list[str] | None:
-    """Of the known fields of a record, a message or a part; None where none of them can hold text."""
+    """Of the known fields of a record, a message or a part; None if none of them can contain text."""
     inside = depth > 0 or any(name in fields for name in _SPEAKER)
     names = [name for name in fields if name in _ORDER and (inside or name not in _INSIDE)]
     found: dict[str, list[str]] = {}
@@ -209,4 +209,4 @@ def _refused(value: object, where: str) -> InputError:
     if isinstance(value, dict):
         fields = ", ".join(f"{name} ({type(content).__name__})" for name, content in value.items())
         got = f"an object with {fields or 'nothing in it'}"
-    return InputError("no text field that is known", where=where, got=got, expected=_UNDERSTOOD)
+    return InputError("no known text field", where=where, got=got, expected=_UNDERSTOOD)

@@ -158,7 +158,7 @@ def test_a_mode_that_is_not_there(bundle, text_file, capsys, tmp_path, mode, off
     assert main(["perplexity", str(plain), "--text", str(text_file), "--mode", mode]) == 2
     err = capsys.readouterr().err
     assert f"got {mode}, expected" in err and (mode == "fast" or offered in err)
-    assert mode == "fast" or "`hotcold export --predictors` adds them" in err
+    assert mode == "fast" or "pass them to `hotcold export`" in err
 
 
 def test_llama_cpp_needs_a_dense_file(bundle, text_file, capsys):

@@ -187,7 +187,7 @@ def test_a_side_of_another_vocabulary_is_refused(bundle):
     sides = {name: Clockwork(name, [], np.ones(2), bundle / "tiny.gguf") for name in ("a", "b")}
     sides["b"].n_vocab = N_VOCAB + 1
     texts = segments(np.arange(30), Plan(rounds=3, n_prompt=6, n_gen=4))
-    with pytest.raises(InputError, match=r"b: has another vocabulary \(got 12, expected 11\)"):
+    with pytest.raises(InputError, match=r"b: the vocabulary size differs \(got 12, expected 11\)"):
         bench({"a": sides["a"]}, {}, texts, [], truth="a", n_threads=1, originals={"b": sides["b"]})
 
 

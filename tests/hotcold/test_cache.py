@@ -147,7 +147,7 @@ def test_what_is_in_use_stays(root, capsys):
     with python(code, stdin=subprocess.PIPE) as child:
         assert child.stdout.readline() == "held\n"
         assert main(["cache", "clear"]) == 0
-        assert "in use, and kept" in capsys.readouterr().err and (bundle / "m.gguf").exists()
+        assert "in use, not removed" in capsys.readouterr().err and (bundle / "m.gguf").exists()
         child.stdin.close()
     assert main(["cache", "clear"]) == 0
     assert not bundle.exists()

@@ -385,12 +385,12 @@ def test_a_source_of_convert_is_never_the_victim(made, tmp_path, capsys):
     (tmp_path / "other name.gguf").hardlink_to(gguf)
     (tmp_path / "link.gguf").symlink_to(gguf)
     for out in (gguf, tmp_path / "other name.gguf", tmp_path / "link.gguf"):
-        assert "is or holds what is read" in said(gguf, "gguf", out)
+        assert "the output is, or contains, an input" in said(gguf, "gguf", out)
     bundle = shutil.copytree(made["bundle"], tmp_path / "b")
-    assert "is or holds what is read" in said(bundle, "bundle", bundle)
-    assert "is or holds what is read" in said(bundle / "predictors", "bundle", bundle)
+    assert "the output is, or contains, an input" in said(bundle, "bundle", bundle)
+    assert "the output is, or contains, an input" in said(bundle / "predictors", "bundle", bundle)
     file = next(path for path in bundle.glob("*.gguf") if "powerinfer" not in path.name)
-    assert "part of a folder of hotcold's (bundle)" in said(bundle, "gguf", file)
+    assert "a folder that hotcold writes as a whole (bundle)" in said(bundle, "gguf", file)
 
 
 @pytest.mark.parametrize("name", [name for name in COMMANDS if name not in LONG])
@@ -468,7 +468,7 @@ def test_an_old_folder_without_a_mark_is_named_as_such(made, tmp_path):
     old = shutil.copytree(made["checkpoint"], tmp_path / "old")
     (old / "hotcold.json").unlink()
     with pytest.raises(
-        StorageError, match=r"did not write it, or an older version .*; give another folder, or m"
+        StorageError, match=r"did not write it, or an older version .*; choose another folder, or m"
     ):
         check_replaceable(old, "checkpoint")
 
@@ -493,7 +493,7 @@ def test_an_old_state_is_cleared_away_but_for_what_is_not_ours(tmp_path, capsys)
             (tmp_path / "w/state-l1-000001/notes.txt").write_text("mine")
     assert [saved.step for saved in work.states()] == [3]
     assert everything(tmp_path / "w/state-l1-000001") == {"notes.txt": b"mine"}
-    assert "state-l1-000001: the folder stays" in capsys.readouterr().err
+    assert "state-l1-000001: folder not removed" in capsys.readouterr().err
 
 
 def test_a_cache_of_synthetic_models(made, tmp_path, monkeypatch):
@@ -545,7 +545,7 @@ def test_nothing_is_written_into_what_was_written_as_a_whole(tmp_path):
         (check_file, "report"),
     ):
         for place in ("new", "deep/new", "config.json/x"):
-            with pytest.raises(StorageError, match=r"written as a whole|a file, not a folder"):
+            with pytest.raises(StorageError, match=r"writes as a whole|a file, not a folder"):
                 check(whole / place, kind)
     assert [path.name for path in sorted(whole.iterdir())] == ["config.json", "hotcold.json"]
 

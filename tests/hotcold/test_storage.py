@@ -142,7 +142,7 @@ def test_a_folder_that_is_not_ours_is_left_alone(tmp_path):
     foreign.mkdir()
     (foreign / "thesis.tex").write_text("years of work")
     with pytest.raises(
-        StorageError, match="home: not empty, and hotcold did not write it; give another folder"
+        StorageError, match="home: not empty, and hotcold did not write it; choose another folder"
     ):
         storage.atomic_directory(foreign, "checkpoint").__enter__()
     (tmp_path / "plain").write_text("file")

@@ -164,7 +164,7 @@ def test_a_text_too_small_for_three_parts_names_the_part(tmp_path: Path) -> None
     given = {part: Document("a.txt#0", "") for part in PARTS if part != part_of(Document("a.txt#0", ""))}
     assert len(given) == 2
     for part in given:
-        with pytest.raises(InputError, match=rf"a\.txt: no text in its {part} part: it is too small"):
+        with pytest.raises(InputError, match=rf"a\.txt: too small to be divided: no text in its {part} part"):
             list(documents(str(tmp_path / "a.txt"), part))
 
 
@@ -200,14 +200,14 @@ def _write(path: Path, data: bytes) -> str:
 @pytest.mark.parametrize(
     ("name", "data", "error", "message"),
     [
-        ("a.txt", b" \n\n ", InputError, "a.txt: no text in it; give"),
+        ("a.txt", b" \n\n ", InputError, "a.txt: contains no text; use"),
         ("a.txt", b"caf\xe9", InputError, "a.txt: is not UTF-8 text .got a bad byte at 3"),
         ("a.jsonl", b'{"text": "x"}\n{"text": ', FormatError, "a.jsonl, line 2: is not JSON"),
         (
             "a.jsonl",
             b'{"n": 1}\n',
             InputError,
-            "line 1: no text field that is known .got an object with n .int.,",
+            "line 1: no known text field .got an object with n .int.,",
         ),
     ],
 )
@@ -266,7 +266,9 @@ def test_token_stream_adds_what_the_tokenizer_adds(tokenizer: Tokenizer) -> None
 
 
 def test_too_little_text_is_refused(tokenizer: Tokenizer) -> None:
-    with pytest.raises(InputError, match=r"the text is too short .got 3 tokens, expected 4.; give more text"):
+    with pytest.raises(
+        InputError, match=r"the text is too short .got 3 tokens, expected 4.; provide more text"
+    ):
         token_stream([Document("a", "abc")], tokenizer, 4)
     with pytest.raises(InputError, match=r"must be positive .got 0."):
         token_stream([Document("a", "abc")], tokenizer, 0)

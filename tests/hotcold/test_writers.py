@@ -17,7 +17,7 @@ from faulty import FAULTS, FaultyFileSystem, tree
 from hotcold import storage
 from hotcold.convert.bundle.export import ExportOptions, export_bundle
 from hotcold.convert.gguf.write import planned, write_gguf
-from hotcold.convert.powerinfer.firing_counts import write_activation
+from hotcold.convert.powerinfer.firing_counts import write_firing_counts
 from hotcold.convert.powerinfer.gpu_index import GpuIndex
 from hotcold.convert.powerinfer.model_pt import write_model_pt
 from hotcold.errors import StorageError
@@ -53,7 +53,7 @@ def put_model_pt(folder: Path, seed: int) -> None:
 
 
 def put_activation(folder: Path, seed: int) -> None:
-    write_activation([np.full(4, seed, np.float32)], folder / "activation")
+    write_firing_counts([np.full(4, seed, np.float32)], folder / "activation")
 
 
 def put_bundle(folder: Path, seed: int) -> None:

@@ -38,7 +38,8 @@ def test_learned_positions_are_where_transformers_ends(model_type):
                 model(torch.zeros(1, most + 1, dtype=torch.long))
             check_window(model, most)
             with pytest.raises(
-                InputError, match=r"no positions for so long a window \(got 25, expected at most 24"
+                InputError,
+                match=r"longer than the positions that the model has learned \(got 25, expected at most 24",
             ):
                 check_window(model, most + 1)
     assert (most is not None) == (model_type == "opt")
@@ -63,7 +64,7 @@ def words(n: int) -> Tokenizer:
 
 def test_tokenizers():
     check_tokenizer(words(40), make("llama"))
-    with pytest.raises(InputError, match=r"more tokens than embeddings \(got 41, expected 40"):
+    with pytest.raises(InputError, match=r"more tokens than the model has embeddings \(got 41, expected 40"):
         check_tokenizer(words(41), make("llama"))
 
 
@@ -117,6 +118,6 @@ def test_traces_of_more_positions_than_there_are(folder, tmp_path, capsys):
     model = folder(30, "opt")
     arguments = ["--model", str(model), "--text", str(tmp_path / "t.txt"), "--out", str(tmp_path / "out")]
     assert cli.main(["collect-traces", *arguments, "--tokens", "400"]) == 2
-    assert "no positions for so long a window" in capsys.readouterr().err
+    assert "the window is longer than the positions that the model has learned" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
     assert cli.main(["collect-traces", *arguments, "--tokens", "400", "--window", "24"]) == 0

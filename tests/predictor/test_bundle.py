@@ -168,9 +168,9 @@ def test_from_pretrained_takes_the_hub_only_where_there_is_no_folder(saved: Path
 
 
 def test_a_name_that_is_nowhere_is_one_line(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="neither a folder here nor on the hub"):
+    with pytest.raises(InputError, match="neither a local folder nor on the hub"):
         PredictorBundle.from_pretrained("no/such/repository")
-    with pytest.raises(InputError, match="no predictors here"):
+    with pytest.raises(InputError, match="no predictors in this folder"):
         PredictorBundle.from_pretrained(tmp_path / "nothing")
 
 
@@ -236,7 +236,7 @@ def _cut(name: str, size: int) -> Callable[[Path], None]:
 NAN = float("nan")
 FC1 = "layers.1.fc1.weight"
 BROKEN = {
-    "no config": (lambda f: (f / "config.json").unlink(), InputError, "no predictors here"),
+    "no config": (lambda f: (f / "config.json").unlink(), InputError, "no predictors in this folder"),
     "no tensors": (lambda f: (f / "model.safetensors").unlink(), InputError, "no model.safetensors"),
     "config cut": (_cut("config.json", 40), FormatError, "config.json, content: is not JSON"),
     "other format": (_edit_config(format="hotcold-traces"), FormatError, "config.json, format: not of"),

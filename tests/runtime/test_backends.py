@@ -81,11 +81,11 @@ def test_plans_are_saved_and_used_again(sized):
 
 def test_without_frequencies_it_says_so(bundle, capsys):
     make_placement(bundle.path, "exact", 1, 64, options())
-    assert "nothing tells how often neurons fire" in capsys.readouterr().err
+    assert "firing frequencies are unknown" in capsys.readouterr().err
 
 
 def test_firing_counts_of_another_model(sized, tmp_path):
-    with pytest.raises(InputError, match="nothing here tells how often neurons fire"):
+    with pytest.raises(InputError, match="no firing frequencies found"):
         make_placement(sized, "exact", 1, 64, options(firing=str(tmp_path)))
 
 
@@ -147,26 +147,26 @@ def test_run_reports_the_telemetry(sized, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--dry-run"], "--dry-run prints the plan of a hybrid run; add --backend hybrid"),
+        (["--dry-run"], "--dry-run requires the hybrid backend; add --backend hybrid"),
         ([], "no prompt; give -p TEXT or -f FILE"),
         (
             ["-p", "a", "--backend", "hybrid", "--device", "cpu", "--vram-budget", "1M"],
-            "too little GPU memory",
+            "not enough GPU memory",
         ),
         (["-p", "a", "--backend", "hybrid", "--device", "cpu", "--vram-budget", "x"], "not a size in bytes"),
         (
             ["-p", "a", "--backend", "hybrid", "--device", "cpu", "--vram-budget", "9999T"],
-            "more than is free",
+            "exceeds the free memory",
         ),
         (
             ["-p", "a", "--backend", "hybrid", "--device", "cpu", "--place", "no.json"],
             "no.json: no such plan",
         ),
         (["-p", "a", "--backend", "gpu", "--device", "quux"], "unknown device"),
-        (["-p", "a", "--backend", "gpu", "--device", "cpu", "--vram-budget", "1M"], "too little GPU memory"),
+        (["-p", "a", "--backend", "gpu", "--device", "cpu", "--vram-budget", "1M"], "not enough GPU memory"),
         (
             ["-p", "a", "--backend", "hybrid", "--device", "cpu,cpu", "--vram-budget", "1G,1G,1G"],
-            "--vram-budget is not for as many devices (got 1G,1G,1G, expected one size, or 2)",
+            "--vram-budget does not match the number of devices (got 1G,1G,1G, expected one size, or 2)",
         ),
     ],
 )
@@ -188,10 +188,10 @@ def test_a_plan_is_read_as_it_was_written(tmp_path):
     assert [layer.on_device for layer in read.layers] == [True, False] and read.budgets == (100,)
     assert read.fixed == (0,) and read.spans == [(0, range(1))]
     with pytest.raises(
-        MismatchError, match=rf"another model, by its fingerprint \(got {'f' * 64}, expected eee"
+        MismatchError, match=rf"another model: the fingerprint differs \(got {'f' * 64}, expected eee"
     ):
         load_placement(tmp_path / "plan.json", 2, 8, "e" * 64)
-    with pytest.raises(MismatchError, match=r"another model, .* \(got \(2, 8\), expected \(3, 8\)\)"):
+    with pytest.raises(MismatchError, match=r"another model: .* \(got \(2, 8\), expected \(3, 8\)\)"):
         load_placement(tmp_path / "plan.json", 3, 8)
 
 
@@ -220,12 +220,12 @@ ON_SECOND = {"on_device": True, "device": 1, "hot": [1], "hit_rate": 1, "device_
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("layers", [ON_SECOND], "layers must be on devices in order"),
-        ("budgets", [], "sizes must be there for each device|layers must be on devices"),
-        ("budgets", 5, "a field is missing or of another type"),
-        ("fixed", [1, 2], "sizes must be there for each device"),
+        ("layers", [ON_SECOND], "layers must be assigned to devices in order"),
+        ("budgets", [], "there must be one size per device|layers must be assigned to devices"),
+        ("budgets", 5, "a field is missing or has the wrong type"),
+        ("fixed", [1, 2], "there must be one size per device"),
         ("format", "other", "not a plan of this version"),
-        ("budget", "much", "a field is missing or of another type"),
+        ("budget", "much", "a field is missing or has the wrong type"),
         ("layers", [{"on_device": True}], "a field is missing"),
         (
             "layers",
@@ -251,7 +251,7 @@ def test_budgets():
     device = open_device("cpu")
     assert parse_budgets("1M", [device]) == [1 << 20]
     assert parse_budgets("auto", [device])[0] > 0
-    with pytest.raises(UnsupportedError, match=r"cpu: --vram-budget is more than is free"):
+    with pytest.raises(UnsupportedError, match=r"cpu: --vram-budget exceeds the free memory"):
         parse_budgets("99999T", [device])
     with pytest.raises(InputError, match="unknown backend"):
         BackendOptions("tpu")

@@ -24,7 +24,9 @@ def test_the_first_role_that_is_there(bundle, make_bundle):
 
 @pytest.mark.parametrize("place", [".", "nowhere"])
 def test_no_bundle(tmp_path, place):
-    with pytest.raises(InputError, match=r"not a bundle: no manifest\.json; `hotcold export` writes one"):
+    with pytest.raises(
+        InputError, match=r"not a bundle: no manifest\.json; create one with `hotcold export`"
+    ):
         file_of_role(tmp_path / place, "dense")
 
 
@@ -54,9 +56,9 @@ def test_what_a_model_offers(bundle, make_bundle, tmp_path):
 
 def test_a_mode_that_is_not_offered_says_what_is(bundle, make_bundle, tmp_path):
     silu = make_bundle(activation="silu")
-    with pytest.raises(InputError, match=r"got exact, expected dense\); `hotcold export` of a model"):
+    with pytest.raises(InputError, match=r"got exact, expected dense\); export a model with exact zeros"):
         ModelPath(silu.path).file_for("exact")
-    with pytest.raises(InputError, match=r"got dense, expected exact or predicted\); a bundle has a"):
+    with pytest.raises(InputError, match=r"got dense, expected exact or predicted\); add a dense file"):
         Engine.load(bundle.path / "tiny.powerinfer.gguf", "dense")
     with pytest.raises(
         InputError, match=r"unknown mode \(got fast, expected auto, dense, exact, predicted\)"

@@ -63,7 +63,7 @@ def test_inputs_left_out_change_what_is_said(bundle, capsys):
 
 def test_auto_mode_is_measured_once(bundle, capsys, monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    for when in ("now", "before"):
+    for when in ("now", "earlier"):
         assert hotcold_run(bundle, "-p", "fox", "-n", "3", mode="auto") == 0
         err = capsys.readouterr().err
         (mode,) = re.findall(
@@ -90,7 +90,9 @@ def test_chat_prints_the_answer_alone(bundle, capsys):
 
 def test_a_full_context_is_said_in_one_line(bundle, capsys):
     assert hotcold_run(bundle, "-p", "fox", "-c", "16", "--ignore-eos", "--temp", "0") == 0
-    assert "stopped: the context of 16 tokens is full; -c raises it" in capsys.readouterr().err.splitlines()
+    assert (
+        "stopped: the context of 16 tokens is full; raise it with -c" in capsys.readouterr().err.splitlines()
+    )
 
 
 def test_stops_at_the_end_of_text(make_bundle, capsys, monkeypatch):

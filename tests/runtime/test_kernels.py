@@ -188,5 +188,5 @@ def test_nan_in_the_cache_beyond_the_last_position_is_not_used(isa, rng):
 
 
 def test_unknown_isa_is_refused():
-    with pytest.raises(ValueError, match="does not run the kernels 'sse9'"):
+    with pytest.raises(ValueError, match="does not support the kernels 'sse9'"):
         ops.rms_norm("sse9", np.ones(16, np.float32), np.ones(16, np.float32), 1e-5)

@@ -64,9 +64,9 @@ NO_MASKS, X, Y = np.empty(0, np.uint64), np.zeros((1, D), np.float32), np.zeros(
     [
         (0, X, [1], NO_MASKS, "no neurons of this layer"),
         (7, X, [1], NO_MASKS, "no neurons of this layer"),
-        (1, X, [N], NO_MASKS, "neurons must ascend"),
-        (1, X, [2, 1], NO_MASKS, "neurons must ascend"),
-        (1, X, [-1], NO_MASKS, "neurons must ascend"),
+        (1, X, [N], NO_MASKS, "neurons must be ascending"),
+        (1, X, [2, 1], NO_MASKS, "neurons must be ascending"),
+        (1, X, [-1], NO_MASKS, "neurons must be ascending"),
         (1, np.zeros((1, D - 1), np.float32), [1], NO_MASKS, "normed must be"),
         (1, np.zeros((65, D), np.float32), [1], NO_MASKS, "normed must be"),
         (1, np.zeros((2, D), np.float32), [1], NO_MASKS, "shape of normed"),

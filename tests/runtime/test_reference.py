@@ -149,7 +149,7 @@ def test_other_gated_activations(make_bundle, activation):
 @pytest.mark.parametrize(
     "ids,message",
     [
-        ([], "no tokens to compute"),
+        ([], "no tokens given"),
         ([1, -1], "token id outside of the vocabulary (got -1, expected 0 to 319)"),
         ([320], "token id outside of the vocabulary (got 320, expected 0 to 319)"),
         ([1] * 9, "the context is full (got 9, expected at most 8); raise it with -c"),

@@ -81,7 +81,7 @@ def test_an_empty_file_is_the_default(tmp_path):
         ("learning: {lr: fast}", "learning: lr: a value of another type (got 'fast', expected a number)"),
         ("precision: fp8", "precision: a value of another type (got 'fp8', expected bf16 | fp32)"),
         ("l1: {stages: 3}", "l1: stages: a value of another type (got 3, expected a list)"),
-        ("l1: {stages: [[0, 1, 2]]}", "stages[0]: a list of another length (got 3, expected 2)"),
+        ("l1: {stages: [[0, 1, 2]]}", "stages[0]: wrong list length (got 3, expected 2)"),
         ("model: {n_layers: 3}", "model: keys are missing (expected d_model, d_ff)"),
         ("text: [{share: 1}]", "text[0]: keys are missing (expected source)"),
         ("- steps", "not a mapping of keys to values"),

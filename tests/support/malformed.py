@@ -194,7 +194,7 @@ CASES: dict[str, Case] = {
     ),
     "attention: not a GGUF file": Case(AT, put("a.gguf", b"x"), Fm, "magic"),
     "attention: another model": Case(
-        AT, put("a.gguf", handmade.attention_gguf("f" * 64)), Mi, "rows of another model"
+        AT, put("a.gguf", handmade.attention_gguf("f" * 64)), Mi, "these rows belong to another model"
     ),
     "attention: a matrix of another name": Case(
         AT, put("a.gguf", handmade.attention_gguf(name="attn_out")), Fm, "blk.0.attn_output_t.weight: missing"
@@ -255,7 +255,9 @@ CASES: dict[str, Case] = {
     "manifest: negative size": Case(MA, entry(bytes=-1), Fm, "manifest.json, m.gguf: not a size"),
     "manifest: size a float": Case(MA, entry(bytes=1.0), Fm, "manifest.json, m.gguf.bytes: wrong type"),
     "manifest: odd hash": Case(MA, entry(sha256="G" * 64), Fm, "manifest.json, m.gguf: not a size and"),
-    "bundle: config of 2^31 tokens": Case(BU, keys(CFG, vocab_size=2**31 - 1), Fm, "vocab_size: more tokens"),
+    "bundle: config of 2^31 tokens": Case(
+        BU, keys(CFG, vocab_size=2**31 - 1), Fm, "vocab_size: the vocabulary is larger"
+    ),
     "bundle: config of another model": Case(
         BU, keys(CFG, rope_theta=7.0), Mi, "rope.freq_base does not agree"
     ),
@@ -311,10 +313,10 @@ CASES: dict[str, Case] = {
     "traces: unknown key": Case(TR, keys(RUN, color=1), Fm, "run.json, color: wrong or missing"),
     "traces: tokens cut": Case(TR, put(TOK, lambda data: data[:-1]), Fm, TOK),
     "traces: other tokens": Case(
-        TR, put(TOK, lambda data: data[:-1] + b"\0"), Mi, "tokens.safetensors: is not"
+        TR, put(TOK, lambda data: data[:-1] + b"\0"), Mi, "tokens.safetensors: belongs"
     ),
-    "traces: of two parts": Case(TR, keys(RUN, version=1), Fm, "run.json, version: traces of an older"),
-    "traces: of four parts": Case(TR, fourth_part, Fm, "tokens.safetensors, part: no such part"),
+    "traces: of two parts": Case(TR, keys(RUN, version=1), Fm, "run.json, version: traces from an older"),
+    "traces: of four parts": Case(TR, fourth_part, Fm, "tokens.safetensors, part: unknown part"),
     "traces: no line": Case(TR, put(LINES, b""), In, "4 shards are missing"),
     "traces: line not JSON": Case(TR, put(LINES, b"x\n"), Fm, "manifest.jsonl, line 1: is not JSON"),
     "traces: line too deep": Case(TR, put(LINES, DEEP + b"\n"), Fm, "manifest.jsonl, line 1: is not JSON"),
@@ -336,13 +338,19 @@ CASES: dict[str, Case] = {
     ),
     "trace shard: no x": Case(SH, put(SHARD, header({})), Fm, f"{SHARD}, x: missing tensor"),
     "split: second missing": Case(SP, gone(SECOND), In, SECOND),
-    "split: not the first": Case(SP, put(FIRST, handmade.split_part(1, 2, "a", 2)), In, "not the first part"),
-    "split: of three": Case(SP, put(FIRST, handmade.split_part(0, 3, "t0", 2)), In, "not the name of a part"),
-    "split: part twice": Case(SP, put(SECOND, handmade.split_part(0, 2, "a", 2)), Fm, "split.no: a part of"),
-    "split: part of three": Case(
-        SP, put(SECOND, handmade.split_part(1, 3, "a", 2)), Fm, "split.count: a part"
+    "split: not the first": Case(
+        SP, put(FIRST, handmade.split_part(1, 2, "a", 2)), In, "named like the first part"
     ),
-    "split: tensor twice": Case(SP, put(SECOND, handmade.split_part(1, 2, "t0", 2)), Fm, "t0: a tensor that"),
+    "split: of three": Case(SP, put(FIRST, handmade.split_part(0, 3, "t0", 2)), In, "not a valid name"),
+    "split: part twice": Case(
+        SP, put(SECOND, handmade.split_part(0, 2, "a", 2)), Fm, "split.no: this part belongs"
+    ),
+    "split: part of three": Case(
+        SP, put(SECOND, handmade.split_part(1, 3, "a", 2)), Fm, "split.count: this part belongs"
+    ),
+    "split: tensor twice": Case(
+        SP, put(SECOND, handmade.split_part(1, 2, "t0", 2)), Fm, "t0: this tensor is"
+    ),
     "split: another total": Case(
         SP, put(FIRST, handmade.split_part(0, 2, "t0", 9)), Fm, "split.tensors.count"
     ),
@@ -354,13 +362,13 @@ CASES: dict[str, Case] = {
         GI,
         put("m.gguf", gguf(kvs=[handmade.string("general.architecture", "generic.gpu_index")])),
         Fm,
-        "tensors: tensors are found by their position",
+        "tensors: wrong order of tensors",
     ),
     "gpuidx: bucket and mask differ": Case(
         GI, gpu_index((0, 1, 0, 1), (0, 1)), Fm, "blk.0.gpu_bucket: not the"
     ),
     "gpuidx: mask of 2": Case(GI, gpu_index((0, 2, 0, 0), (1,)), Fm, "blk.0.gpu_bucket: not the ascending"),
-    "gpuidx: of floats": Case(GI, gpu_index((0, 1), (1,), 0), Fm, "blk.0.gpu_idx: not a vector of I32"),
+    "gpuidx: of floats": Case(GI, gpu_index((0, 1), (1,), 0), Fm, "blk.0.gpu_idx: not an I32 vector"),
     "vocabulary: none": Case(VO, vocabulary(), Fm, "tokenizer.ggml.model: no vocabulary"),
     "vocabulary: unknown pre": Case(
         VO, vocabulary(GPT2, handmade.string("tokenizer.ggml.pre", "x")), Un, "(got x"
@@ -390,7 +398,7 @@ CASES: dict[str, Case] = {
         VO,
         vocabulary(GPT2, PRE, AB, array("tokenizer.ggml.token_type", I32, 1, bytes(4))),
         Fm,
-        "token_type: not",
+        "token_type: wrong number",
     ),
     "vocabulary: no such bos": Case(
         VO,

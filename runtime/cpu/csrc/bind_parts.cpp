@@ -64,7 +64,7 @@ int64_t run_neurons(Sequence& s, int l, Matrix normed, Ints index, Masks tokens,
   require(n == 1 || tokens.size() == index.size(), "one token mask per neuron");
   for (int i = 0; i < count; ++i)
     require(index.data()[i] >= 0 && index.data()[i] < last && (i == 0 || index.data()[i] > index.data()[i - 1]),
-            "neurons must ascend and be of the layer");
+            "neurons must be ascending and in the layer");
   nb::gil_scoped_release release;
   return s.run_neurons(l, normed.data(), n, index.data(), tokens.data(), count, y.data());
 }

@@ -64,7 +64,7 @@ const Kernels& kernels(const char* name) {
   if (!name) name = std::getenv("HOTCOLD_CPU_ISA");
   for (const Candidate& c : kCandidates)
     if (c.runs() && (!name || std::string(name) == c.table->name)) return *c.table;
-  throw std::invalid_argument(std::string("this CPU does not run the kernels '") + name + "'");
+  throw std::invalid_argument(std::string("this CPU does not support the kernels '") + name + "'");
 }
 
 }  // namespace hotcold

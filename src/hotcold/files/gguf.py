@@ -1,9 +1,9 @@
 """Read GGUF files that may be broken or hostile: every number is checked before it is used.
 
-The one way in which GGUF enters hotcold. The `gguf` package's reader makes Python objects of every
-array element, accepts overlapping, unaligned and wrapping tensors, and can be made to eat gigabytes by
-160 bytes. Here the file is mapped, sizes are Python integers (nothing wraps), and each count is bounded
-by the bytes that are left before anything is allocated for it. What is wrong comes as one FormatError
+The only way that GGUF enters hotcold. The `gguf` package's reader makes a Python object of every array
+element, accepts overlapping, unaligned, and wrapping tensors, and 160 bytes can make it allocate
+gigabytes. Here the file is mapped, sizes are Python integers (nothing wraps), and each count is bounded
+by the bytes that are left before anything is allocated for it. Every problem is a FormatError
 with offset and field.
 
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, versions 2 and 3, little endian.
@@ -60,9 +60,9 @@ _U64 = struct.Struct("<Q")
 _NAME = re.compile(r"[A-Za-z0-9_.:+-]+")
 
 _TYPE_NAMES = {int(kind): kind.name for kind in GGMLQuantizationType}
-# Ids from 16 on have been given anew since PowerInfer forked (its ggml.h, enum ggml_type).
+# Ids from 16 on were reassigned after PowerInfer forked (its ggml.h, enum ggml_type).
 _PWRI_TYPE_NAMES = {i: name for i, name in _TYPE_NAMES.items() if i < 16} | {16: "I8", 17: "I16", 18: "I32"}
-# PowerInfer has no bfloat16; a file that uses it is for hotcold alone.
+# PowerInfer has no bfloat16; only hotcold reads a file that uses it.
 _PWRI_TYPE_NAMES[int(GGMLQuantizationType.BF16)] = "BF16"
 
 
@@ -98,7 +98,7 @@ class GGUFFile:
 
     `metadata` holds Python numbers, strings, lists of strings, and read-only numpy views of numeric arrays.
 
-    Raises InputError where the file cannot be opened, FormatError where it breaks the format.
+    Raises InputError if the file cannot be opened, FormatError if it breaks the format.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -114,14 +114,14 @@ class GGUFFile:
         self.tensors: dict[str, Tensor] = reader.tensors(n_tensors, sparse=self.magic == "PWRI")
 
     def find(self, key: str, kind: type | tuple[type, ...], default: Any = None) -> Any:
-        """As `require`, but `default` where there is no such key."""
+        """As `require`, but `default` if there is no such key."""
         return self.require(key, kind) if key in self.metadata else default
 
     def require(self, key: str, kind: type | tuple[type, ...]) -> Any:
         """The value of `key`, which must be of the Python type `kind`; FormatError otherwise.
 
-        A key must not be used without: a file may hold an array where a string belongs, and comparing the
-        two is an error of numpy's.
+        Always read keys through it: a file may have an array where a string belongs, and comparing the two is
+        an error in numpy.
         """
         if key not in self.metadata:
             raise FormatError("missing metadata key", where=self.path, field=key)
@@ -133,7 +133,7 @@ class GGUFFile:
         return value
 
     def count(self, key: str, default: int | None = None, most: int = (1 << 31) - 1) -> int:
-        """The positive integer under `key`, at most `most`, by which memory is taken; else FormatError."""
+        """The positive integer under `key`, which sizes memory: at most `most`, FormatError otherwise."""
         value = self.require(key, int) if default is None else self.find(key, int, default)
         if not 0 < value <= most:
             expected = f"1 to {most}"
@@ -142,7 +142,7 @@ class GGUFFile:
 
 
 def _map(path: Path) -> mmap.mmap | bytes:
-    if path.exists() and not path.is_file():  # opening a pipe would wait for ever
+    if path.exists() and not path.is_file():  # opening a pipe would wait forever
         raise InputError("not a regular file", where=path)
     try:
         with path.open("rb") as file:
@@ -228,7 +228,7 @@ class _Reader:
         limit = (self.size - self.position) // each
         if count > limit:
             raise self.fail(
-                "more than the file can hold", field, at=start, got=count, expected=f"at most {limit}"
+                "more entries than the file can hold", field, at=start, got=count, expected=f"at most {limit}"
             )
         return count
 
@@ -314,7 +314,7 @@ class _Reader:
         array = np.frombuffer(self.buffer, dtype, count, self.position)
         if kind == _BOOL:
             if count and array.max() > 1:
-                raise self.fail("a bool is 0 or 1", key, at=self.position, got=int(array.max()))
+                raise self.fail("a bool must be 0 or 1", key, at=self.position, got=int(array.max()))
             array = array.view(bool)
         self.position += count * dtype.itemsize
         return array
@@ -346,7 +346,10 @@ class _Reader:
         name = self.string(f"tensor[{i}].name", _MAX_NAME)
         if not _NAME.fullmatch(name) or ".." in name:
             raise self.fail(
-                "a tensor name is of letters, digits and _.:+-", f"tensor[{i}].name", at=at, got=ascii(name)
+                "a tensor name may only contain letters, digits, and _.:+-",
+                f"tensor[{i}].name",
+                at=at,
+                got=ascii(name),
             )
         return name
 
@@ -376,12 +379,14 @@ class _Reader:
         block, _ = GGML_QUANT_SIZES[GGMLQuantizationType[type_name]]
         if dims[0] % block:
             expected = f"a multiple of {type_name}'s block of {block}"
-            raise self.fail("rows of broken blocks", f"{name}.dims", at=at, got=dims[0], expected=expected)
+            raise self.fail(
+                "a row is not a whole number of blocks", f"{name}.dims", at=at, got=dims[0], expected=expected
+            )
         n_bytes = row_bytes(type_name, dims[0]) * prod(dims[1:])
         # A zero dimension must not hide that the others are more than any program can index. Whatever the
         # type, values are decoded to floats: a number is taken as eight bytes.
         if 8 * prod(max(size, 1) for size in dims) > _MAX_BYTES:
-            raise self.fail("tensor too big", f"{name}.dims", at=at, got="×".join(map(str, dims)))
+            raise self.fail("tensor too large", f"{name}.dims", at=at, got="×".join(map(str, dims)))
         return n_bytes
 
     def padded(self, n: int) -> int:

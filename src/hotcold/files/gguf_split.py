@@ -1,8 +1,8 @@
-"""The one way to a model's GGUF file: whole, or split as llama.cpp's `gguf-split` does it.
+"""The only way to open a model's GGUF file: whole, or split as by llama.cpp's `gguf-split`.
 
-A split model is `X-00001-of-00003.gguf` and so on. Each part is a GGUF file of its own; the first has the
-model's metadata. All parts must agree on how many they are, and together they must hold as many tensors as
-they say.
+A split model is `X-00001-of-00003.gguf` and so on. Each part is a GGUF file; the first has the model's
+metadata. All parts must agree on the number of parts, and together they must contain as many tensors as they
+say.
 """
 
 from __future__ import annotations
@@ -25,8 +25,7 @@ _NAME = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 def open_gguf(path: str | Path) -> GGUFFile:
     """Read a GGUF file or, given its first part, a split model, whose tensors are then all in one dictionary.
 
-    Raises InputError where a part is missing or `path` is not the first, FormatError where parts do not
-    agree.
+    Raises InputError if a part is missing or `path` is not the first, FormatError if parts disagree.
     """
     first = GGUFFile(path)
     if first.find("split.count", int, 1) == 1:
@@ -35,7 +34,12 @@ def open_gguf(path: str | Path) -> GGUFFile:
     count = first.require("split.count", int)
     if match is None or int(match[3]) != count:
         expected = f"NAME-00001-of-{count:05d}.gguf"
-        raise InputError("not the name of a part", where=first.path, got=first.path.name, expected=expected)
+        raise InputError(
+            "not a valid name for a part of a split model",
+            where=first.path,
+            got=first.path.name,
+            expected=expected,
+        )
     _check_first(first, int(match[2]))
     for number in range(1, count):
         _add(first, GGUFFile(first.path.with_name(f"{match[1]}-{number + 1:05d}-of-{match[3]}.gguf")), number)
@@ -43,7 +47,11 @@ def open_gguf(path: str | Path) -> GGUFFile:
     if len(first.tensors) != total:
         got = len(first.tensors)
         raise FormatError(
-            "tensors of all parts", where=path, field="split.tensors.count", got=got, expected=total
+            "wrong number of tensors in all parts",
+            where=path,
+            field="split.tensors.count",
+            got=got,
+            expected=total,
         )
     return first
 
@@ -59,11 +67,11 @@ def gguf_sha256(file: GGUFFile, sha256: Callable[[Path], str] = sha256_file) -> 
 def _check_first(file: GGUFFile, named: int) -> None:
     number = file.require("split.no", int)
     if named != 1:
-        fix = "give the one that ends in -00001"
+        fix = "use the file whose name ends in -00001-of-N"
         raise InputError("not the first part of the model", where=file.path, fix=fix)
     if number != 0:
-        what, got = "not the first part of the model, but under its name", f"split.no {number}"
-        raise InputError(what, where=file.path, got=got, expected=0, fix="give the parts their names again")
+        what, got = "named like the first part of the model, but its metadata disagrees", f"split.no {number}"
+        raise InputError(what, where=file.path, got=got, expected=0, fix="restore the names of the parts")
 
 
 def _add(first: GGUFFile, part: GGUFFile, number: int) -> None:
@@ -72,17 +80,17 @@ def _add(first: GGUFFile, part: GGUFFile, number: int) -> None:
         if part.require(key, int) != expected:
             got = part.metadata[key]
             raise FormatError(
-                "a part of another model", where=part.path, field=key, got=got, expected=expected
+                "this part belongs to another model", where=part.path, field=key, got=got, expected=expected
             )
     if twice := sorted(first.tensors.keys() & part.tensors.keys()):
-        raise FormatError("a tensor that another part has too", where=part.path, field=twice[0])
+        raise FormatError("this tensor is also in another part", where=part.path, field=twice[0])
     first.tensors.update(part.tensors)
     first.paths += part.paths
     first.buffers += part.buffers
 
 
 def forget_pages(file: GGUFFile) -> None:
-    """Let go of the pages that were read, so that a model need not fit into memory twice, or at all."""
+    """Release the pages that were read, so that a model need not fit in memory twice, or at all."""
     for buffer in file.buffers:
         if isinstance(buffer, mmap.mmap):
             buffer.madvise(mmap.MADV_DONTNEED)

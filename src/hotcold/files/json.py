@@ -1,6 +1,6 @@
-"""JSON objects that others wrote: whatever is wrong with one becomes a FormatError with file and field.
+"""Read JSON objects that others wrote: every problem becomes a FormatError with file and field.
 
-And the JSON that hotcold prints, which has no NaN in it: there is no such word in JSON.
+Also the JSON that hotcold prints, which never contains NaN, since JSON has none.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ __all__ = ["json_text", "parse_json", "read_json", "read_json_lines"]
 
 
 def json_text(value: Any, *, ensure_ascii: bool = True) -> str:
-    """`value` as one line of JSON; a figure that is no number, as one that was not measured, is null."""
+    """`value` as one line of JSON; NaN, such as a figure that was not measured, becomes null."""
     try:
         return json.dumps(value, ensure_ascii=ensure_ascii, allow_nan=False)
     except ValueError:
@@ -33,7 +33,7 @@ def _without_nan(value: Any) -> Any:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; InputError where there is none, FormatError where it is not JSON."""
+    """A JSON object from a file; InputError if there is no file, FormatError if it is not JSON."""
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -42,10 +42,10 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_json_lines(path: Path, *, skip_damaged: bool = False) -> list[dict[str, Any]]:
-    """The JSON objects in a file of one per line; none where there is no file.
+    """The JSON objects in a file with one per line; none if there is no file.
 
-    A last line without its newline was cut by a kill, and is left out. FormatError for another line that is
-    damaged; `skip_damaged` is for files that only save work: there it is left out too, in one line of log.
+    A last line without a newline was cut by a kill, and is ignored. Raises FormatError for any other damaged
+    line, unless `skip_damaged`, for files that only save work: then it is logged and ignored.
     """
     try:
         lines = path.read_bytes().split(b"\n")[:-1]
@@ -60,12 +60,12 @@ def read_json_lines(path: Path, *, skip_damaged: bool = False) -> list[dict[str,
         except FormatError as error:
             if not skip_damaged:
                 raise
-            log(f"left out: {error}")
+            log(f"ignored: {error}")
     return found
 
 
 def parse_json(data: bytes, path: Path, field: str = "content") -> dict[str, Any]:
-    """Parse a JSON object in UTF-8. A key that is there twice is refused, as readers would differ."""
+    """Parse a JSON object in UTF-8. A duplicate key is refused, because readers would differ."""
     try:
         value = json.loads(data.decode(), object_pairs_hook=_unique)
     except _Duplicate as error:
@@ -79,7 +79,7 @@ def parse_json(data: bytes, path: Path, field: str = "content") -> dict[str, Any
 
 
 class _Duplicate(Exception):
-    """A key that an object has twice."""
+    """A duplicate key."""
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -36,7 +36,7 @@ def type_of(quant: str) -> str:
 
 
 def row_type(type_name: str, n: int) -> str:
-    """`type_name`, or F16 where rows of `n` elements are not whole blocks of it."""
+    """`type_name`, or F16 if rows of `n` elements are not whole blocks of it."""
     block, _ = GGML_QUANT_SIZES[GGMLQuantizationType[type_name]]
     return "F16" if n % block else type_name
 
@@ -51,7 +51,7 @@ def quantize(array: np.ndarray, type_name: str) -> np.ndarray:
     rows = array.reshape(-1, width)
     step = max(1, _CHUNK // width)
     starts = range(0, len(rows), step)
-    # numpy lets go of Python's lock while it computes.
+    # numpy releases the GIL while it computes.
     with ThreadPoolExecutor(min(_THREADS, len(starts), available_cpus())) as pool:
         parts = list(pool.map(lambda i: _quantize_rows(rows[i : i + step], kind), starts))
     return np.concatenate(parts).reshape(shape)
@@ -59,13 +59,13 @@ def quantize(array: np.ndarray, type_name: str) -> np.ndarray:
 
 def _quantize_rows(rows: np.ndarray, kind: GGMLQuantizationType) -> np.ndarray:
     rows = np.ascontiguousarray(rows, dtype=np.float32)
-    # Blocks of zeros have scale 0; what does not fit becomes infinite, which is looked for afterwards.
+    # Blocks of zeros have scale 0; what does not fit becomes infinite, which is checked afterwards.
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         return quants.quantize(rows, kind).view(np.uint8)
 
 
 def as_f16(values: np.ndarray) -> np.ndarray:
-    """float32 values as float16, which makes those beyond its range infinite."""
+    """float32 values as float16; those beyond its range become infinite."""
     with np.errstate(over="ignore"):
         return np.ascontiguousarray(values.astype(np.float16))
 

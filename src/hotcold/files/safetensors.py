@@ -63,7 +63,7 @@ class SafetensorsFile:
         return self._metadata
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of a tensor; FormatError where the file has none of this name."""
+        """The shape of a tensor; FormatError if the file has none of this name."""
         return tuple(self._entry(name)["shape"])
 
     def check_floats(self, name: str) -> None:
@@ -99,7 +99,7 @@ class SafetensorsFile:
     def floats(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
         """A float32 tensor of this shape as a read-only view of the file, which takes no memory until read.
 
-        FormatError where it is missing or has another shape or dtype.
+        FormatError if it is missing or has another shape or dtype.
         """
         entry = self._entry(name)
         if (entry["dtype"], tuple(entry["shape"])) != ("F32", shape):

@@ -28,7 +28,7 @@ _BLOCKS = {
 
 
 def check_stored(data: np.ndarray, type_name: str, name: str, where: str | Path | None) -> np.ndarray:
-    """The same bytes, uint8 or a view of them; FormatError where a value of the tensor `name` is not finite.
+    """The same bytes, uint8 or a view of them; FormatError if a value of the tensor `name` is not finite.
 
     `type_name` is a ggml type that `hotcold export` writes.
     """

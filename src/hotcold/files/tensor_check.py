@@ -26,7 +26,7 @@ __all__ = [
 Shape = tuple[int, ...]
 Where = str | Path | None
 
-NOT_QUANTIZED = "take the checkpoint that is not quantized, or a GGUF file"
+NOT_QUANTIZED = "use the unquantized checkpoint, or a GGUF file"
 
 # Rotary tables, and masks of attention that early versions of transformers saved.
 _BUFFERS = re.compile(r"(.*\.)?(rotary_emb\.(inv_freq|(cos|sin)_cached)|(self_)?attn\.masked_bias)")
@@ -52,7 +52,7 @@ _BASES |= dict.fromkeys(("h", "word_embeddings", "ln_f"), "transformer")
 
 
 def check_tensors(expected: Mapping[str, Shape], found: Mapping[str, Shape], where: Where = None) -> None:
-    """Refuse tensors that are not exactly those which a model expects, known buffers aside.
+    """Refuse tensors that are not exactly those that a model expects, except for known buffers.
 
     FormatError for a missing one, UnsupportedError for an unexpected one, ShapeError for a misshapen one.
     """
@@ -68,18 +68,18 @@ def check_tensors(expected: Mapping[str, Shape], found: Mapping[str, Shape], whe
 
 
 def missing_tensor(name: str, where: Where, unexpected: Collection[str] = ()) -> FormatError:
-    """The error for a tensor that is not there; `unexpected` are the names that are there instead."""
+    """The error for a missing tensor; `unexpected` are the names that were found instead."""
     got = _some(unexpected) if unexpected else None
     return FormatError("missing tensor", where=where, field=name, got=got)
 
 
 def unexpected_tensors(names: Collection[str], where: Where) -> UnsupportedError:
-    """The error for tensors that a model has no use for: a program that drops them computes another one."""
+    """The error for tensors that the model does not use: dropping them would compute a different model."""
     return UnsupportedError("the model has tensors of an unknown kind", where=where, got=_some(names))
 
 
 def misshapen_tensor(name: str, where: Where, got: object, expected: object) -> ShapeError:
-    """The error for a tensor of another shape."""
+    """The error for a tensor with the wrong shape."""
     return ShapeError(f"tensor {name} does not fit the model", where=where, got=got, expected=expected)
 
 
@@ -89,15 +89,15 @@ def _some(names: Collection[str]) -> str:
 
 
 def is_buffer(name: str, shape: Shape) -> bool:
-    """Whether a tensor is no weight: a table that follows from the config."""
+    """Whether a tensor is not a weight but a table that follows from the config."""
     return bool(_BUFFERS.fullmatch(name) or (_MASKS.fullmatch(name) and len(shape) == 4))
 
 
 def plain_names(names: Iterable[str], where: Where = None) -> tuple[dict[str, str], list[str]]:
     """Transformers' name of every tensor → the name that it has in a file, and the prefixes taken off.
 
-    Raises UnsupportedError for adapters and for the parts of quantized weights, FormatError where two tensors
-    come to have one name.
+    Raises UnsupportedError for adapters and for the parts of quantized weights, FormatError if two tensors
+    get the same name.
     """
     plain: dict[str, str] = {}
     prefixes: dict[str, None] = {}
@@ -107,7 +107,7 @@ def plain_names(names: Iterable[str], where: Where = None) -> tuple[dict[str, st
         prefixes |= dict.fromkeys(taken)
         if name in plain:
             got = f"{plain[name]} and {stored}"
-            raise FormatError("two tensors of one name", where=where, field=name, got=got)
+            raise FormatError("two tensors with the same name", where=where, field=name, got=got)
         plain[name] = stored
     return plain, list(prefixes)
 
@@ -127,6 +127,8 @@ def _unwrapped(name: str) -> tuple[str, list[str]]:
 def _refuse_other_kinds(name: str, where: Where) -> None:
     if _ADAPTER.search(name):
         fix = "merge the adapter first (PEFT's merge_and_unload) and save the whole model"
-        raise UnsupportedError("a weight of an adapter", where=where, got=name, fix=fix)
+        raise UnsupportedError("adapter weights are not supported", where=where, got=name, fix=fix)
     if _QUANTIZED.search(name):
-        raise UnsupportedError("a part of a quantized weight", where=where, got=name, fix=NOT_QUANTIZED)
+        raise UnsupportedError(
+            "quantized weights are not supported", where=where, got=name, fix=NOT_QUANTIZED
+        )

@@ -145,7 +145,7 @@ def test_without_predictors_the_form_by_neurons_has_none(model, make_predictors,
     roles = {path: file["role"] for path, file in manifest["files"].items()}
     assert roles["m.gguf"] == "dense" and roles["m.powerinfer.gguf"] == "sparse"
     assert "predictor" not in roles.values()
-    line = "m.powerinfer.gguf: no predictors: for hotcold's exact mode; PowerInfer itself cannot run it"
+    line = "m.powerinfer.gguf: no predictors: hotcold can run it in exact mode, PowerInfer cannot run it"
     assert line in capsys.readouterr().err.splitlines()
     export(model, tmp_path / "with", make_predictors(model))
     plain, whole = (GGUFFile(tmp_path / name / "m.powerinfer.gguf") for name in ("b", "with"))
@@ -166,10 +166,10 @@ def test_a_function_that_llama_cpp_lacks_is_told(model, make_predictors, tmp_pat
     assert manifest["llama_cpp_exact"] is False
     err = capsys.readouterr().err
     assert (
-        "llama.cpp will compute another function, with relu instead of fatrelu with thresholds up to 0.25"
+        "llama.cpp will compute a different function: relu instead of fatrelu with thresholds up to 0.25"
         in err
     )
-    assert "PowerInfer itself runs only its own ReLU models" in err
+    assert "PowerInfer can only run its own ReLU models" in err
     metadata = GGUFFile(tmp_path / "b" / "m.powerinfer.gguf").metadata
     assert (metadata["hotcold.activation"], metadata["hotcold.activation_thresholds"].tolist()) == (
         "fatrelu",
@@ -213,7 +213,7 @@ def test_a_threshold_of_minus_infinity_is_kept(model, make_predictors, tmp_path)
 
 def test_predictors_for_a_silu_are_refused(make_model, make_predictors, tmp_path):
     silu = make_model("silu")
-    with pytest.raises(UnsupportedError, match="this activation never gives zero"):
+    with pytest.raises(UnsupportedError, match="this activation is never zero"):
         export(silu, tmp_path / "b", make_predictors(silu))
 
 
@@ -322,7 +322,7 @@ def test_whichever_operation_fails_the_old_bundle_is_there(model, make_predictor
 
 @pytest.mark.parametrize("name", ["", "a/b", ".."])
 def test_a_name_stays_inside_the_bundle(model, tmp_path, name):
-    with pytest.raises(InputError, match="a bundle's name is a plain file name"):
+    with pytest.raises(InputError, match="not a plain file name"):
         export_bundle(HFCheckpoint(model), tmp_path / "b", name=name, fingerprint="0" * 64)
 
 
@@ -335,8 +335,8 @@ def test_without_tokenizer_folder_the_files_hold_no_vocabulary(model, tmp_path):
     "arguments, message",
     [
         (["--model", "/nowhere"], "no such model"),
-        (["--hot-frequency", "0"], "a share is above 0"),
-        (["--predictors", "/nowhere"], "no predictors here"),
+        (["--hot-frequency", "0"], "must be above 0"),
+        (["--predictors", "/nowhere"], "no predictors in this folder"),
     ],
 )
 def test_user_errors_are_one_line(model, tmp_path, capsys, arguments, message):

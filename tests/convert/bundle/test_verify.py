@@ -70,7 +70,7 @@ def rewrite(path: Path, edit) -> None:
 def test_a_good_bundle(bundle, capsys):
     assert verify_bundle(bundle) == []
     assert main(["verify", str(bundle)]) == 0
-    assert capsys.readouterr().out.endswith("all as they should be\n")
+    assert capsys.readouterr().out.endswith("no problems found\n")
 
 
 def test_bundles_without_predictors_or_tokenizer_are_good(make_model, tmp_path):
@@ -145,7 +145,7 @@ def test_the_command_lists_what_is_wrong_and_fails(bundle, capsys):
     out, err = capsys.readouterr()
     assert out.startswith(f"FormatError: {bundle}/m.gguf, sha256: damaged")
     assert err.startswith("hotcold verify: error: ")
-    assert "1 found" in err
+    assert "problems found: 1" in err
 
 
 def drop_output(metadata, plans):

@@ -80,16 +80,16 @@ def plan(name: str, values: list[int], kind: str = "I32") -> TensorPlan:
 
 GOOD = (plan("blk.0.gpu_idx", [0, 1]), plan("blk.0.gpu_bucket", [1]))
 BROKEN = {
-    "turned": ((GOOD[1], GOOD[0]), "blk.0.gpu_bucket: tensors are found by their position"),
+    "turned": ((GOOD[1], GOOD[0]), "blk.0.gpu_bucket: wrong order of tensors"),
     "order of text": (
         (*GOOD, plan("blk.10.gpu_idx", [0]), plan("blk.10.gpu_bucket", [])),
         "blk.10",
     ),
     "odd": ((GOOD[0],), "blk.0.gpu_idx|tensors"),
-    "other type": ((plan("blk.0.gpu_idx", [0, 1], "F32"), GOOD[1]), "not a vector of I32 .got F32"),
+    "other type": ((plan("blk.0.gpu_idx", [0, 1], "F32"), GOOD[1]), "not an I32 vector .got F32"),
     "other bucket": ((GOOD[0], plan("blk.0.gpu_bucket", [0])), "gpu_bucket: not the ascending indices"),
     "not a mask": ((plan("blk.0.gpu_idx", [0, 2]), GOOD[1]), "gpu_bucket: not the ascending indices"),
-    "other width": ((*GOOD, plan("blk.1.gpu_idx", [1]), plan("blk.1.gpu_bucket", [0])), "another d_ff"),
+    "other width": ((*GOOD, plan("blk.1.gpu_idx", [1]), plan("blk.1.gpu_bucket", [0])), "d_ff differs"),
 }
 
 

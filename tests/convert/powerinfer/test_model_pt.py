@@ -12,9 +12,9 @@ from safetensors.torch import save_file
 
 from hotcold.convert.powerinfer.firing_counts import (
     firing_vectors,
-    read_activation,
+    read_firing_counts,
     with_frequencies,
-    write_activation,
+    write_firing_counts,
 )
 from hotcold.convert.powerinfer.model_pt import layer_pairs, read_model_pt, write_model_pt
 from hotcold.errors import FormatError, InputError, MismatchError, ShapeError
@@ -65,7 +65,7 @@ def test_foreign_predictors_are_read(foreign):
         np.testing.assert_array_equal(layer.fc1, expected["fc1.weight"].float())
         np.testing.assert_array_equal(layer.fc2, expected["fc2.weight"].float())
         assert layer.metrics is None and layer.firing_frequency is None
-    with pytest.raises(InputError, match="do not say of which model"):
+    with pytest.raises(InputError, match="do not name their model"):
         read_model_pt(foreign, pickles_allowed=True)
 
 
@@ -101,7 +101,7 @@ def tensors(path: Path, values: dict[str, torch.Tensor]) -> SafetensorsFile:
 
 FC1, FC2 = torch.ones(5, D_MODEL), torch.ones(D_FF, 5)
 BROKEN = {
-    "bias": ((FC1, FC2, torch.ones(D_FF)), FormatError, "model_1.pt, keys: not the tensors"),
+    "bias": ((FC1, FC2, torch.ones(D_FF)), FormatError, "model_1.pt, keys: wrong tensors"),
     "vector": ((FC1, torch.ones(5)), ShapeError, "model_1.pt: fc1.weight, fc2"),
     "ranks": ((FC1[:4].clone(), FC2), ShapeError, r"got \(4, 8\), \(12, 5\)"),
     "empty": ((torch.ones(0, D_MODEL), torch.ones(D_FF, 0)), ShapeError, r"got \(0, 8\)"),
@@ -144,12 +144,12 @@ def test_broken_folders_name_file_and_field(foreign, name):
 def test_hotcolds_part_of_other_predictors_is_refused(foreign, bundle):
     other = bundle.config() | {"ranks": [3, 4]}
     (foreign / "config.json").write_text(json.dumps({"hotcold": other}))
-    with pytest.raises(MismatchError, match="of other files than those beside it"):
+    with pytest.raises(MismatchError, match="metadata belongs to other files"):
         read_model_pt(foreign, FINGERPRINT, pickles_allowed=True)
 
 
 def test_activation_files_are_bare_vectors(tmp_path):
-    write_activation([np.zeros(3), np.array([0.25, 1, 0], np.float32)], tmp_path / "activation")
+    write_firing_counts([np.zeros(3), np.array([0.25, 1, 0], np.float32)], tmp_path / "activation")
     vector = torch.load(tmp_path / "activation" / "activation_1.pt", weights_only=True)  # noqa: TID251 - the oracle
     assert vector.dtype == torch.float32 and vector.tolist() == [0.25, 1, 0]
 
@@ -157,17 +157,17 @@ def test_activation_files_are_bare_vectors(tmp_path):
 def test_more_than_ten_layers_stay_in_the_order_of_their_numbers(tmp_path):
     for number in range(12):
         torch.save(torch.tensor([number, 1]), tmp_path / f"activation_{number}.pt")  # int64 counts
-    assert [v[0] for v in read_activation(tmp_path, pickles_allowed=True)] == list(range(12))
+    assert [v[0] for v in read_firing_counts(tmp_path, pickles_allowed=True)] == list(range(12))
 
 
 @pytest.mark.parametrize(
     "values, error, message",
     [
-        ({"tensor": torch.ones(2, 2)}, FormatError, "activation_1.pt, tensor: not one vector"),
-        ({"a": torch.ones(2)}, FormatError, "activation_1.pt, tensor: not one vector"),
-        ({"tensor": -torch.ones(2)}, FormatError, "firing counts are numbers >= 0"),
-        ({"tensor": torch.ones(2) / 0}, FormatError, "firing counts are numbers >= 0"),
-        ({"tensor": torch.ones(3)}, ShapeError, "activation_1.pt: another d_ff than layer 0"),
+        ({"tensor": torch.ones(2, 2)}, FormatError, "activation_1.pt, tensor: not a single vector"),
+        ({"a": torch.ones(2)}, FormatError, "activation_1.pt, tensor: not a single vector"),
+        ({"tensor": -torch.ones(2)}, FormatError, "firing counts must be >= 0"),
+        ({"tensor": torch.ones(2) / 0}, FormatError, "firing counts must be >= 0"),
+        ({"tensor": torch.ones(3)}, ShapeError, "activation_1.pt: d_ff differs from layer 0"),
     ],
 )
 def test_broken_activation_files(tmp_path, values, error, message):
@@ -184,7 +184,7 @@ def test_counts_become_frequencies_of_known_numbers_of_tokens(bundle):
     np.testing.assert_allclose(shares.layers[0].firing_frequency, np.arange(D_FF) / 20, rtol=1e-6)
     with pytest.raises(InputError, match=r"counts, not shares.*--counted-tokens"):
         with_frequencies(bundle, counts, None)
-    with pytest.raises(InputError, match="at most once per token"):
+    with pytest.raises(InputError, match="fired more often than there are tokens"):
         with_frequencies(bundle, counts, 10)
     with pytest.raises(ShapeError, match=r"got \(1, 12\), expected \(2, 12\)"):
         with_frequencies(bundle, counts[:1], 20)

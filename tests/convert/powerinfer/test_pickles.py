@@ -58,7 +58,7 @@ def test_tensors_of_every_float_type_come_as_float32(tmp_path):
 
 
 def test_without_the_flag_nothing_is_read(tmp_path):
-    with pytest.raises(InputError, match=r"a pickle, which is a program.*--allow-pickle"):
+    with pytest.raises(InputError, match=r"a pickle, which can run code.*--allow-pickle"):
         read_pickles([tmp_path / "not even there.pt"], allowed=False)
 
 
@@ -92,8 +92,8 @@ def test_an_endless_pickle_is_stopped_and_named(tmp_path):
     "value, message",
     [
         ([torch.ones(1)], "neither a tensor nor a dictionary of tensors, but list"),
-        ({"a": torch.ones(1), "b": 3}, "the entry 'b' is no tensor"),
-        ({"a": torch.ones(1, dtype=torch.complex64)}, "the tensor 'a' is not of plain numbers"),
+        ({"a": torch.ones(1), "b": 3}, "the entry 'b' is not a tensor"),
+        ({"a": torch.ones(1, dtype=torch.complex64)}, "the tensor 'a' does not hold plain numbers"),
     ],
 )
 def test_other_things_than_tensors_are_refused(tmp_path, value, message):

@@ -159,7 +159,7 @@ def test_the_whole_demo_on_a_tiny_model(teacher, tmp_path, capfd):
 
     assert main(arguments) == 0  # all is there: nothing runs again
     again = capfd.readouterr()
-    assert again.err.count("done before") == 9
+    assert again.err.count("already done") == 9
     assert json.loads((tmp_path / "demo" / "report.json").read_text()) == report
 
 

@@ -116,17 +116,17 @@ def test_a_side_that_cannot_run_costs_no_other_its_row(synthetic, capsys):
     assert main([*arguments, "--backends", "hybrid", "--budgets", "5,900", "-o", "json"]) == 0
     told = capsys.readouterr()
     little, much = json.loads(told.out)["rows"]
-    assert "too little GPU memory" in little["error"] and little["generation"] is None
-    assert "hybrid 5% exact: too little GPU memory" in told.err
+    assert "not enough GPU memory" in little["error"] and little["generation"] is None
+    assert "hybrid 5% exact: not enough GPU memory" in told.err
     assert much["error"] is None and much["generation"]["median"] > 0
     assert main([*arguments, "--backends", "hybrid", "--budgets", "5,900"]) == 0
     table = capsys.readouterr().out
     assert (
         "| hybrid 5% exact | – | – |" in " ".join(table.split())
-        and "\nhybrid 5% exact: too little GPU memory" in table
+        and "\nhybrid 5% exact: not enough GPU memory" in table
     )
     assert main([*arguments, "--backends", "hybrid", "--budgets", "5"]) == 2
-    assert "error: too little GPU memory" in capsys.readouterr().err
+    assert "error: not enough GPU memory" in capsys.readouterr().err
 
 
 def test_bench_gpu_with_accelerate(synthetic, capsys):
@@ -162,7 +162,7 @@ def test_llama_cpp_gets_the_layers_that_our_plan_has_on_the_device(synthetic, mo
 
 def test_llama_cpp_without_a_gpu_says_so(synthetic):
     pytest.importorskip("llama_cpp")
-    with pytest.raises(UnsupportedError, match="built without a GPU"):
+    with pytest.raises(UnsupportedError, match="built without GPU support"):
         LlamaCpp(next(synthetic.glob("*.gguf")), n_threads=1, n_gpu_layers=3)
 
 

@@ -47,7 +47,9 @@ def test_a_missing_part_is_named(tmp_path):
 
 
 def test_another_part_than_the_first(tmp_path):
-    with pytest.raises(InputError, match="not the first part of the model; give the one that ends in -00001"):
+    with pytest.raises(
+        InputError, match="not the first part of the model; use the file whose name ends in -00001"
+    ):
         open_gguf(part(tmp_path, 1))
 
 
@@ -85,14 +87,16 @@ def test_tensors_that_no_part_has(tmp_path):
 
 def test_a_part_under_the_name_of_the_first(tmp_path):
     other = part(tmp_path, 1, count=2)
-    with pytest.raises(InputError, match=r"not the first part of the model.*got split\.no 1, expected 0"):
+    with pytest.raises(
+        InputError, match=r"named like the first part of the model.*got split\.no 1, expected 0"
+    ):
         open_gguf(other.rename(tmp_path / "m-00001-of-00002.gguf"))
 
 
 def test_parts_that_were_joined_as_bytes(tmp_path):
     parts = [part(tmp_path, number) for number in range(3)]
     (tmp_path / "all.gguf").write_bytes(b"".join(path.read_bytes() for path in parts))
-    with pytest.raises(InputError, match=r"not the name of a part \(got all\.gguf"):
+    with pytest.raises(InputError, match=r"not a valid name for a part of a split model \(got all\.gguf"):
         open_gguf(tmp_path / "all.gguf")
 
 

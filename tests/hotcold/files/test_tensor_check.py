@@ -80,7 +80,7 @@ def test_prefixes_of_wrappers_are_taken_off(stored, name, prefixes):
 
 
 def test_two_tensors_of_one_name_are_refused():
-    with pytest.raises(FormatError, match=r"lm_head\.weight: two tensors of one name"):
+    with pytest.raises(FormatError, match=r"lm_head\.weight: two tensors with the same name"):
         plain_names(["lm_head.weight", "_orig_mod.lm_head.weight"])
 
 

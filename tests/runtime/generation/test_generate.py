@@ -81,7 +81,9 @@ def test_seeds(engine):
 def test_refused_prompts(engine):
     with pytest.raises(InputError, match="the prompt is empty"):
         Generation(engine, [], Sampler(GREEDY))
-    with pytest.raises(InputError, match=r"fills the context \(got 32, expected less than 32\); raise -c"):
+    with pytest.raises(
+        InputError, match=r"does not fit in the context \(got 32, expected less than 32\); raise -c"
+    ):
         Generation(engine, [1] * 32, Sampler(GREEDY))
     engine.prefill([1] * 30)
     with pytest.raises(InputError, match="expected less than 2"):

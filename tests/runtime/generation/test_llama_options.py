@@ -35,7 +35,7 @@ def test_a_command_line_of_llama_cpp(bundle, capsys):
     line = "-ngl 99 --no-mmap -fa -b 512 -ub 128 --mlock --keep -1 -tb 2 -ctk f16 --mirostat 0 --typical 1.0"
     assert run(bundle, *line.split()) == 0
     err = capsys.readouterr().err
-    assert "-ngl is ignored: `run --backend gpu` or `--backend hybrid` uses a GPU" in err
+    assert "-ngl is ignored: use `run --backend gpu` or `--backend hybrid` for a GPU" in err
     assert "-ctk" not in err and "mirostat" not in err
 
 
@@ -46,7 +46,7 @@ def test_options_that_would_change_the_text_are_refused(entry, capsys):
         cli.main(["run", "nowhere", "-p", "fox", *example(names, nargs, "q8_0")])
     err = capsys.readouterr().err
     assert end.value.code == 2 and err.count("\n") == 1
-    assert f"error: {names.split()[0]} is llama.cpp's, and would change the text: " in err
+    assert f"error: {names.split()[0]} is a llama.cpp option that would change the text: " in err
     if neutral is not None:
         assert cli.main(["run", "nowhere", "-p", "fox", *example(names, nargs, neutral)]) == 2
         assert names.split()[0] not in capsys.readouterr().err

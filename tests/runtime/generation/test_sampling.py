@@ -67,8 +67,8 @@ def test_penalty_lowers_recent_tokens_once_and_leaves_the_rest(logits, data, pen
     history = data.draw(st.lists(st.integers(0, len(logits) - 1), max_size=8))
     last_n = data.draw(st.integers(-1, 8))
     recent = set(history if last_n < 0 else history[len(history) - min(last_n, len(history)) :])
-    penalised = sampling.penalise(logits, history, penalty, last_n)
-    for token, (before, after) in enumerate(zip(logits, penalised, strict=True)):
+    penalized = sampling.penalize(logits, history, penalty, last_n)
+    for token, (before, after) in enumerate(zip(logits, penalized, strict=True)):
         wanted = before if token not in recent else before / penalty if before > 0 else before * penalty
         np.testing.assert_allclose(after, wanted, rtol=1e-5)
 

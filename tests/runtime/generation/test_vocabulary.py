@@ -77,7 +77,7 @@ def test_chat(bundle):
 def test_chat_needs_a_template(bundle):
     loaded = Vocabulary.load(bundle.path)
     without = Vocabulary(loaded.tokenizer, loaded.stop_ids, "", "", chat_template=None)
-    with pytest.raises(InputError, match="this model has no chat template; leave out --chat"):
+    with pytest.raises(InputError, match="this model has no chat template; drop --chat"):
         without.encode_chat("fox?")
 
 
@@ -98,7 +98,7 @@ def test_lone_surrogates_are_refused(bundle):
         ("{{ ''.__class__.__mro__ }}", "the chat template fails"),
         ("{{ messages[0].content.missing.thing }}", "the chat template fails"),
         ("{% for i in range(1000000) %}x{% endfor %}", "the chat template fails"),
-        ("{% for i in range(50000) %}{{ 'x' * 1000 }}{% endfor %}", "expands without end"),
+        ("{% for i in range(50000) %}{{ 'x' * 1000 }}{% endfor %}", "produces too much text"),
         ("x" * (1 << 18) + "y", "chat template too long"),
     ],
 )
@@ -146,7 +146,7 @@ def test_two_beginnings_are_said(bundle, capsys):
     assert loaded.encode("<|im_start|>fox")[0] == 1 and capsys.readouterr().err == ""
     assert loaded.encode("<|im_start|><|im_start|>fox")[:2] == [1, 1]
     assert capsys.readouterr().err == (
-        "the prompt begins with <|im_start|> twice: it is added to every prompt, leave it out of yours\n"
+        "the prompt starts with <|im_start|> twice; hotcold adds it, so leave it out of your prompt\n"
     )
 
 

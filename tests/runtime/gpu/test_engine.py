@@ -176,7 +176,7 @@ def test_out_of_memory_says_so(bundle, monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(gpu_engine, "read_weights", full)
-    with pytest.raises(UnsupportedError, match="out of GPU memory; a smaller --vram-budget"):
+    with pytest.raises(UnsupportedError, match="out of GPU memory; lower --vram-budget"):
         GpuEngine.load(bundle.path, "exact", "cpu")
 
 

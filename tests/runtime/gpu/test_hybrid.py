@@ -190,10 +190,10 @@ def test_a_layer_whose_cold_neurons_are_not_wanted_sends_nothing_back(make_bundl
 
 
 def test_plans_of_other_models(bundle):
-    with pytest.raises(MismatchError, match="a plan for another model"):
+    with pytest.raises(MismatchError, match="this plan is for another model"):
         HybridEngine.load(bundle.path, plan(SOME), "exact", "cpu")
     with pytest.raises(
-        MismatchError, match=r"dense mode needs a plan of whole layers \(got layer 0 is split"
+        MismatchError, match=r"dense mode needs a plan with whole layers \(got layer 0 is split"
     ):
         HybridEngine.load(bundle.path, PLANS["split"], "dense", "cpu")
 

@@ -164,7 +164,7 @@ def test_dense_hybrid_on_several_devices(deep):
 
 def test_a_plan_for_more_devices(deep):
     with pytest.raises(
-        MismatchError, match=r"a plan for more devices \(got 2 here, expected 3\); name as many"
+        MismatchError, match=r"this plan is for more devices \(got 2 here, expected 3\); list as many"
     ):
         HybridEngine.load(deep, plan(*PLANS["whole layers, then some"]), "exact", "cpu,cpu", 1)
 
@@ -229,9 +229,9 @@ def test_triton_is_looked_for(two_gpus, monkeypatch, version, message):
     ("names", "message"),
     [
         ("cuda:0,cuda:2", r"no such GPU \(got cuda:2, expected cuda:0 to cuda:1"),
-        ("cuda:0,cuda:0", r"a GPU is named twice \(got cuda:0,cuda:0"),
-        ("cuda,cuda:0", "devices are GPUs by number, or cpu"),
-        ("cuda:0,cpu", "devices are GPUs by number, or cpu"),
+        ("cuda:0,cuda:0", r"a GPU is listed twice \(got cuda:0,cuda:0"),
+        ("cuda,cuda:0", "not a list of devices"),
+        ("cuda:0,cpu", "not a list of devices"),
         ("cpu,", "unknown device"),
     ],
 )

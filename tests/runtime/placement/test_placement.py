@@ -116,7 +116,7 @@ def test_neurons_that_stay_away_do_so_on_all_devices():
 def test_what_is_fixed_may_fit_two_devices_only():
     fill_two = fill([100, 100], Fixed(500, 400, each=10), [700, 700])
     assert fill_two == ([0, 1], [510, 410])
-    with pytest.raises(UnsupportedError, match="too little GPU memory"):
+    with pytest.raises(UnsupportedError, match="not enough GPU memory"):
         fill([100], Fixed(500, 400, each=10), [700, 700])
 
 
@@ -215,7 +215,7 @@ def test_whole_layers_for_dense_mode():
 
 def test_too_little_memory():
     with pytest.raises(
-        UnsupportedError, match=r"too little GPU memory .*expected 0.0 MiB or more.*--backend cpu"
+        UnsupportedError, match=r"not enough GPU memory .*expected 0.0 MiB or more.*--backend cpu"
     ):
         place(problem([np.ones(5)], 499))
 

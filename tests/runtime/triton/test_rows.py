@@ -39,7 +39,7 @@ def test_joined_where_types_allow_it(kind):
 def test_errors():
     with pytest.raises(UnsupportedError, match="Q6_K"):
         Rows.from_gguf("Q6_K", np.zeros(210, np.uint8), 256)
-    with pytest.raises(ShapeError, match="not whole rows"):
+    with pytest.raises(ShapeError, match="not a whole number of rows"):
         Rows.from_gguf("F16", np.zeros(7, np.uint8), 2)
     with pytest.raises(ShapeError, match="float matrix"):
         Rows.of(torch.zeros(2, 2, dtype=torch.int8))

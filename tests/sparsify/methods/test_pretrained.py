@@ -45,13 +45,15 @@ def test_a_packed_model_comes_out_as_it_was_trained(trained, model_folder, token
 def test_another_model_or_file_is_refused(trained, tmp_path):
     path = tmp_path / "packed.safetensors"
     pack(trained, "abc", path)
-    with pytest.raises(MismatchError, match=r"made for another dense model \(got xyz, expected abc\)"):
+    with pytest.raises(MismatchError, match=r"made for a different dense model \(got xyz, expected abc\)"):
         unpack(make_model(), "xyz", path)
     with pytest.raises(ShapeError, match=r"layers\.0\.gate"):
         wide = make_model()
         wide.model.layers[0].mlp.gate_proj.weight = torch.nn.Parameter(torch.zeros(32, 32))
         unpack(wide, "abc", path)
-    with pytest.raises(InputError, match="these trained FFNs are not installed; train: --method relu"):
+    with pytest.raises(
+        InputError, match="these trained FFNs are not installed; train your own with --method relu"
+    ):
         unpack(make_model(), "abc", tmp_path / "missing")
     path.write_bytes(path.read_bytes()[:-5])
     with pytest.raises(FormatError, match="cannot be read"):

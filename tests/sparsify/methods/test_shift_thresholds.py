@@ -90,7 +90,9 @@ def test_only_powers_of_two_can_be_folded(sparse):
 
 def test_a_silu_model_has_no_threshold(dense):
     with (
-        pytest.raises(UnsupportedError, match=r"ReLU models only \(got silu, expected relu"),
+        pytest.raises(
+            UnsupportedError, match=r"only ReLU models have thresholds to shift \(got silu, expected relu"
+        ),
         thresholded(dense, [0, 0]),
     ):
         pass
@@ -147,14 +149,14 @@ def test_the_command_prints_the_curve_saves_and_resumes(
     journal.write_text(json.dumps({"run": run, "point": {"knob": 0}}) + "\n" + journal.read_text())
     assert cli.main(arguments) == 0
     told = capsys.readouterr()
-    assert told.out == printed and told.err.count("left out: ") == 1
+    assert told.out == printed and told.err.count("ignored: ") == 1
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--budget", "0.5"], "--budget: the budget is a factor on perplexity (got 0.5, expected >= 1)"),
-        (["--try", "a,b"], "--try: not numbers between commas (got a,b)"),
+        (["--budget", "0.5"], "--budget: must be a factor on perplexity (got 0.5, expected >= 1)"),
+        (["--try", "a,b"], "--try: not a comma-separated list of numbers (got a,b)"),
         (["--try", "-1"], "--try: must not be negative (got -1.0)"),
     ],
 )

@@ -129,7 +129,7 @@ def test_a_file_of_tokens(tmp_path):
         read_rows(tmp_path / "good.safetensors", LENGTH + 1)
     write_tensors(tmp_path / "other.safetensors", {"x": rows.numpy()})
     for name in ("other", "missing"):
-        with pytest.raises(FormatError, match="no token ids in it"):
+        with pytest.raises(FormatError, match="contains no token ids"):
             read_rows(tmp_path / f"{name}.safetensors", LENGTH)
 
 

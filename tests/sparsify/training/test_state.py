@@ -62,7 +62,7 @@ def test_a_damaged_log(work, line):
 
 
 def test_what_only_looks_like_a_state_is_left_alone(work, tmp_path):
-    """A copy under another name, notes, a state under another's name."""
+    """A copy under another name, notes, this state has the wrong file name."""
     shutil.copytree(next(work.path.glob("state-warm-*")), work.path / "state-best-mine")
     notes = work.path / "state-notes"
     notes.mkdir()
@@ -74,5 +74,5 @@ def test_what_only_looks_like_a_state_is_left_alone(work, tmp_path):
     assert len(work.states()) == 2
     assert {path: path.read_bytes() for path in work.path.glob("state-[bn]*/*")} == before
     work.states()[0].path.rename(work.path / "state-warm-000099")
-    with pytest.raises(FormatError, match="a state under another's name"):
+    with pytest.raises(FormatError, match="this state has the wrong file name"):
         work.states()
