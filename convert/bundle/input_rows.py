@@ -61,7 +61,7 @@ def input_rows(file: GGUFFile, model: FileWeights) -> FileWeights:
     key = "hotcold.model_fingerprint"
     got, expected = file.find(key, str), model.file.find(key, str)
     if got != expected:
-        what, fix = "rows of another model", "export both together"
+        what, fix = "these rows belong to another model", "export both together"
         raise MismatchError(what, where=file.path, got=got, expected=expected, fix=fix)
     weights = FileWeights(file, _without_biases(model.spec), _naming(model.spec))
     weights.check(_slots(model.spec))

@@ -172,12 +172,12 @@ class CpuSequence(Sequence):
 def check_input_sparsity(share: float) -> None:
     """Raise InputError unless it is a share of inputs that can be left out."""
     if not 0 <= share < 1:
-        raise InputError("no such share of inputs", got=share, expected="0 to 1, less than 1")
+        raise InputError("--input-sparsity out of range", got=share, expected="0 to 1, less than 1")
 
 
 def _no_rows(path: str | Path) -> InputError:
     what = "to leave inputs out takes a bundle with the attention matrices by input"
-    return InputError(what, where=path, fix="`hotcold export --attention-rows` writes one")
+    return InputError(what, where=path, fix="create one with `hotcold export --attention-rows`")
 
 
 def _has_rules(path: str | Path) -> InputError:

@@ -213,7 +213,7 @@ def test_down_rows_of_small_values_are_not_read(isa, kind, tokens, threads):
     rng, d, n = np.random.default_rng(2), 96, 160
     model = _cpu.Model(
         n_layers=1, d_model=d, d_ff=n, n_heads=2, n_kv_heads=1, head_dim=48, n_vocab=32,
-        norm_eps=1e-5, activation=1, mode=1, threads=threads, weight_bytes=64 << 20, isa=isa,
+        norm_eps=1e-5, value=0, score=1, mode=1, threads=threads, weight_bytes=64 << 20, isa=isa,
     )  # fmt: skip
     for slot, rows in (("q", d), ("k", 48), ("v", 48), ("o", d)):
         model.set_panel(0, slot, 0, np.zeros(rows * d, np.float32).view(np.uint8), rows, d)

@@ -18,7 +18,7 @@ TYPES = {"F32": 0, "F16": 1, "Q8_0": 3, "Q4_0": 4}
 def model(threads: int = 2, kind: str = "F32") -> _cpu.Model:
     made = _cpu.Model(
         n_layers=2, d_model=D, d_ff=D_FF, n_heads=4, n_kv_heads=4, head_dim=16, n_vocab=32,
-        norm_eps=1e-5, activation=1, mode=2, threads=threads, weight_bytes=1 << 22,
+        norm_eps=1e-5, value=0, score=1, mode=2, threads=threads, weight_bytes=1 << 22,
     )  # fmt: skip
     parts: list[object] = []
     for weight in WEIGHTS.values():
