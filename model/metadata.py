@@ -65,7 +65,7 @@ def _n_layers(file: GGUFFile, name: str, naming: Naming) -> int:
     layer = re.compile(re.escape(naming.names["down"].partition("{}")[0]) + r"(\d{1,6})\.")
     found = len({match[1] for tensor in file.tensors if (match := layer.match(tensor))})
     if n_layers != found or n_layers > MAX_LAYERS:
-        what = "not the layers of this file"
+        what = "wrong number of layers"
         raise FormatError(what, where=file.path, field=key, got=n_layers, expected=found)
     return n_layers
 

@@ -21,7 +21,7 @@ from hotcold.convert.bundle.export import ExportOptions, export_bundle
 from hotcold.model import checkpoint
 from hotcold.model.huggingface import HFCheckpoint
 from hotcold.runtime.cpu import _cpu
-from hotcold.runtime.engine import Engine
+from hotcold.runtime.cpu.engine import CpuEngine as Engine
 
 
 def main() -> None:

@@ -185,7 +185,7 @@ def test_a_prefix_is_taken_off_and_said(name, prefix, families, tmp_path, capfd)
     config, tensors = FAMILIES[name], load_file(families[name] / "model.safetensors")
     folder = write(tmp_path / "m", config, {f"{prefix}{name}": tensor for name, tensor in tensors.items()})
     np.testing.assert_array_equal(our_logits(folder), our_logits(families[name]))
-    lines = [line for line in capfd.readouterr().err.splitlines() if "taken off" in line]
+    lines = [line for line in capfd.readouterr().err.splitlines() if "removed from" in line]
     assert len(lines) == 1 and all(part in lines[0] for part in prefix.split(".")[:-1])
     source = HFCheckpoint(folder)
     assert source.names() == set(tensors)

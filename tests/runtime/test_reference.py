@@ -226,7 +226,7 @@ def test_unknown_activation(make_bundle):
             number("llama.block_count", 2),
             number("llama.block_count", 1),
             FormatError,
-            "not the layers of this file",
+            "wrong number of layers",
         ),
     ],
 )

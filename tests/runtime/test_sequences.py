@@ -127,7 +127,7 @@ def test_the_context_is_a_sequences_own(engine):
     assert (short.position, default.position, engine.position) == (4, len(PROMPTS[0]), 0)
     short.reset()
     short.decode(5)
-    with pytest.raises(InputError, match="no such size of a context"):
+    with pytest.raises(InputError, match="context size out of range"):
         engine.sequence(0)
     with pytest.raises(InputError, match="the model has no positions for so long a context"):
         engine.sequence(65)

@@ -143,15 +143,17 @@ def number(key: str, old: int, new: int) -> Edit:
 
 CASES: dict[str, Case] = {
     "engine: layers 2^31": Case(
-        EN, number("llama.block_count", 1, 2**31 - 1), Fm, "llama.block_count: bad value"
+        EN, number("llama.block_count", 1, 2**31 - 1), Fm, "block_count: wrong number of layers"
     ),
     "engine: layers 0": Case(EN, number("llama.block_count", 1, 0), Fm, "llama.block_count: bad value"),
-    "engine: two layers": Case(EN, number("llama.block_count", 1, 2), Fm, "attention.windows: bad"),
+    "engine: two layers": Case(
+        EN, number("llama.block_count", 1, 2), Fm, "block_count: wrong number of layers"
+    ),
     "engine: heads of 2^31": Case(
         EN, number("llama.attention.key_length", 16, 2**31 - 16), Fm, "llama.attention.key_length: bad value"
     ),
     "engine: d_ff 2^31": Case(
-        EN, number("llama.feed_forward_length", 64, 2**31 - 1), Fm, "forward_length: bad"
+        EN, number("llama.feed_forward_length", 64, 2**31 - 1), Sh, "tensor blk.0.ffn_"
     ),
     "engine: d_ff 96": Case(EN, number("llama.feed_forward_length", 64, 96), Sh, "tensor blk.0.ffn_"),
     "engine: no heads": Case(
@@ -161,7 +163,7 @@ CASES: dict[str, Case] = {
         EN, number("llama.attention.head_count", 2, 721420290), Fm, "attention.head_count: bad value"
     ),
     "engine: three heads on two": Case(
-        EN, number("llama.attention.head_count_kv", 1, 3), Un, "multiple of key-value heads"
+        EN, number("llama.attention.head_count_kv", 1, 3), Sh, "tensor blk.0.attn_k"
     ),
     "engine: unknown activation": Case(
         EN, engine(b"fatrelu", b"fatrely"), Un, "unknown activation (got fatrely"
@@ -190,7 +192,7 @@ CASES: dict[str, Case] = {
         "hotcold.hot.neurons: hot",
     ),
     "engine: a tensor of another name": Case(
-        EN, engine(b"blk.0.fc2.weight", b"blk.0.fc3.weight"), Fm, "blk.0.fc2.weight: missing tensor"
+        EN, engine(b"blk.0.fc2.weight", b"blk.0.fc3.weight"), Un, "blk.0.fc3.weight"
     ),
     "attention: not a GGUF file": Case(AT, put("a.gguf", b"x"), Fm, "magic"),
     "attention: another model": Case(

@@ -94,7 +94,7 @@ def test_the_ends_of_a_text_are_those_of_llama_cpp(vocabulary, tmp_path, ends):
     [
         ("gpt-2", True, ""),
         (None, True, "v.gguf: no tokenizer.ggml.pre: "),
-        ("gpt-2", False, "v.gguf: no tokenizer.ggml.merges: "),
+        ("gpt-2", False, "v.gguf: no tokenizer.ggml.merges; "),
     ],
 )
 def test_what_a_vocabulary_lacks_is_said(vocabulary, tmp_path, capsys, pre, has_merges, said):
